@@ -1,0 +1,222 @@
+"""The numbers of a checkpoint, read from its config.json in either dialect.
+
+Published files (transformers 4.57) write rope_theta + rope_scaling; transformers 5 writes rope_parameters. Both are read;
+`published_config` always writes the first, which every version loads. Class defaults of transformers are not the
+checkpoints' values, so a missing number is an error, never a default.
+"""
+
+import json
+import math
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class VisionArch:
+    depth: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    in_channels: int
+    patch_size: int
+    temporal_patch_size: int
+    spatial_merge_size: int
+    out_hidden_size: int
+    num_position_embeddings: int
+    deepstack_visual_indexes: tuple[int, ...]
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    @property
+    def position_table_side(self) -> int:
+        return math.isqrt(self.num_position_embeddings)
+
+    @property
+    def patch_dim(self) -> int:
+        """Width of a flattened patch: channels x temporal x height x width (1536)."""
+        return self.in_channels * self.temporal_patch_size * self.patch_size**2
+
+
+@dataclass(frozen=True)
+class TextArch:
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope_theta: float
+    mrope_section: tuple[int, int, int]
+    max_position_embeddings: int
+
+
+@dataclass(frozen=True)
+class Qwen3VLArch:
+    """One dense Qwen3-VL: 2B, 4B, 8B, 32B, or any other size with the same modules."""
+
+    vision: VisionArch
+    text: TextArch
+    tie_word_embeddings: bool
+    image_token_id: int
+    video_token_id: int
+    vision_start_token_id: int
+    vision_end_token_id: int
+
+    @classmethod
+    def from_pretrained(cls, model_path: str | Path) -> "Qwen3VLArch":
+        """Read `model_path/config.json`. Raises ValueError that names the file and every fault found in it."""
+        return cls.from_dict(read_config(model_path), where=str(Path(model_path) / "config.json"))
+
+    @classmethod
+    def from_dict(cls, config: dict[str, Any], where: str = "config") -> "Qwen3VLArch":
+        """Read a config in either dialect. Raises ValueError for another architecture, missing or impossible numbers."""
+        model_type = config.get("model_type")
+        if model_type == "qwen3_vl_moe":
+            raise ValueError(f"{where}: model_type is qwen3_vl_moe; mixture-of-experts checkpoints are not supported, use a dense one")
+        if model_type != "qwen3_vl":
+            raise ValueError(f"{where}: model_type is {model_type!r}, not 'qwen3_vl'; give the folder of a Qwen3-VL checkpoint")
+        faults: list[str] = []
+        text = _Reader(config.get("text_config"), "text_config", faults)
+        vision = _Reader(config.get("vision_config"), "vision_config", faults)
+        top = _Reader(config, "", faults)
+        rope = text.values.get("rope_parameters") or {}
+        scaling = text.values.get("rope_scaling") or rope
+        if scaling.get("rope_type", scaling.get("type", "default")) not in ("default", "mrope"):
+            faults.append(f"text_config: rope_type {scaling.get('rope_type')!r} is not known; only 'default' is")
+        if not scaling.get("mrope_interleaved", False):
+            faults.append("text_config: mrope_interleaved is not true; Qwen3-VL interleaves its three position axes")
+        for reader, key, wanted in ((text, "hidden_act", "silu"), (vision, "hidden_act", "gelu_pytorch_tanh")):
+            if reader.values.get(key, wanted) != wanted:
+                faults.append(f"{reader.section}.{key} is {reader.values[key]!r}; Qwen3-VL has {wanted!r}")
+        if text.values.get("attention_bias"):
+            faults.append("text_config.attention_bias is true; Qwen3-VL has none")
+        arch = cls(
+            vision=VisionArch(
+                depth=vision.int("depth"),
+                hidden_size=vision.int("hidden_size"),
+                intermediate_size=vision.int("intermediate_size"),
+                num_heads=vision.int("num_heads"),
+                in_channels=vision.int("in_channels"),
+                patch_size=vision.int("patch_size"),
+                temporal_patch_size=vision.int("temporal_patch_size"),
+                spatial_merge_size=vision.int("spatial_merge_size"),
+                out_hidden_size=vision.int("out_hidden_size"),
+                num_position_embeddings=vision.int("num_position_embeddings"),
+                deepstack_visual_indexes=vision.ints("deepstack_visual_indexes"),
+            ),
+            text=TextArch(
+                vocab_size=text.int("vocab_size"),
+                hidden_size=text.int("hidden_size"),
+                intermediate_size=text.int("intermediate_size"),
+                num_hidden_layers=text.int("num_hidden_layers"),
+                num_attention_heads=text.int("num_attention_heads"),
+                num_key_value_heads=text.int("num_key_value_heads"),
+                head_dim=text.int("head_dim"),
+                rms_norm_eps=text.float("rms_norm_eps"),
+                rope_theta=_Reader(rope or text.values, "text_config", faults).float("rope_theta"),
+                mrope_section=_Reader(scaling, "text_config.rope_scaling", faults).ints("mrope_section"),  # type: ignore[arg-type]
+                max_position_embeddings=text.int("max_position_embeddings"),
+            ),
+            # The top level decides: re-saved files carry a class default inside text_config (model_facts section 2).
+            tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+            image_token_id=top.int("image_token_id"),
+            video_token_id=top.int("video_token_id"),
+            vision_start_token_id=top.int("vision_start_token_id"),
+            vision_end_token_id=top.int("vision_end_token_id"),
+        )
+        if not faults:
+            faults += arch._contradictions()
+        if faults:
+            raise ValueError(f"{where}: {len(faults)} faults\n" + "\n".join(f"  - {fault}" for fault in faults))
+        return arch
+
+    def _contradictions(self) -> list[str]:
+        vision, text = self.vision, self.text
+        rules = [
+            (vision.hidden_size % vision.num_heads == 0 and vision.head_dim % 4 == 0, "vision hidden_size / num_heads must be a multiple of 4"),
+            (vision.out_hidden_size == text.hidden_size, f"vision out_hidden_size {vision.out_hidden_size} is not the text hidden_size {text.hidden_size}"),
+            (vision.position_table_side**2 == vision.num_position_embeddings, "num_position_embeddings is not a square"),
+            (all(0 <= i < vision.depth for i in vision.deepstack_visual_indexes), f"deepstack_visual_indexes {vision.deepstack_visual_indexes} leave the {vision.depth} vision blocks"),
+            (len(vision.deepstack_visual_indexes) <= text.num_hidden_layers, "more DeepStack features than decoder layers"),
+            (text.num_attention_heads % text.num_key_value_heads == 0, "attention heads do not divide by key/value heads"),
+            (len(text.mrope_section) == 3 and sum(text.mrope_section) == text.head_dim // 2, f"mrope_section {text.mrope_section} does not sum to head_dim/2 = {text.head_dim // 2}"),
+        ]  # fmt: skip
+        return [message for holds, message in rules if not holds]
+
+
+class _Reader:
+    """Reads typed numbers out of one section and collects faults instead of stopping at the first."""
+
+    def __init__(self, values: Any, section: str, faults: list[str]) -> None:
+        self.section, self.faults = section, faults
+        self.values: dict[str, Any] = values if isinstance(values, dict) else {}
+        if not isinstance(values, dict):
+            faults.append(f"{section}: missing or not an object")
+
+    def _get(self, key: str, kinds: type | tuple[type, ...], fallback: Any) -> Any:
+        value = self.values.get(key)
+        if isinstance(value, kinds) and not isinstance(value, bool):
+            return value
+        if self.values:
+            name = f"{self.section}.{key}".strip(".")
+            self.faults.append(f"{name}: missing" if value is None else f"{name}: {value!r} is not a number of the right kind")
+        return fallback
+
+    def int(self, key: str) -> int:
+        return self._get(key, int, 1)
+
+    def float(self, key: str) -> float:
+        return float(self._get(key, (int, float), 1.0))
+
+    def ints(self, key: str) -> tuple[int, ...]:
+        return tuple(self._get(key, (list, tuple), ()))
+
+
+def read_config(model_path: str | Path) -> dict[str, Any]:
+    """Read `model_path/config.json`. Raises ValueError that says what to give instead when there is none."""
+    folder = Path(model_path)
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: not a folder; give a local Qwen3-VL checkpoint in Hugging Face form")
+    file = folder / "config.json"
+    if not file.is_file():
+        raise ValueError(f"{folder}: no config.json; give a local Qwen3-VL checkpoint in Hugging Face form")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file}: not JSON ({error}); download the file again") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{file}: holds a {type(config).__name__}, not an object")
+    return config
+
+
+def published_config(config: dict[str, Any], *, dtype: str) -> dict[str, Any]:
+    """Rewrite a config.json of either dialect in the published one, which transformers 4.57 and 5 both load.
+
+    dtype: 'float32' or 'bfloat16', of the weights beside it. Unknown keys travel along unchanged.
+    """
+    out = deepcopy(config)
+    text, vision = out["text_config"], out["vision_config"]
+    rope = text.pop("rope_parameters", None)
+    if rope:
+        text["rope_theta"] = rope["rope_theta"]
+        text["rope_scaling"] = {
+            "mrope_interleaved": rope["mrope_interleaved"],
+            "mrope_section": rope["mrope_section"],
+            "rope_type": rope.get("rope_type", "default"),
+        }
+    vision.pop("rope_parameters", None)
+    vision["model_type"] = "qwen3_vl"
+    text["model_type"] = "qwen3_vl_text"
+    text["tie_word_embeddings"] = out["tie_word_embeddings"] = bool(config.get("tie_word_embeddings", False))
+    out.pop("torch_dtype", None)
+    text.pop("torch_dtype", None)
+    vision.pop("torch_dtype", None)
+    vision.pop("dtype", None)
+    out["dtype"] = text["dtype"] = dtype
+    return out

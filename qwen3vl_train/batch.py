@@ -1,0 +1,266 @@
+"""The packed batch: the one form in which data reaches the model.
+
+T packed tokens, P patches, N media, S sequences, M merged vision rows, R rows with a label, F attention segments of the vision tower.
+Everything the model indexes with is computed here, on the host, in the worker that packs; the model only reads it.
+"""
+
+from dataclasses import dataclass, fields, replace
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+IGNORE_LABEL = -100
+
+
+class VisionSlice(NamedTuple):
+    """One medium inside one sequence: tokens `offset .. offset+length` take merged rows `row .. row+length`.
+
+    offset: first placeholder token, counted from the start of its own sequence.
+    length: number of placeholder tokens (merged rows).
+    row: first row of the pack's merged vision features.
+    """
+
+    offset: int
+    length: int
+    row: int
+
+
+@dataclass(frozen=True)
+class Segments:
+    """The pieces of a packed row that attention never crosses, in the forms its kernels want.
+
+    lengths: host integers. cu_seqlens: (S+1,) int32, cumulative, starting with 0. max_length: host integer.
+    """
+
+    lengths: tuple[int, ...]
+    cu_seqlens: Tensor
+    max_length: int
+
+    @classmethod
+    def of(cls, lengths: list[int] | tuple[int, ...]) -> "Segments":
+        """Build from host lengths. A pack without segments is legal (no image: no vision segment)."""
+        cu_seqlens = torch.zeros(len(lengths) + 1, dtype=torch.int32)
+        cu_seqlens[1:] = torch.tensor(lengths, dtype=torch.int64).cumsum(0)
+        return cls(tuple(lengths), cu_seqlens, max(lengths, default=0))
+
+    def _apply(self, move) -> "Segments":
+        return replace(self, cu_seqlens=move(self.cu_seqlens))
+
+
+@dataclass(frozen=True)
+class VisionIndex:
+    """What the vision tower must know of `grid_thw` beside the patches themselves; a pure function of the grids.
+
+    segments: F attention segments, one a frame (h*w patches each, t times a clip).
+    patch_hw: (P, 2) int32, row and column of every patch in its frame, in merge-block order.
+    corner_index: (4, P) int32 into the learned position table; corner_weight: (4, P) float32, bilinear weights.
+    """
+
+    segments: Segments
+    patch_hw: Tensor
+    corner_index: Tensor
+    corner_weight: Tensor
+
+    def _apply(self, move) -> "VisionIndex":
+        return VisionIndex(
+            self.segments._apply(move), move(self.patch_hw), move(self.corner_index), move(self.corner_weight)
+        )
+
+    def to(self, device: torch.device | str) -> "VisionIndex":
+        return self._apply(lambda tensor: tensor.to(device))
+
+
+@lru_cache(maxsize=4096)
+def _frame_index(height: int, width: int, side: int, merge: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Index of one frame of height x width patches against a side x side position table; see `vision_index`."""
+    rows = torch.linspace(0, side - 1, height, dtype=torch.float32)
+    cols = torch.linspace(0, side - 1, width, dtype=torch.float32)
+    row0, col0 = rows.int(), cols.int()
+    row1, col1 = (row0 + 1).clamp(max=side - 1), (col0 + 1).clamp(max=side - 1)
+    row_frac, col_frac = (rows - row0)[:, None], (cols - col0)[None, :]
+    index = torch.stack(
+        [row0[:, None] * side + col0, row0[:, None] * side + col1, row1[:, None] * side + col0, row1[:, None] * side + col1]
+    )
+    weight = torch.stack(
+        [(1 - row_frac) * (1 - col_frac), (1 - row_frac) * col_frac, row_frac * (1 - col_frac), row_frac * col_frac]
+    )
+    row_col = torch.stack(torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")).int()
+
+    def merge_order(x_CHW: Tensor) -> Tensor:
+        blocks = x_CHW.reshape(-1, height // merge, merge, width // merge, merge)
+        return blocks.permute(0, 1, 3, 2, 4).reshape(x_CHW.shape[0], -1)
+
+    return merge_order(row_col).T.contiguous(), merge_order(index).contiguous(), merge_order(weight).contiguous()
+
+
+def vision_index(grid_thw: list[tuple[int, int, int]], *, side: int, merge: int) -> VisionIndex:
+    """Compute positions, interpolation corners and attention segments of every patch from the grids alone.
+
+    side: the learned table is side x side (48 for all released sizes). merge: spatial merge size (2).
+    Corners follow `fast_pos_embed_interpolate` of transformers 4.57: align_corners=True, the same for every frame.
+    Raises ValueError for a grid whose height or width is not a positive multiple of `merge`.
+    """
+    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    lengths: list[int] = []
+    for frames, height, width in grid_thw:
+        if frames < 1 or height < merge or width < merge or height % merge or width % merge:
+            raise ValueError(
+                f"grid_thw: got {(frames, height, width)}; time must be at least 1, "
+                f"height and width positive multiples of {merge}"
+            )
+        parts += [_frame_index(height, width, side, merge)] * frames
+        lengths += [height * width] * frames
+    if not parts:
+        empty = torch.zeros(4, 0)
+        return VisionIndex(Segments.of([]), torch.zeros(0, 2, dtype=torch.int32), empty.int(), empty)
+    patch_hw, index, weight = zip(*parts, strict=True)
+    return VisionIndex(Segments.of(lengths), torch.cat(patch_hw), torch.cat(index, dim=1), torch.cat(weight, dim=1))
+
+
+def placed_rows(
+    sequence_lengths: list[int], vision_slices_per_seq: list[list[VisionSlice]], num_tokens: int
+) -> tuple[Tensor, Tensor]:
+    """Turn slices into (token_rows, feature_rows), both (M,) int64: token `token_rows[i]` takes feature `feature_rows[i]`.
+
+    token_rows is strictly increasing. Raises ValueError where slices overlap, run out of their sequence, or the
+    number of sequences or tokens does not match.
+    """
+    if len(sequence_lengths) != len(vision_slices_per_seq):
+        raise ValueError(
+            f"vision slices: {len(vision_slices_per_seq)} lists for {len(sequence_lengths)} sequences; give one list each"
+        )
+    if sum(sequence_lengths) != num_tokens:
+        raise ValueError(f"sequence_lengths: sum is {sum(sequence_lengths)} but the pack has {num_tokens} tokens")
+    token_rows: list[Tensor] = []
+    feature_rows: list[Tensor] = []
+    start = 0
+    for sequence, (length, slices) in enumerate(zip(sequence_lengths, vision_slices_per_seq, strict=True)):
+        end_of_last = 0
+        for offset, count, row in slices:
+            if offset < end_of_last or count < 1 or offset + count > length or row < 0:
+                raise ValueError(
+                    f"vision slices: slice (offset {offset}, length {count}, row {row}) of sequence {sequence} overlaps "
+                    f"the one before or leaves the sequence of {length} tokens"
+                )
+            end_of_last = offset + count
+            token_rows.append(torch.arange(start + offset, start + offset + count))
+            feature_rows.append(torch.arange(row, row + count))
+        start += length
+    if not token_rows:
+        none = torch.zeros(0, dtype=torch.int64)
+        return none, none
+    return torch.cat(token_rows), torch.cat(feature_rows)
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """All sequences of a pack in one row, all patches in another, with every index the model needs.
+
+    input_ids (T,) int64; positions (3, T) int64, M-RoPE, restarting in every sequence; sequence_lengths (S,) int64;
+    labels (T,) int64, the NEXT token to predict at each place, -100 where none; loss_weights (T,) float32 or None;
+    pixel_values (P, 768) uint8 where the pack holds stills only (a still repeats its one frame, so it travels once),
+    (P, 1536) uint8 otherwise; grid_thw (N, 3) int64; vision_slices_per_seq: S lists of VisionSlice;
+    visual_pos_mask (T,) bool. Derived from these by `PackedBatch.of`, never on the device:
+    segments (text attention), vision (VisionIndex), visual_rows and feature_rows (M,), label_rows (R,), num_labels.
+    sample_ids: names of the samples, for messages about this pack.
+    """
+
+    input_ids: Tensor
+    positions: Tensor
+    sequence_lengths: Tensor
+    labels: Tensor
+    loss_weights: Tensor | None
+    pixel_values: Tensor
+    grid_thw: Tensor
+    vision_slices_per_seq: list[list[VisionSlice]]
+    visual_pos_mask: Tensor
+    segments: Segments
+    vision: VisionIndex
+    visual_rows: Tensor
+    feature_rows: Tensor
+    label_rows: Tensor
+    num_labels: int
+    sample_ids: tuple[str, ...] = ()
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        input_ids: Tensor,
+        positions: Tensor,
+        sequence_lengths: list[int],
+        labels: Tensor,
+        loss_weights: Tensor | None,
+        pixel_values: Tensor,
+        grid_thw: list[tuple[int, int, int]],
+        vision_slices_per_seq: list[list[VisionSlice]],
+        position_table_side: int,
+        merge_size: int,
+        sample_ids: tuple[str, ...] = (),
+    ) -> "PackedBatch":
+        """Check the primary fields against each other and derive the rest. Raises ValueError where they disagree."""
+        num_tokens = input_ids.numel()
+        if positions.shape != (3, num_tokens) or labels.shape != (num_tokens,):
+            raise ValueError(
+                f"pack: positions {tuple(positions.shape)} and labels {tuple(labels.shape)} do not fit {num_tokens} tokens"
+            )
+        visual_rows, feature_rows = placed_rows(sequence_lengths, vision_slices_per_seq, num_tokens)
+        patches = sum(t * h * w for t, h, w in grid_thw)
+        if pixel_values.shape[0] != patches or visual_rows.numel() != patches // merge_size**2:
+            raise ValueError(
+                f"pack: {pixel_values.shape[0]} patches and {visual_rows.numel()} placeholder tokens, but the grids "
+                f"make {patches} patches and {patches // merge_size**2} merged rows"
+            )
+        visual_pos_mask = torch.zeros(num_tokens, dtype=torch.bool)
+        visual_pos_mask[visual_rows] = True
+        label_rows = (labels != IGNORE_LABEL).nonzero().squeeze(1)
+        return cls(
+            input_ids=input_ids,
+            positions=positions,
+            sequence_lengths=torch.tensor(sequence_lengths, dtype=torch.int64),
+            labels=labels,
+            loss_weights=loss_weights,
+            pixel_values=pixel_values,
+            grid_thw=torch.tensor(grid_thw, dtype=torch.int64).reshape(-1, 3),
+            vision_slices_per_seq=vision_slices_per_seq,
+            visual_pos_mask=visual_pos_mask,
+            segments=Segments.of(sequence_lengths),
+            vision=vision_index(grid_thw, side=position_table_side, merge=merge_size),
+            visual_rows=visual_rows,
+            feature_rows=feature_rows,
+            label_rows=label_rows,
+            num_labels=label_rows.numel(),
+            sample_ids=sample_ids,
+        )
+
+    def _apply(self, move) -> "PackedBatch":
+        moved = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor):
+                moved[field.name] = move(value)
+            elif isinstance(value, Segments | VisionIndex):
+                moved[field.name] = value._apply(move)
+        return replace(self, **moved)
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "PackedBatch":
+        """Move every tensor; host integers stay host integers."""
+        return self._apply(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "PackedBatch":
+        """Copy every tensor to page-locked memory, so that `.to(device, non_blocking=True)` does not wait."""
+        return self._apply(lambda tensor: tensor.pin_memory())
+
+    @property
+    def num_tokens(self) -> int:
+        return self.input_ids.numel()
+
+    @property
+    def num_patches(self) -> int:
+        return self.pixel_values.shape[0]
+
+    @property
+    def num_visual_tokens(self) -> int:
+        return self.visual_rows.numel()

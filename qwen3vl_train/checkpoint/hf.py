@@ -1,0 +1,247 @@
+"""Weights in Hugging Face form: read into our module tree, and written so that transformers, peft and vLLM load them."""
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from qwen3vl_train.arch import Qwen3VLArch, published_config, read_config
+from qwen3vl_train.checkpoint.files import replacing
+from qwen3vl_train.checkpoint.names import from_huggingface, to_huggingface
+from qwen3vl_train.model.qwen3vl import Qwen3VLForConditionalGeneration
+
+# What a served model needs beside its weights; carried along when present.
+COMPANION_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json",
+    "chat_template.json", "chat_template.jinja", "preprocessor_config.json", "video_preprocessor_config.json",
+    "processor_config.json", "generation_config.json",
+)  # fmt: skip
+MAX_SHARD_BYTES = 5 * 10**9
+
+
+class WeightFiles:
+    """The safetensors files of a checkpoint folder, by our names; reads one tensor at a time.
+
+    Raises ValueError for a folder without weights, a file that is missing or cut short, and weights of an unknown name.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._places: dict[str, tuple[Path, str]] = {}
+        unknown: list[str] = []
+        for file in self._files():
+            with _open(file) as handle:
+                for key in handle.keys():  # noqa: SIM118  (not a dict)
+                    name = from_huggingface(key)
+                    if name is None:
+                        unknown.append(key)
+                        continue
+                    if name in self._places:
+                        raise ValueError(f"{file}: {key} is stored twice, also as {self._places[name][1]}")
+                    self._places[name] = (file, key)
+                    self.shapes[name] = tuple(handle.get_slice(key).get_shape())
+        if unknown:
+            raise ValueError(f"{self.folder}: {_count(unknown, 'unexpected weight')}: {_some(unknown)}; not a Qwen3-VL checkpoint?")
+
+    def _files(self) -> list[Path]:
+        index, single = self.folder / "model.safetensors.index.json", self.folder / "model.safetensors"
+        if index.is_file():
+            try:
+                files = sorted({self.folder / name for name in json.loads(index.read_text())["weight_map"].values()})
+            except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
+                raise ValueError(f"{index}: not a safetensors index ({error}); download the file again") from None
+        else:
+            files = [single]
+        missing = [file.name for file in files if not file.is_file()]
+        if missing:
+            raise ValueError(f"{self.folder}: missing {', '.join(missing)}; give a folder with all safetensors files")
+        return files
+
+    def read(self, names: list[str]) -> Iterator[tuple[str, Tensor]]:
+        """Yield (name, tensor) for each name, file by file; the tensor maps the file and is to be copied from."""
+        by_file: dict[Path, list[str]] = {}
+        for name in names:
+            by_file.setdefault(self._places[name][0], []).append(name)
+        for file, members in by_file.items():
+            with _open(file) as handle:
+                for name in members:
+                    yield name, handle.get_tensor(self._places[name][1])
+
+
+def _open(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as error:
+        size = file.stat().st_size
+        raise ValueError(f"{file}: not a whole safetensors file ({size} bytes; {error}); download it again") from None
+
+
+def _count(items: list[str], noun: str) -> str:
+    return f"{len(items)} {noun}{'' if len(items) == 1 else 's'}"
+
+
+def _some(names: list[str], limit: int = 5) -> str:
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+def check_weights(model: nn.Module, files: WeightFiles) -> None:
+    """Compare the names and shapes on disk with those of the model; the model may be on the meta device.
+
+    Raises ValueError that names every kind of difference: missing, unexpected, wrong shape.
+    """
+    wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - set(wanted)
+    missing = [to_huggingface(name) for name in wanted if name not in files.shapes]
+    extra = [to_huggingface(name) for name in files.shapes if name not in wanted and name not in tied]
+    misshapen = [
+        f"{to_huggingface(name)} is {files.shapes[name]}, config.json makes it {shape}"
+        for name, shape in wanted.items()
+        if files.shapes.get(name, shape) != shape
+    ]
+    faults = []
+    if missing:
+        faults.append(f"{_count(missing, 'missing weight')}: {_some(missing)}")
+    if extra:
+        faults.append(f"{_count(extra, 'unexpected weight')}: {_some(extra)}")
+    if misshapen:
+        faults.append(f"{_count(misshapen, 'wrong shape')}: {_some(misshapen)}")
+    if faults:
+        raise ValueError(f"{files.folder}: weights do not fit config.json\n" + "\n".join(f"  - {fault}" for fault in faults))
+
+
+def materialize(model: nn.Module, *, dtype: torch.dtype, device: torch.device | str) -> None:
+    """Give a model built on the meta device uninitialised memory; a tied head stays tied."""
+    made: dict[nn.Parameter, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter not in made:
+                made[parameter] = nn.Parameter(torch.empty(parameter.shape, dtype=dtype, device=device))
+            setattr(module, name, made[parameter])
+
+
+def load_qwen3_vl_model(
+    model_path: str | Path,
+    config: dict[str, Any] | Qwen3VLArch | None = None,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | str = "cpu",
+) -> Qwen3VLForConditionalGeneration:
+    """Read a Hugging Face folder (one or many safetensors files) into our model, tensor by tensor.
+
+    config: use this instead of the folder's config.json. No second copy of the weights is held.
+    Raises ValueError that names missing, unexpected and wrongly shaped weights, truncated files, and other architectures.
+    """
+    if isinstance(config, Qwen3VLArch):
+        arch = config
+    else:
+        arch = Qwen3VLArch.from_dict(config) if config is not None else Qwen3VLArch.from_pretrained(model_path)
+    with torch.device("meta"):
+        model = Qwen3VLForConditionalGeneration(arch)
+    files = WeightFiles(model_path)
+    check_weights(model, files)
+    materialize(model, dtype=dtype, device=device)
+    load_weights(model, files)
+    return model
+
+
+@torch.no_grad()
+def load_weights(model: nn.Module, files: WeightFiles) -> None:
+    """Copy every stored weight into the model's parameters. Raises ValueError where a stored tied head differs from its embedding."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    stored = [name for name in parameters if name in files.shapes]
+    seen: set[nn.Parameter] = set()
+    for name, tensor in files.read(stored):
+        parameter = parameters[name]
+        if parameter in seen and not torch.equal(parameter, tensor.to(parameter)):
+            raise ValueError(
+                f"{files.folder}: tie_word_embeddings is true, but lm_head.weight differs from embed_tokens.weight; "
+                "set tie_word_embeddings to false in config.json if the head was trained apart"
+            )
+        seen.add(parameter)
+        parameter.copy_(tensor)
+
+
+def save_huggingface(
+    weights: Mapping[str, Tensor],
+    out: str | Path,
+    *,
+    source: str | Path,
+    dtype: torch.dtype,
+    pixel_limits: tuple[int, int] | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """`write_huggingface` into a folder that appears whole or not at all. Raises ValueError when `out` exists."""
+    with replacing(Path(out)) as folder:
+        write_huggingface(
+            weights, folder, source=source, dtype=dtype, pixel_limits=pixel_limits, max_shard_bytes=max_shard_bytes
+        )
+
+
+def write_huggingface(
+    weights: Mapping[str, Tensor],
+    folder: Path,
+    *,
+    source: str | Path,
+    dtype: torch.dtype,
+    pixel_limits: tuple[int, int] | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Write a checkpoint that stock transformers loads: shards, index, published config, companion files.
+
+    weights: our names; a tied head is given once, as the embedding. source: the folder whose config and tokenizer files go along.
+    pixel_limits: (min, max) pixels per image that were used in training; written into the preprocessor files.
+    """
+    shards = _shards(weights, dtype, max_shard_bytes)
+    weight_map: dict[str, str] = {}
+    for number, names in enumerate(shards, start=1):
+        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        tensors = {to_huggingface(name): weights[name].detach().to("cpu", dtype).contiguous() for name in names}
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, file)
+    if len(shards) > 1:
+        total = sum(tensor.numel() for tensor in weights.values()) * dtype.itemsize
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+    config = published_config(read_config(source), dtype=str(dtype).removeprefix("torch."))
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    copy_companions(source, folder, pixel_limits)
+
+
+def _shards(weights: Mapping[str, Tensor], dtype: torch.dtype, max_bytes: int) -> list[list[str]]:
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, tensor in weights.items():
+        size = tensor.numel() * dtype.itemsize
+        if shards[-1] and filled + size > max_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
+    return shards
+
+
+def copy_companions(source: str | Path, folder: Path, pixel_limits: tuple[int, int] | None) -> None:
+    """Copy tokenizer, template, preprocessor and generation files; write the pixel limits that were used into them."""
+    for name in COMPANION_FILES:
+        if (file := Path(source) / name).is_file():
+            shutil.copyfile(file, folder / name)
+    if pixel_limits is None:
+        return
+    for name, section in (("preprocessor_config.json", None), ("processor_config.json", "image_processor")):
+        file = folder / name
+        if not file.is_file():
+            continue
+        content = json.loads(file.read_text(encoding="utf-8"))
+        part = content.get(section, {}) if section else content
+        part["size"] = {"shortest_edge": pixel_limits[0], "longest_edge": pixel_limits[1]}
+        for old, value in zip(("min_pixels", "max_pixels"), pixel_limits, strict=True):
+            if part.get(old) is not None:
+                part[old] = value
+        file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,214 @@
+"""The fields of a recipe, their types, bounds and defaults. Unknown keys and near-miss types ("4" for 4) are errors.
+
+Relative paths are relative to the folder the command runs in. Reading, error texts and rules between fields live beside
+this file; a field added here needs nothing there.
+"""
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic.functional_validators import AfterValidator
+from pydantic_core import PydanticCustomError
+
+from qwen3vl_train.config.rules import field_conflicts
+from qwen3vl_train.groups import GROUPS, LORA_GROUPS, UNIONS, VISION_GROUPS, expand_groups, unknown_group
+
+
+def _refuse(message: str) -> PydanticCustomError:
+    # The text travels as a context value, so that braces in a user's regular expression are not taken as a template.
+    return PydanticCustomError("recipe", "{text}", {"text": message})
+
+
+def _check_name(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
+        raise _refuse(
+            f"got {name[:120]!r}; it becomes a folder: use up to 100 letters, digits, '.', '_' and '-', "
+            "starting with a letter or digit"
+        )
+    return name
+
+
+def _check_group(name: str) -> str:
+    if name not in GROUPS and name not in UNIONS:
+        raise _refuse(unknown_group(name, (*GROUPS, *UNIONS)))
+    return name
+
+
+def _check_target(target: str) -> str:
+    """A bare word is a group name; anything else is a regular expression over module names."""
+    if target in LORA_GROUPS:
+        return target
+    if target in GROUPS:
+        raise _refuse(f"{target} takes no LoRA; leave it out, or train it with tune.method full")
+    if target in UNIONS:
+        groups = ", ".join(group for group in UNIONS[target] if group in LORA_GROUPS)
+        raise _refuse(f"{target} holds parts that take no LoRA; write {groups}")
+    if re.fullmatch(r"\w+", target):
+        expression = f"(a module name is given as a regular expression, such as '.*\\.{target}')"
+        raise _refuse(f"{unknown_group(target, LORA_GROUPS)} {expression}")
+    try:
+        re.compile(target)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise _refuse(
+            f"got {target!r}, which is neither a group name nor a valid regular expression ({error})"
+        ) from None
+    return target
+
+
+Text = Annotated[str, Field(min_length=1)]
+Count = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0.0)]
+Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+class Section(BaseModel):
+    """Base of every part: frozen, strictly typed, no unknown keys, no NaN or infinity."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class ModelSection(Section):
+    path: Text
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+
+
+class LoraTune(Section):
+    """targets: group names, or regular expressions matched against whole Hugging Face module names."""
+
+    method: Literal["lora"] = "lora"
+    rank: Count = 16
+    alpha: Count = 32
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    targets: list[Annotated[str, AfterValidator(_check_target)]] = Field(["text_attn", "text_mlp"], min_length=1)
+    rslora: bool = False
+    dora: bool = False
+
+    def trained_groups(self) -> tuple[str, ...]:
+        """Groups named as targets. What a regular expression reaches is known only with the model at hand."""
+        return expand_groups(target for target in self.targets if target in LORA_GROUPS)
+
+    def has_patterns(self) -> bool:
+        return any(target not in LORA_GROUPS for target in self.targets)
+
+
+class FullTune(Section):
+    """train: the groups or unions whose weights are trained; all others are frozen."""
+
+    method: Literal["full"] = "full"
+    train: list[Annotated[str, AfterValidator(_check_group)]] = Field(min_length=1)
+
+    def trained_groups(self) -> tuple[str, ...]:
+        return expand_groups(self.train)
+
+    def has_patterns(self) -> bool:
+        return False
+
+
+Tune = Annotated[LoraTune | FullTune, Field(discriminator="method")]
+
+
+class EvalSource(Section):
+    """One file of samples. media_root: folder that image paths are relative to; null: the folder of the file."""
+
+    path: Text
+    media_root: Text | None = None
+    name: Annotated[str, AfterValidator(_check_name)] | None = None
+
+
+class TrainSource(Section):
+    """One file of samples. weight: how often it is drawn, relative to its size (1.0: every row once an epoch)."""
+
+    path: Text
+    media_root: Text | None = None
+    weight: Positive = 1.0
+
+
+class DataSection(Section):
+    """Visual-token limits of null are the checkpoint's own; one visual token is 32 x 32 pixels."""
+
+    train: list[TrainSource] = Field(min_length=1)
+    eval: list[EvalSource] = []
+    max_tokens_per_pack: Count = 8192
+    max_visual_tokens_per_image: Count | None = None
+    min_visual_tokens_per_image: Count | None = None
+    num_workers: Annotated[int, Field(ge=0)] = 4
+    max_rejected_fraction: Annotated[float, Field(ge=0.0, le=1.0)] = 0.01
+
+
+class OptimSection(Section):
+    """AdamW. vision_lr, merger_lr and deepstack_lr of null take lr."""
+
+    lr: Positive = 1e-4
+    vision_lr: Positive | None = None
+    merger_lr: Positive | None = None
+    deepstack_lr: Positive | None = None
+    # strict=False for the container alone: YAML has lists only. Its numbers stay strict.
+    betas: Annotated[tuple[Beta, Beta], Field(strict=False)] = (0.9, 0.999)
+    eps: Positive = 1e-8
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    max_grad_norm: Positive | None = 1.0
+
+    def lr_of(self, group: str) -> float:
+        """Peak learning rate of a module group."""
+        own = {"merger": self.merger_lr, "deepstack": self.deepstack_lr, **dict.fromkeys(VISION_GROUPS, self.vision_lr)}
+        rate = own.get(group)
+        return self.lr if rate is None else rate
+
+
+class TrainSection(Section):
+    """packs_per_step counts the packs of all ranks together. num_steps wins over num_epochs where both are given."""
+
+    num_steps: Count | None = None
+    num_epochs: Count | None = 1
+    packs_per_step: Count = 8
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    activation_checkpointing: Literal["none", "full"] = "none"
+
+
+class ParallelSection(Section):
+    engine: Literal["single", "ddp"] = "ddp"
+
+
+class CheckpointSection(Section):
+    every_steps: Count | None = 200
+    keep_last: Count = 2
+    resume: Literal["auto", "never"] = "auto"
+
+
+class EvalSection(Section):
+    every_steps: Count | None = 200
+
+
+class TrackSection(Section):
+    wandb: Literal["offline", "online", "off"] = "offline"
+    project: Text = "qwen3vl"
+
+
+class Recipe(Section):
+    """Everything about a run. Made by `load_recipe` or `recipe_from_dict`, which report all errors at once."""
+
+    name: Annotated[str, AfterValidator(_check_name)]
+    output_dir: Text = "runs"
+    model: ModelSection
+    tune: Tune
+    data: DataSection
+    optim: OptimSection = OptimSection()
+    train: TrainSection = TrainSection()
+    parallel: ParallelSection = ParallelSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    eval: EvalSection = EvalSection()
+    track: TrackSection = TrackSection()
+
+    @model_validator(mode="after")
+    def _fields_agree(self) -> "Recipe":
+        conflicts = field_conflicts(self.tune, self.data, self.optim, self.train)
+        if conflicts:
+            raise _refuse("; ".join(f"{key}: {message}" for key, message in conflicts))
+        return self
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dicts, lists, strings and numbers, with every default filled in. `recipe_from_dict` reads it back."""
+        return self.model_dump(mode="json")

@@ -1,0 +1,72 @@
+"""Rules that join several fields of a recipe, or a recipe and the ranks that were started; and the error they raise."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from qwen3vl_train.groups import VISION_GROUPS
+
+if TYPE_CHECKING:
+    from qwen3vl_train.config.fields import DataSection, FullTune, LoraTune, OptimSection, Recipe, TrainSection
+
+
+class RecipeError(ValueError):
+    """Every error of a recipe at once: a count, then one line each, `key: what we got; what to do`.
+
+    where: file or recipe the lines are about. errors: the lines without their bullets.
+    """
+
+    def __init__(self, where: str, errors: list[str]) -> None:
+        self.where, self.errors = where, errors
+        count = "1 error" if len(errors) == 1 else f"{len(errors)} errors"
+        super().__init__("\n".join([f"{where}: {count}", *(f"  - {error}" for error in errors)]))
+
+
+def field_conflicts(
+    tune: LoraTune | FullTune | None,
+    data: DataSection | None,
+    optim: OptimSection | None,
+    train: TrainSection | None,
+) -> list[tuple[str, str]]:
+    """Contradictions between fields as (dotted key, message). A section with faults of its own comes as None."""
+    conflicts: list[tuple[str, str]] = []
+    if data and data.min_visual_tokens_per_image and data.max_visual_tokens_per_image:
+        least, most = data.min_visual_tokens_per_image, data.max_visual_tokens_per_image
+        if least > most:
+            message = f"{least} is more than data.max_visual_tokens_per_image {most}; lower it"
+            conflicts.append(("data.min_visual_tokens_per_image", message))
+    if tune and optim:
+        conflicts += _learning_rate_conflicts(tune, optim)
+    if train and train.num_steps is None and train.num_epochs is None:
+        conflicts.append(("train.num_steps", "missing, and train.num_epochs is null; give one of them"))
+    return conflicts
+
+
+def _learning_rate_conflicts(tune: LoraTune | FullTune, optim: OptimSection) -> list[tuple[str, str]]:
+    trained = tune.trained_groups()
+    conflicts: list[tuple[str, str]] = []
+    owners = {"vision_lr": VISION_GROUPS, "merger_lr": ("merger",), "deepstack_lr": ("deepstack",)}
+    listed = "tune.train" if tune.method == "full" else "tune.targets"
+    for field, groups in owners.items():
+        # A regular expression may reach any group, so then only the model can tell.
+        if getattr(optim, field) is not None and not tune.has_patterns() and not set(groups) & set(trained):
+            what = f"set, but {listed} trains no {' or '.join(groups)}; add one there or leave {field} out"
+            conflicts.append((f"optim.{field}", what))
+    if optim.merger_lr is not None and optim.deepstack_lr is None and "deepstack" in trained:
+        what = f"missing beside optim.merger_lr {optim.merger_lr:g}, which is for the main merger alone; give both"
+        conflicts.append(("optim.deepstack_lr", what))
+    return conflicts
+
+
+def check_world_size(recipe: Recipe, world_size: int) -> None:
+    """Refuse a number of ranks that this recipe cannot run on. Raises RecipeError with every reason."""
+    errors: list[str] = []
+    packs = recipe.train.packs_per_step
+    if packs % world_size:
+        first = max(1, packs // world_size) * world_size
+        near = f"use {first}, {first + world_size} or {first + 2 * world_size}"
+        errors.append(f"train.packs_per_step: {packs} does not divide by {world_size} ranks; {near}")
+    if recipe.parallel.engine == "single" and world_size > 1:
+        errors.append(f"parallel.engine: single, but {world_size} ranks were started; use ddp or start one process")
+    if errors:
+        raise RecipeError(f"recipe {recipe.name}", errors)

@@ -1,0 +1,177 @@
+"""One sample -> token ids, shifted labels, positions and patches; and what it will cost, from headers alone."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from qwen3vl_train.batch import IGNORE_LABEL, VisionSlice
+from qwen3vl_train.data.chat import DIALECTS, Pad, Piece, Slot, Special, Text, markup
+from qwen3vl_train.data.faults import MediaFault
+from qwen3vl_train.data.formats import Sample
+from qwen3vl_train.data.media import MERGE, PATCH, image_size, load_rgb, resize_to_patches, smart_resize
+from qwen3vl_train.data.positions import Run, mrope_positions
+from qwen3vl_train.data.tokenizer import ChatTokenizer
+
+Grid = tuple[int, int, int]
+"""Patches of one medium: time, height, width."""
+
+
+class SampleCost(NamedTuple):
+    """What a sample takes. tokens: all of them, visual ones included. patch_pairs: sum of squares over frames."""
+
+    tokens: int
+    visual_tokens: int
+    patches: int
+    patch_pairs: int
+
+
+@dataclass(frozen=True)
+class EncodedSample:
+    """One sample, ready to be packed: n tokens, P patches.
+
+    input_ids (n,) int64; labels (n,) int64, the NEXT token where that is trained, else -100; loss_weights (n,) float32
+    with 0 where there is no label, or None where all are 1; positions (3, n) int64; slices: rows count from the
+    sample's own first medium; grids: patches of each medium; patches (P, 768) uint8.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    loss_weights: Tensor | None
+    positions: Tensor
+    slices: list[VisionSlice]
+    grids: list[Grid]
+    patches: Tensor
+    sample_id: str
+
+
+class Layout(NamedTuple):
+    """The tokens of a sample before they are tensors. weights: one for each token, 0 where it is not trained."""
+
+    ids: list[int]
+    weights: list[float]
+    runs: list[Run]
+    slices: list[VisionSlice]
+
+
+def lay_out(pieces: Sequence[Piece], grids: Sequence[Grid], tokenizer: ChatTokenizer) -> Layout:
+    """Tokenise pieces, with the slots filled by grids in their order.
+
+    Neighbouring texts are encoded in one call, as if the markup were one string; a token is trained where it lies
+    wholly inside text that is. "assistant\\n" + "\\nYes" -> "assistant", "\\n\\n" (not trained), "Yes" (trained).
+    """
+    layout = Layout([], [], [], [])
+    filled: list[Piece] = []
+    remaining = iter(grids)
+    pad_grids: list[Grid] = []
+    for piece in pieces:
+        if isinstance(piece, Slot):
+            grid = next(remaining)
+            pad_grids.append(grid)
+            filled += markup(piece, grid[0] * grid[1] * grid[2] // MERGE**2)
+        else:
+            filled.append(piece)
+    row, grids_in_order = 0, iter(pad_grids)
+    for is_text, group in groupby(filled, key=lambda piece: isinstance(piece, Text)):
+        if is_text:
+            ids, weights = _encode_texts([piece for piece in group if isinstance(piece, Text)], tokenizer)
+            _append(layout, ids, weights)
+            continue
+        for piece in group:
+            if isinstance(piece, Special):
+                _append(layout, [tokenizer.special_ids[piece.name]], [piece.weight])
+            elif isinstance(piece, Pad):
+                layout.slices.append(VisionSlice(len(layout.ids), piece.count, row))
+                layout.ids.extend([tokenizer.special_ids[piece.name]] * piece.count)
+                layout.weights.extend([0.0] * piece.count)
+                layout.runs.append(next(grids_in_order))
+                row += piece.count
+    return layout
+
+
+def _append(layout: Layout, ids: list[int], weights: list[float]) -> None:
+    layout.ids.extend(ids)
+    layout.weights.extend(weights)
+    if layout.runs and isinstance(layout.runs[-1], int):
+        layout.runs[-1] += len(ids)
+    else:
+        layout.runs.append(len(ids))
+
+
+def _encode_texts(texts: list[Text], tokenizer: ChatTokenizer) -> tuple[list[int], list[float]]:
+    ids, offsets = tokenizer.encode("".join(text.text for text in texts))
+    weights = [0.0] * len(ids)
+    start = 0
+    for weight, group in groupby(texts, key=lambda text: text.weight):
+        end = start + sum(len(text.text) for text in group)
+        if weight:
+            for place, (first, last) in enumerate(offsets):
+                if start <= first and last <= end:
+                    weights[place] = weight
+        start = end
+    return ids, weights
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Encodes samples for one checkpoint. dialect: a key of DIALECTS; the limits are pixels after resizing."""
+
+    tokenizer: ChatTokenizer
+    dialect: str
+    min_pixels: int
+    max_pixels: int
+
+    def cost(self, sample: Sample) -> SampleCost:
+        """Return exactly what `encode` will make, from text and image headers, without decoding. Raises RowFault."""
+        pieces = DIALECTS[self.dialect](sample.messages, sample.tools, generation_prompt=False)
+        grids = []
+        for slot in _slots(pieces):
+            try:
+                grids.append(self._grid(*image_size(slot.part.image, sample.media_root)))
+            except MediaFault as fault:
+                raise MediaFault(f"{slot.where}: {fault}") from None
+        patches = sum(t * h * w for t, h, w in grids)
+        return SampleCost(
+            tokens=len(lay_out(pieces, grids, self.tokenizer).ids),
+            visual_tokens=patches // MERGE**2,
+            patches=patches,
+            patch_pairs=sum(t * (h * w) ** 2 for t, h, w in grids),
+        )
+
+    def encode(self, sample: Sample, *, generation_prompt: bool = False) -> EncodedSample:
+        """Decode, resize and tokenise a sample. Raises RowFault that names the part at fault."""
+        pieces = DIALECTS[self.dialect](sample.messages, sample.tools, generation_prompt=generation_prompt)
+        grids: list[Grid] = []
+        patches = [torch.zeros(0, 3 * PATCH * PATCH, dtype=torch.uint8)]
+        for slot in _slots(pieces):
+            try:
+                rgb = load_rgb(slot.part.image, sample.media_root)
+                grids.append(self._grid(*rgb.shape[1:]))
+            except MediaFault as fault:
+                raise MediaFault(f"{slot.where}: {fault}") from None
+            patches.append(resize_to_patches(rgb, grids[-1][1:]))
+        layout = lay_out(pieces, grids, self.tokenizer)
+        input_ids = torch.tensor(layout.ids, dtype=torch.int64)
+        next_weights = torch.tensor([*layout.weights[1:], 0.0], dtype=torch.float32)
+        labels = torch.where(next_weights > 0, input_ids.roll(-1), IGNORE_LABEL)
+        return EncodedSample(
+            input_ids=input_ids,
+            labels=labels,
+            loss_weights=None if torch.all((next_weights == 0) | (next_weights == 1)) else next_weights,
+            positions=mrope_positions(layout.runs),
+            slices=layout.slices,
+            grids=grids,
+            patches=torch.cat(patches),
+            sample_id=sample.sample_id,
+        )
+
+    def _grid(self, height: int, width: int) -> Grid:
+        height, width = smart_resize(height, width, min_pixels=self.min_pixels, max_pixels=self.max_pixels)
+        return 1, height // PATCH, width // PATCH
+
+
+def _slots(pieces: Sequence[Piece]) -> list[Slot]:
+    return [piece for piece in pieces if isinstance(piece, Slot)]

@@ -1,0 +1,36 @@
+"""Positions of the interleaved M-RoPE: three rows (time, height, width) for every token."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+Run = int | tuple[int, int, int]
+"""A stretch of a sequence: a number of text tokens, or the grid (1, height, width) of an image or frame, in patches."""
+
+
+def mrope_positions(runs: Iterable[Run], *, merge_size: int = 2) -> Tensor:
+    """Return int64 (3, n) positions of a sequence, exactly as transformers' `Qwen3VLModel.get_rope_index`.
+
+    Text counts on by one on all three rows. An image that starts at p has time p, height p + row, width p + column of
+    its merged grid, and the text behind it goes on at p + max(rows, columns). A clip is one run for each frame.
+    [2, (1, 4, 4), 1] -> 0 1 | 2 2 2 2 | 4;  0 1 | 2 2 3 3 | 4;  0 1 | 2 3 2 3 | 4
+    """
+    parts: list[Tensor] = []
+    start = 0
+    for run in runs:
+        if isinstance(run, int):
+            parts.append(torch.arange(start, start + run).expand(3, -1))
+            start += run
+            continue
+        frames, height, width = run
+        assert frames == 1, f"a clip is one run for each frame, got {run}"
+        rows, cols = height // merge_size, width // merge_size
+        time = torch.full((rows * cols,), start)
+        parts.append(
+            torch.stack(
+                [time, start + torch.arange(rows).repeat_interleave(cols), start + torch.arange(cols).repeat(rows)]
+            )
+        )
+        start += max(rows, cols)
+    return torch.cat(parts, dim=1) if parts else torch.zeros(3, 0, dtype=torch.int64)

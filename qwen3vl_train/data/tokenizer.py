@@ -1,0 +1,101 @@
+"""The checkpoint's tokenizer, with one rule of our own: text that somebody typed never becomes a special token."""
+
+import json
+from pathlib import Path
+
+from tokenizers import Tokenizer, processors
+
+from qwen3vl_train.arch import Qwen3VLArch
+
+END_OF_TEXT = "<|endoftext|>"
+TURN_START = "<|im_start|>"
+TURN_END = "<|im_end|>"
+VISION_START = "<|vision_start|>"
+VISION_END = "<|vision_end|>"
+IMAGE_PAD = "<|image_pad|>"
+VIDEO_PAD = "<|video_pad|>"
+SPECIAL_TOKENS = (END_OF_TEXT, TURN_START, TURN_END, VISION_START, VISION_END, IMAGE_PAD, VIDEO_PAD)
+
+
+class ChatTokenizer:
+    """Encodes plain text and knows the ids of the special tokens, by name.
+
+    special_ids: name -> id of SPECIAL_TOKENS. Added tokens that are not special (`<think>`, `<tool_call>`) are
+    recognised in text as the tokenizer has them. Can be pickled.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, where: str = "tokenizer") -> None:
+        """Take over a tokenizer. Raises ValueError that names every special token it lacks or does not mark special."""
+        added = tokenizer.get_added_tokens_decoder()
+        found = {name: tokenizer.token_to_id(name) for name in SPECIAL_TOKENS}
+        ids = {name: token for name, token in found.items() if token is not None}
+        missing = [name for name in SPECIAL_TOKENS if name not in ids]
+        if missing:
+            raise ValueError(f"{where}: no token {', '.join(missing)}; give the tokenizer of a Qwen3-VL checkpoint")
+        plain = [name for name, token in ids.items() if token not in added or not added[token].special]
+        if plain:
+            raise ValueError(
+                f"{where}: {', '.join(plain)} not marked special, so that typed text would become it; "
+                "set special to true in added_tokens"
+            )
+        self.special_ids: dict[str, int] = ids
+        self._where = where
+        self._tokenizer = tokenizer
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        tokenizer.encode_special_tokens = True  # "encode as text": special names in text stay text
+        tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)  # offsets keep leading blanks
+
+    @classmethod
+    def from_pretrained(cls, model_path: str | Path, arch: Qwen3VLArch | None = None) -> "ChatTokenizer":
+        """Read `model_path/tokenizer.json`; with arch, check its ids. Raises ValueError."""
+        file = Path(model_path) / "tokenizer.json"
+        if not file.is_file():
+            raise ValueError(f"{file}: no such file; give the folder of a Qwen3-VL checkpoint with its tokenizer")
+        try:
+            text = file.read_text(encoding="utf-8")
+            content = json.loads(text)
+        except ValueError as error:
+            raise ValueError(f"{file}: not JSON ({error}); copy the file again") from None
+        if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
+            raise ValueError(f"{file}: holds no tokenizer (no 'model'); copy the file again")
+        loaded = cls(Tokenizer.from_str(text), where=str(file))
+        if arch is not None:
+            loaded.check_ids(arch)
+        return loaded
+
+    def check_ids(self, arch: Qwen3VLArch) -> None:
+        """Raise ValueError where config.json and the tokenizer give different ids to the vision tokens."""
+        wanted = {
+            IMAGE_PAD: arch.image_token_id,
+            VIDEO_PAD: arch.video_token_id,
+            VISION_START: arch.vision_start_token_id,
+            VISION_END: arch.vision_end_token_id,
+        }
+        faults = [
+            f"{name} is {self.special_ids[name]}, config.json says {token}"
+            for name, token in wanted.items()
+            if self.special_ids[name] != token
+        ]
+        highest = max(self._tokenizer.get_vocab(with_added_tokens=True).values())
+        if highest >= arch.text.vocab_size:
+            faults.append(f"its highest id {highest} is outside the model's vocabulary of {arch.text.vocab_size}")
+        if faults:
+            raise ValueError(f"{self._where}: {'; '.join(faults)}; use the tokenizer of this checkpoint")
+
+    def encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Return ids and, for each, the (start, end) characters of text it stands for. Special names stay text."""
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        return encoding.ids, encoding.offsets
+
+    def decode(self, ids: list[int], *, skip_special_tokens: bool = True) -> str:
+        """Turn ids back to text. Text comes back in Unicode normal form C."""
+        return self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+
+    def __reduce__(self) -> tuple:
+        # A pickled Tokenizer forgets encode_special_tokens, so it is made anew.
+        return _restore, (self._tokenizer.to_str(), self._where)
+
+
+def _restore(text: str, where: str) -> ChatTokenizer:
+    return ChatTokenizer(Tokenizer.from_str(text), where)

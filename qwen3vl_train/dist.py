@@ -1,0 +1,81 @@
+"""Ranks and devices: who this process is, and the few sums that ranks exchange outside the model."""
+
+import os
+import random
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import numpy
+import torch
+import torch.distributed as torch_dist
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all: rank 0..world_size-1, local_rank on its machine, its device.
+
+    A single process is a world of one in which every sum is its own value; no process group is made for it.
+    """
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, values: list[float]) -> list[float]:
+        """Sum each number over all ranks, in float64. Every rank must call it, with the same count of numbers."""
+        if self.world_size == 1:
+            return values
+        tensor = torch.tensor(values, dtype=torch.float64)
+        torch_dist.all_reduce(tensor)
+        return tensor.tolist()
+
+    def gather(self, value: Any) -> list[Any]:
+        """Collect one small object from every rank, in rank order, on every rank."""
+        if self.world_size == 1:
+            return [value]
+        out: list[Any] = [None] * self.world_size
+        torch_dist.all_gather_object(out, value)
+        return out
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            torch_dist.barrier()
+
+
+def start_ranks(*, timeout_seconds: float = 1800.0) -> Ranks:
+    """Read what torchrun put into the environment and join the other ranks; without it this is one process.
+
+    CPU tensors travel by gloo, GPU tensors by NCCL.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    rank = int(os.environ.get("RANK", "0"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl"
+    else:
+        device, backend = torch.device("cpu"), "gloo"
+    if world_size > 1 and not torch_dist.is_initialized():
+        torch_dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
+    return Ranks(rank, world_size, local_rank, device)
+
+
+def stop_ranks() -> None:
+    """Leave the process group, if there is one."""
+    if torch_dist.is_initialized():
+        torch_dist.destroy_process_group()
+
+
+def seed_everything(*parts: int) -> None:
+    """Seed python, numpy and torch from a tuple of integers: the same parts give the same numbers on any machine."""
+    state = numpy.random.SeedSequence(parts).generate_state(2, dtype=numpy.uint64)
+    random.seed(int(state[0]))
+    numpy.random.seed(int(state[0]) % 2**32)
+    torch.manual_seed(int(state[1]) % 2**63)

@@ -1,0 +1,1 @@
+"""The model: plain torch, packed end to end, and ignorant of ranks."""

@@ -1,0 +1,90 @@
+"""LoRA on our module tree, through peft: which modules it goes on, and the way back to a plain model.
+
+References: Hu et al., "LoRA" (2021); rsLoRA, Kalajdzievski (2023); DoRA, Liu et al. (2024).
+"""
+
+import difflib
+import re
+from collections.abc import Callable, Sequence
+
+from torch import Tensor, nn
+
+from qwen3vl_train.groups import LORA_GROUPS
+from qwen3vl_train.model.groups import group_of
+
+ADAPTER = "default"
+
+
+def lora_modules(model: nn.Module, targets: Sequence[str], huggingface_name: Callable[[str], str]) -> list[str]:
+    """Names (ours) of the linear modules that the targets mean.
+
+    The patch embedding and the head are applied as plain products of their weights, so an adapter on them would never be used:
+    they are refused.
+    targets: group names, or regular expressions matched in full against Hugging Face module names.
+    Raises ValueError for a target that matches nothing, or something that cannot carry an adapter.
+    """
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    eligible = [name for name in linears if group_of(name) in LORA_GROUPS]
+    leaves = [name for name, module in model.named_modules() if any(True for _ in module.parameters(recurse=False))]
+    chosen: set[str] = set()
+    for target in targets:
+        if target in LORA_GROUPS:
+            chosen.update(name for name in eligible if group_of(name) == target)
+            continue
+        pattern = re.compile(target)
+        hits = [name for name in leaves if pattern.fullmatch(huggingface_name(name))]
+        if not hits:
+            names = [huggingface_name(name) for name in eligible]
+            near = difflib.get_close_matches(target, [*LORA_GROUPS, *names], n=3, cutoff=0.3)
+            raise ValueError(f"tune.targets: {target!r} matches no module; near names: {', '.join(near) or names[0]}")
+        wrong = [huggingface_name(name) for name in hits if name not in eligible]
+        if wrong:
+            raise ValueError(
+                f"tune.targets: {target!r} matches {wrong[0]}, which takes no adapter; "
+                f"only linear layers of {', '.join(LORA_GROUPS)} do"
+            )
+        chosen.update(hits)
+    return [name for name in eligible if name in chosen]
+
+
+def add_lora(
+    model: nn.Module, modules: list[str], *, rank: int, alpha: float, dropout: float, rslora: bool, dora: bool
+) -> None:
+    """Freeze the model and put an adapter on each named linear module. B starts at zero: the function is unchanged."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    model.requires_grad_(False)
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,  # type: ignore[arg-type]  # peft's hint says int; it only ever divides by it
+        lora_dropout=dropout,
+        target_modules=modules,
+        use_rslora=rslora,
+        use_dora=dora,
+        bias="none",
+    )
+    inject_adapter_in_model(config, model, adapter_name=ADAPTER)
+    adapted = {name.rpartition(".")[0] for name, _ in model.named_modules() if name.endswith(".lora_A")}
+    assert adapted == set(modules), f"peft adapted {len(adapted)} modules, {len(modules)} were named"
+
+
+def adapter_tensors(model: nn.Module, huggingface_name: Callable[[str], str]) -> dict[str, Tensor]:
+    """The adapter under the names that `PeftModel.from_pretrained` reads on the stock model."""
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        module, found, part = name.partition(".lora_")
+        if found:
+            kind = part.replace(f".{ADAPTER}", "", 1)
+            tensors[f"base_model.model.{huggingface_name(module)}.lora_{kind}"] = parameter.detach()
+    return tensors
+
+
+def merge_lora(model: nn.Module) -> None:
+    """Add every adapter to its base weight and put the plain linear modules back."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for name, module in list(model.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            module.merge(safe_merge=True)
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, module.get_base_layer())

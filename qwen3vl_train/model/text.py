@@ -1,0 +1,145 @@
+"""The decoder. T packed tokens, D hidden, N query heads, K key/value heads, H head dim, F MLP width, V vocabulary, M visual rows."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from qwen3vl_train.arch import TextArch
+from qwen3vl_train.batch import Segments
+from qwen3vl_train.model.attention import KVCache, attend
+from qwen3vl_train.model.rope import apply_rope, mrope_cos_sin
+
+Rope = tuple[Tensor, Tensor]
+
+
+class Qwen3VLTextRMSNorm(nn.Module):
+    """Root-mean-square norm in float32; the weight multiplies after the cast back (Zhang & Sennrich, 2019)."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        x32 = x.float()
+        return self.weight * (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+
+
+class Qwen3VLTextAttention(nn.Module):
+    """Grouped-query attention with a norm on every query and key head, causal inside each sequence."""
+
+    def __init__(self, arch: TextArch, layer: int) -> None:
+        super().__init__()
+        self.layer, self.head_dim = layer, arch.head_dim
+        q_dim, kv_dim = arch.num_attention_heads * arch.head_dim, arch.num_key_value_heads * arch.head_dim
+        self.q_proj = nn.Linear(arch.hidden_size, q_dim, bias=False)
+        self.k_proj = nn.Linear(arch.hidden_size, kv_dim, bias=False)
+        self.v_proj = nn.Linear(arch.hidden_size, kv_dim, bias=False)
+        self.o_proj = nn.Linear(q_dim, arch.hidden_size, bias=False)
+        self.q_norm = Qwen3VLTextRMSNorm(arch.head_dim, arch.rms_norm_eps)
+        self.k_norm = Qwen3VLTextRMSNorm(arch.head_dim, arch.rms_norm_eps)
+
+    def forward(self, x_TD: Tensor, rope: Rope, segments: Segments | None, cache: KVCache | None) -> Tensor:
+        """With segments: a packed row (its keys and values go to the cache, if any). Without: one new token per cached sequence."""
+        q_TNH = apply_rope(self.q_norm(self.q_proj(x_TD).unflatten(-1, (-1, self.head_dim))), *rope)
+        k_TKH = apply_rope(self.k_norm(self.k_proj(x_TD).unflatten(-1, (-1, self.head_dim))), *rope)
+        v_TKH = self.v_proj(x_TD).unflatten(-1, (-1, self.head_dim))
+        if segments is not None:
+            if cache is not None:
+                cache.fill(self.layer, k_TKH, v_TKH)
+            out_TNH = attend(q_TNH, k_TKH, v_TKH, segments, causal=True)
+        else:
+            assert cache is not None, "decoding one token needs a cache"
+            out_TNH = cache.attend(self.layer, q_TNH, k_TKH, v_TKH)
+        return self.o_proj(out_TNH.flatten(1))
+
+
+class Qwen3VLTextMLP(nn.Module):
+    """SwiGLU (Shazeer, 2020)."""
+
+    def __init__(self, arch: TextArch) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(arch.hidden_size, arch.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(arch.hidden_size, arch.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(arch.intermediate_size, arch.hidden_size, bias=False)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x_TD)) * self.up_proj(x_TD))
+
+
+class Qwen3VLTextDecoderLayer(nn.Module):
+    def __init__(self, arch: TextArch, layer: int) -> None:
+        super().__init__()
+        self.self_attn = Qwen3VLTextAttention(arch, layer)
+        self.mlp = Qwen3VLTextMLP(arch)
+        self.input_layernorm = Qwen3VLTextRMSNorm(arch.hidden_size, arch.rms_norm_eps)
+        self.post_attention_layernorm = Qwen3VLTextRMSNorm(arch.hidden_size, arch.rms_norm_eps)
+
+    def forward(self, x_TD: Tensor, rope: Rope, segments: Segments | None, cache: KVCache | None = None) -> Tensor:
+        x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), rope, segments, cache)
+        return x_TD + self.mlp(self.post_attention_layernorm(x_TD))
+
+
+class Qwen3VLTextModel(nn.Module):
+    """Embedding, decoder layers with DeepStack, final norm."""
+
+    def __init__(self, arch: TextArch) -> None:
+        super().__init__()
+        self.arch = arch
+        self.activation_checkpointing = False
+        self.embed_tokens = nn.Embedding(arch.vocab_size, arch.hidden_size)
+        self.layers = nn.ModuleList([Qwen3VLTextDecoderLayer(arch, layer) for layer in range(arch.num_hidden_layers)])
+        self.norm = Qwen3VLTextRMSNorm(arch.hidden_size, arch.rms_norm_eps)
+
+    def forward(
+        self,
+        inputs_embeds: Tensor,
+        positions: Tensor,
+        segments: Segments | None,
+        *,
+        visual_pos_mask: Tensor | None = None,
+        deepstack_visual_embeds: list[Tensor] | None = None,
+        visual_rows: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """Run the decoder over a packed row. Returns the normed hidden states (T, D).
+
+        inputs_embeds (T, D); positions (3, T); segments: the sequences of the row, None when decoding from a cache.
+        deepstack_visual_embeds: feature k (M, D) is added after layer k at the places where visual_pos_mask (T,) is true, in order.
+        visual_rows (M,): those places as numbers, where the collator has them already; it saves reading the mask.
+        Raises ValueError for DeepStack features without a mask: visual tokens are never simply at the front.
+        """
+        cos_TH, sin_TH = mrope_cos_sin(positions, self.arch.head_dim, self.arch.rope_theta, self.arch.mrope_section)
+        rope = (cos_TH.to(inputs_embeds.dtype), sin_TH.to(inputs_embeds.dtype))
+        deepstack = deepstack_visual_embeds or []
+        if deepstack:
+            if visual_pos_mask is None:
+                raise ValueError("text model: DeepStack features came without visual_pos_mask; pass the mask of their tokens")
+            if visual_rows is None:
+                visual_rows = visual_pos_mask.nonzero().squeeze(1)
+            if visual_rows.numel() != deepstack[0].shape[0]:
+                raise ValueError(
+                    f"text model: visual_pos_mask marks {visual_rows.numel()} tokens, DeepStack has {deepstack[0].shape[0]} rows"
+                )
+        x_TD = inputs_embeds
+        for number, layer in enumerate(self.layers):
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x_TD = checkpoint(layer, x_TD, rope, segments, use_reentrant=False)
+            else:
+                x_TD = layer(x_TD, rope, segments, cache)
+            if number < len(deepstack):
+                assert visual_rows is not None
+                x_TD = x_TD.index_add(0, visual_rows, deepstack[number].to(x_TD.dtype))
+        return self.norm(x_TD)
+
+
+class Qwen3VLTextForCausalLM(nn.Module):
+    """The decoder with its head; a tied head is the embedding's own parameter."""
+
+    def __init__(self, arch: TextArch, *, tie_word_embeddings: bool) -> None:
+        super().__init__()
+        self.model = Qwen3VLTextModel(arch)
+        self.lm_head = nn.Linear(arch.hidden_size, arch.vocab_size, bias=False)
+        if tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight

@@ -1,0 +1,114 @@
+"""Answers: let a run or model answer the questions of a file, and hold them against the answers that stand there."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qwen3vl_train.arch import read_config
+from qwen3vl_train.checkpoint.hf import load_qwen3_vl_model
+from qwen3vl_train.data.collate import MultimodalCollator
+from qwen3vl_train.data.encode import EncodedSample
+from qwen3vl_train.data.faults import RowFault
+from qwen3vl_train.data.formats import Sample
+from qwen3vl_train.data.sources import JsonlSource
+from qwen3vl_train.model.generate import generate_greedy
+from qwen3vl_train.model.qwen3vl import Qwen3VLForConditionalGeneration
+from qwen3vl_train.train.data import open_collator
+from qwen3vl_train.train.restore import is_run_folder, restore_run
+
+# Prompts are generated side by side up to this many tokens; a cache of the largest model then stays near 4 GiB.
+MAX_PROMPT_TOKENS = 8192
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def open_model(path: Path, dtype: str | None) -> tuple[Qwen3VLForConditionalGeneration, MultimodalCollator]:
+    """Open a run folder (newest checkpoint, with the run's pixel budgets) or a Hugging Face folder, on the GPU if there is one.
+
+    dtype: of the arithmetic; None for what the run or the checkpoint has.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if is_run_folder(path):
+        from qwen3vl_train.config import load_recipe
+        from qwen3vl_train.train.run_folder import RECIPE_FILE
+
+        recipe = load_recipe(path / RECIPE_FILE)
+        run = restore_run(path, dtype=DTYPES[dtype or recipe.model.dtype], device=device)
+        return run.model, open_collator(recipe)
+    config = read_config(path)
+    stored = str(config.get("dtype") or config.get("torch_dtype") or config.get("text_config", {}).get("dtype"))
+    model = load_qwen3_vl_model(path, dtype=DTYPES[dtype or ("float32" if stored == "float32" else "bfloat16")], device=device)
+    return model.eval(), MultimodalCollator.from_pretrained(path)
+
+
+def split_answer(sample: Sample) -> tuple[Sample, str]:
+    """Cut a sample before its last answer: the question, and the text of that answer. Raises RowFault without an answer at the end."""
+    if sample.messages[-1].role != "assistant" or len(sample.messages) < 2:
+        raise RowFault("does not end with an answer to compare with; end it with an assistant message")
+    question = Sample(sample.messages[:-1], sample.tools, sample.sample_id, sample.media_root)
+    return question, sample.messages[-1].text
+
+
+def evaluate_answers(
+    path: Path, data: Path, *, media_root: Path | None, max_new_tokens: int, dtype: str | None
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Return a summary (loss, label_tokens, exact_match, num_samples, num_rejected) and one row an answer.
+
+    The loss is over all labels of the sample; the answer generated is the last one. Exact match compares texts without outer spaces.
+    Raises ValueError where nothing of the file can be used.
+    """
+    model, collate = open_model(path, dtype)
+    device = next(model.parameters()).device
+    source = JsonlSource(data, media_root or data.parent)
+    stop_ids = {collate.tokenizer.special_ids["<|im_end|>"], collate.tokenizer.special_ids["<|endoftext|>"]}
+    loss, labels = 0.0, 0
+    answers: list[dict[str, Any]] = []
+    rejected: list[str] = []
+    for group in _grouped(source, collate, rejected):
+        with torch.no_grad():
+            loss_sum, num_labels = model(collate.pack([whole for whole, _, _ in group]).to(device))
+        loss, labels = loss + loss_sum.item(), labels + num_labels
+        prompts = collate.pack([prompt for _, prompt, _ in group]).to(device)
+        generated = generate_greedy(model, prompts, max_new_tokens=max_new_tokens, stop_ids=stop_ids)
+        for (whole, _, expected), ids in zip(group, generated, strict=True):
+            answer = collate.decode(ids).strip()
+            answers.append(
+                {"id": whole.sample_id, "expected": expected, "answer": answer, "match": answer == expected.strip()}
+            )
+    if not answers:
+        raise ValueError(f"{data}: no row can be used; the first: {rejected[0] if rejected else 'the file is empty'}")
+    summary = {
+        "model": str(path),
+        "data": str(data),
+        "num_samples": len(answers),
+        "num_rejected": len(rejected),
+        "loss": loss / max(1, labels),
+        "label_tokens": labels,
+        "exact_match": sum(answer["match"] for answer in answers) / len(answers),
+    }
+    return summary, answers
+
+
+def _grouped(
+    source: JsonlSource, collate: MultimodalCollator, rejected: list[str]
+) -> Iterator[list[tuple[EncodedSample, EncodedSample, str]]]:
+    """Encode (whole sample, prompt, expected answer) of each row, in groups of up to MAX_PROMPT_TOKENS."""
+    group: list[tuple[EncodedSample, EncodedSample, str]] = []
+    tokens = 0
+    for row in range(len(source)):
+        try:
+            sample = source.sample(row)
+            question, expected = split_answer(sample)
+            whole = collate.encode(sample)
+            prompt = collate.encoder.encode(question, generation_prompt=True)
+        except RowFault as fault:
+            rejected.append(f"{source.name}:{source.row_number(row)}: {fault}")
+            continue
+        if group and tokens + whole.input_ids.numel() > MAX_PROMPT_TOKENS:
+            yield group
+            group, tokens = [], 0
+        group.append((whole, prompt, expected))
+        tokens += whole.input_ids.numel()
+    if group:
+        yield group

@@ -1,0 +1,100 @@
+"""What the scripts in launch/ do: read the command line, call one function, turn errors of ours into one clear message."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from qwen3vl_train.config import load_recipe
+
+
+def run_or_explain(work: Callable[[], object]) -> int:
+    """Run; print a ValueError (exit 2: mend the input) or RuntimeError (exit 1: it broke on the way) as a message without a traceback."""
+    from qwen3vl_train.dist import stop_ranks
+
+    try:
+        work()
+        return 0
+    except (ValueError, RuntimeError) as error:
+        if os.environ.get("QWEN3VL_TRACEBACK"):
+            raise
+        rank = f"[rank {os.environ['RANK']}] " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+        print(f"{rank}error: {error}\n(QWEN3VL_TRACEBACK=1 shows where)", file=sys.stderr, flush=True)
+        return 2 if isinstance(error, ValueError) else 1
+    finally:
+        stop_ranks()
+
+
+def sft(argv: list[str] | None = None) -> int:
+    """launch/sft.py: train from a recipe."""
+    parser = argparse.ArgumentParser(description="Fine-tune Qwen3-VL from a recipe; start it with torchrun for several ranks.")
+    parser.add_argument("recipe", help="recipe file (YAML or JSON)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. optim.lr=2e-5 train.num_steps=100")
+    arguments = parser.parse_args(argv)
+
+    def work() -> None:
+        from qwen3vl_train.train.loop import train
+
+        train(load_recipe(arguments.recipe, arguments.overrides))
+
+    return run_or_explain(work)
+
+
+def export(argv: list[str] | None = None) -> int:
+    """launch/export.py: write an adapter or a checkpoint from a run."""
+    parser = argparse.ArgumentParser(description="Write what a run trained, and check it against stock transformers.")
+    parser.add_argument("run", type=Path, help="run folder, runs/<name>")
+    parser.add_argument("--out", type=Path, required=True, help="folder to make")
+    parser.add_argument("--merge", action="store_true", help="write a whole checkpoint with the adapter merged in")
+    arguments = parser.parse_args(argv)
+
+    def work() -> None:
+        from qwen3vl_train.train.export import export_run
+
+        done = export_run(arguments.run, arguments.out, merge=arguments.merge)
+        print(
+            f"{done.out}: {done.kind} of step {done.step}, {done.num_tensors} tensors, read back bit-equal; "
+            f"logits in stock transformers differ by at most {done.difference.largest:.1e} "
+            f"(their spread is {done.difference.spread:.2f})"
+        )
+
+    return run_or_explain(work)
+
+
+def evaluate(argv: list[str] | None = None) -> int:
+    """launch/eval.py: loss, answers and exact matches of a run or model on a file of samples."""
+    parser = argparse.ArgumentParser(description="Loss, generated answers and exact matches on held-out samples.")
+    parser.add_argument("model", type=Path, help="run folder, or a Qwen3-VL checkpoint folder")
+    parser.add_argument("--data", type=Path, required=True, help="JSONL file of samples")
+    parser.add_argument("--media-root", type=Path, help="folder of its images (default: the folder of the file)")
+    parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: what the run or checkpoint has")
+    parser.add_argument("--out", type=Path, help="write each question's answer here, one JSON object a line")
+    parser.add_argument("--json", type=Path, help="write the summary here")
+    arguments = parser.parse_args(argv)
+
+    def work() -> None:
+        from qwen3vl_train.train.answers import evaluate_answers
+
+        summary, answers = evaluate_answers(
+            arguments.model,
+            arguments.data,
+            media_root=arguments.media_root,
+            max_new_tokens=arguments.max_new_tokens,
+            dtype=arguments.dtype,
+        )
+        if arguments.out:
+            arguments.out.write_text("".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers))
+        if arguments.json:
+            arguments.json.write_text(json.dumps(summary, indent=2) + "\n")
+        for answer in answers[:5]:
+            print(f"{answer['id']}: expected {answer['expected']!r}, got {answer['answer']!r}")
+        print(
+            f"{summary['num_samples']} samples: loss {summary['loss']:.4f} over {summary['label_tokens']} label tokens, "
+            f"exact match {100 * summary['exact_match']:.1f}%"
+            + (f", {summary['num_rejected']} rows rejected" if summary["num_rejected"] else "")
+        )
+
+    return run_or_explain(work)

@@ -1,0 +1,133 @@
+"""The data of a run, opened from its recipe: training loader, held-out packs, and the rows that cannot be used."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from qwen3vl_train.batch import PackedBatch
+from qwen3vl_train.config import EvalSource, Recipe, TrainSource
+from qwen3vl_train.data.collate import MultimodalCollator
+from qwen3vl_train.data.faults import Reject
+from qwen3vl_train.data.index import Index, build_index
+from qwen3vl_train.data.loader import TrainLoader, eval_packs
+from qwen3vl_train.data.sources import JsonlSource
+from qwen3vl_train.dist import Ranks
+
+
+@dataclass
+class TrainingData:
+    """loader: steps of this rank. evals: by name, a function that starts a pass over held-out packs. rejects: of all files."""
+
+    loader: TrainLoader
+    index: Index
+    evals: dict[str, Callable[[], Iterator[PackedBatch]]]
+    rejects: list[Reject]
+    max_rejected_fraction: float
+
+    @property
+    def num_steps(self) -> int:
+        return self.loader.num_steps
+
+    def share_rejects(self, rejected: list[Reject], ranks: Ranks) -> list[Reject]:
+        """Collect rows that broke while decoding from all ranks; returns them on every rank. Every rank must call it.
+
+        Raises ValueError on every rank once more than `data.max_rejected_fraction` of the rows have been rejected.
+        """
+        (count,) = ranks.sum([float(len(rejected))])
+        if not count:
+            return []
+        of_all = [reject for of_rank in ranks.gather(rejected) for reject in of_rank]
+        known = {(reject.file, reject.row) for reject in self.rejects}
+        self.rejects += [reject for reject in dict.fromkeys(of_all) if (reject.file, reject.row) not in known]
+        if len(self.rejects) > self.max_rejected_fraction * self.index.num_rows:
+            shown = "".join(f"\n  - {reject}" for reject in self.rejects[:3])
+            raise ValueError(
+                f"data: {len(self.rejects)} of {self.index.num_rows} rows turned out unusable, more than "
+                f"data.max_rejected_fraction {self.max_rejected_fraction:g}; mend them or raise it{shown}"
+            )
+        return of_all
+
+    def report_lines(self) -> list[str]:
+        """What the terminal says of the data."""
+        index = self.index
+        packs = self.loader.epoch_packs(0)
+        filled = sum(int(index.tokens[pack].sum()) for pack in packs) / (len(packs) * self.loader.max_tokens)
+        lines = [
+            f"data: {index.num_usable:,} samples, {int(index.tokens.sum()):,} tokens of which "
+            f"{int(index.visual_tokens.sum()):,} visual; {len(packs):,} packs in epoch 1, {100 * filled:.1f}% filled; "
+            f"{self.num_steps:,} steps"
+        ]
+        if self.rejects:
+            lines.append(f"data: {len(self.rejects)} rows rejected, listed in rejected.jsonl; the first: {self.rejects[0]}")
+        return lines
+
+
+def open_collator(recipe: Recipe) -> MultimodalCollator:
+    """The collator of the recipe's checkpoint, with the recipe's budgets."""
+    return MultimodalCollator.from_pretrained(
+        recipe.model.path,
+        max_visual_tokens_per_image=recipe.data.max_visual_tokens_per_image,
+        min_visual_tokens_per_image=recipe.data.min_visual_tokens_per_image,
+    )
+
+
+def open_source(source: TrainSource | EvalSource) -> JsonlSource:
+    """Open a file of samples; its images are looked for in media_root, or else beside it, and nowhere outside."""
+    return JsonlSource(source.path, source.media_root or Path(source.path).parent)
+
+
+def open_data(recipe: Recipe, ranks: Ranks, *, loader_state: dict[str, Any] | None = None) -> TrainingData:
+    """Read headers and texts of all files, plan packs, and stand where `loader_state` says.
+
+    Raises ValueError for files that cannot be read, too many rejected rows, nothing to learn from, data that changed.
+    """
+    data, train = recipe.data, recipe.train
+    collate = open_collator(recipe)
+    limits = {"max_tokens": data.max_tokens_per_pack, "max_rejected_fraction": data.max_rejected_fraction}
+    sources = [(open_source(source), source.weight) for source in data.train]
+    index = build_index([source for source, _ in sources], collate, **limits)
+    loader = TrainLoader(
+        sources,
+        collate,
+        index,
+        packs_per_step=train.packs_per_step,
+        max_tokens_per_pack=data.max_tokens_per_pack,
+        seed=train.seed,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        num_workers=data.num_workers,
+        num_epochs=train.num_epochs if train.num_steps is None else None,
+        num_steps=train.num_steps,
+        pin_memory=ranks.device.type == "cuda",
+    )
+    if loader_state is not None:
+        loader.load_state_dict(loader_state)
+    rejects = list(index.rejects)
+    evals: dict[str, Callable[[], Iterator[PackedBatch]]] = {}
+    for source in data.eval:
+        opened = open_source(source)
+        eval_index = build_index([opened], collate, **limits)
+        rejects += eval_index.rejects
+        name = source.name or Path(source.path).stem
+        if name in evals:
+            raise ValueError(f"data.eval: two files are called {name}; give one of them a name")
+        evals[name] = partial(_packs, opened, collate, eval_index, data.max_tokens_per_pack, ranks, data.num_workers)
+    return TrainingData(loader, index, evals, rejects, data.max_rejected_fraction)
+
+
+def _packs(
+    source: JsonlSource, collate: MultimodalCollator, index: Index, max_tokens: int, ranks: Ranks, num_workers: int
+) -> Iterator[PackedBatch]:
+    for result in eval_packs(
+        source,
+        collate,
+        index,
+        max_tokens=max_tokens,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        num_workers=num_workers,
+    ):
+        if result.pack is not None:
+            yield result.pack

@@ -1,0 +1,66 @@
+"""Everything a run tells: metrics.jsonl, eval.jsonl, rejected.jsonl, the tracker and the terminal. Rank 0 writes, others keep still."""
+
+import json
+from pathlib import Path
+from types import TracebackType
+
+from qwen3vl_train.config import Recipe
+from qwen3vl_train.data.faults import Reject
+from qwen3vl_train.dist import Ranks
+from qwen3vl_train.train.evaluate import EvalLoss
+from qwen3vl_train.train.metrics import MetricsLog, StepTally, device_peak_flops, peak_memory_gib, step_metrics
+from qwen3vl_train.train.run_folder import RejectLog
+from qwen3vl_train.train.track import Console, open_tracker
+
+
+class Recorder:
+    """Opened once a run, as a with-block; an exception that leaves the block marks the tracked run as failed."""
+
+    def __init__(self, recipe: Recipe, folder: Path, ranks: Ranks, *, num_steps: int, start_step: int) -> None:
+        self._folder, self._ranks = folder, ranks
+        self._peak_flops = device_peak_flops(ranks.device)
+        self._metrics = MetricsLog(folder / "metrics.jsonl") if ranks.is_main else None
+        self._rejects = RejectLog(folder / "rejected.jsonl", writes=ranks.is_main)
+        self._tracker = open_tracker(recipe, folder, ranks.rank)
+        self._console = Console(num_steps, start_step=start_step, rank=ranks.rank)
+
+    def __enter__(self) -> "Recorder":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._console.close()
+        if self._metrics:
+            self._metrics.close()
+        self._tracker.finish(0 if error is None else 1)
+
+    def line(self, text: str) -> None:
+        self._console.line(text)
+
+    def step(self, tally: StepTally, grad_norms: dict[str, float]) -> None:
+        """Write one step; grad_norms of the module groups go to the tracker."""
+        if self._metrics is None:
+            return
+        row = step_metrics(
+            tally,
+            world_size=self._ranks.world_size,
+            peak_flops=self._peak_flops,
+            peak_memory_gib=peak_memory_gib(self._ranks.device),
+        )
+        self._metrics.append(row)
+        self._tracker.log({**row, **{f"grad_norm/{group}": norm for group, norm in grad_norms.items()}}, tally.step)
+        self._console.step(row)
+
+    def evaluation(self, step: int, name: str, result: EvalLoss, seconds: float) -> None:
+        if not self._ranks.is_main:
+            return
+        row = {"step": step, "name": name, "loss": result.loss, "label_tokens": result.label_tokens, "seconds": seconds}
+        with (self._folder / "eval.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        self._tracker.log({f"eval/{name}/loss": result.loss}, step)
+        self.line(f"eval step {step}: {name} loss {result.loss:.4f} over {result.label_tokens} label tokens")
+
+    def rejected(self, rejects: list[Reject], *, say: bool = True) -> None:
+        """List rows that were left out; each is listed once, however often it is met."""
+        for reject in self._rejects.add(rejects):
+            if say:
+                self.line(f"left out: {reject}")

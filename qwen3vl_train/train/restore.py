@@ -1,0 +1,55 @@
+"""A finished or running run as a model again: the base checkpoint with the trained tensors of the run's last checkpoint."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from qwen3vl_train.checkpoint.hf import load_qwen3_vl_model
+from qwen3vl_train.checkpoint.run import latest_checkpoint, read_record, read_tensors
+from qwen3vl_train.config import Recipe, load_recipe
+from qwen3vl_train.model.qwen3vl import Qwen3VLForConditionalGeneration
+from qwen3vl_train.train.run_folder import RECIPE_FILE
+from qwen3vl_train.train.tune import apply_tuning
+
+
+@dataclass(frozen=True)
+class RestoredRun:
+    """model: with adapters still apart, in eval mode. step: of the checkpoint it was read from."""
+
+    model: Qwen3VLForConditionalGeneration
+    recipe: Recipe
+    step: int
+
+
+def is_run_folder(path: Path) -> bool:
+    return (path / RECIPE_FILE).is_file()
+
+
+@torch.no_grad()
+def restore_run(folder: Path, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> RestoredRun:
+    """Load a run's newest checkpoint over its base model.
+
+    The checkpoint's float32 masters are rounded to the dtype the run computed in before they are cast to `dtype`, so that what is
+    looked at or exported is the function that was trained. Raises ValueError where the folder holds no run or no checkpoint.
+    """
+    if not is_run_folder(folder):
+        raise ValueError(f"{folder}: not a run folder (no {RECIPE_FILE}); give runs/<name>")
+    recipe = load_recipe(folder / RECIPE_FILE)
+    checkpoint = latest_checkpoint(folder)
+    if checkpoint is None:
+        raise ValueError(f"{folder}: has no checkpoint yet; wait for checkpoint.every_steps, or let the run end")
+    record = read_record(checkpoint)
+    model = load_qwen3_vl_model(recipe.model.path, dtype=dtype, device=device)
+    apply_tuning(model, recipe)
+    trained_as = torch.bfloat16 if recipe.model.dtype == "bfloat16" else torch.float32
+    stored = {name: tensor for name, tensor in read_tensors(checkpoint).items() if name.startswith("weight/")}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            tensor = stored.pop(f"weight/{name}", None)
+            if tensor is None or tensor.shape != parameter.shape:
+                raise ValueError(f"{checkpoint}: holds no fitting {name}; was the recipe in {folder} changed?")
+            parameter.copy_(tensor.to(trained_as))
+    if stored:
+        raise ValueError(f"{checkpoint}: holds {next(iter(stored))}, which the recipe in {folder} does not train")
+    return RestoredRun(model.eval(), recipe, int(record["step"]))

@@ -1,0 +1,67 @@
+"""The run's folder: whether it is new, can be gone on with, or belongs to another run; and the rows that were rejected."""
+
+import json
+import platform
+from pathlib import Path
+
+import torch
+
+import qwen3vl_train
+from qwen3vl_train.checkpoint.run import latest_checkpoint
+from qwen3vl_train.config import Recipe, load_recipe, recipe_differences, run_dir, save_recipe
+from qwen3vl_train.data.faults import Reject
+
+RECIPE_FILE = "recipe.yaml"
+
+
+def open_run_folder(recipe: Recipe) -> tuple[Path, Path | None]:
+    """Return (run folder, checkpoint to resume from or None). Writes nothing: `claim_run_folder` does, on one rank.
+
+    Raises ValueError where the folder holds another run, or `checkpoint.resume: never` meets a started one.
+    """
+    folder = run_dir(recipe)
+    if not folder.exists() or not any(folder.iterdir()):
+        return folder, None
+    file = folder / RECIPE_FILE
+    if not file.is_file():
+        raise ValueError(f"{folder}: holds other files, but no {RECIPE_FILE}; choose another name or output_dir")
+    differences = recipe_differences(load_recipe(file), recipe)
+    if differences:
+        lines = "\n".join(f"  - {line}" for line in differences)
+        raise ValueError(f"{folder}: holds another run\n{lines}\nchoose another name, or remove the folder")
+    if recipe.checkpoint.resume == "never":
+        raise ValueError(f"{folder}: holds this run already; choose another name, or set checkpoint.resume: auto to go on")
+    return folder, latest_checkpoint(folder)
+
+
+def claim_run_folder(folder: Path, recipe: Recipe) -> None:
+    """Make the folder and write the resolved recipe."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_recipe(recipe, folder / RECIPE_FILE)
+
+
+def versions() -> dict[str, str]:
+    """What produced a checkpoint."""
+    return {"qwen3vl_train": qwen3vl_train.__version__, "torch": torch.__version__, "python": platform.python_version()}
+
+
+class RejectLog:
+    """`rejected.jsonl`: one object a rejected row, each row once, also when a resumed run meets it again."""
+
+    def __init__(self, path: Path, *, writes: bool) -> None:
+        self.path, self._writes = path, writes
+        self._seen: set[tuple[str, int]] = set()
+        if writes and path.is_file():
+            # A kill can cut the last line short; that row is then written again.
+            whole = [line for line in path.read_text(encoding="utf-8").split("\n")[:-1] if line]
+            self._seen = {(row["file"], row["row"]) for row in map(json.loads, whole)}
+            path.write_text("".join(f"{line}\n" for line in whole), encoding="utf-8")
+
+    def add(self, rejects: list[Reject]) -> list[Reject]:
+        """List the rows that are not listed yet, and return those."""
+        new = [reject for reject in rejects if (reject.file, reject.row) not in self._seen]
+        self._seen.update((reject.file, reject.row) for reject in new)
+        if new and self._writes:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(reject._asdict(), ensure_ascii=False) + "\n" for reject in new)
+        return new

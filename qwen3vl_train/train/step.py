@@ -1,0 +1,90 @@
+"""One optimizer step over the packs of all ranks."""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+
+from qwen3vl_train.batch import PackedBatch
+from qwen3vl_train.dist import Ranks, seed_everything
+from qwen3vl_train.model.flops import FlopsCounter
+from qwen3vl_train.model.qwen3vl import Qwen3VLForConditionalGeneration
+from qwen3vl_train.parallel.ddp import sum_gradients
+from qwen3vl_train.train.optim import MasterAdamW
+
+
+@dataclass
+class StepSums:
+    """Sums over the packs of all ranks. loss is the mean over all label tokens; grad_norms by module group, and 'all'."""
+
+    loss: float = 0.0
+    label_tokens: int = 0
+    tokens: int = 0
+    visual_tokens: int = 0
+    patches: int = 0
+    flops: float = 0.0
+    grad_norms: dict[str, float] = field(default_factory=dict)
+
+
+class NonFiniteError(RuntimeError):
+    """A loss or gradient is not a finite number; the message names the step and the samples of its packs."""
+
+
+def train_step(
+    model: Qwen3VLForConditionalGeneration,
+    optimizer: MasterAdamW,
+    packs: list[PackedBatch],
+    pack_numbers: list[int],
+    ranks: Ranks,
+    flops: FlopsCounter,
+    *,
+    step: int,
+    seed: int,
+    lr_factor: float,
+    max_grad_norm: float | None,
+) -> StepSums:
+    """Move the weights by the gradient of (sum of losses) / (number of labels), both over all packs of all ranks.
+
+    packs: this rank's share, possibly empty. pack_numbers: their places among all packs of the step; dropout in a pack depends on
+    (seed, step, place) alone, so it does not change with the number of ranks.
+    Raises NonFiniteError on every rank before any weight has moved.
+    """
+    counts = [[b.num_labels, b.num_tokens, b.num_visual_tokens, b.num_patches, flops.step(b)] for b in packs]
+    totals = ranks.sum([float(sum(column)) for column in zip(*counts, strict=True)] if counts else [0.0] * 5)
+    num_labels = max(1.0, totals[0])
+
+    losses: list[torch.Tensor] = []
+    for number, batch in zip(pack_numbers, packs, strict=True):
+        seed_everything(seed, step, number)
+        loss_sum, _ = model(batch.to(ranks.device, non_blocking=True))
+        (loss_sum / num_labels).backward()
+        losses.append(loss_sum.detach())
+
+    sum_gradients(optimizer.gradients(), ranks.world_size)
+    norms = optimizer.group_norms()
+    (loss,) = ranks.sum([float(torch.stack(losses).sum()) if losses else 0.0])
+    if not (math.isfinite(loss) and math.isfinite(norms["all"])):
+        _stop_non_finite(packs, [loss.item() for loss in losses], loss / num_labels, norms, step, ranks)
+    clip = 1.0 if max_grad_norm is None else min(1.0, max_grad_norm / (norms["all"] + 1e-6))
+    optimizer.step(lr_factor, clip)
+    labels, tokens, visual_tokens, patches = (int(total) for total in totals[:4])
+    return StepSums(loss / num_labels, labels, tokens, visual_tokens, patches, totals[4], norms)
+
+
+def _stop_non_finite(
+    packs: list[PackedBatch], losses: list[float], loss: float, norms: dict[str, float], step: int, ranks: Ranks
+) -> None:
+    """Name the packs whose loss is not finite, or all packs where only the gradient is not."""
+    suspects = [pack for pack, value in zip(packs, losses, strict=True) if not math.isfinite(value)]
+    named = ranks.gather([list(pack.sample_ids) for pack in suspects])
+    if not any(named):
+        named = ranks.gather([list(pack.sample_ids) for pack in packs])
+    samples = [sample for of_rank in named for of_pack in of_rank for sample in of_pack]
+    groups = [group for group, norm in norms.items() if group != "all" and not math.isfinite(norm)]
+    raise NonFiniteError(
+        f"step {step + 1}: loss {loss}, gradient norm {norms['all']}"
+        + (f" (not finite in {', '.join(groups)})" if groups else "")
+        + f"; no weight was changed. Samples: {', '.join(samples[:20])}"
+        + (f" and {len(samples) - 20} more" if len(samples) > 20 else "")
+        + ". Look at these rows, lower optim.lr, or start again from the last checkpoint"
+    )

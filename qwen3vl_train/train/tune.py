@@ -1,0 +1,99 @@
+"""What trains: apply `tune` to a model, say what it did, and check after the first step that it is true."""
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from qwen3vl_train.checkpoint.names import to_huggingface
+from qwen3vl_train.config import LoraTune, Recipe
+from qwen3vl_train.dist import Ranks, seed_everything
+from qwen3vl_train.groups import GROUPS, VISION_GROUPS
+from qwen3vl_train.model.groups import group_of, train_only
+from qwen3vl_train.model.lora import add_lora, lora_modules
+from qwen3vl_train.model.qwen3vl import Qwen3VLForConditionalGeneration
+
+SEEN_WITH_MEDIA = {*VISION_GROUPS, "merger", "deepstack"}
+
+
+def apply_tuning(model: Qwen3VLForConditionalGeneration, recipe: Recipe) -> None:
+    """Freeze, unfreeze, add adapters and switch on activation checkpointing as the recipe says.
+
+    Adapter weights start from the recipe's seed, alike on every rank. Raises ValueError for a target that matches nothing.
+    """
+    tune = recipe.tune
+    if isinstance(tune, LoraTune):
+        modules = lora_modules(model, tune.targets, to_huggingface)
+        seed_everything(recipe.train.seed)
+        add_lora(
+            model, modules, rank=tune.rank, alpha=tune.alpha, dropout=tune.dropout, rslora=tune.rslora, dora=tune.dora
+        )
+    else:
+        train_only(model, set(tune.trained_groups()))
+    checkpointing = recipe.train.activation_checkpointing == "full"
+    model.visual.vision.activation_checkpointing = checkpointing
+    model.language_model.model.activation_checkpointing = checkpointing
+
+
+@dataclass(frozen=True)
+class GroupReport:
+    """One module group: how much of it there is, how much trains, at which peak rate (0 where nothing does)."""
+
+    group: str
+    num_tensors: int
+    num_parameters: int
+    num_trained_tensors: int
+    num_trained_parameters: int
+    lr: float
+
+
+def report_groups(model: nn.Module, recipe: Recipe) -> list[GroupReport]:
+    """Count tensors and parameters by group, in the order of GROUPS; groups that hold nothing are left out."""
+    members: dict[str, list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        members.setdefault(group_of(name), []).append(parameter)
+    reports = []
+    for group in GROUPS:
+        parameters = members.get(group, [])
+        trained = [parameter for parameter in parameters if parameter.requires_grad]
+        if parameters:
+            reports.append(
+                GroupReport(
+                    group=group,
+                    num_tensors=len(parameters),
+                    num_parameters=sum(parameter.numel() for parameter in parameters),
+                    num_trained_tensors=len(trained),
+                    num_trained_parameters=sum(parameter.numel() for parameter in trained),
+                    lr=recipe.optim.lr_of(group) if trained else 0.0,
+                )
+            )
+    return reports
+
+
+class GradientCheck:
+    """Checks once, at the start, that exactly the parameters meant to train get gradients.
+
+    Step 1 decides. Where it held no image, the vision side cannot have been reached and is judged at the first step with one.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        self._touched: set[str] = set()
+        self._done = False
+
+    def after_step(self, step: int, touched: set[str], *, with_media: bool, ranks: Ranks) -> str | None:
+        """Judge the names that backward touched on this rank, together with those of all others.
+
+        Returns what to tell the user, if anything. Raises RuntimeError that names the tensors at fault. Every rank must call it.
+        """
+        if self._done or (step > 1 and not with_media):
+            return None
+        self._touched.update(name for names in ranks.gather(sorted(touched)) for name in names)
+        self._done = with_media
+        wanted = self._trained if with_media else {n for n in self._trained if group_of(n) not in SEEN_WITH_MEDIA}
+        missing, unexpected = sorted(wanted - self._touched), sorted(self._touched - self._trained)
+        faults = [f"{len(missing)} tensors that should train got no gradient: {', '.join(missing[:5])}"] if missing else []
+        faults += [f"{len(unexpected)} frozen tensors got one: {', '.join(unexpected[:5])}"] if unexpected else []
+        if faults:
+            raise RuntimeError(f"gradient check, step {step}: {'; '.join(faults)}; a fault of the model code, please report it")
+        judged = f"all {len(wanted)} trained tensors" if with_media else f"all {len(wanted)} trained text tensors (no image yet)"
+        return f"gradient check, step {step}: {judged} got a gradient, nothing else did"

@@ -1,0 +1,89 @@
+"""Does what was written compute what was trained? Stock transformers, and peft for an adapter, answer on probe conversations."""
+
+import inspect
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from qwen3vl_train.batch import PackedBatch
+from qwen3vl_train.data.collate import MultimodalCollator
+from qwen3vl_train.model.qwen3vl import Qwen3VLForConditionalGeneration
+
+# Both sides compute in float32 from the same weights; what is left is the order of summation, 1e-5 on tiny models and growing with depth.
+# A wrong scale, a missing module or another template moves logits by tenths of their spread.
+TOLERANCE = 2e-3
+
+
+@dataclass(frozen=True)
+class LogitDifference:
+    """Largest difference of any logit over the probes, and the standard deviation of the logits to measure it by."""
+
+    largest: float
+    spread: float
+
+    @property
+    def within_tolerance(self) -> bool:
+        return self.largest <= TOLERANCE * self.spread
+
+
+def probe_batches(collate: MultimodalCollator) -> list[PackedBatch]:
+    """Two small conversations, one with an image: enough to pass through every module."""
+    ramp = torch.linspace(0, 255, 192)
+    image = torch.stack([ramp.expand(160, -1), ramp.flip(0).expand(160, -1), ramp[:160, None].expand(-1, 192)], dim=-1)
+    picture = Image.fromarray(image.to(torch.uint8).numpy())
+    question = {"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": "What is shown?"}]}
+    answer = {"role": "assistant", "content": "Three ramps of colour."}
+    return [
+        collate([{"messages": [question, answer]}]),
+        collate([{"messages": [{"role": "user", "content": "Name a number."}, {"role": "assistant", "content": "Seven."}]}]),
+    ]
+
+
+def probe_logits(model: Qwen3VLForConditionalGeneration, batches: list[PackedBatch]) -> list[Tensor]:
+    """Our logits (T, V) for each probe, on the CPU."""
+    device = next(model.parameters()).device
+    return [model.logits(batch.to(device)).cpu() for batch in batches]
+
+
+@torch.no_grad()
+def compare_with_transformers(
+    logits: list[Tensor], batches: list[PackedBatch], *, checkpoint: Path, adapter: Path | None
+) -> LogitDifference:
+    """Load `checkpoint` into the stock class in float32, put the adapter on it if there is one, and compare logits.
+
+    Raises RuntimeError where transformers finds the files incomplete.
+    """
+    from transformers import Qwen3VLForConditionalGeneration as Stock
+
+    stock, info = Stock.from_pretrained(checkpoint, dtype=torch.float32, output_loading_info=True)
+    left_over = [f"{kind}: {sorted(names)[:3]}" for kind, names in info.items() if names]
+    if left_over:
+        raise RuntimeError(f"{checkpoint}: transformers does not load it whole ({'; '.join(left_over)})")
+    if adapter is not None:
+        from peft import PeftModel
+
+        stock = PeftModel.from_pretrained(stock, str(adapter))
+    stock.eval()
+    largest, spread = 0.0, 0.0
+    for batch, ours in zip(batches, logits, strict=True):
+        theirs = stock(**stock_inputs(batch, stock)).logits[0].float()
+        largest = max(largest, (theirs - ours).abs().max().item())
+        spread = max(spread, theirs.std().item())
+    return LogitDifference(largest, spread)
+
+
+def stock_inputs(batch: PackedBatch, stock: torch.nn.Module) -> dict[str, Tensor]:
+    """A pack of one sequence in the form that the stock class takes: normalised patches, both frames of a still."""
+    inputs: dict[str, Tensor] = {"input_ids": batch.input_ids[None]}
+    base = stock.get_base_model() if hasattr(stock, "get_base_model") else stock  # type: ignore[operator]
+    if "mm_token_type_ids" in inspect.signature(base.forward).parameters:  # type: ignore[union-attr]
+        inputs["mm_token_type_ids"] = batch.visual_pos_mask[None].int()
+    if batch.num_patches:
+        patches = batch.pixel_values.float()
+        if patches.shape[1] == 768:
+            patches = patches.view(-1, 3, 1, 256).expand(-1, -1, 2, -1).reshape(-1, 1536)
+        inputs |= {"pixel_values": (patches - 127.5) / 127.5, "image_grid_thw": batch.grid_thw}
+    return inputs

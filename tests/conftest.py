@@ -1,0 +1,64 @@
+"""Shared set-up: one thread, no network, and the tiny checkpoints that many tests read.
+
+`tests/` and `data/` go on the import path: a test says `import tiny`, `import digits`, `import tiny_checkpoint`.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+# Before torch is imported: OpenMP reads its variables once. More threads only fight each other on a small machine, and
+# a process that has OpenMP threads must not fork.
+os.environ.update(
+    OMP_NUM_THREADS="1",
+    HF_HUB_OFFLINE="1",
+    WANDB_MODE="offline",
+    TOKENIZERS_PARALLELISM="false",
+    TRANSFORMERS_VERBOSITY="error",
+    HF_HUB_DISABLE_PROGRESS_BARS="1",
+)
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "data")]
+
+import pytest  # noqa: E402
+import tiny  # noqa: E402
+import tiny_checkpoint  # noqa: E402
+import torch  # noqa: E402
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The untrained checkpoint of the quickstart. Read only: copy it before changing a file."""
+    folder = tmp_path_factory.mktemp("checkpoint") / "tiny"
+    tiny_checkpoint.write_tiny_checkpoint(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def make_oracle(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """A function: keywords of `tiny.oracle_checkpoint` -> its folder, built once a session. Read only."""
+    made: dict[tuple, Path] = {}
+
+    def make(**options) -> Path:
+        key = tuple(sorted(options.items()))
+        if key not in made:
+            made[key] = tiny.oracle_checkpoint(tmp_path_factory.mktemp("oracle"), **options)
+        return made[key]
+
+    return make
+
+
+# The two shapes that were released (2B and 4B; 8B and 32B), one in each dialect of config.json.
+ORACLES = {
+    "24-tied-published": {"vision_depth": 24, "tie": True, "dialect": "published"},
+    "27-untied-saved": {"vision_depth": 27, "tie": False, "dialect": "saved"},
+}
+
+
+@pytest.fixture(scope="session", params=list(ORACLES.values()), ids=list(ORACLES))
+def oracle_folder(request: pytest.FixtureRequest, make_oracle: Callable[..., Path]) -> Path:
+    """A random checkpoint that stock transformers wrote; the test runs once for each of ORACLES."""
+    return make_oracle(**request.param)
