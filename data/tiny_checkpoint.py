@@ -212,8 +212,10 @@ def _text_shapes(text: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
 def initial_tensors(config: dict[str, Any], seed: int) -> dict[str, Tensor]:
     """Draw fresh float32 weights under the published names; the same seed gives the same weights.
 
-    Norms are 1 and biases 0. Tables are normal with std 0.02; matrices, and the patch embedding seen as one, are normal
-    with std 1/sqrt(fan-in). lm_head.weight is written only when it is not tied to the embedding.
+    Norms are 1 and biases 0. Matrices, and the patch embedding seen as one, are normal with std 1/sqrt(fan-in); tables
+    with std 1/sqrt(width), so that a tied head can reach every token: with 0.02 a token that the first task never
+    showed keeps a row too short to be predicted, and no adapter on a frozen embedding can learn to say it.
+    lm_head.weight is written only when it is not tied to the embedding.
     """
     generator = torch.Generator().manual_seed(seed)
     shapes = [*_vision_shapes(config["vision_config"]), *_text_shapes(config["text_config"])]
@@ -224,9 +226,7 @@ def initial_tensors(config: dict[str, Any], seed: int) -> dict[str, Tensor]:
         if len(shape) == 1:
             tensors[name] = torch.zeros(shape) if name.endswith(".bias") else torch.ones(shape)
         else:
-            is_table = name.endswith(("embed_tokens.weight", "pos_embed.weight", "lm_head.weight"))
-            std = 0.02 if is_table else 1 / math.sqrt(math.prod(shape[1:]))
-            tensors[name] = torch.randn(shape, generator=generator) * std
+            tensors[name] = torch.randn(shape, generator=generator) / math.sqrt(math.prod(shape[1:]))
     return tensors
 
 

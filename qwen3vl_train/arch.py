@@ -1,7 +1,7 @@
 """The numbers of a checkpoint, read from its config.json in either dialect.
 
-Published files (transformers 4.57) write rope_theta + rope_scaling; transformers 5 writes rope_parameters. Both are read;
-`published_config` always writes the first, which every version loads. Class defaults of transformers are not the
+Published files (transformers 4.57) write rope_theta + rope_scaling; transformers 5 writes rope_parameters. Both are
+read; `published_config` always writes the first, which every version loads. Class defaults of transformers are not the
 checkpoints' values, so a missing number is an error, never a default.
 """
 
@@ -75,12 +75,19 @@ class Qwen3VLArch:
 
     @classmethod
     def from_dict(cls, config: dict[str, Any], where: str = "config") -> "Qwen3VLArch":
-        """Read a config in either dialect. Raises ValueError for another architecture, missing or impossible numbers."""
+        """Read a config in either dialect.
+
+        Raises ValueError for another architecture, missing or impossible numbers.
+        """
         model_type = config.get("model_type")
         if model_type == "qwen3_vl_moe":
-            raise ValueError(f"{where}: model_type is qwen3_vl_moe; mixture-of-experts checkpoints are not supported, use a dense one")
+            raise ValueError(
+                f"{where}: model_type is qwen3_vl_moe; mixture-of-experts is not supported, use a dense one"
+            )
         if model_type != "qwen3_vl":
-            raise ValueError(f"{where}: model_type is {model_type!r}, not 'qwen3_vl'; give the folder of a Qwen3-VL checkpoint")
+            raise ValueError(
+                f"{where}: model_type is {model_type!r}, not 'qwen3_vl'; give the folder of a Qwen3-VL checkpoint"
+            )
         faults: list[str] = []
         text = _Reader(config.get("text_config"), "text_config", faults)
         vision = _Reader(config.get("vision_config"), "vision_config", faults)
@@ -98,37 +105,37 @@ class Qwen3VLArch:
             faults.append("text_config.attention_bias is true; Qwen3-VL has none")
         arch = cls(
             vision=VisionArch(
-                depth=vision.int("depth"),
-                hidden_size=vision.int("hidden_size"),
-                intermediate_size=vision.int("intermediate_size"),
-                num_heads=vision.int("num_heads"),
-                in_channels=vision.int("in_channels"),
-                patch_size=vision.int("patch_size"),
-                temporal_patch_size=vision.int("temporal_patch_size"),
-                spatial_merge_size=vision.int("spatial_merge_size"),
-                out_hidden_size=vision.int("out_hidden_size"),
-                num_position_embeddings=vision.int("num_position_embeddings"),
-                deepstack_visual_indexes=vision.ints("deepstack_visual_indexes"),
+                depth=vision.integer("depth"),
+                hidden_size=vision.integer("hidden_size"),
+                intermediate_size=vision.integer("intermediate_size"),
+                num_heads=vision.integer("num_heads"),
+                in_channels=vision.integer("in_channels"),
+                patch_size=vision.integer("patch_size"),
+                temporal_patch_size=vision.integer("temporal_patch_size"),
+                spatial_merge_size=vision.integer("spatial_merge_size"),
+                out_hidden_size=vision.integer("out_hidden_size"),
+                num_position_embeddings=vision.integer("num_position_embeddings"),
+                deepstack_visual_indexes=vision.integers("deepstack_visual_indexes"),
             ),
             text=TextArch(
-                vocab_size=text.int("vocab_size"),
-                hidden_size=text.int("hidden_size"),
-                intermediate_size=text.int("intermediate_size"),
-                num_hidden_layers=text.int("num_hidden_layers"),
-                num_attention_heads=text.int("num_attention_heads"),
-                num_key_value_heads=text.int("num_key_value_heads"),
-                head_dim=text.int("head_dim"),
-                rms_norm_eps=text.float("rms_norm_eps"),
-                rope_theta=_Reader(rope or text.values, "text_config", faults).float("rope_theta"),
-                mrope_section=_Reader(scaling, "text_config.rope_scaling", faults).ints("mrope_section"),  # type: ignore[arg-type]
-                max_position_embeddings=text.int("max_position_embeddings"),
+                vocab_size=text.integer("vocab_size"),
+                hidden_size=text.integer("hidden_size"),
+                intermediate_size=text.integer("intermediate_size"),
+                num_hidden_layers=text.integer("num_hidden_layers"),
+                num_attention_heads=text.integer("num_attention_heads"),
+                num_key_value_heads=text.integer("num_key_value_heads"),
+                head_dim=text.integer("head_dim"),
+                rms_norm_eps=text.number("rms_norm_eps"),
+                rope_theta=_Reader(rope or text.values, "text_config", faults).number("rope_theta"),
+                mrope_section=_Reader(scaling, "text_config.rope_scaling", faults).integers("mrope_section"),  # type: ignore[arg-type]
+                max_position_embeddings=text.integer("max_position_embeddings"),
             ),
-            # The top level decides: re-saved files carry a class default inside text_config (model_facts section 2).
+            # The top level decides: re-saved files carry a class default inside text_config by transformers 5.
             tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
-            image_token_id=top.int("image_token_id"),
-            video_token_id=top.int("video_token_id"),
-            vision_start_token_id=top.int("vision_start_token_id"),
-            vision_end_token_id=top.int("vision_end_token_id"),
+            image_token_id=top.integer("image_token_id"),
+            video_token_id=top.integer("video_token_id"),
+            vision_start_token_id=top.integer("vision_start_token_id"),
+            vision_end_token_id=top.integer("vision_end_token_id"),
         )
         if not faults:
             faults += arch._contradictions()
@@ -138,15 +145,29 @@ class Qwen3VLArch:
 
     def _contradictions(self) -> list[str]:
         vision, text = self.vision, self.text
+        section, half = text.mrope_section, text.head_dim // 2
+        taps = vision.deepstack_visual_indexes
         rules = [
-            (vision.hidden_size % vision.num_heads == 0 and vision.head_dim % 4 == 0, "vision hidden_size / num_heads must be a multiple of 4"),
-            (vision.out_hidden_size == text.hidden_size, f"vision out_hidden_size {vision.out_hidden_size} is not the text hidden_size {text.hidden_size}"),
-            (vision.position_table_side**2 == vision.num_position_embeddings, "num_position_embeddings is not a square"),
-            (all(0 <= i < vision.depth for i in vision.deepstack_visual_indexes), f"deepstack_visual_indexes {vision.deepstack_visual_indexes} leave the {vision.depth} vision blocks"),
-            (len(vision.deepstack_visual_indexes) <= text.num_hidden_layers, "more DeepStack features than decoder layers"),
-            (text.num_attention_heads % text.num_key_value_heads == 0, "attention heads do not divide by key/value heads"),
-            (len(text.mrope_section) == 3 and sum(text.mrope_section) == text.head_dim // 2, f"mrope_section {text.mrope_section} does not sum to head_dim/2 = {text.head_dim // 2}"),
-        ]  # fmt: skip
+            (
+                vision.hidden_size % vision.num_heads == 0 and vision.head_dim % 4 == 0,
+                "vision hidden_size / num_heads must be a multiple of 4",
+            ),
+            (
+                vision.out_hidden_size == text.hidden_size,
+                f"vision out_hidden_size {vision.out_hidden_size} is not the text hidden_size {text.hidden_size}",
+            ),
+            (vision.position_table_side**2 == vision.num_position_embeddings, "num_position_embeddings is no square"),
+            (
+                all(0 <= tap < vision.depth for tap in taps),
+                f"deepstack_visual_indexes {taps} leave the {vision.depth} vision blocks",
+            ),
+            (len(taps) <= text.num_hidden_layers, "more DeepStack features than decoder layers"),
+            (text.num_attention_heads % text.num_key_value_heads == 0, "attention heads do not divide by kv heads"),
+            (
+                len(section) == 3 and sum(section) == half,
+                f"mrope_section {section} does not sum to head_dim/2 = {half}",
+            ),
+        ]
         return [message for holds, message in rules if not holds]
 
 
@@ -165,16 +186,18 @@ class _Reader:
             return value
         if self.values:
             name = f"{self.section}.{key}".strip(".")
-            self.faults.append(f"{name}: missing" if value is None else f"{name}: {value!r} is not a number of the right kind")
+            self.faults.append(
+                f"{name}: missing" if value is None else f"{name}: {value!r} is not a number of the right kind"
+            )
         return fallback
 
-    def int(self, key: str) -> int:
+    def integer(self, key: str) -> int:
         return self._get(key, int, 1)
 
-    def float(self, key: str) -> float:
+    def number(self, key: str) -> float:
         return float(self._get(key, (int, float), 1.0))
 
-    def ints(self, key: str) -> tuple[int, ...]:
+    def integers(self, key: str) -> tuple[int, ...]:
         return tuple(self._get(key, (list, tuple), ()))
 
 

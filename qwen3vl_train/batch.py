@@ -1,7 +1,8 @@
 """The packed batch: the one form in which data reaches the model.
 
-T packed tokens, P patches, N media, S sequences, M merged vision rows, R rows with a label, F attention segments of the vision tower.
-Everything the model indexes with is computed here, on the host, in the worker that packs; the model only reads it.
+T packed tokens, P patches, N media, S sequences, M merged vision rows, R rows with a label, F attention segments of the
+vision tower. Everything the model indexes with is computed here, on the host, in the worker that packs; the model only
+reads it.
 """
 
 from dataclasses import dataclass, fields, replace
@@ -81,7 +82,12 @@ def _frame_index(height: int, width: int, side: int, merge: int) -> tuple[Tensor
     row1, col1 = (row0 + 1).clamp(max=side - 1), (col0 + 1).clamp(max=side - 1)
     row_frac, col_frac = (rows - row0)[:, None], (cols - col0)[None, :]
     index = torch.stack(
-        [row0[:, None] * side + col0, row0[:, None] * side + col1, row1[:, None] * side + col0, row1[:, None] * side + col1]
+        [
+            row0[:, None] * side + col0,
+            row0[:, None] * side + col1,
+            row1[:, None] * side + col0,
+            row1[:, None] * side + col1,
+        ]
     )
     weight = torch.stack(
         [(1 - row_frac) * (1 - col_frac), (1 - row_frac) * col_frac, row_frac * (1 - col_frac), row_frac * col_frac]
@@ -122,14 +128,15 @@ def vision_index(grid_thw: list[tuple[int, int, int]], *, side: int, merge: int)
 def placed_rows(
     sequence_lengths: list[int], vision_slices_per_seq: list[list[VisionSlice]], num_tokens: int
 ) -> tuple[Tensor, Tensor]:
-    """Turn slices into (token_rows, feature_rows), both (M,) int64: token `token_rows[i]` takes feature `feature_rows[i]`.
+    """Turn slices into (token_rows, feature_rows), both (M,) int64: token `token_rows[i]` takes feature
+    `feature_rows[i]`.
 
     token_rows is strictly increasing. Raises ValueError where slices overlap, run out of their sequence, or the
     number of sequences or tokens does not match.
     """
     if len(sequence_lengths) != len(vision_slices_per_seq):
         raise ValueError(
-            f"vision slices: {len(vision_slices_per_seq)} lists for {len(sequence_lengths)} sequences; give one list each"
+            f"vision slices: {len(vision_slices_per_seq)} lists for {len(sequence_lengths)} sequences; give one each"
         )
     if sum(sequence_lengths) != num_tokens:
         raise ValueError(f"sequence_lengths: sum is {sum(sequence_lengths)} but the pack has {num_tokens} tokens")
@@ -141,8 +148,8 @@ def placed_rows(
         for offset, count, row in slices:
             if offset < end_of_last or count < 1 or offset + count > length or row < 0:
                 raise ValueError(
-                    f"vision slices: slice (offset {offset}, length {count}, row {row}) of sequence {sequence} overlaps "
-                    f"the one before or leaves the sequence of {length} tokens"
+                    f"vision slices: (offset {offset}, length {count}, row {row}) of sequence {sequence} overlaps the "
+                    f"one before or leaves the sequence of {length} tokens"
                 )
             end_of_last = offset + count
             token_rows.append(torch.arange(start + offset, start + offset + count))
@@ -204,7 +211,7 @@ class PackedBatch:
         num_tokens = input_ids.numel()
         if positions.shape != (3, num_tokens) or labels.shape != (num_tokens,):
             raise ValueError(
-                f"pack: positions {tuple(positions.shape)} and labels {tuple(labels.shape)} do not fit {num_tokens} tokens"
+                f"pack: positions {tuple(positions.shape)}, labels {tuple(labels.shape)} do not fit {num_tokens} tokens"
             )
         visual_rows, feature_rows = placed_rows(sequence_lengths, vision_slices_per_seq, num_tokens)
         patches = sum(t * h * w for t, h, w in grid_thw)

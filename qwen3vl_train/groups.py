@@ -38,10 +38,20 @@ def expand_groups(names: Iterable[str]) -> tuple[str, ...]:
     """
     wanted: set[str] = set()
     for name in names:
-        if name not in GROUPS and name not in UNIONS:
+        if not is_group(name):
             raise ValueError(unknown_group(name, (*GROUPS, *UNIONS)))
         wanted.update(UNIONS.get(name, (name,)))
     return tuple(group for group in GROUPS if group in wanted)
+
+
+def is_group(name: str) -> bool:
+    """Whether this is the name of a group or a union."""
+    return name in GROUPS or name in UNIONS
+
+
+def expand_lora_groups(names: Iterable[str]) -> tuple[str, ...]:
+    """`expand_groups`, without the groups that take no LoRA: `text` -> text_attn, text_mlp."""
+    return tuple(group for group in expand_groups(names) if group in LORA_GROUPS)
 
 
 def unknown_group(name: str, allowed: Iterable[str]) -> str:

@@ -30,6 +30,11 @@ def small(**sections) -> Recipe:
     return recipe_from_dict({**required, **sections})
 
 
+def test_a_recipe_is_frozen():
+    with pytest.raises(ValueError, match="frozen"):
+        small().optim.lr = 3.0
+
+
 def test_save_and_load_again(tmp_path):
     recipe = small(name="2024-01-01", output_dir="1e-4", optim={"lr": 2e-5, "max_grad_norm": None})
     save_recipe(recipe, tmp_path / "recipe.yaml")
@@ -96,6 +101,11 @@ def test_world_size():
 
 def test_run_dir():
     assert run_dir(small(output_dir="out/runs")) == Path("out/runs/small")
+
+
+def test_one_list_under_two_keys_is_written_twice():
+    shared = [1, 2]
+    assert read_yaml(write_yaml({"a": shared, "b": shared})) == ({"a": [1, 2], "b": [1, 2]}, [])
 
 
 @pytest.mark.parametrize(

@@ -1,1 +1,4 @@
-"""What is read from and written to disk: weights in Hugging Face form, adapters, and the state that a run resumes from."""
+"""What is read from and written to disk.
+
+Weights in Hugging Face form, adapters, and the state that a run resumes from.
+"""

@@ -11,7 +11,8 @@ from pathlib import Path
 def replacing(folder: Path) -> Iterator[Path]:
     """Write a folder aside, flush it to disk and rename it into place when the block ends well.
 
-    Raises ValueError when `folder` exists already. Whatever stops the block, `folder` is not made and the part written is removed.
+    Raises ValueError when `folder` exists already. Whatever stops the block, `folder` is not made and the part written
+    is removed.
     """
     if folder.exists():
         raise ValueError(f"{folder}: exists already; choose another folder or remove it")

@@ -1,4 +1,7 @@
-"""Weights in Hugging Face form: read into our module tree, and written so that transformers, peft and vLLM load them."""
+"""Weights in Hugging Face form.
+
+Read into our module tree, and written so that transformers, peft and vLLM load them.
+"""
 
 import json
 import shutil
@@ -18,10 +21,19 @@ from qwen3vl_train.model.qwen3vl import Qwen3VLForConditionalGeneration
 
 # What a served model needs beside its weights; carried along when present.
 COMPANION_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json",
-    "chat_template.json", "chat_template.jinja", "preprocessor_config.json", "video_preprocessor_config.json",
-    "processor_config.json", "generation_config.json",
-)  # fmt: skip
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.json",
+    "chat_template.jinja",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "processor_config.json",
+    "generation_config.json",
+)
 MAX_SHARD_BYTES = 5 * 10**9
 
 
@@ -48,7 +60,9 @@ class WeightFiles:
                     self._places[name] = (file, key)
                     self.shapes[name] = tuple(handle.get_slice(key).get_shape())
         if unknown:
-            raise ValueError(f"{self.folder}: {_count(unknown, 'unexpected weight')}: {_some(unknown)}; not a Qwen3-VL checkpoint?")
+            raise ValueError(
+                f"{self.folder}: {_count(unknown, 'unexpected weight')}: {_some(unknown)}; not a Qwen3-VL checkpoint?"
+            )
 
     def _files(self) -> list[Path]:
         index, single = self.folder / "model.safetensors.index.json", self.folder / "model.safetensors"
@@ -113,7 +127,9 @@ def check_weights(model: nn.Module, files: WeightFiles) -> None:
     if misshapen:
         faults.append(f"{_count(misshapen, 'wrong shape')}: {_some(misshapen)}")
     if faults:
-        raise ValueError(f"{files.folder}: weights do not fit config.json\n" + "\n".join(f"  - {fault}" for fault in faults))
+        raise ValueError(
+            f"{files.folder}: weights do not fit config.json\n" + "\n".join(f"  - {fault}" for fault in faults)
+        )
 
 
 def materialize(model: nn.Module, *, dtype: torch.dtype, device: torch.device | str) -> None:
@@ -136,7 +152,8 @@ def load_qwen3_vl_model(
     """Read a Hugging Face folder (one or many safetensors files) into our model, tensor by tensor.
 
     config: use this instead of the folder's config.json. No second copy of the weights is held.
-    Raises ValueError that names missing, unexpected and wrongly shaped weights, truncated files, and other architectures.
+    Raises ValueError that names missing, unexpected and wrongly shaped weights, truncated files, and other
+    architectures.
     """
     if isinstance(config, Qwen3VLArch):
         arch = config
@@ -153,7 +170,10 @@ def load_qwen3_vl_model(
 
 @torch.no_grad()
 def load_weights(model: nn.Module, files: WeightFiles) -> None:
-    """Copy every stored weight into the model's parameters. Raises ValueError where a stored tied head differs from its embedding."""
+    """Copy every stored weight into the model's parameters.
+
+    Raises ValueError where a stored tied head differs from its embedding.
+    """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     stored = [name for name in parameters if name in files.shapes]
     seen: set[nn.Parameter] = set()
@@ -195,8 +215,8 @@ def write_huggingface(
 ) -> None:
     """Write a checkpoint that stock transformers loads: shards, index, published config, companion files.
 
-    weights: our names; a tied head is given once, as the embedding. source: the folder whose config and tokenizer files go along.
-    pixel_limits: (min, max) pixels per image that were used in training; written into the preprocessor files.
+    weights: our names; a tied head is given once, as the embedding. source: the folder whose config and tokenizer files
+    go along. pixel_limits: (min, max) pixels per image that were used in training; written into the preprocessor files.
     """
     shards = _shards(weights, dtype, max_shard_bytes)
     weight_map: dict[str, str] = {}

@@ -12,7 +12,16 @@ from pydantic.functional_validators import AfterValidator
 from pydantic_core import PydanticCustomError
 
 from qwen3vl_train.config.rules import field_conflicts
-from qwen3vl_train.groups import GROUPS, LORA_GROUPS, UNIONS, VISION_GROUPS, expand_groups, unknown_group
+from qwen3vl_train.groups import (
+    GROUPS,
+    LORA_GROUPS,
+    UNIONS,
+    VISION_GROUPS,
+    expand_groups,
+    expand_lora_groups,
+    is_group,
+    unknown_group,
+)
 
 
 def _refuse(message: str) -> PydanticCustomError:
@@ -37,13 +46,10 @@ def _check_group(name: str) -> str:
 
 def _check_target(target: str) -> str:
     """A bare word is a group name; anything else is a regular expression over module names."""
-    if target in LORA_GROUPS:
+    if target in LORA_GROUPS or target in UNIONS:
         return target
     if target in GROUPS:
         raise _refuse(f"{target} takes no LoRA; leave it out, or train it with tune.method full")
-    if target in UNIONS:
-        groups = ", ".join(group for group in UNIONS[target] if group in LORA_GROUPS)
-        raise _refuse(f"{target} holds parts that take no LoRA; write {groups}")
     if re.fullmatch(r"\w+", target):
         expression = f"(a module name is given as a regular expression, such as '.*\\.{target}')"
         raise _refuse(f"{unknown_group(target, LORA_GROUPS)} {expression}")
@@ -74,7 +80,11 @@ class ModelSection(Section):
 
 
 class LoraTune(Section):
-    """targets: group names, or regular expressions matched against whole Hugging Face module names."""
+    """targets: group names, or regular expressions matched against whole Hugging Face module names.
+
+    A union (vision, text, all) means those of its groups that take LoRA: linear layers of blocks and mergers, not
+    embeddings and head.
+    """
 
     method: Literal["lora"] = "lora"
     rank: Count = 16
@@ -86,10 +96,10 @@ class LoraTune(Section):
 
     def trained_groups(self) -> tuple[str, ...]:
         """Groups named as targets. What a regular expression reaches is known only with the model at hand."""
-        return expand_groups(target for target in self.targets if target in LORA_GROUPS)
+        return expand_lora_groups(target for target in self.targets if is_group(target))
 
     def has_patterns(self) -> bool:
-        return any(target not in LORA_GROUPS for target in self.targets)
+        return not all(is_group(target) for target in self.targets)
 
 
 class FullTune(Section):

@@ -22,7 +22,7 @@ _SCALARS = {
 class Loader(yaml.SafeLoader):
     """Safe loader of the YAML 1.2 core types. Keys given twice are collected in `duplicates`; the first one is kept."""
 
-    yaml_implicit_resolvers: ClassVar[dict] = {}
+    yaml_implicit_resolvers: ClassVar[dict] = {}  # none of YAML 1.1, so `<<` is a key as any other
     yaml_constructors: ClassVar[dict] = {
         tag: make
         for tag, make in yaml.SafeLoader.yaml_constructors.items()
@@ -32,9 +32,6 @@ class Loader(yaml.SafeLoader):
     def __init__(self, stream: Any) -> None:
         super().__init__(stream)
         self.duplicates: list[tuple[str, str]] = []
-
-    def flatten_mapping(self, node: MappingNode) -> None:
-        """Merge keys (`<<`) are not part of YAML 1.2: they stay ordinary keys, and so unknown ones."""
 
     def note_duplicates(self, node: Node, prefix: str = "") -> None:
         """Walk the tree as written, before it becomes dicts, and drop every later one of two equal keys."""

@@ -33,7 +33,7 @@ MERGE = 2
 FACTOR = PATCH * MERGE
 MAX_ASPECT = 200
 
-_FORMATS = ("JPEG", "PNG", "WEBP", "MPO", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 _DAMAGE = (
     OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, ArithmeticError, AttributeError, AssertionError,
     RuntimeError, MemoryError, struct.error, zlib.error, Image.DecompressionBombError,

@@ -1,12 +1,13 @@
 """Attention over packed rows: the one function that both towers call, and the cache that generation decodes from.
 
 T packed tokens, N query heads, K key/value heads, H head dim, S segments, L longest segment.
-No mask over T x T is ever built. On a GPU in half precision the work is one variable-length FlashAttention call; elsewhere it is
-scaled_dot_product_attention, one call for each distinct segment length.
+No mask over T x T is ever built. On a GPU in half precision the work is one variable-length FlashAttention call;
+elsewhere it is scaled_dot_product_attention, one call for each distinct segment length.
 """
 
 import inspect
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,16 +31,16 @@ def _attend_by_length(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, segments: Seg
     if not lengths:
         return q_TNH
     if len(set(lengths)) == 1:
-        batched = (x.unflatten(0, (len(lengths), lengths[0])) for x in (q_TNH, k_TKH, v_TKH))
-        return _sdpa(*batched, causal).flatten(0, 1)
+        q, k, v = (x.unflatten(0, (len(lengths), lengths[0])) for x in (q_TNH, k_TKH, v_TKH))
+        return _sdpa(q, k, v, causal).flatten(0, 1)
     places: dict[int, list[int]] = {}
     for place, length in enumerate(lengths):
         places.setdefault(length, []).append(place)
     pieces = [x.split(lengths) for x in (q_TNH, k_TKH, v_TKH)]
     outputs: list[Tensor] = [q_TNH] * len(lengths)
     for same in places.values():
-        batched = (torch.stack([piece[i] for i in same]) for piece in pieces)
-        for place, output in zip(same, _sdpa(*batched, causal).unbind(), strict=True):
+        q, k, v = (torch.stack([piece[i] for i in same]) for piece in pieces)
+        for place, output in zip(same, _sdpa(q, k, v, causal).unbind(), strict=True):
             outputs[place] = output
     return torch.cat(outputs)
 
@@ -64,7 +65,7 @@ def _attend_varlen(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, segments: Segmen
     window = (-1, 0) if causal else (-1, -1)
     cu_seqlens, longest = segments.cu_seqlens, segments.max_length
     repeats = q_TNH.shape[1] // k_TKH.shape[1]
-    extra: dict[str, bool] = {}
+    extra: dict[str, Any] = {}
     if repeats > 1 and _varlen_has_gqa():
         extra["enable_gqa"] = True
     elif repeats > 1:
@@ -100,7 +101,8 @@ class KVCache:
     def attend(self, layer: int, q_SNH: Tensor, k_SKH: Tensor, v_SKH: Tensor) -> Tensor:
         """Add one token to every sequence and attend to all that came before it. Returns (S, N, H)."""
         keys, values = self.keys[layer], self.values[layer]
-        assert keys is not None and values is not None, f"layer {layer} was not filled"
+        assert keys is not None, f"layer {layer} was not filled"
+        assert values is not None
         rows = torch.arange(keys.shape[0], device=keys.device)
         keys[rows, self.lengths], values[rows, self.lengths] = k_SKH, v_SKH
         seen = torch.arange(self.capacity, device=keys.device)[None, :] <= self.lengths[:, None]

@@ -1,7 +1,8 @@
 """FLOPs of one training step on a pack, counted as useful work: no padding, no recomputation.
 
-Linear layers cost 2 * rows * in * out forward; a trainable one three times that, a frozen one with a gradient passing through it twice,
-one above which nothing trains once. Attention costs 3 times its forward wherever gradients pass. The head runs on label rows only.
+Linear layers cost 2 * rows * in * out forward; a trainable one three times that, a frozen one with a gradient passing
+through it twice, one above which nothing trains once. Attention costs 3 times its forward wherever gradients pass. The
+head runs on label rows only.
 """
 
 from dataclasses import dataclass
@@ -45,7 +46,8 @@ class FlopsCounter:
         tower, mergers = ("vision_embed", "vision_attn", "vision_mlp"), ("merger", "deepstack")
         text = ("text_attn", "text_mlp")
         in_tower, in_mergers = trains(*tower), trains(*mergers)
-        # Gradients reach the decoder's first layer when anything at or below it trains; they always pass through it then.
+        # Gradients reach the decoder's first layer when anything at or below it trains; they always pass through it
+        # then.
         in_text = trains(*text, "text_embed") or in_tower or in_mergers
 
         def times(base: bool, passes: bool) -> int:

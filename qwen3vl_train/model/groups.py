@@ -1,4 +1,7 @@
-"""Which module group each parameter belongs to: one table, used for freezing, learning rates, LoRA targets and reports."""
+"""Which module group each parameter belongs to.
+
+One table, used for freezing, learning rates, LoRA targets and reports.
+"""
 
 import re
 
@@ -26,7 +29,8 @@ def group_of(name: str) -> str:
     A tied head is `text_embed`: it is the embedding's parameter.
     """
     match = _ANY_GROUP.match(name)
-    assert match is not None and match.lastgroup is not None, f"{name} belongs to no module group"
+    assert match is not None, f"{name} belongs to no module group"
+    assert match.lastgroup is not None
     return _GROUPS[int(match.lastgroup[1:])]
 
 
@@ -39,13 +43,16 @@ def grouped_parameters(model: nn.Module) -> dict[str, list[tuple[str, nn.Paramet
 
 
 def train_only(model: nn.Module, groups: set[str]) -> None:
-    """Let exactly the parameters of these groups train. Raises ValueError for a tied head named without its embedding."""
+    """Let exactly the parameters of these groups train.
+
+    Raises ValueError for a tied head named without its embedding.
+    """
     present = grouped_parameters(model)
     tied = all(not name.endswith("lm_head.weight") for name, _ in present["lm_head"])
     if tied and ("lm_head" in groups) != ("text_embed" in groups):
         raise ValueError(
-            "tune.train: the head of this checkpoint is tied to its embedding, so lm_head and text_embed train together; "
-            f"got only {'lm_head' if 'lm_head' in groups else 'text_embed'}, name both or neither"
+            "tune.train: the head of this checkpoint is tied to its embedding, so lm_head and text_embed train "
+            f"together; got only {'lm_head' if 'lm_head' in groups else 'text_embed'}, name both or neither"
         )
     for group, parameters in present.items():
         for _, parameter in parameters:

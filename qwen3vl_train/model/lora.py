@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
-from qwen3vl_train.groups import LORA_GROUPS
+from qwen3vl_train.groups import LORA_GROUPS, expand_lora_groups, is_group
 from qwen3vl_train.model.groups import group_of
 
 ADAPTER = "default"
@@ -18,18 +18,18 @@ ADAPTER = "default"
 def lora_modules(model: nn.Module, targets: Sequence[str], huggingface_name: Callable[[str], str]) -> list[str]:
     """Names (ours) of the linear modules that the targets mean.
 
-    The patch embedding and the head are applied as plain products of their weights, so an adapter on them would never be used:
-    they are refused.
-    targets: group names, or regular expressions matched in full against Hugging Face module names.
-    Raises ValueError for a target that matches nothing, or something that cannot carry an adapter.
+    The patch embedding and the head are applied as plain products of their weights, so an adapter on them would never
+    be used: they are refused. targets: group names, or regular expressions matched in full against Hugging Face module
+    names. Raises ValueError for a target that matches nothing, or something that cannot carry an adapter.
     """
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     eligible = [name for name in linears if group_of(name) in LORA_GROUPS]
     leaves = [name for name, module in model.named_modules() if any(True for _ in module.parameters(recurse=False))]
     chosen: set[str] = set()
     for target in targets:
-        if target in LORA_GROUPS:
-            chosen.update(name for name in eligible if group_of(name) == target)
+        if is_group(target):
+            groups = expand_lora_groups([target])
+            chosen.update(name for name in eligible if group_of(name) in groups)
             continue
         pattern = re.compile(target)
         hits = [name for name in leaves if pattern.fullmatch(huggingface_name(name))]

@@ -1,7 +1,7 @@
 """The sum of the cross-entropies of the labelled rows, without a [T, vocab] tensor.
 
-R labelled rows, D hidden, V vocabulary. Only rows that have a label come in; they pass the head in chunks, and each chunk's gradients
-are made while its logits exist, so at most `CHUNK_ELEMENTS` logits are alive, in float32.
+R labelled rows, D hidden, V vocabulary. Only rows that have a label come in; they pass the head in chunks, and each
+chunk's gradients are made while its logits exist, so at most `CHUNK_ELEMENTS` logits are alive, in float32.
 """
 
 import torch
@@ -10,11 +10,13 @@ from torch import Tensor
 CHUNK_ELEMENTS = 2**25  # 128 MiB of float32 logits: 220 rows of a 151,936-token vocabulary; larger was no faster on CPU
 
 
-def linear_cross_entropy_sum(hidden_RD: Tensor, weight_VD: Tensor, labels_R: Tensor, weights_R: Tensor | None) -> Tensor:
+def linear_cross_entropy_sum(
+    hidden_RD: Tensor, weight_VD: Tensor, labels_R: Tensor, weights_R: Tensor | None
+) -> Tensor:
     """Sum over rows of weight * cross-entropy(hidden @ weight.T, label). Returns a float32 scalar.
 
-    labels_R: int64, each in 0..V-1 (no ignore value: drop those rows first). weights_R: float32 factors, None for all 1.
-    Equals `F.cross_entropy(logits.float(), labels, reduction="none") @ weights`, gradients included.
+    labels_R: int64, each in 0..V-1 (no ignore value: drop those rows first). weights_R: float32 factors, None for all
+    1. Equals `F.cross_entropy(logits.float(), labels, reduction="none") @ weights`, gradients included.
     """
     if torch.is_grad_enabled() and (hidden_RD.requires_grad or weight_VD.requires_grad):
         return _LinearCrossEntropySum.apply(hidden_RD, weight_VD, labels_R, weights_R)  # type: ignore[return-value]

@@ -17,7 +17,10 @@ from qwen3vl_train.model.vision import Qwen3VLVisionModel, VisionOutput
 
 
 class VisionInjection(NamedTuple):
-    """inputs_embeds (T, D) with features in place; visual_pos_mask (T,); deepstack_layers, each (M, D) in token order."""
+    """inputs_embeds (T, D) with features in place; visual_pos_mask (T,).
+
+    Deepstack_layers, each (M, D) in token order.
+    """
 
     inputs_embeds: Tensor
     visual_pos_mask: Tensor
@@ -36,9 +39,9 @@ def process_vision_slices(
 ) -> VisionInjection:
     """Put the merged features and their DeepStack rows at the tokens that the slices name.
 
-    inputs_embeds (T, D); features and each of deepstack_features (rows, D). rows: (token_rows, feature_rows) of `placed_rows`
-    when the collator has computed them; otherwise they are made from the slices, on the host.
-    Returns new tensors. Raises ValueError where slices overlap, leave their sequence or name features that do not exist.
+    inputs_embeds (T, D); features and each of deepstack_features (rows, D). rows: (token_rows, feature_rows) of
+    `placed_rows` when the collator has computed them; otherwise they are made from the slices, on the host. Returns new
+    tensors. Raises ValueError where slices overlap, leave their sequence or name features that do not exist.
     """
     if rows is None:
         token_rows, feature_rows = placed_rows(sequence_lengths, vision_slices_per_seq, inputs_embeds.shape[0])
@@ -101,7 +104,8 @@ class Qwen3VLForConditionalGeneration(nn.Module):
         )
 
     def forward(self, batch: PackedBatch) -> tuple[Tensor, int]:
-        """Return (sum of the losses of all labels, float32 scalar; number of labels). Only labelled rows reach the head.
+        """Return (sum of the losses of all labels, float32 scalar; number of labels). Only labelled rows reach the
+        head.
 
         loss_weights multiply the losses; they do not change the number of labels.
         """

@@ -1,6 +1,7 @@
 """Rotary position embeddings of both towers. H head dim, T tokens, P patches; cos and sin are made in float32.
 
-Reference: Su et al., "RoFormer" (2021); Qwen3-VL's interleaved M-RoPE as in `Qwen3VLTextRotaryEmbedding` of transformers.
+Reference: Su et al., "RoFormer" (2021); Qwen3-VL's interleaved M-RoPE as in `Qwen3VLTextRotaryEmbedding` of
+transformers.
 """
 
 import torch
@@ -29,7 +30,9 @@ def vision_angles(patch_hw_P2: Tensor, head_dim: int, theta: float = 10000.0) ->
     return (patch_hw_P2[..., None].float() * inv_freq).flatten(1)
 
 
-def mrope_cos_sin(positions_3T: Tensor, head_dim: int, theta: float, section: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
+def mrope_cos_sin(
+    positions_3T: Tensor, head_dim: int, theta: float, section: tuple[int, int, int]
+) -> tuple[Tensor, Tensor]:
     """cos and sin (T, H) float32 of interleaved M-RoPE.
 
     Frequency j turns with the height where j % 3 == 1 and j < 3*section[1], with the width where j % 3 == 2 and

@@ -1,4 +1,7 @@
-"""The decoder. T packed tokens, D hidden, N query heads, K key/value heads, H head dim, F MLP width, V vocabulary, M visual rows."""
+"""The decoder.
+
+T packed tokens, D hidden, N query heads, K key/value heads, H head dim, F MLP width, V vocabulary, M visual rows.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -41,7 +44,10 @@ class Qwen3VLTextAttention(nn.Module):
         self.k_norm = Qwen3VLTextRMSNorm(arch.head_dim, arch.rms_norm_eps)
 
     def forward(self, x_TD: Tensor, rope: Rope, segments: Segments | None, cache: KVCache | None) -> Tensor:
-        """With segments: a packed row (its keys and values go to the cache, if any). Without: one new token per cached sequence."""
+        """With segments: a packed row (its keys and values go to the cache, if any). Without.
+
+        One new token per cached sequence.
+        """
         q_TNH = apply_rope(self.q_norm(self.q_proj(x_TD).unflatten(-1, (-1, self.head_dim))), *rope)
         k_TKH = apply_rope(self.k_norm(self.k_proj(x_TD).unflatten(-1, (-1, self.head_dim))), *rope)
         v_TKH = self.v_proj(x_TD).unflatten(-1, (-1, self.head_dim))
@@ -106,21 +112,24 @@ class Qwen3VLTextModel(nn.Module):
         """Run the decoder over a packed row. Returns the normed hidden states (T, D).
 
         inputs_embeds (T, D); positions (3, T); segments: the sequences of the row, None when decoding from a cache.
-        deepstack_visual_embeds: feature k (M, D) is added after layer k at the places where visual_pos_mask (T,) is true, in order.
-        visual_rows (M,): those places as numbers, where the collator has them already; it saves reading the mask.
-        Raises ValueError for DeepStack features without a mask: visual tokens are never simply at the front.
+        deepstack_visual_embeds: feature k (M, D) is added after layer k at the places where visual_pos_mask (T,) is
+        true, in order. visual_rows (M,): those places as numbers, where the collator has them already; it saves reading
+        the mask. Raises ValueError for DeepStack features without a mask: visual tokens are never simply at the front.
         """
         cos_TH, sin_TH = mrope_cos_sin(positions, self.arch.head_dim, self.arch.rope_theta, self.arch.mrope_section)
         rope = (cos_TH.to(inputs_embeds.dtype), sin_TH.to(inputs_embeds.dtype))
         deepstack = deepstack_visual_embeds or []
         if deepstack:
             if visual_pos_mask is None:
-                raise ValueError("text model: DeepStack features came without visual_pos_mask; pass the mask of their tokens")
+                raise ValueError(
+                    "text model: DeepStack features came without visual_pos_mask; pass the mask of their tokens"
+                )
             if visual_rows is None:
                 visual_rows = visual_pos_mask.nonzero().squeeze(1)
             if visual_rows.numel() != deepstack[0].shape[0]:
                 raise ValueError(
-                    f"text model: visual_pos_mask marks {visual_rows.numel()} tokens, DeepStack has {deepstack[0].shape[0]} rows"
+                    f"text model: visual_pos_mask marks {visual_rows.numel()} tokens, but DeepStack has "
+                    f"{deepstack[0].shape[0]} rows"
                 )
         x_TD = inputs_embeds
         for number, layer in enumerate(self.layers):

@@ -1,4 +1,7 @@
-"""The vision tower. P patches, C vision hidden, N heads, H head dim, M merged rows (P / 4), D text hidden, F attention segments."""
+"""The vision tower.
+
+P patches, C vision hidden, N heads, H head dim, M merged rows (P / 4), D text hidden, F attention segments.
+"""
 
 from dataclasses import dataclass
 
@@ -36,10 +39,10 @@ class Qwen3VLVisionPatchEmbed(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         """Return (P, C) for any of the forms in which patches come.
 
-        inputs: (P, 1536) flattened patches; (P, 768) stills, whose one frame stands for both; (N, C, H, W) images of one patch
-        each or larger, in raster order; (N, C, T, H, W) clips likewise. uint8 is normalised here as (x - 127.5) / 127.5;
-        floating-point input is taken as already normalised.
-        Raises ValueError for any other shape or a size that is not whole patches.
+        inputs: (P, 1536) flattened patches; (P, 768) stills, whose one frame stands for both; (N, C, H, W) images of
+        one patch each or larger, in raster order; (N, C, T, H, W) clips likewise. uint8 is normalised here, as
+        (x - 127.5) / 127.5; floating-point input is taken as already normalised. Raises ValueError for any other shape
+        or a size that is not whole patches.
         """
         channels = self.proj.in_channels
         if inputs.dim() == 4:  # a still repeats its frame along time
@@ -50,8 +53,8 @@ class Qwen3VLVisionPatchEmbed(nn.Module):
         still_dim = channels * weight[0, 0, 0].numel()
         if inputs.dim() != 2 or inputs.shape[1] not in (still_dim, still_dim * weight.shape[2]):
             raise ValueError(
-                f"patch_embed: got shape {tuple(inputs.shape)}; give (P, {still_dim * weight.shape[2]}), (P, {still_dim}), "
-                f"(N, {channels}, H, W) or (N, {channels}, T, H, W)"
+                f"patch_embed: got shape {tuple(inputs.shape)}; give (P, {still_dim * weight.shape[2]}), "
+                f"(P, {still_dim}), (N, {channels}, H, W) or (N, {channels}, T, H, W)"
             )
         if inputs.dtype == torch.uint8:
             inputs = (inputs.float() - 127.5) / 127.5
@@ -65,7 +68,9 @@ class Qwen3VLVisionPatchEmbed(nn.Module):
         t, h, w = self.proj.kernel_size
         num, channels, frames, height, width = inputs.shape
         if channels != self.proj.in_channels or frames % t or height % h or width % w:
-            raise ValueError(f"patch_embed: got shape {tuple(inputs.shape)}; sizes must be whole patches of {(t, h, w)}")
+            raise ValueError(
+                f"patch_embed: got shape {tuple(inputs.shape)}; sizes must be whole patches of {(t, h, w)}"
+            )
         blocks = inputs.reshape(num, channels, frames // t, t, height // h, h, width // w, w)
         return blocks.permute(0, 2, 4, 6, 1, 3, 5, 7).reshape(-1, channels * t * h * w)
 
@@ -81,7 +86,9 @@ class Qwen3VLVisionAttention(nn.Module):
         """Attend inside each frame, in both directions. position_embeddings: cos and sin, (P, H) float32."""
         cos_PH, sin_PH = position_embeddings
         q_PNH, k_PNH, v_PNH = self.qkv(x_PC).unflatten(-1, (3, self.num_heads, -1)).unbind(1)
-        out_PNH = attend(apply_rope(q_PNH, cos_PH, sin_PH), apply_rope(k_PNH, cos_PH, sin_PH), v_PNH, segments, causal=False)
+        out_PNH = attend(
+            apply_rope(q_PNH, cos_PH, sin_PH), apply_rope(k_PNH, cos_PH, sin_PH), v_PNH, segments, causal=False
+        )
         return self.proj(out_PNH.flatten(1))
 
 
@@ -111,7 +118,8 @@ class Qwen3VLVisionBlock(nn.Module):
 class Qwen3VLVisionPatchMerger(nn.Module):
     """Join 2 x 2 neighbouring patches (4 rows that follow each other) and project them to the text width.
 
-    The main merger normalises each patch before the join, the DeepStack mergers the joined row. The GELU is the erf one.
+    The main merger normalises each patch before the join, the DeepStack mergers the joined row. The GELU is the erf
+    one.
     """
 
     def __init__(self, arch: VisionArch, *, norm_after_join: bool) -> None:
@@ -147,13 +155,17 @@ class Qwen3VLVisionModel(nn.Module):
         )
 
     def index(self, grid_thw: Tensor) -> VisionIndex:
-        """Compute what the tower needs of grid_thw (N, 3). Reads the grids on the host: packs bring theirs along instead."""
+        """Compute what the tower needs of grid_thw (N, 3). Reads the grids on the host.
+
+        Packs bring theirs along instead.
+        """
         grids = [(t, h, w) for t, h, w in grid_thw.tolist()]
         index = vision_index(grids, side=self.arch.position_table_side, merge=self.arch.spatial_merge_size)
         return index.to(self.pos_embed.weight.device)
 
     def fast_pos_embed_interpolate(self, grid_thw: Tensor, index: VisionIndex | None = None) -> Tensor:
-        """Learned positions (P, C) of every patch: bilinear over the square table, in merge-block order, per frame alike.
+        """Learned positions (P, C) of every patch: bilinear over the square table, in merge-block order, per frame
+        alike.
 
         The four weights and the sum stay in float32, as in transformers 5; the result has the dtype of the table.
         """

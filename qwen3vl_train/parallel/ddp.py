@@ -1,7 +1,8 @@
 """Replicated training: every rank holds the model, and the gradients of what trains are summed once a step.
 
-torch's DistributedDataParallel is not used: it reduces inside every backward and waits for parameters that a rank never touched,
-so a rank without an image, or with fewer packs, would stall the rest. One explicit sum after the last pack cannot.
+torch's DistributedDataParallel is not used: it reduces inside every backward and waits for parameters that a rank never
+touched, so a rank without an image, or with fewer packs, would stall the rest. One explicit sum after the last pack
+cannot.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,7 +15,10 @@ BUCKET_ELEMENTS = 2**24  # 64 MiB of float32: large enough for full bandwidth, s
 
 
 def sum_gradients(gradients: Sequence[Tensor], world_size: int) -> None:
-    """Sum each gradient over all ranks, in place, in float32. Every rank must give the same tensors in the same order."""
+    """Sum each gradient over all ranks, in place, in float32.
+
+    Every rank must give the same tensors in the same order.
+    """
     if world_size == 1:
         return
     for bucket in _buckets(gradients):

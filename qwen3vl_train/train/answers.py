@@ -24,7 +24,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def open_model(path: Path, dtype: str | None) -> tuple[Qwen3VLForConditionalGeneration, MultimodalCollator]:
-    """Open a run folder (newest checkpoint, with the run's pixel budgets) or a Hugging Face folder, on the GPU if there is one.
+    """Open a run folder (newest checkpoint, with the run's pixel budgets) or a Hugging Face folder, on the GPU if there
+    is one.
 
     dtype: of the arithmetic; None for what the run or the checkpoint has.
     """
@@ -38,12 +39,17 @@ def open_model(path: Path, dtype: str | None) -> tuple[Qwen3VLForConditionalGene
         return run.model, open_collator(recipe)
     config = read_config(path)
     stored = str(config.get("dtype") or config.get("torch_dtype") or config.get("text_config", {}).get("dtype"))
-    model = load_qwen3_vl_model(path, dtype=DTYPES[dtype or ("float32" if stored == "float32" else "bfloat16")], device=device)
+    model = load_qwen3_vl_model(
+        path, dtype=DTYPES[dtype or ("float32" if stored == "float32" else "bfloat16")], device=device
+    )
     return model.eval(), MultimodalCollator.from_pretrained(path)
 
 
 def split_answer(sample: Sample) -> tuple[Sample, str]:
-    """Cut a sample before its last answer: the question, and the text of that answer. Raises RowFault without an answer at the end."""
+    """Cut a sample before its last answer: the question, and the text of that answer.
+
+    Raises RowFault without an answer at the end.
+    """
     if sample.messages[-1].role != "assistant" or len(sample.messages) < 2:
         raise RowFault("does not end with an answer to compare with; end it with an assistant message")
     question = Sample(sample.messages[:-1], sample.tools, sample.sample_id, sample.media_root)
@@ -55,8 +61,8 @@ def evaluate_answers(
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Return a summary (loss, label_tokens, exact_match, num_samples, num_rejected) and one row an answer.
 
-    The loss is over all labels of the sample; the answer generated is the last one. Exact match compares texts without outer spaces.
-    Raises ValueError where nothing of the file can be used.
+    The loss is over all labels of the sample; the answer generated is the last one. Exact match compares texts without
+    outer spaces. Raises ValueError where nothing of the file can be used.
     """
     model, collate = open_model(path, dtype)
     device = next(model.parameters()).device

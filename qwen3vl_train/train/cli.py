@@ -1,4 +1,7 @@
-"""What the scripts in launch/ do: read the command line, call one function, turn errors of ours into one clear message."""
+"""What the scripts in launch/ do.
+
+Read the command line, call one function, turn errors of ours into one clear message.
+"""
 
 import argparse
 import json
@@ -11,7 +14,10 @@ from qwen3vl_train.config import load_recipe
 
 
 def run_or_explain(work: Callable[[], object]) -> int:
-    """Run; print a ValueError (exit 2: mend the input) or RuntimeError (exit 1: it broke on the way) as a message without a traceback."""
+    """Run; print a ValueError (exit 2: mend the input) or RuntimeError (exit 1.
+
+    It broke on the way) as a message without a traceback.
+    """
     from qwen3vl_train.dist import stop_ranks
 
     try:
@@ -29,7 +35,9 @@ def run_or_explain(work: Callable[[], object]) -> int:
 
 def sft(argv: list[str] | None = None) -> int:
     """launch/sft.py: train from a recipe."""
-    parser = argparse.ArgumentParser(description="Fine-tune Qwen3-VL from a recipe; start it with torchrun for several ranks.")
+    parser = argparse.ArgumentParser(
+        description="Fine-tune Qwen3-VL from a recipe; start it with torchrun for several ranks."
+    )
     parser.add_argument("recipe", help="recipe file (YAML or JSON)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. optim.lr=2e-5 train.num_steps=100")
     arguments = parser.parse_args(argv)
@@ -92,8 +100,8 @@ def evaluate(argv: list[str] | None = None) -> int:
         for answer in answers[:5]:
             print(f"{answer['id']}: expected {answer['expected']!r}, got {answer['answer']!r}")
         print(
-            f"{summary['num_samples']} samples: loss {summary['loss']:.4f} over {summary['label_tokens']} label tokens, "
-            f"exact match {100 * summary['exact_match']:.1f}%"
+            f"{summary['num_samples']} samples: loss {summary['loss']:.4f} over {summary['label_tokens']} label "
+            f"tokens, exact match {100 * summary['exact_match']:.1f}%"
             + (f", {summary['num_rejected']} rows rejected" if summary["num_rejected"] else "")
         )
 

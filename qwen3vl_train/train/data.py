@@ -18,7 +18,10 @@ from qwen3vl_train.dist import Ranks
 
 @dataclass
 class TrainingData:
-    """loader: steps of this rank. evals: by name, a function that starts a pass over held-out packs. rejects: of all files."""
+    """loader: steps of this rank. evals: by name, a function that starts a pass over held-out packs. rejects.
+
+    Of all files.
+    """
 
     loader: TrainLoader
     index: Index
@@ -60,7 +63,9 @@ class TrainingData:
             f"{self.num_steps:,} steps"
         ]
         if self.rejects:
-            lines.append(f"data: {len(self.rejects)} rows rejected, listed in rejected.jsonl; the first: {self.rejects[0]}")
+            lines.append(
+                f"data: {len(self.rejects)} rows rejected, listed in rejected.jsonl; the first: {self.rejects[0]}"
+            )
         return lines
 
 

@@ -1,4 +1,7 @@
-"""What goes out of a run: a PEFT adapter, or a whole checkpoint, loaded back into stock transformers before it is called done."""
+"""What goes out of a run.
+
+A PEFT adapter, or a whole checkpoint, loaded back into stock transformers before it is called done.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,11 +36,13 @@ class Exported:
 
 
 def export_run(run: Path, out: Path, *, merge: bool) -> Exported:
-    """Write a run's newest checkpoint to `out`: the adapter of a LoRA run; with `merge`, or after full tuning, a whole checkpoint.
+    """Write a run's newest checkpoint to `out`: the adapter of a LoRA run; with `merge`, or after full tuning, a whole
+    checkpoint.
 
-    Both carry tokenizer, template and the pixel limits that were used. The files are read back: every tensor must be bit-equal to what
-    was meant, and stock transformers (and peft) must give the same logits on probe conversations. All arithmetic is in float32; the
-    files have the recipe's dtype. Raises ValueError where `out` exists, RuntimeError, with `out` not made, where a check fails.
+    Both carry tokenizer, template and the pixel limits that were used. The files are read back: every tensor must be
+    bit-equal to what was meant, and stock transformers (and peft) must give the same logits on probe conversations. All
+    arithmetic is in float32; the files have the recipe's dtype. Raises ValueError where `out` exists, RuntimeError,
+    with `out` not made, where a check fails.
     """
     if out.exists():
         raise ValueError(f"{out}: exists already; choose another folder or remove it")
@@ -83,7 +88,9 @@ def _write_checkpoint(restored: RestoredRun, folder: Path, collate: MultimodalCo
 
 @torch.no_grad()
 def _round_weights(model: Qwen3VLForConditionalGeneration, dtype: torch.dtype) -> None:
-    """Let the model in memory hold what the file's dtype can hold, so that both sides of the comparison are the same function."""
+    """Let the model in memory hold what the file's dtype can hold, so that both sides of the comparison are the same
+    function.
+    """
     for parameter in model.parameters():
         parameter.copy_(parameter.to(dtype))
 
@@ -117,7 +124,10 @@ def _write_adapter(restored: RestoredRun, folder: Path, collate: MultimodalColla
 
 
 def _adapted_modules(tensors: dict[str, Tensor]) -> set[str]:
-    """Full Hugging Face names of the adapted modules: a list of suffixes such as 'proj' would also reach modules never trained."""
+    """Full Hugging Face names of the adapted modules.
+
+    A list of suffixes such as 'proj' would also reach modules never trained.
+    """
     return {name.removeprefix("base_model.model.").partition(".lora_")[0] for name in tensors}
 
 

@@ -27,8 +27,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def train(recipe: Recipe) -> Path:
     """Train as the recipe says, from its start or its last checkpoint. Returns the run folder.
 
-    Every rank calls it; without torchrun there is one. Raises ValueError for what the user can mend (recipe, data, model folder),
-    RuntimeError for what went wrong on the way (non-finite numbers, a full disk).
+    Every rank calls it; without torchrun there is one. Raises ValueError for what the user can mend (recipe, data,
+    model folder), RuntimeError for what went wrong on the way (non-finite numbers, a full disk).
     """
     ranks = start_ranks()
     check_world_size(recipe, ranks.world_size)

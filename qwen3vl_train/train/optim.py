@@ -19,8 +19,8 @@ STATE_PARTS = ("weight", "exp_avg", "exp_avg_sq")
 def lr_factor(step: int, *, num_steps: int, warmup_steps: int, schedule: str) -> float:
     """What the peak learning rate is multiplied with at a step, 0 <= step < num_steps.
 
-    Warm-up rises linearly to 1, reached at step `warmup_steps`; cosine and linear then fall towards 0, which they would reach at
-    `num_steps`, one past the last step: no step is wasted on a rate of zero.
+    Warm-up rises linearly to 1, reached at step `warmup_steps`; cosine and linear then fall towards 0, which they would
+    reach at `num_steps`, one past the last step: no step is wasted on a rate of zero.
     """
     if step < warmup_steps:
         return (step + 1) / (warmup_steps + 1)
@@ -43,10 +43,10 @@ class Trained:
 class MasterAdamW:
     """AdamW that moves float32 masters of the trained parameters, whatever dtype the model computes in.
 
-    bfloat16 has 8 bits of mantissa: an update below 1/256 of a weight would vanish if added to it directly. So gradients are summed
-    and applied in float32, and the model's weights are the masters rounded. A float32 parameter is its own master.
-    Weight decay acts on matrices only, not on norms and biases. A parameter that no pack touched has a gradient of zero, so that
-    a step means the same on any number of ranks.
+    bfloat16 has 8 bits of mantissa: an update below 1/256 of a weight would vanish if added to it directly. So
+    gradients are summed and applied in float32, and the model's weights are the masters rounded. A float32 parameter is
+    its own master. Weight decay acts on matrices only, not on norms and biases. A parameter that no pack touched has a
+    gradient of zero, so that a step means the same on any number of ranks.
     """
 
     def __init__(self, model: nn.Module, optim: OptimSection) -> None:
@@ -101,9 +101,12 @@ class MasterAdamW:
 
     @torch.no_grad()
     def step(self, factor: float, clip: float) -> None:
-        """Scale all gradients by `clip`, move the masters at `factor` times their peak rates, round them into the model."""
+        """Scale all gradients by `clip`, move the masters at `factor` times their peak rates, round them into the
+        model.
+        """
         if clip != 1.0:
-            torch._foreach_mul_(self.gradients(), clip)
+            for gradient in self.gradients():
+                gradient.mul_(clip)
         for group in self.adamw.param_groups:
             group["lr"] = group["peak_lr"] * factor
         self.adamw.step()
@@ -123,7 +126,10 @@ class MasterAdamW:
 
     @torch.no_grad()
     def load_state_tensors(self, tensors: dict[str, Tensor], num_updates: int) -> None:
-        """Take over what `state_tensors` gave after `num_updates` steps. Raises ValueError for names or shapes that differ."""
+        """Take over what `state_tensors` gave after `num_updates` steps.
+
+        Raises ValueError for names or shapes that differ.
+        """
         wanted = {f"{part}/{item.name}": item.master.shape for item in self.trained for part in STATE_PARTS}
         wrong = sorted(set(wanted) ^ set(tensors)) or [
             name for name, shape in wanted.items() if tensors[name].shape != shape

@@ -1,4 +1,7 @@
-"""Everything a run tells: metrics.jsonl, eval.jsonl, rejected.jsonl, the tracker and the terminal. Rank 0 writes, others keep still."""
+"""Everything a run tells: metrics.jsonl, eval.jsonl, rejected.jsonl, the tracker and the terminal.
+
+Rank 0 writes, others keep still.
+"""
 
 import json
 from pathlib import Path
@@ -27,7 +30,9 @@ class Recorder:
     def __enter__(self) -> "Recorder":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._console.close()
         if self._metrics:
             self._metrics.close()

@@ -1,4 +1,7 @@
-"""A finished or running run as a model again: the base checkpoint with the trained tensors of the run's last checkpoint."""
+"""A finished or running run as a model again.
+
+The base checkpoint with the trained tensors of the run's last checkpoint.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,8 +33,9 @@ def is_run_folder(path: Path) -> bool:
 def restore_run(folder: Path, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> RestoredRun:
     """Load a run's newest checkpoint over its base model.
 
-    The checkpoint's float32 masters are rounded to the dtype the run computed in before they are cast to `dtype`, so that what is
-    looked at or exported is the function that was trained. Raises ValueError where the folder holds no run or no checkpoint.
+    The checkpoint's float32 masters are rounded to the dtype the run computed in before they are cast to `dtype`, so
+    that what is looked at or exported is the function that was trained. Raises ValueError where the folder holds no run
+    or no checkpoint.
     """
     if not is_run_folder(folder):
         raise ValueError(f"{folder}: not a run folder (no {RECIPE_FILE}); give runs/<name>")

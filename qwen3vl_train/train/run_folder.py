@@ -1,4 +1,7 @@
-"""The run's folder: whether it is new, can be gone on with, or belongs to another run; and the rows that were rejected."""
+"""The run's folder: whether it is new, can be gone on with, or belongs to another run.
+
+And the rows that were rejected.
+"""
 
 import json
 import platform
@@ -30,7 +33,9 @@ def open_run_folder(recipe: Recipe) -> tuple[Path, Path | None]:
         lines = "\n".join(f"  - {line}" for line in differences)
         raise ValueError(f"{folder}: holds another run\n{lines}\nchoose another name, or remove the folder")
     if recipe.checkpoint.resume == "never":
-        raise ValueError(f"{folder}: holds this run already; choose another name, or set checkpoint.resume: auto to go on")
+        raise ValueError(
+            f"{folder}: holds this run already; choose another name, or set checkpoint.resume: auto to go on"
+        )
     return folder, latest_checkpoint(folder)
 
 

@@ -15,7 +15,10 @@ from qwen3vl_train.train.optim import MasterAdamW
 
 @dataclass
 class StepSums:
-    """Sums over the packs of all ranks. loss is the mean over all label tokens; grad_norms by module group, and 'all'."""
+    """Sums over the packs of all ranks. loss is the mean over all label tokens.
+
+    Grad_norms by module group, and 'all'.
+    """
 
     loss: float = 0.0
     label_tokens: int = 0
@@ -45,9 +48,9 @@ def train_step(
 ) -> StepSums:
     """Move the weights by the gradient of (sum of losses) / (number of labels), both over all packs of all ranks.
 
-    packs: this rank's share, possibly empty. pack_numbers: their places among all packs of the step; dropout in a pack depends on
-    (seed, step, place) alone, so it does not change with the number of ranks.
-    Raises NonFiniteError on every rank before any weight has moved.
+    packs: this rank's share, possibly empty. pack_numbers: their places among all packs of the step; dropout in a pack
+    depends on (seed, step, place) alone, so it does not change with the number of ranks. Raises NonFiniteError on every
+    rank before any weight has moved.
     """
     counts = [[b.num_labels, b.num_tokens, b.num_visual_tokens, b.num_patches, flops.step(b)] for b in packs]
     totals = ranks.sum([float(sum(column)) for column in zip(*counts, strict=True)] if counts else [0.0] * 5)

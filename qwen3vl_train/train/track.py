@@ -6,6 +6,7 @@ import os
 import secrets
 import subprocess
 import sys
+import time
 from collections import deque
 from datetime import timedelta
 from pathlib import Path
@@ -16,6 +17,8 @@ from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from qwen3vl_train.config import Recipe, public_dict
+
+LOG_SECONDS = 5.0
 
 
 class Tracker(Protocol):
@@ -134,13 +137,18 @@ def git_state(folder: Path) -> dict[str, Any] | None:
 
 
 class Console:
-    """Progress for people: a bar on a terminal, one plain line a step in a log, nothing on ranks other than 0."""
+    """Progress for people: a bar on a terminal, plain lines in a log, nothing on ranks other than 0.
+
+    A log gets a line for the first and the last step and at most one in LOG_SECONDS between: metrics.jsonl has every
+    step.
+    """
 
     def __init__(self, num_steps: int, *, start_step: int = 0, rank: int = 0, file: IO[str] | None = None) -> None:
         self.num_steps = num_steps
         self._file = file or sys.stdout
         self._quiet = rank != 0
         self._seconds: deque[float] = deque(maxlen=50)
+        self._last_line = -math.inf
         self._bar: Progress | None = None
         rich = RichConsole(file=self._file)
         if not self._quiet and self._file.isatty() and not rich.is_dumb_terminal:
@@ -160,7 +168,8 @@ class Console:
         numbers = f"loss {loss:.4f} lr {metrics['lr']:.2e} tokens/s {metrics['tokens_per_second']:,.0f} eta {eta}"
         if self._bar:
             self._bar.update(self._task, completed=metrics["step"], numbers=numbers)
-        else:
+        elif left == 0 or time.monotonic() - self._last_line >= LOG_SECONDS:
+            self._last_line = time.monotonic()
             self.line(f"step {metrics['step']}/{self.num_steps} {numbers}")
 
     def line(self, text: str) -> None:

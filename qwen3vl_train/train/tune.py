@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from qwen3vl_train.checkpoint.names import to_huggingface
-from qwen3vl_train.config import LoraTune, Recipe
+from qwen3vl_train.config import LoraTune, OptimSection, Recipe
 from qwen3vl_train.dist import Ranks, seed_everything
 from qwen3vl_train.groups import GROUPS, VISION_GROUPS
 from qwen3vl_train.model.groups import group_of, train_only
@@ -18,7 +18,8 @@ SEEN_WITH_MEDIA = {*VISION_GROUPS, "merger", "deepstack"}
 def apply_tuning(model: Qwen3VLForConditionalGeneration, recipe: Recipe) -> None:
     """Freeze, unfreeze, add adapters and switch on activation checkpointing as the recipe says.
 
-    Adapter weights start from the recipe's seed, alike on every rank. Raises ValueError for a target that matches nothing.
+    Adapter weights start from the recipe's seed, alike on every rank. Raises ValueError for a target that matches
+    nothing.
     """
     tune = recipe.tune
     if isinstance(tune, LoraTune):
@@ -27,11 +28,25 @@ def apply_tuning(model: Qwen3VLForConditionalGeneration, recipe: Recipe) -> None
         add_lora(
             model, modules, rank=tune.rank, alpha=tune.alpha, dropout=tune.dropout, rslora=tune.rslora, dora=tune.dora
         )
+        check_rates({group_of(module) for module in modules}, recipe.optim)
     else:
         train_only(model, set(tune.trained_groups()))
     checkpointing = recipe.train.activation_checkpointing == "full"
     model.visual.vision.activation_checkpointing = checkpointing
     model.language_model.model.activation_checkpointing = checkpointing
+
+
+def check_rates(trained_groups: set[str], optim: OptimSection) -> None:
+    """The recipe's rules for learning rates, once the model says what regular expressions reach. Raises ValueError."""
+    if optim.merger_lr is not None and optim.deepstack_lr is None and "deepstack" in trained_groups:
+        raise ValueError(
+            f"optim.deepstack_lr: missing beside optim.merger_lr {optim.merger_lr:g}, which is for the main merger "
+            "alone; give both"
+        )
+    owners = {"vision_lr": VISION_GROUPS, "merger_lr": ("merger",), "deepstack_lr": ("deepstack",)}
+    for field, groups in owners.items():
+        if getattr(optim, field) is not None and not trained_groups & set(groups):
+            raise ValueError(f"optim.{field}: set, but tune.targets reaches no {' or '.join(groups)}; leave it out")
 
 
 @dataclass(frozen=True)
@@ -72,7 +87,8 @@ def report_groups(model: nn.Module, recipe: Recipe) -> list[GroupReport]:
 class GradientCheck:
     """Checks once, at the start, that exactly the parameters meant to train get gradients.
 
-    Step 1 decides. Where it held no image, the vision side cannot have been reached and is judged at the first step with one.
+    Step 1 decides. Where it held no image, the vision side cannot have been reached and is judged at the first step
+    with one.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -83,7 +99,8 @@ class GradientCheck:
     def after_step(self, step: int, touched: set[str], *, with_media: bool, ranks: Ranks) -> str | None:
         """Judge the names that backward touched on this rank, together with those of all others.
 
-        Returns what to tell the user, if anything. Raises RuntimeError that names the tensors at fault. Every rank must call it.
+        Returns what to tell the user, if anything. Raises RuntimeError that names the tensors at fault. Every rank must
+        call it.
         """
         if self._done or (step > 1 and not with_media):
             return None
@@ -91,9 +108,17 @@ class GradientCheck:
         self._done = with_media
         wanted = self._trained if with_media else {n for n in self._trained if group_of(n) not in SEEN_WITH_MEDIA}
         missing, unexpected = sorted(wanted - self._touched), sorted(self._touched - self._trained)
-        faults = [f"{len(missing)} tensors that should train got no gradient: {', '.join(missing[:5])}"] if missing else []
+        faults = (
+            [f"{len(missing)} tensors that should train got no gradient: {', '.join(missing[:5])}"] if missing else []
+        )
         faults += [f"{len(unexpected)} frozen tensors got one: {', '.join(unexpected[:5])}"] if unexpected else []
         if faults:
-            raise RuntimeError(f"gradient check, step {step}: {'; '.join(faults)}; a fault of the model code, please report it")
-        judged = f"all {len(wanted)} trained tensors" if with_media else f"all {len(wanted)} trained text tensors (no image yet)"
+            raise RuntimeError(
+                f"gradient check, step {step}: {'; '.join(faults)}; a fault of the model code, please report it"
+            )
+        judged = (
+            f"all {len(wanted)} trained tensors"
+            if with_media
+            else f"all {len(wanted)} trained text tensors (no image yet)"
+        )
         return f"gradient check, step {step}: {judged} got a gradient, nothing else did"

@@ -1,8 +1,11 @@
-"""Does what was written compute what was trained? Stock transformers, and peft for an adapter, answer on probe conversations."""
+"""Does what was written compute what was trained? Stock transformers, and peft for an adapter, answer on probe
+conversations.
+"""
 
 import inspect
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -12,8 +15,8 @@ from qwen3vl_train.batch import PackedBatch
 from qwen3vl_train.data.collate import MultimodalCollator
 from qwen3vl_train.model.qwen3vl import Qwen3VLForConditionalGeneration
 
-# Both sides compute in float32 from the same weights; what is left is the order of summation, 1e-5 on tiny models and growing with depth.
-# A wrong scale, a missing module or another template moves logits by tenths of their spread.
+# Both sides compute in float32 from the same weights; what is left is the order of summation, 1e-5 on tiny models and
+# growing with depth. A wrong scale, a missing module or another template moves logits by tenths of their spread.
 TOLERANCE = 2e-3
 
 
@@ -34,11 +37,16 @@ def probe_batches(collate: MultimodalCollator) -> list[PackedBatch]:
     ramp = torch.linspace(0, 255, 192)
     image = torch.stack([ramp.expand(160, -1), ramp.flip(0).expand(160, -1), ramp[:160, None].expand(-1, 192)], dim=-1)
     picture = Image.fromarray(image.to(torch.uint8).numpy())
-    question = {"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": "What is shown?"}]}
+    question = {
+        "role": "user",
+        "content": [{"type": "image", "image": picture}, {"type": "text", "text": "What is shown?"}],
+    }
     answer = {"role": "assistant", "content": "Three ramps of colour."}
     return [
         collate([{"messages": [question, answer]}]),
-        collate([{"messages": [{"role": "user", "content": "Name a number."}, {"role": "assistant", "content": "Seven."}]}]),
+        collate(
+            [{"messages": [{"role": "user", "content": "Name a number."}, {"role": "assistant", "content": "Seven."}]}]
+        ),
     ]
 
 
@@ -58,7 +66,8 @@ def compare_with_transformers(
     """
     from transformers import Qwen3VLForConditionalGeneration as Stock
 
-    stock, info = Stock.from_pretrained(checkpoint, dtype=torch.float32, output_loading_info=True)
+    loaded: Any = Stock.from_pretrained(checkpoint, dtype=torch.float32, output_loading_info=True)
+    stock, info = loaded
     left_over = [f"{kind}: {sorted(names)[:3]}" for kind, names in info.items() if names]
     if left_over:
         raise RuntimeError(f"{checkpoint}: transformers does not load it whole ({'; '.join(left_over)})")

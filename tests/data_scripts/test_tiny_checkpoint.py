@@ -10,6 +10,7 @@ import tiny
 import tiny_checkpoint
 import torch
 from safetensors.torch import load_file
+from tokenizers import Tokenizer
 from transformers import AutoImageProcessor, AutoTokenizer, GenerationConfig, Qwen3VLForConditionalGeneration
 
 from qwen3vl_train.arch import Qwen3VLArch
@@ -82,6 +83,19 @@ def test_tokenizer_splits_as_qwen_does(tiny_folder: Path):
     decomposed, composed, unseen = "Gro\u0308ße", "Größe", "\U0001f642\u05d0 \t数字"
     assert tokenizer(decomposed)["input_ids"] == tokenizer(composed)["input_ids"], "NFC"
     assert tokenizer.decode(tokenizer(unseen)["input_ids"]) == unseen, "every byte has a token"
+
+
+def test_tokenizer_file_alone_says_the_same(tiny_folder: Path):
+    """transformers rebuilds parts of a Qwen2Tokenizer from its class; a reader of tokenizer.json alone must agree."""
+    stock = AutoTokenizer.from_pretrained(tiny_folder)
+    plain = Tokenizer.from_file(str(tiny_folder / "tokenizer.json"))
+    markup = "".join(token for token, _ in tiny_checkpoint.ADDED_TOKENS)
+    for text in (markup, "Gro\u0308ße  12\n\n\tit's", tiny_checkpoint.default_texts()[0], " <|im_start|> user"):
+        ids = plain.encode(text).ids
+        assert ids == stock(text)["input_ids"]
+        for skip in (True, False):
+            decoded = plain.decode(ids, skip_special_tokens=skip)
+            assert decoded == stock.decode(ids, skip_special_tokens=skip, clean_up_tokenization_spaces=False)
 
 
 def test_tokenizer_too_small_is_refused():
