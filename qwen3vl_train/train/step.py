@@ -60,12 +60,13 @@ def train_step(
     for number, batch in zip(pack_numbers, packs, strict=True):
         seed_everything(seed, step, number)
         loss_sum, _ = model(batch.to(ranks.device, non_blocking=True))
-        (loss_sum / num_labels).backward()
+        if loss_sum.requires_grad:  # not where only the vision side trains and the pack holds no image
+            (loss_sum / num_labels).backward()
         losses.append(loss_sum.detach())
 
     sum_gradients(optimizer.gradients(), ranks.world_size)
     norms = optimizer.group_norms()
-    (loss,) = ranks.sum([float(torch.stack(losses).sum()) if losses else 0.0])
+    (loss,) = ranks.sum([float(torch.stack(losses).sum(dtype=torch.float64)) if losses else 0.0])
     if not (math.isfinite(loss) and math.isfinite(norms["all"])):
         _stop_non_finite(packs, [loss.item() for loss in losses], loss / num_labels, norms, step, ranks)
     clip = 1.0 if max_grad_norm is None else min(1.0, max_grad_norm / (norms["all"] + 1e-6))
