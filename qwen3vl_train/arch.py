@@ -130,7 +130,7 @@ class Qwen3VLArch:
                 mrope_section=_Reader(scaling, "text_config.rope_scaling", faults).integers("mrope_section"),  # type: ignore[arg-type]
                 max_position_embeddings=text.integer("max_position_embeddings"),
             ),
-            # The top level decides: re-saved files carry a class default inside text_config by transformers 5.
+            # The top level decides: files that transformers 5 saved again may carry a class default in text_config.
             tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
             image_token_id=top.integer("image_token_id"),
             video_token_id=top.integer("video_token_id"),

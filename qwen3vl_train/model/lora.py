@@ -74,7 +74,8 @@ def adapter_tensors(model: nn.Module, huggingface_name: Callable[[str], str]) ->
     for name, parameter in model.named_parameters():
         module, found, part = name.partition(".lora_")
         if found:
-            kind = part.replace(f".{ADAPTER}", "", 1)
+            # peft's files name DoRA's vector itself, its model a weight inside of it.
+            kind = part.replace(f".{ADAPTER}", "", 1).replace("magnitude_vector.weight", "magnitude_vector")
             tensors[f"base_model.model.{huggingface_name(module)}.lora_{kind}"] = parameter.detach()
     return tensors
 

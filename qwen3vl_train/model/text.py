@@ -44,9 +44,8 @@ class Qwen3VLTextAttention(nn.Module):
         self.k_norm = Qwen3VLTextRMSNorm(arch.head_dim, arch.rms_norm_eps)
 
     def forward(self, x_TD: Tensor, rope: Rope, segments: Segments | None, cache: KVCache | None) -> Tensor:
-        """With segments: a packed row (its keys and values go to the cache, if any). Without.
-
-        One new token per cached sequence.
+        """With segments: a packed row; its keys and values go to the cache, if any. Without: one new token per cached
+        sequence.
         """
         q_TNH = apply_rope(self.q_norm(self.q_proj(x_TD).unflatten(-1, (-1, self.head_dim))), *rope)
         k_TKH = apply_rope(self.k_norm(self.k_proj(x_TD).unflatten(-1, (-1, self.head_dim))), *rope)

@@ -3,6 +3,7 @@
 A PEFT adapter, or a whole checkpoint, loaded back into stock transformers before it is called done.
 """
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,9 +17,8 @@ from qwen3vl_train.checkpoint.names import to_huggingface
 from qwen3vl_train.config import LoraTune
 from qwen3vl_train.data.collate import MultimodalCollator
 from qwen3vl_train.model.lora import adapter_tensors, merge_lora
-from qwen3vl_train.model.qwen3vl import Qwen3VLForConditionalGeneration
 from qwen3vl_train.train.data import open_collator
-from qwen3vl_train.train.restore import RestoredRun, restore_run
+from qwen3vl_train.train.restore import RestoredRun, restore_run, round_weights
 from qwen3vl_train.train.verify import LogitDifference, compare_with_transformers, probe_batches, probe_logits
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -58,9 +58,10 @@ def export_run(run: Path, out: Path, *, merge: bool) -> Exported:
             num_tensors = _write_checkpoint(restored, folder, collate)
         logits = probe_logits(model, batches)
         base = Path(recipe.model.path) if as_adapter else folder
-        step = restored.step
+        step, dtype = restored.step, _dtype(restored)
         del model, restored  # one model in memory at a time
-        difference = compare_with_transformers(logits, batches, checkpoint=base, adapter=folder if as_adapter else None)
+        adapter = folder if as_adapter else None
+        difference = compare_with_transformers(logits, batches, checkpoint=base, dtype=dtype, adapter=adapter)
         if not difference.within_tolerance:
             raise RuntimeError(
                 f"{out}: not written; transformers computes other logits from it (difference {difference.largest:.2e}, "
@@ -76,7 +77,8 @@ def _dtype(restored: RestoredRun) -> torch.dtype:
 def _write_checkpoint(restored: RestoredRun, folder: Path, collate: MultimodalCollator) -> int:
     dtype = _dtype(restored)
     merge_lora(restored.model)
-    _round_weights(restored.model, dtype)
+    # Both sides of the comparison are then the same function: the files hold no more than this.
+    round_weights(restored.model, dtype)
     weights = dict(restored.model.named_parameters())
     limits = (collate.encoder.min_pixels, collate.encoder.max_pixels)
     write_huggingface(weights, folder, source=restored.recipe.model.path, dtype=dtype, pixel_limits=limits)
@@ -84,15 +86,6 @@ def _write_checkpoint(restored: RestoredRun, folder: Path, collate: MultimodalCo
     for name, tensor in files.read(list(files.shapes)):
         _expect_equal(name, tensor.float(), weights[name])
     return len(weights)
-
-
-@torch.no_grad()
-def _round_weights(model: Qwen3VLForConditionalGeneration, dtype: torch.dtype) -> None:
-    """Let the model in memory hold what the file's dtype can hold, so that both sides of the comparison are the same
-    function.
-    """
-    for parameter in model.parameters():
-        parameter.copy_(parameter.to(dtype))
 
 
 def _write_adapter(restored: RestoredRun, folder: Path, collate: MultimodalCollator) -> int:
@@ -117,10 +110,18 @@ def _write_adapter(restored: RestoredRun, folder: Path, collate: MultimodalColla
         bias="none",
     )
     config.save_pretrained(str(folder))
+    _sort_targets(folder / "adapter_config.json")
     copy_companions(recipe.model.path, folder, (collate.encoder.min_pixels, collate.encoder.max_pixels))
     for name, tensor in load_file(folder / ADAPTER_WEIGHTS).items():
         _expect_equal(name, tensor, tensors[name])
     return len(tensors)
+
+
+def _sort_targets(file: Path) -> None:
+    """peft keeps the targets as a set: sorted, the same adapter gives the same file."""
+    config = json.loads(file.read_text(encoding="utf-8"))
+    config["target_modules"].sort()
+    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _adapted_modules(tensors: dict[str, Tensor]) -> set[str]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from qwen3vl_train.checkpoint.hf import load_qwen3_vl_model
 from qwen3vl_train.checkpoint.run import latest_checkpoint, read_record, read_tensors
@@ -30,12 +31,19 @@ def is_run_folder(path: Path) -> bool:
 
 
 @torch.no_grad()
+def round_weights(model: nn.Module, dtype: torch.dtype) -> None:
+    """Let the parameters hold only what `dtype` can hold, in the dtype that they have."""
+    for parameter in model.parameters():
+        parameter.copy_(parameter.to(dtype))
+
+
+@torch.no_grad()
 def restore_run(folder: Path, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> RestoredRun:
     """Load a run's newest checkpoint over its base model.
 
-    The checkpoint's float32 masters are rounded to the dtype the run computed in before they are cast to `dtype`, so
-    that what is looked at or exported is the function that was trained. Raises ValueError where the folder holds no run
-    or no checkpoint.
+    All weights, the trained float32 masters and the frozen ones, are rounded to the dtype the run computed in before
+    they are cast to `dtype`, so that what is looked at or exported is the function that was trained. Raises ValueError
+    where the folder holds no run or no checkpoint.
     """
     if not is_run_folder(folder):
         raise ValueError(f"{folder}: not a run folder (no {RECIPE_FILE}); give runs/<name>")
@@ -45,8 +53,9 @@ def restore_run(folder: Path, *, dtype: torch.dtype, device: torch.device | str 
         raise ValueError(f"{folder}: has no checkpoint yet; wait for checkpoint.every_steps, or let the run end")
     record = read_record(checkpoint)
     model = load_qwen3_vl_model(recipe.model.path, dtype=dtype, device=device)
-    apply_tuning(model, recipe)
     trained_as = torch.bfloat16 if recipe.model.dtype == "bfloat16" else torch.float32
+    round_weights(model, trained_as)
+    apply_tuning(model, recipe)
     stored = {name: tensor for name, tensor in read_tensors(checkpoint).items() if name.startswith("weight/")}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:

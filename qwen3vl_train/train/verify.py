@@ -14,6 +14,7 @@ from torch import Tensor
 from qwen3vl_train.batch import PackedBatch
 from qwen3vl_train.data.collate import MultimodalCollator
 from qwen3vl_train.model.qwen3vl import Qwen3VLForConditionalGeneration
+from qwen3vl_train.train.restore import round_weights
 
 # Both sides compute in float32 from the same weights; what is left is the order of summation, 1e-5 on tiny models and
 # growing with depth. A wrong scale, a missing module or another template moves logits by tenths of their spread.
@@ -58,11 +59,17 @@ def probe_logits(model: Qwen3VLForConditionalGeneration, batches: list[PackedBat
 
 @torch.no_grad()
 def compare_with_transformers(
-    logits: list[Tensor], batches: list[PackedBatch], *, checkpoint: Path, adapter: Path | None
+    logits: list[Tensor],
+    batches: list[PackedBatch],
+    *,
+    checkpoint: Path,
+    dtype: torch.dtype,
+    adapter: Path | None,
 ) -> LogitDifference:
     """Load `checkpoint` into the stock class in float32, put the adapter on it if there is one, and compare logits.
 
-    Raises RuntimeError where transformers finds the files incomplete.
+    dtype: what the run computed in; the base weights are rounded to it, as they were in training. Raises RuntimeError
+    where transformers finds the files incomplete.
     """
     from transformers import Qwen3VLForConditionalGeneration as Stock
 
@@ -71,6 +78,7 @@ def compare_with_transformers(
     left_over = [f"{kind}: {sorted(names)[:3]}" for kind, names in info.items() if names]
     if left_over:
         raise RuntimeError(f"{checkpoint}: transformers does not load it whole ({'; '.join(left_over)})")
+    round_weights(stock, dtype)
     if adapter is not None:
         from peft import PeftModel
 

@@ -3,6 +3,7 @@ transformers reads them back.
 """
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -160,7 +161,9 @@ def test_loading_holds_no_second_copy(tiny_folder, tmp_path_factory, dtype):
     if not large.exists():
         tiny_checkpoint.write_tiny_checkpoint(large, hidden_size=1024)  # 166 MB
     command = [sys.executable, "-c", MEASURE, str(tiny_folder), str(large), dtype]
-    peak, weights = map(int, subprocess.run(command, check=True, capture_output=True, text=True).stdout.split())
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    ran = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+    peak, weights = map(int, ran.stdout.split())
     assert weights > 80e6
     assert 0.9 * weights < peak < 1.25 * weights
 
@@ -198,9 +201,7 @@ def test_names_of_another_model(folder):
     rewrite(folder, lambda tensors: tensors.update({"transformer.h.0.weight": torch.zeros(1)}))
     with pytest.raises(ValueError) as caught:
         load_qwen3_vl_model(folder)
-    assert str(caught.value) == (
-        f"{folder}: 1 unexpected weight: transformer.h.0.weight; not a Qwen3-VL checkpoint?"
-    )
+    assert str(caught.value) == (f"{folder}: 1 unexpected weight: transformer.h.0.weight; not a Qwen3-VL checkpoint?")
 
 
 def test_a_weight_stored_twice(folder):

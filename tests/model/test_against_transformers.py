@@ -51,10 +51,10 @@ def test_vision_and_deepstack_features(oracle_folder, ours, stock, collate, kind
     torch.testing.assert_close(mine.last_hidden_state, theirs.last_hidden_state, atol=FEATURES, rtol=0)
     torch.testing.assert_close(mine.pooler_output, theirs.pooler_output, atol=FEATURES, rtol=0)
     assert len(mine.deepstack_features) == len(theirs.deepstack_features) == 3
-    for layer, (feature, expected) in enumerate(
-        zip(mine.deepstack_features, theirs.deepstack_features, strict=True)
-    ):
-        torch.testing.assert_close(feature, expected, atol=FEATURES, rtol=0, msg=lambda text, k=layer: f"tap {k}: {text}")
+    for layer, (feature, expected) in enumerate(zip(mine.deepstack_features, theirs.deepstack_features, strict=True)):
+        torch.testing.assert_close(
+            feature, expected, atol=FEATURES, rtol=0, msg=lambda text, k=layer: f"tap {k}: {text}"
+        )
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """Rotary embeddings against the stock modules, whose own numbers come from config.json."""
 
+import pytest
 import torch
 
 from qwen3vl_train.model.rope import apply_rope, mrope_cos_sin, vision_angles
@@ -16,17 +17,21 @@ def test_mrope_equals_transformers_on_three_different_axes(ours, stock):
     assert cos.dtype == torch.float32
 
 
-def test_axes_of_the_released_sizes_interleave_and_end_in_time():
-    # With 128 wide heads and sections 24, 20, 20: which axis turns each of the 64 frequencies.
+@pytest.mark.parametrize(
+    ("head_dim", "section", "expected"),
+    [(128, (24, 20, 20), "THW" * 20 + "TTTT"), (48, (12, 6, 6), "THW" * 6 + "TTTTTT")],
+    ids=["released", "smaller"],
+)
+def test_axes_interleave_and_end_in_time(head_dim, section, expected):
     axes = ""
-    for frequency in range(64):
+    for frequency in range(head_dim // 2):
         moved = [
-            bool(mrope_cos_sin(torch.eye(3, dtype=torch.int64)[:, [axis]], 128, 5e6, (24, 20, 20))[1][0, frequency])
+            bool(mrope_cos_sin(torch.eye(3, dtype=torch.int64)[:, [axis]], head_dim, 5e6, section)[1][0, frequency])
             for axis in range(3)
         ]
         assert sum(moved) == 1, frequency
         axes += "THW"[moved.index(True)]
-    assert axes == "THW" * 20 + "TTTT"
+    assert axes == expected
 
 
 def test_vision_angles_equal_transformers(ours, stock):

@@ -20,9 +20,7 @@ def test_deepstack_must_have_as_many_rows_as_the_mask_marks(small):
     mask = torch.tensor([False, True, True, True, False, False])
     deepstack = [torch.zeros(2, small.arch.text.hidden_size)]
     with pytest.raises(ValueError, match="visual_pos_mask marks 3 tokens, but DeepStack has 2 rows"):
-        small.language_model.model(
-            *decoder_inputs(small), visual_pos_mask=mask, deepstack_visual_embeds=deepstack
-        )
+        small.language_model.model(*decoder_inputs(small), visual_pos_mask=mask, deepstack_visual_embeds=deepstack)
 
 
 @torch.no_grad()

@@ -1,0 +1,168 @@
+import json
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_checkpoint
+
+from qwen3vl_train.arch import Qwen3VLArch, published_config, read_config
+
+
+@pytest.fixture(scope="module")
+def config(tiny_folder: Path) -> dict[str, Any]:
+    return json.loads((tiny_folder / "config.json").read_text())
+
+
+def in_the_dialect_of_transformers_5(config: dict[str, Any]) -> dict[str, Any]:
+    """The same model as `save_pretrained` of transformers 5 writes it."""
+    new = deepcopy(config)
+    text, vision = new["text_config"], new["vision_config"]
+    text["rope_parameters"] = {"rope_theta": text.pop("rope_theta"), **text.pop("rope_scaling")}
+    vision["rope_parameters"] = {"rope_type": "axial", "rope_theta": 10000.0}
+    vision["model_type"] = "qwen3_vl_vision"
+    text["tie_word_embeddings"] = not new["tie_word_embeddings"]  # a class default: the top level decides
+    return new
+
+
+def test_numbers_are_read(config):
+    arch = Qwen3VLArch.from_dict(config)
+    assert (arch.vision.depth, arch.vision.hidden_size, arch.vision.head_dim) == (4, 64, 32)
+    assert (arch.vision.position_table_side, arch.vision.patch_dim) == (8, 1536)
+    assert arch.vision.deepstack_visual_indexes == (0, 1, 2)
+    assert (arch.text.num_attention_heads, arch.text.num_key_value_heads, arch.text.head_dim) == (4, 2, 32)
+    assert (arch.text.rope_theta, arch.text.rms_norm_eps) == (5_000_000, 1e-6)
+    assert arch.text.mrope_section == (6, 5, 5)
+    assert arch.tie_word_embeddings is True
+    assert arch.image_token_id == config["image_token_id"]
+
+
+def test_both_dialects_are_the_same_model(config):
+    assert Qwen3VLArch.from_dict(in_the_dialect_of_transformers_5(config)) == Qwen3VLArch.from_dict(config)
+
+
+def test_transformers_writes_what_we_read(make_oracle):
+    published = Qwen3VLArch.from_pretrained(make_oracle(vision_depth=24, tie=True, dialect="published"))
+    saved = Qwen3VLArch.from_pretrained(make_oracle(vision_depth=27, tie=False, dialect="saved"))
+    assert (published.vision.deepstack_visual_indexes, published.tie_word_embeddings) == ((5, 11, 17), True)
+    assert (saved.vision.deepstack_visual_indexes, saved.tie_word_embeddings) == ((8, 16, 24), False)
+    assert (published.text.rope_theta, saved.text.rope_theta) == (5_000_000, 1_000_000)
+    assert (published.text.rms_norm_eps, saved.text.rms_norm_eps) == (1e-6, 1e-5)
+
+
+def test_published_config_of_either_dialect(config):
+    newer = in_the_dialect_of_transformers_5({**config, "something_new": [1]})
+    before = deepcopy(newer)
+    written = published_config(newer, dtype="bfloat16")
+    assert newer == before, "the config handed in must stay as it is"
+    assert written["something_new"] == [1]
+    assert written["dtype"] == written["text_config"]["dtype"] == "bfloat16"
+    assert written["text_config"]["tie_word_embeddings"] is written["tie_word_embeddings"] is True
+    assert Qwen3VLArch.from_dict(written) == Qwen3VLArch.from_dict(config)
+    for section in ("text_config", "vision_config"):
+        extra = {"dtype"} if section == "text_config" else set()
+        assert set(written[section]) - extra == set(config[section]) - extra
+    assert published_config(config, dtype="float32") == {**config, "dtype": "float32"}
+
+
+def test_every_fault_is_named_at_once(config):
+    broken = deepcopy(config)
+    del broken["text_config"]["head_dim"]
+    broken["text_config"].update(hidden_size="large", attention_bias=True, num_hidden_layers=True)
+    broken["vision_config"].update(hidden_act="gelu", depth=None)
+    broken["text_config"]["rope_scaling"].update(mrope_interleaved=False, rope_type="yarn")
+    del broken["image_token_id"]
+    with pytest.raises(ValueError) as caught:
+        Qwen3VLArch.from_dict(broken, where="here/config.json")
+    assert str(caught.value).splitlines() == [
+        "here/config.json: 9 faults",
+        "  - text_config: rope_type 'yarn' is not known; only 'default' is",
+        "  - text_config: mrope_interleaved is not true; Qwen3-VL interleaves its three position axes",
+        "  - vision_config.hidden_act is 'gelu'; Qwen3-VL has 'gelu_pytorch_tanh'",
+        "  - text_config.attention_bias is true; Qwen3-VL has none",
+        "  - vision_config.depth: missing",
+        "  - text_config.hidden_size: 'large' is not a number of the right kind",
+        "  - text_config.num_hidden_layers: True is not a number of the right kind",
+        "  - text_config.head_dim: missing",
+        "  - image_token_id: missing",
+    ]
+
+
+CONTRADICTIONS = [
+    ("vision_config", {"num_heads": 5}, "vision hidden_size / num_heads must be a multiple of 4"),
+    ("vision_config", {"out_hidden_size": 96}, "vision out_hidden_size 96 is not the text hidden_size 128"),
+    ("vision_config", {"num_position_embeddings": 63}, "num_position_embeddings is no square"),
+    (
+        "vision_config",
+        {"deepstack_visual_indexes": [1, 4]},
+        "deepstack_visual_indexes (1, 4) leave the 4 vision blocks",
+    ),
+    ("text_config", {"num_hidden_layers": 2}, "more DeepStack features than decoder layers"),
+    ("text_config", {"num_key_value_heads": 3}, "attention heads do not divide by kv heads"),
+    ("text_config", {"head_dim": 64}, "mrope_section (6, 5, 5) does not sum to head_dim/2 = 32"),
+]
+
+
+@pytest.mark.parametrize(("section", "change", "message"), CONTRADICTIONS)
+def test_contradictions(config, section, change, message):
+    broken = deepcopy(config)
+    broken[section].update(change)
+    with pytest.raises(ValueError) as caught:
+        Qwen3VLArch.from_dict(broken)
+    assert str(caught.value).splitlines()[1:] == [f"  - {message}"]
+
+
+def test_sections_that_are_missing(config):
+    with pytest.raises(ValueError, match="text_config: missing or not an object"):
+        Qwen3VLArch.from_dict({**config, "text_config": 3})
+
+
+def test_files_that_are_none(tmp_path):
+    for content, message in ((None, "no config.json"), ("{", "not JSON"), ("[]", "holds a list, not an object")):
+        if content is not None:
+            (tmp_path / "config.json").write_text(content)
+        with pytest.raises(ValueError, match=message):
+            read_config(tmp_path)
+    (tmp_path / "config.json").write_bytes(b"\xff\xfe{}")
+    with pytest.raises(ValueError, match="not JSON"):
+        read_config(tmp_path)
+
+
+# Published numbers of the dense sizes: text hidden, MLP, layers, q heads; vision depth, hidden, MLP; tied.
+SIZES = {
+    "2B": (2048, 6144, 28, 16, 24, 1024, 4096, True, 2_127_532_032),
+    "4B": (2560, 9728, 36, 32, 24, 1024, 4096, True, 4_437_815_808),
+    "8B": (4096, 12288, 36, 32, 27, 1152, 4304, False, 8_767_123_696),
+    "32B": (5120, 25600, 64, 64, 27, 1152, 4304, False, 33_357_390_064),
+}
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_released_sizes_have_their_published_number_of_parameters(size):
+    import torch
+
+    from qwen3vl_train import Qwen3VLForConditionalGeneration
+
+    hidden, inner, layers, heads, depth, vision_hidden, vision_inner, tied, parameters = SIZES[size]
+    tokenizer = tiny_checkpoint.build_tokenizer(["a"], 256 + len(tiny_checkpoint.ADDED_TOKENS))
+    config = tiny_checkpoint.tiny_config(
+        tokenizer,
+        hidden_size=hidden,
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=8,
+        head_dim=128,
+        vision_hidden_size=vision_hidden,
+        vision_depth=depth,
+        vision_num_heads=16,
+        num_position_embeddings=48 * 48,
+        deepstack_visual_indexes=(5, 11, 17) if depth == 24 else (8, 16, 24),
+        tie_word_embeddings=tied,
+    )
+    config["text_config"].update(intermediate_size=inner, vocab_size=151936)
+    config["vision_config"].update(intermediate_size=vision_inner)
+    arch = Qwen3VLArch.from_dict(config)
+    assert arch.text.mrope_section == (24, 20, 20)
+    with torch.device("meta"):
+        model = Qwen3VLForConditionalGeneration(arch)
+    assert sum(parameter.numel() for parameter in model.parameters()) == parameters

@@ -1,0 +1,352 @@
+"""Bad input gets a clear answer: every message as the user of launch/sft.py sees it, with its exit code."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_runs
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from qwen3vl_train.train.cli import sft
+from qwen3vl_train.train.metrics import read_metrics
+
+HINT = "(QWEN3VL_TRACEBACK=1 shows where)\n"
+
+
+@pytest.fixture
+def answer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
+    """A function: recipe values (or its text) and overrides -> exit code and error message of the sft script."""
+
+    def run(values: dict[str, Any] | str, *overrides: str) -> tuple[int, str]:
+        recipe = tmp_path / "recipe.yaml"
+        recipe.write_text(values if isinstance(values, str) else json.dumps(values))
+        capsys.readouterr()
+        code = sft([str(recipe), *overrides])
+        error = capsys.readouterr().err
+        if error:
+            assert error.startswith("error: ")
+            assert error.endswith("\n" + HINT)
+        return code, error.removeprefix("error: ").removesuffix("\n" + HINT)
+
+    return run
+
+
+@pytest.fixture
+def values(tiny_folder: Path, task: Path, tmp_path: Path) -> dict[str, Any]:
+    return tiny_runs.recipe_values(tiny_folder, task, tmp_path / "out", train__num_steps=1)
+
+
+@pytest.fixture
+def model(tiny_folder: Path, tmp_path: Path) -> Path:
+    """A copy of the checkpoint, to be spoilt."""
+    shutil.copytree(tiny_folder, tmp_path / "model")
+    return tmp_path / "model"
+
+
+# Recipe
+
+
+def test_all_faults_of_a_recipe_are_told_at_once(answer, tmp_path):
+    text = """
+name: my run
+model: {path: some/model, dtype: float16}
+tune: {method: lora, rank: "16", targets: [text_atn]}
+data: {train: [{path: a.jsonl, wieght: 2.0}], max_tokens_per_pack: 0}
+optim: {learning_rate: 1.0e-4}
+optim: {lr: 1.0e-4}
+trian: {num_steps: 3}
+"""
+    code, message = answer(text, "train.packs_per_step=none")
+    assert code == 2
+    assert message == "\n".join(
+        [
+            f"{tmp_path / 'recipe.yaml'}: 9 errors",
+            "  - name: got 'my run'; it becomes a folder: use up to 100 letters, digits, '.', '_' and '-', "
+            "starting with a letter or digit",
+            "  - model.dtype: got 'float16'; use bfloat16 or float32",
+            "  - tune.rank: got '16', expected an integer",
+            "  - tune.targets.0: 'text_atn' is not a module group; did you mean text_attn or text? "
+            "(a module name is given as a regular expression, such as '.*\\.text_atn')",
+            "  - data.train.0.wieght: unknown key; did you mean data.train.0.weight?",
+            "  - data.max_tokens_per_pack: got 0, expected at least 1",
+            "  - optim: duplicate key",
+        ]
+    )
+
+
+def test_a_recipe_that_is_not_there(answer, tmp_path, capsys):
+    assert sft([str(tmp_path / "none.yaml")]) == 2
+    assert capsys.readouterr().err == (
+        f"error: {tmp_path / 'none.yaml'}: 1 error\n"
+        f"  - cannot be read (No such file or directory); give a recipe file\n{HINT}"
+    )
+
+
+# Model folder
+
+
+def test_a_model_folder_that_is_not_there(answer, values, tmp_path):
+    values["model"]["path"] = "Qwen/Qwen3-VL-4B-Instruct"
+    expected = "Qwen/Qwen3-VL-4B-Instruct: not a folder; give a local Qwen3-VL checkpoint in Hugging Face form"
+    assert answer(values) == (2, expected)
+    values["model"]["path"] = str(tmp_path)
+    expected = f"{tmp_path}: no config.json; give a local Qwen3-VL checkpoint in Hugging Face form"
+    assert answer(values) == (2, expected)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (
+            {"model_type": "qwen2_vl"},
+            "model_type is 'qwen2_vl', not 'qwen3_vl'; give the folder of a Qwen3-VL checkpoint",
+        ),
+        (
+            {"model_type": "qwen3_vl_moe"},
+            "model_type is qwen3_vl_moe; mixture-of-experts is not supported, use a dense one",
+        ),
+    ],
+)
+def test_a_config_of_another_model(answer, values, model, change, expected):
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, **change}))
+    values["model"]["path"] = str(model)
+    assert answer(values) == (2, f"{model / 'config.json'}: {expected}")
+
+
+def test_weights_that_do_not_fit_the_config(answer, values, model):
+    weights = load_file(model / "model.safetensors")
+    del weights["model.visual.merger.norm.bias"]
+    weights["model.visual.merger.extra.bias"] = weights["model.visual.merger.norm.weight"]
+    weights["model.language_model.norm.weight"] = weights["model.language_model.norm.weight"][:-1].clone()
+    save_file(weights, model / "model.safetensors")
+    values["model"]["path"] = str(model)
+    expected = "\n".join(
+        [
+            f"{model}: weights do not fit config.json",
+            "  - 1 missing weight: model.visual.merger.norm.bias",
+            "  - 1 unexpected weight: model.visual.merger.extra.bias",
+            "  - 1 wrong shape: model.language_model.norm.weight is (127,), config.json makes it (128,)",
+        ]
+    )
+    assert answer(values) == (2, expected)
+
+
+def test_a_truncated_weight_file(answer, values, model):
+    file = model / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:5000])
+    values["model"]["path"] = str(model)
+    code, message = answer(values)
+    assert code == 2
+    assert message.startswith(f"{file}: not a whole safetensors file (5000 bytes; ")
+    assert message.endswith("); download it again")
+
+
+def test_a_lora_target_that_matches_nothing(answer, values, tmp_path):
+    values["tune"] = {"method": "lora", "targets": [r"model\.visual\.merger\.linear_fc3"]}
+    assert answer(values) == (
+        2,
+        "tune.targets: 'model\\\\.visual\\\\.merger\\\\.linear_fc3' matches no module; near names: "
+        "model.visual.merger.linear_fc2, model.visual.merger.linear_fc1, "
+        "model.visual.deepstack_merger_list.2.linear_fc2",
+    )
+    values["tune"]["targets"] = [".*lm_head.*", "text_attn"]
+    code, message = answer(values)
+    assert (code, message.split(":")[0]) == (2, "tune.targets")
+    assert not (tmp_path / "out").exists()
+
+
+# Data
+
+
+def _spoil(folder: Path, task: Path) -> list[tuple[int, str]]:
+    """Write a file of one sound row and one of every kind that is not; return (line, reason) of those."""
+    shutil.copytree(task / "images", folder / "images")
+    images = folder / "images"
+    whole = (images / "0-0.png").read_bytes()
+    (images / "empty.png").touch()
+    (images / "cut.png").write_bytes(whole[:20])
+    (images / "pixels-cut.png").write_bytes(whole[:-3000])
+    (images / "text.png").write_text("not an image")
+    Image.new("1", (20_000, 10_000)).save(images / "bomb.png")
+    Image.new("L", (4020, 20)).save(images / "strip.png")
+    tiny_runs.picture(64, 64, 0).save(folder.parent / "outside.png")
+    ask = {"role": "user", "content": "?"}
+    part, where = "messages[0].content[0]", "messages[0]"
+    bomb = f"more than {Image.MAX_IMAGE_PIXELS} pixels, Pillow's limit against decompression bombs; shrink the file"
+    faults: list[tuple[Any, str]] = [
+        ('{"messages": [', "not JSON (Expecting value: line 1 column 15 (char 14)); write one object a line"),
+        ({"text": "?"}, 'no messages; write {"messages": [{"role": ..., "content": ...}, ...]}'),
+        ({"messages": []}, "messages is empty; write at least a question and an answer"),
+        ({"messages": [{**ask, "role": "bot"}]}, f"{where}: unknown role 'bot'; use system, user, assistant, tool"),
+        (
+            {"messages": [{**ask, "content": [{"type": "audio", "audio": "a.wav"}]}]},
+            f"{part}: unknown content type 'audio'; use text or image",
+        ),
+        (
+            {"messages": [ask]},
+            "nothing to learn: no assistant message is trained; add an answer or take out loss: false",
+        ),
+        (
+            tiny_runs.row("?", "!", ["images/none.png"]),
+            f"{part}: image images/none.png: no such file ({images / 'none.png'}); check the path and media_root",
+        ),
+        (
+            tiny_runs.row("?", "!", ["images/empty.png"]),
+            f"{part}: image images/empty.png: is empty (0 bytes); copy the file again",
+        ),
+        (tiny_runs.row("?", "!", ["images/bomb.png"]), f"{part}: image images/bomb.png: 20000x10000 is {bomb}"),
+        (
+            tiny_runs.row("?", "!", ["images/strip.png"]),
+            f"{part}: image of 4020x20: is more extreme than 200:1; crop it or pad it",
+        ),
+        (
+            tiny_runs.row("?", "!", ["../outside.png"]),
+            f"{part}: image ../outside.png: leaves media_root {folder}; move the file into it",
+        ),
+        (
+            tiny_runs.row("a b " * 60, "!"),
+            "sample of {tokens} tokens (0 visual) is longer than a pack of 96; raise data.max_tokens_per_pack or lower "
+            "data.max_visual_tokens_per_image",
+        ),
+        (
+            tiny_runs.row("?", "!", ["images/text.png"]),
+            f"{part}: image images/text.png: is not an image of a known kind",
+        ),
+        (tiny_runs.row("?", "!", ["images/cut.png"]), f"{part}: image images/cut.png: "),
+        (
+            tiny_runs.row("?", "!", ["images/pixels-cut.png"]),
+            f"{part}: image images/pixels-cut.png: is truncated or damaged (",
+        ),
+    ]
+    sound = tiny_runs.row("Which?", "This.", ["images/0-0.png"])
+    tiny_runs.write_rows(folder / "train.jsonl", [sound, *[row for row, _ in faults]])
+    return [(line, reason) for line, (_, reason) in enumerate(faults, start=2)]
+
+
+def _rejected(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "rejected.jsonl").read_text().splitlines()]
+
+
+def test_broken_rows_are_listed_with_file_row_and_reason_and_the_run_goes_on(answer, values, task, tmp_path):
+    expected = _spoil(tmp_path / "data", task)
+    values["data"] |= {"train": [{"path": str(tmp_path / "data" / "train.jsonl")}], "max_rejected_fraction": 0.99}
+    assert answer(values) == (0, "")
+    rows = _rejected(tmp_path / "out" / "run")
+    assert [(row["file"], row["row"]) for row in rows] == [(values["data"]["train"][0]["path"], n) for n, _ in expected]
+    for row, (_, reason) in zip(rows, expected, strict=True):
+        start, _, end = reason.partition("{tokens}")
+        assert row["reason"].startswith(start), row
+        assert row["reason"].endswith(end) or not end, row
+    assert read_metrics(tmp_path / "out" / "run" / "metrics.jsonl")[-1]["rejected"] == len(expected)
+
+
+def test_too_many_broken_rows_stop_the_run_before_it_begins_and_are_listed(answer, values, task, tmp_path):
+    found_in_headers = len(_spoil(tmp_path / "data", task)) - 1  # all but the one whose header is whole
+    path = str(tmp_path / "data" / "train.jsonl")
+    values["data"]["train"] = [{"path": path}]
+    code, message = answer(values)
+    assert code == 2
+    lines = message.splitlines()
+    assert lines[0] == (
+        f"data: {found_in_headers} of 16 rows cannot be used, more than data.max_rejected_fraction 0.01; "
+        "mend them or raise it"
+    )
+    assert lines[1] == f"  - {path}:2: not JSON (Expecting value: line 1 column 15 (char 14)); write one object a line"
+    assert len(lines) == 4
+    run = tmp_path / "out" / "run"
+    assert [file.name for file in run.iterdir()] == ["rejected.jsonl"]
+    assert len(_rejected(run)) == found_in_headers
+    # Mended, the same recipe starts in the same folder, and the list holds what is broken now.
+    rows = (tmp_path / "data" / "train.jsonl").read_text().splitlines()
+    tiny_runs.write_rows(tmp_path / "data" / "train.jsonl", [rows[0]] * 200 + [rows[2]])
+    assert answer(values) == (0, "")
+    assert [row["row"] for row in _rejected(run)] == [201]
+
+
+def test_rows_that_break_while_decoding_stop_the_run_once_they_are_too_many(answer, values, task, tmp_path):
+    shutil.copytree(task, tmp_path / "data")
+    for name in ("0-0", "2-0"):
+        file = tmp_path / "data" / "images" / f"{name}.png"
+        file.write_bytes(file.read_bytes()[:-3000])
+    path = str(tmp_path / "data" / "train.jsonl")
+    values["data"] |= {"train": [{"path": path}], "max_rejected_fraction": 0.1}
+    values["train"] = {"num_epochs": 1, "packs_per_step": 2}
+    code, message = answer(values)
+    assert code == 2
+    assert message.splitlines()[0] == (
+        "data: 2 of 11 rows cannot be used, more than data.max_rejected_fraction 0.1; mend them or raise it"
+    )
+    assert sorted(row["row"] for row in _rejected(tmp_path / "out" / "run")) == [1, 3]
+
+
+def test_broken_held_out_rows_are_listed_too_and_counted_apart(answer, values, task, tmp_path):
+    shutil.copytree(task, tmp_path / "data")
+    file = tmp_path / "data" / "images" / "0-0.png"
+    file.write_bytes(file.read_bytes()[:-3000])
+    path = str(tmp_path / "data" / "eval.jsonl")
+    values["data"] |= {"eval": [{"path": path}], "max_rejected_fraction": 0.3}
+    assert answer(values) == (0, "")
+    assert [(row["file"], row["row"]) for row in _rejected(tmp_path / "out" / "run")] == [(path, 1)]
+    labels = json.loads((tmp_path / "out" / "run" / "eval.jsonl").read_text())["label_tokens"]
+    assert labels > 0
+    shutil.rmtree(tmp_path / "out")
+    values["data"]["max_rejected_fraction"] = 0.2  # one of the 4 held-out rows is more
+    assert answer(values)[0] == 2
+
+
+def test_a_file_with_nothing_to_learn_from(answer, values, tmp_path):
+    path = tiny_runs.write_rows(tmp_path / "data" / "train.jsonl", [{"messages": [{"role": "user", "content": "?"}]}])
+    values["data"]["train"] = [{"path": str(path)}]
+    values["data"]["max_rejected_fraction"] = 1.0
+    code, message = answer(values)
+    assert (code, message.splitlines()) == (
+        2,
+        [
+            f"{path}: nothing to learn from, none of 1 rows can be used; mend the rows",
+            f"  - {path}:1: nothing to learn: no assistant message is trained; add an answer or take out loss: false",
+        ],
+    )
+    path.write_text("")
+    assert answer(values) == (2, f"{path}: nothing to learn from, none of 0 rows can be used; mend the rows")
+
+
+def test_data_files_that_are_not_there(answer, values, task, tmp_path):
+    values["data"]["train"] = [{"path": str(tmp_path / "none.jsonl")}]
+    assert answer(values) == (2, f"{tmp_path / 'none.jsonl'}: no such file; check the paths under data")
+    values["data"]["train"] = [{"path": str(task / "train.jsonl"), "media_root": str(tmp_path / "none")}]
+    expected = f"{task / 'train.jsonl'}: media_root {tmp_path / 'none'} is not a folder; check the paths under data"
+    assert answer(values) == (2, expected)
+
+
+# Output
+
+
+def test_an_output_folder_that_holds_another_run(answer, values, tmp_path):
+    assert answer(values) == (0, "")
+    run = tmp_path / "out" / "run"
+    expected = (
+        f"{run}: holds another run\n  - optim.lr: 0.001 there, 2e-05 here\nchoose another name, or remove the folder"
+    )
+    assert answer(values, "optim.lr=2e-5") == (2, expected)
+    assert answer(values, "checkpoint.resume=never")[0] == 2
+    assert answer(values) == (0, "")
+
+
+def test_an_output_folder_that_cannot_be_made(answer, values, tmp_path):
+    (tmp_path / "out").write_text("a file")
+    code, message = answer(values)
+    assert code in (1, 2)
+    assert str(tmp_path / "out") in message
+
+
+def test_a_traceback_is_shown_when_asked_for(answer, values, monkeypatch):
+    monkeypatch.setenv("QWEN3VL_TRACEBACK", "1")
+    values["model"]["path"] = "nowhere"
+    with pytest.raises(ValueError, match="^nowhere: not a folder"):
+        answer(values)

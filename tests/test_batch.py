@@ -1,0 +1,169 @@
+"""The packed batch: what it derives from its primary fields, and what it refuses."""
+
+from dataclasses import fields
+from typing import Any
+
+import pytest
+import torch
+
+from qwen3vl_train.batch import PackedBatch, Segments, VisionSlice, placed_rows, vision_index
+
+
+def test_segments():
+    segments = Segments.of([3, 1, 5])
+    assert segments.cu_seqlens.tolist() == [0, 3, 4, 9]
+    assert segments.cu_seqlens.dtype == torch.int32
+    assert (segments.lengths, segments.max_length) == ((3, 1, 5), 5)
+    nothing = Segments.of([])
+    assert (nothing.cu_seqlens.tolist(), nothing.max_length) == ([0], 0)
+
+
+def test_vision_segments_are_frames_and_not_clips():
+    assert vision_index([(2, 16, 20), (1, 4, 2)], side=48, merge=2).segments.lengths == (320, 320, 8)
+
+
+def test_patches_come_in_blocks_that_merge():
+    places = vision_index([(1, 2, 4)], side=8, merge=2).patch_hw.tolist()
+    assert places == [[0, 0], [0, 1], [1, 0], [1, 1], [0, 2], [0, 3], [1, 2], [1, 3]]
+    twice = vision_index([(2, 2, 4)], side=8, merge=2).patch_hw.tolist()
+    assert twice == places * 2
+
+
+def test_corners_and_weights_are_bilinear_with_aligned_corners():
+    # Interpolating a table whose value is its own row (or column) must give back the place that linspace asks for.
+    side, height, width = 8, 6, 4
+    index = vision_index([(1, height, width)], side=side, merge=2)
+    torch.testing.assert_close(index.corner_weight.sum(0), torch.ones(height * width))
+    assert int(index.corner_index.max()) == side * side - 1
+    rows = (index.corner_weight * (index.corner_index // side)).sum(0)
+    columns = (index.corner_weight * (index.corner_index % side)).sum(0)
+    torch.testing.assert_close(rows, torch.linspace(0, 7, height)[index.patch_hw[:, 0].long()])
+    torch.testing.assert_close(columns, torch.linspace(0, 7, width)[index.patch_hw[:, 1].long()])
+
+
+@pytest.mark.parametrize("grid", [(1, 2, 2), (1, 18, 24), (3, 48, 6), (1, 100, 2)])
+def test_corners_equal_transformers(grid):
+    from transformers.vision_utils import get_vision_interpolation_indices_and_weights
+
+    index = vision_index([grid], side=48, merge=2)
+    corners, weights = get_vision_interpolation_indices_and_weights(
+        torch.tensor([grid]),
+        num_grid_per_side=48,
+        mode="bilinear",
+        align_corners=True,
+        spatial_merge_size=2,
+        kwargs={},
+    )
+    # As a sum over a table, since corners of weight 0 may be named differently.
+    table = torch.randn(48 * 48, generator=torch.Generator().manual_seed(0))
+    mine = (table[index.corner_index.long()] * index.corner_weight).sum(0)
+    torch.testing.assert_close(mine, (table[corners] * weights).sum(1), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("grid", [(0, 2, 2), (1, 3, 2), (1, 2, 5), (1, 0, 2), (1, 2, -2)])
+def test_grids_that_cannot_be(grid):
+    with pytest.raises(ValueError) as caught:
+        vision_index([(1, 2, 2), grid], side=48, merge=2)
+    assert str(caught.value) == (
+        f"grid_thw: got {grid}; time must be at least 1, height and width positive multiples of 2"
+    )
+
+
+def test_placed_rows():
+    slices = [[VisionSlice(1, 2, 4)], [VisionSlice(0, 1, 0), VisionSlice(2, 2, 6)]]
+    token_rows, feature_rows = placed_rows([4, 5], slices, 9)
+    assert token_rows.tolist() == [1, 2, 4, 6, 7]
+    assert feature_rows.tolist() == [4, 5, 0, 6, 7]
+    nothing = placed_rows([4], [[]], 4)
+    assert [rows.shape for rows in nothing] == [(0,), (0,)]
+    assert nothing[0].dtype == torch.int64
+
+
+def primary(**changes: Any) -> dict[str, Any]:
+    """Two sequences of 5 and 3 tokens; the first has an image of 2 merged rows."""
+    values: dict[str, Any] = {
+        "input_ids": torch.arange(8),
+        "positions": torch.arange(8).expand(3, -1),
+        "sequence_lengths": [5, 3],
+        "labels": torch.tensor([-100, -100, -100, 7, -100, 1, 2, -100]),
+        "loss_weights": torch.ones(8),
+        "pixel_values": torch.zeros(8, 768, dtype=torch.uint8),
+        "grid_thw": [(1, 2, 4)],
+        "vision_slices_per_seq": [[VisionSlice(1, 2, 0)], []],
+        "position_table_side": 8,
+        "merge_size": 2,
+        "sample_ids": ("a", "b"),
+    }
+    return values | changes
+
+
+def test_everything_is_derived():
+    batch = PackedBatch.of(**primary())
+    assert batch.visual_pos_mask.tolist() == [False, True, True, False, False, False, False, False]
+    assert (batch.visual_rows.tolist(), batch.feature_rows.tolist()) == ([1, 2], [0, 1])
+    assert (batch.label_rows.tolist(), batch.num_labels) == ([3, 5, 6], 3)
+    assert batch.segments.lengths == (5, 3)
+    assert batch.vision.segments.lengths == (8,)
+    assert (batch.num_tokens, batch.num_patches, batch.num_visual_tokens) == (8, 8, 2)
+    assert batch.sequence_lengths.tolist() == [5, 3]
+    assert batch.grid_thw.tolist() == [[1, 2, 4]]
+    assert batch.sample_ids == ("a", "b")
+
+
+def test_a_pack_without_images():
+    batch = PackedBatch.of(
+        **primary(pixel_values=torch.zeros(0, 768), grid_thw=[], vision_slices_per_seq=[[], []], loss_weights=None)
+    )
+    assert batch.grid_thw.shape == (0, 3)
+    assert not batch.visual_pos_mask.any()
+    assert batch.vision.corner_index.shape == batch.vision.corner_weight.shape == (4, 0)
+    assert batch.vision.patch_hw.shape == (0, 2)
+    assert batch.loss_weights is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"labels": torch.zeros(7, dtype=torch.int64)},
+            "pack: positions (3, 8), labels (7,) do not fit 8 tokens",
+        ),
+        (
+            {"positions": torch.arange(8)},
+            "pack: positions (8,), labels (8,) do not fit 8 tokens",
+        ),
+        (
+            {"pixel_values": torch.zeros(4, 768)},
+            "pack: 4 patches and 2 placeholder tokens, but the grids make 8 patches and 2 merged rows",
+        ),
+        (
+            {"vision_slices_per_seq": [[VisionSlice(1, 1, 0)], []]},
+            "pack: 8 patches and 1 placeholder tokens, but the grids make 8 patches and 2 merged rows",
+        ),
+        ({"sequence_lengths": [5, 4]}, "sequence_lengths: sum is 9 but the pack has 8 tokens"),
+    ],
+)
+def test_fields_that_disagree(changes, message):
+    with pytest.raises(ValueError) as caught:
+        PackedBatch.of(**primary(**changes))
+    assert str(caught.value) == message
+
+
+def tensors_of(value: Any) -> list[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if hasattr(value, "__dataclass_fields__"):
+        return [tensor for field in fields(value) for tensor in tensors_of(getattr(value, field.name))]
+    return []
+
+
+def test_moving_takes_every_tensor_and_nothing_else():
+    batch = PackedBatch.of(**primary())
+    moved = batch.to("meta")
+    assert len(tensors_of(moved)) == len(tensors_of(batch)) == 16
+    assert all(tensor.is_meta for tensor in tensors_of(moved))
+    assert not any(tensor.is_meta for tensor in tensors_of(batch))
+    assert moved.segments.lengths == batch.segments.lengths
+    assert moved.vision_slices_per_seq == batch.vision_slices_per_seq
+    assert moved.num_labels == 3
+    assert PackedBatch.of(**primary(loss_weights=None)).to("meta").loss_weights is None

@@ -1,0 +1,162 @@
+"""Imports go down only, heavy packages are imported where they are used, and using a model drags none of them in."""
+
+import ast
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = "qwen3vl_train"
+# Each part of the package and the parts it may import; what is not here does not exist. Floors from the ground up.
+BELOW = {
+    "arch": set(),
+    "batch": set(),
+    "dist": set(),
+    "groups": set(),
+    "config": {"groups"},
+    "model": {"arch", "batch", "groups"},
+    "data": {"arch", "batch", "config"},
+    "parallel": {"arch", "batch", "config", "dist", "groups", "model"},
+    "checkpoint": {"arch", "batch", "config", "dist", "groups", "model"},
+    "train": {"arch", "batch", "checkpoint", "config", "data", "dist", "groups", "model", "parallel"},
+}
+# The package itself re-exports these, when they are asked for.
+FRONT = {"checkpoint", "data", "model"}
+# Slow to import or optional, so never at the top of a module.
+HEAVY = {
+    "accelerate", "av", "bitsandbytes", "datasets", "deepspeed", "matplotlib", "peft", "sklearn", "torchvision",
+    "transformers", "wandb",
+}  # fmt: skip
+# transformers only ever judges what was written.
+MAY_IMPORT_TRANSFORMERS = {"train/verify.py"}
+NEVER = {"tests", "tiny", "tiny_checkpoint", "digits", "launch", "pickle", "pytest"}
+
+
+def imports(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """(line, dotted module) of every import, wherever it stands; `from a import b` gives a.b."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: relative import"
+            yield from ((node.lineno, f"{node.module}.{alias.name}") for alias in node.names)
+
+
+def faults(package: Path) -> list[str]:
+    """Every import of the package that goes up, sideways, or takes what it must not."""
+    found = []
+    for file in sorted(package.rglob("*.py")):
+        name = file.relative_to(package).as_posix()
+        part = name.split("/")[0].removesuffix(".py")
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        for line, module in imports(tree):
+            top, _, rest = module.partition(".")
+            target = rest.split(".")[0]
+            allowed = {part, "", "__version__"} | (FRONT if part == "__init__" else BELOW[part])
+            if top == PACKAGE and target not in allowed:
+                found.append(f"{name}:{line}: {part} may not import {target}")
+            elif top in NEVER or (top == "transformers" and name not in MAY_IMPORT_TRANSFORMERS):
+                found.append(f"{name}:{line}: {part} may not import {top}")
+        at_top = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+        for line, module in imports(ast.Module(at_top, [])):
+            if module.split(".")[0] in HEAVY:
+                found.append(f"{name}:{line}: imports {module.split('.')[0]} at the top; import it where it is used")
+    return found
+
+
+def test_the_package_keeps_to_its_floors():
+    assert faults(ROOT / PACKAGE) == []
+
+
+def test_every_part_is_on_a_floor():
+    parts = {path.stem for path in (ROOT / PACKAGE).iterdir() if path.suffix == ".py" or path.is_dir()}
+    assert parts - {"__init__", "__pycache__"} == set(BELOW)
+
+
+def test_no_part_imports_one_that_imports_it_back():
+    for part, below in BELOW.items():
+        assert all(part not in BELOW[other] for other in below)
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "expected"),
+    [
+        (
+            "data/plan.py",
+            "import json\nfrom qwen3vl_train.train.loop import train\n",
+            "data/plan.py:2: data may not import train",
+        ),
+        (
+            "data/plan.py",
+            "def plan():\n    import qwen3vl_train.model.text\n",
+            "data/plan.py:2: data may not import model",
+        ),
+        (
+            "model/loss.py",
+            "from qwen3vl_train import checkpoint\n",
+            "model/loss.py:1: model may not import checkpoint",
+        ),
+        ("arch.py", "from qwen3vl_train.batch import Segments\n", "arch.py:1: arch may not import batch"),
+        (
+            "train/loop.py",
+            "def f():\n    from transformers import AutoModel\n",
+            "train/loop.py:2: train may not import transformers",
+        ),
+        ("model/lora.py", "import peft\n", "model/lora.py:1: imports peft at the top; import it where it is used"),
+        ("checkpoint/run.py", "import pickle\n", "checkpoint/run.py:1: checkpoint may not import pickle"),
+    ],
+)
+def test_faults_are_named(tmp_path, file, text, expected):
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).write_text(text)
+    (tmp_path / "batch.py").write_text("from dataclasses import dataclass\nimport torch\n")
+    assert faults(tmp_path) == [expected]
+
+
+def loaded_modules(code: str, *arguments: str) -> set[str]:
+    """Run code in a fresh interpreter; return the names of the top-level modules that it had loaded at the end."""
+    command = [
+        sys.executable,
+        "-c",
+        f"{code}\nimport sys\nprint(*{{m.split('.')[0] for m in sys.modules}})",
+        *arguments,
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    ran = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+    return set(ran.stdout.split())
+
+
+def test_importing_the_package_imports_next_to_nothing():
+    loaded = loaded_modules("import qwen3vl_train")
+    assert "qwen3vl_train" in loaded
+    assert loaded.isdisjoint(HEAVY | {"torch", "pydantic", "yaml", "PIL", "tokenizers"})
+
+
+def test_a_model_and_its_data_need_neither_transformers_nor_peft(tiny_folder):
+    code = """
+import sys
+from qwen3vl_train import MultimodalCollator, Qwen3VLForConditionalGeneration, load_qwen3_vl_model
+model = load_qwen3_vl_model(sys.argv[1])
+batch = MultimodalCollator.from_pretrained(sys.argv[1])(
+    [{"messages": [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."}]}]
+)
+loss, _ = model(batch)
+loss.backward()
+Qwen3VLForConditionalGeneration(model.arch)
+"""
+    loaded = loaded_modules(code, str(tiny_folder))
+    assert {"torch", "safetensors", "tokenizers"} <= loaded
+    assert loaded.isdisjoint(HEAVY)
+
+
+def test_the_front_names_only_what_exists():
+    import qwen3vl_train
+
+    assert sorted(qwen3vl_train.__all__) == qwen3vl_train.__all__
+    assert all(getattr(qwen3vl_train, name).__name__ == name for name in qwen3vl_train.__all__)
+    with pytest.raises(AttributeError, match="has no attribute 'load_qwen2'"):
+        qwen3vl_train.load_qwen2  # noqa: B018

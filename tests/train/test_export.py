@@ -1,0 +1,234 @@
+"""What was trained is what is served: exports in stock transformers and peft answer as the run's model does."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import tiny_runs
+import torch
+from safetensors.torch import load_file, save_file
+
+from qwen3vl_train.checkpoint.hf import COMPANION_FILES, load_qwen3_vl_model, write_huggingface
+from qwen3vl_train.data.collate import MultimodalCollator
+from qwen3vl_train.model.qwen3vl import Qwen3VLForConditionalGeneration
+from qwen3vl_train.train import export
+from qwen3vl_train.train.export import export_run
+from qwen3vl_train.train.loop import train
+from qwen3vl_train.train.restore import restore_run
+from qwen3vl_train.train.verify import LogitDifference
+
+# Float32 noise between two programs on this model is 1e-5; the mistakes looked for move logits by 1e-2 and more.
+TOLERANCE = 2e-4
+RSLORA = {**tiny_runs.LORA, "rslora": True, "dropout": 0.0}
+DORA = {**tiny_runs.LORA, "dora": True, "targets": ["text_attn", r"model\.visual\.merger\.linear_fc\d"]}
+RUNS: dict[str, dict[str, Any]] = {
+    "full": {"tune": tiny_runs.FULL},
+    "full-bf16": {"tune": {"method": "full", "train": ["merger", "text"]}, "model__dtype": "bfloat16"},
+    "lora": {"tune": tiny_runs.LORA},
+    "lora-bf16": {"tune": RSLORA, "model__dtype": "bfloat16"},
+    "dora": {"tune": DORA},
+}
+
+
+@pytest.fixture(scope="module")
+def run(tiny_folder: Path, task: Path, tmp_path_factory: pytest.TempPathFactory):
+    """A function: a name of RUNS -> its run folder, trained once."""
+    made: dict[str, Path] = {}
+
+    def make(name: str) -> Path:
+        if name not in made:
+            recipe = tiny_runs.make_recipe(
+                tiny_folder,
+                task,
+                tmp_path_factory.mktemp(name),
+                train__num_steps=2,
+                optim__lr=2e-2,  # high, so that an export of the untrained weights would show
+                data__max_visual_tokens_per_image=16,
+                data__min_visual_tokens_per_image=6,
+                **RUNS[name],
+            )
+            made[name] = train(recipe)
+        return made[name]
+
+    return make
+
+
+def _messages() -> list[list[dict[str, Any]]]:
+    samples = tiny.conversations()
+    return [samples[name]["messages"] for name in ("one_image", "several_sizes", "text_only")]
+
+
+def _largest_difference(ours: Qwen3VLForConditionalGeneration, theirs: Any, folder: Path) -> float:
+    """Our model with our collator against the stock model with its own processing, both with the files of `folder`."""
+    collate = MultimodalCollator.from_pretrained(folder)
+    largest = 0.0
+    for messages in _messages():
+        with torch.no_grad():
+            expected = theirs(**tiny.oracle_inputs(folder, messages)).logits[0]
+        largest = max(largest, (ours.logits(collate([{"messages": messages}])) - expected).abs().max().item())
+    return largest
+
+
+@pytest.mark.parametrize("name", ["full", "full-bf16"])
+def test_a_full_run_becomes_a_checkpoint(run, tmp_path, name):
+    done = export_run(run(name), tmp_path / "out", merge=False)
+    assert (done.out, done.kind, done.step, done.num_tensors) == (tmp_path / "out", "checkpoint", 2, 121)
+    assert done.difference.largest < TOLERANCE
+    trained = restore_run(run(name), dtype=torch.float32).model
+    assert _largest_difference(trained, tiny.oracle(done.out), done.out) < TOLERANCE
+    dtype = "bfloat16" if name == "full-bf16" else "float32"
+    assert {str(tensor.dtype) for tensor in load_file(done.out / "model.safetensors").values()} == {f"torch.{dtype}"}
+    assert json.loads((done.out / "config.json").read_text())["dtype"] == dtype
+
+
+@pytest.mark.parametrize("name", ["lora", "lora-bf16", "dora"])
+def test_an_adapter_goes_on_the_stock_model(run, tiny_folder, tmp_path, name):
+    from peft import PeftModel
+
+    done = export_run(run(name), tmp_path / "out", merge=False)
+    assert (done.kind, done.step) == ("adapter", 2)
+    assert done.difference.largest < TOLERANCE
+    # The adapter carries tokenizer and pixel limits, but no config: beside one, our collator and stock's read it all.
+    shutil.copyfile(tiny_folder / "config.json", done.out / "config.json")
+    base = tiny.oracle(tiny_folder)
+    if name == "lora-bf16":  # a released base is in bfloat16 already; this one is not, and the run computed with it so
+        for parameter in base.parameters():  # not base.bfloat16(): that would round the rotary frequencies too
+            parameter.data = parameter.data.bfloat16().float()
+    stock = PeftModel.from_pretrained(base, str(done.out)).eval()
+    trained = restore_run(run(name), dtype=torch.float32).model
+    assert _largest_difference(trained, stock, done.out) < TOLERANCE
+    untrained = load_qwen3_vl_model(tiny_folder, dtype=torch.float32)
+    assert _largest_difference(untrained, stock, done.out) > 100 * TOLERANCE
+
+
+def test_the_adapter_names_exactly_what_was_adapted(run, tiny_folder, tmp_path):
+    export_run(run("dora"), tmp_path / "out", merge=False)
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    text = [f"model.language_model.layers.{layer}.self_attn.{part}_proj" for layer in range(4) for part in "koqv"]
+    assert config["target_modules"] == [*text, "model.visual.merger.linear_fc1", "model.visual.merger.linear_fc2"]
+    assert config["base_model_name_or_path"] == str(tiny_folder)
+    assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (4, 8, 0.1)
+    assert (config["use_dora"], config["use_rslora"], config["peft_type"]) == (True, False, "LORA")
+    names = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert "base_model.model.model.visual.merger.linear_fc1.lora_magnitude_vector" in names
+    assert "base_model.model.model.language_model.layers.0.self_attn.q_proj.lora_A.weight" in names
+    assert len(names) == 3 * 18
+
+
+@pytest.mark.parametrize("name", ["lora", "lora-bf16", "dora"])
+def test_a_merged_adapter_is_a_plain_checkpoint(run, tmp_path, name):
+    done = export_run(run(name), tmp_path / "out", merge=True)
+    assert (done.kind, done.num_tensors) == ("checkpoint", 121)
+    assert done.difference.largest < TOLERANCE
+    stock = tiny.oracle(done.out)
+    assert _largest_difference(load_qwen3_vl_model(done.out, dtype=torch.float32), stock, done.out) < TOLERANCE
+    if name != "lora-bf16":  # there the sum of weight and adapter is rounded once more, to 8 bits
+        unmerged = restore_run(run(name), dtype=torch.float32).model
+        assert _largest_difference(unmerged, stock, done.out) < TOLERANCE
+
+
+@pytest.mark.parametrize(("name", "merge"), [("lora", False), ("lora", True), ("full", False)])
+def test_companions_and_the_pixel_limits_of_training_go_along(run, tiny_folder, tmp_path, name, merge):
+    out = export_run(run(name), tmp_path / "out", merge=merge).out
+    companions = [file for file in COMPANION_FILES if (tiny_folder / file).is_file()]
+    assert len(companions) == 6
+    for file in companions:
+        if file != "preprocessor_config.json":
+            assert (out / file).read_bytes() == (tiny_folder / file).read_bytes(), file
+    before = json.loads((tiny_folder / "preprocessor_config.json").read_text())
+    after = json.loads((out / "preprocessor_config.json").read_text())
+    assert after == {**before, "size": {"shortest_edge": 6 * 1024, "longest_edge": 16 * 1024}}
+
+
+def test_the_checkpoint_is_read_back_in_stock_form(run, tmp_path):
+    from transformers import AutoTokenizer, Qwen3VLConfig
+
+    out = export_run(run("full"), tmp_path / "out", merge=False).out
+    config = Qwen3VLConfig.from_pretrained(out)
+    assert config.text_config.rope_parameters["mrope_interleaved"] is True
+    assert AutoTokenizer.from_pretrained(out).convert_tokens_to_ids("<|image_pad|>") == config.image_token_id
+
+
+def test_what_exists_is_not_overwritten(run, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("kept")
+    with pytest.raises(ValueError, match=r"out: exists already; choose another folder or remove it$"):
+        export_run(run("full"), tmp_path / "out", merge=False)
+    assert (tmp_path / "out" / "mine").read_text() == "kept"
+
+
+def test_only_a_run_with_a_checkpoint_can_be_exported(run, tmp_path):
+    with pytest.raises(ValueError, match=r"nothing: not a run folder \(no recipe\.yaml\); give runs/<name>$"):
+        export_run(tmp_path / "nothing", tmp_path / "out", merge=False)
+    (tmp_path / "new").mkdir()
+    shutil.copy(run("full") / "recipe.yaml", tmp_path / "new")
+    with pytest.raises(ValueError, match=r"new: has no checkpoint yet; wait for checkpoint\.every_steps, or"):
+        export_run(tmp_path / "new", tmp_path / "out", merge=False)
+
+
+def _edit_json(file: Path, section: str | None, **values: Any) -> None:
+    content = json.loads(file.read_text())
+    (content[section] if section else content).update(values)
+    file.write_text(json.dumps(content))
+
+
+def _scale_one_weight(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    weights["model.visual.merger.linear_fc2.weight"] *= 1.01
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _drop_one_weight(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.visual.deepstack_merger_list.2.norm.bias"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+TAMPERINGS = {
+    "a weight": (_scale_one_weight, "model.safetensors|linear_fc2.weight: reads back different from what was written"),
+    "a missing weight": (_drop_one_weight, "transformers does not load it whole"),
+    "the rotary base": (
+        lambda folder: _edit_json(folder / "config.json", "text_config", rope_theta=10000.0),
+        "transformers computes other logits from it",
+    ),
+    "the DeepStack taps": (
+        lambda folder: _edit_json(folder / "config.json", "vision_config", deepstack_visual_indexes=[1, 2, 3]),
+        "transformers computes other logits from it",
+    ),
+}
+
+
+@pytest.mark.parametrize("tampering", TAMPERINGS.values(), ids=TAMPERINGS)
+def test_a_checkpoint_that_differs_is_found_out_and_not_left_behind(run, tmp_path, monkeypatch, tampering):
+    tamper, message = tampering
+
+    def write_and_tamper(weights, folder: Path, **options) -> None:
+        write_huggingface(weights, folder, **options)
+        tamper(folder)
+
+    monkeypatch.setattr(export, "write_huggingface", write_and_tamper)
+    with pytest.raises(RuntimeError, match=message):
+        export_run(run("full"), tmp_path / "out", merge=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("values", [{"lora_alpha": 9}, {"use_rslora": True}, {"r": 2}], ids=str)
+def test_an_adapter_that_peft_would_apply_otherwise_is_found_out(run, tmp_path, monkeypatch, values):
+    def copy_and_tamper(source: str, folder: Path, limits: tuple[int, int]) -> None:
+        copy_companions(source, folder, limits)
+        _edit_json(folder / "adapter_config.json", None, **values)
+
+    copy_companions = export.copy_companions
+    monkeypatch.setattr(export, "copy_companions", copy_and_tamper)
+    with pytest.raises(RuntimeError):
+        export_run(run("lora"), tmp_path / "out", merge=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_differences_are_judged_by_the_spread_of_the_logits():
+    assert LogitDifference(largest=1e-3, spread=1.0).within_tolerance
+    assert not LogitDifference(largest=1e-3, spread=0.1).within_tolerance
+    assert not LogitDifference(largest=float("nan"), spread=1.0).within_tolerance

@@ -1,0 +1,135 @@
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import tiny_runs
+import torch
+from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
+
+from qwen3vl_train.batch import IGNORE_LABEL
+from qwen3vl_train.config import load_recipe
+from qwen3vl_train.data.sources import JsonlSource
+from qwen3vl_train.model.text import Qwen3VLTextDecoderLayer
+from qwen3vl_train.model.vision import Qwen3VLVisionBlock
+from qwen3vl_train.train.data import open_collator
+from qwen3vl_train.train.loop import train
+from qwen3vl_train.train.metrics import read_metrics
+from qwen3vl_train.train.restore import restore_run
+from qwen3vl_train.train.step import NonFiniteError
+
+
+def _count_calls(monkeypatch: pytest.MonkeyPatch, kind: type) -> list[int]:
+    calls = [0]
+    forward = kind.forward
+
+    def counted(*arguments, **options):
+        calls[0] += 1
+        return forward(*arguments, **options)
+
+    monkeypatch.setattr(kind, "forward", counted)
+    return calls
+
+
+@pytest.mark.parametrize("tune", [tiny_runs.FULL, tiny_runs.LORA], ids=["full", "lora-dropout"])
+def test_activation_checkpointing_changes_nothing(tiny_folder, task, tmp_path, monkeypatch, tune):
+    calls = [_count_calls(monkeypatch, kind) for kind in (Qwen3VLVisionBlock, Qwen3VLTextDecoderLayer)]
+    runs, counts = {}, {}
+    for setting in ("none", "full"):
+        calls[0][0] = calls[1][0] = 0
+        recipe = tiny_runs.make_recipe(
+            tiny_folder,
+            task,
+            tmp_path / setting,
+            tune=tune,
+            train__activation_checkpointing=setting,
+            train__num_steps=3,
+        )
+        runs[setting] = train(recipe)
+        counts[setting] = [count[0] for count in calls]
+    # The same arithmetic is done twice, so nothing at all may differ, dropout included.
+    assert tiny_runs.losses(runs["full"]) == tiny_runs.losses(runs["none"])
+    tiny_runs.assert_same_tensors(tiny_runs.final_tensors(runs["full"]), tiny_runs.final_tensors(runs["none"]))
+    assert counts["full"] == [2 * count for count in counts["none"]]
+
+
+@pytest.fixture(scope="module")
+def evaluated(tiny_folder: Path, task: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 5 steps with two held-out files, judged every 2."""
+    recipe = tiny_runs.make_recipe(
+        tiny_folder,
+        task,
+        tmp_path_factory.mktemp("evaluated"),
+        data__eval=[{"path": str(task / "eval.jsonl")}, {"path": str(task / "train.jsonl"), "name": "whole"}],
+        eval__every_steps=2,
+        train__num_steps=5,
+        tune=tiny_runs.LORA,
+    )
+    return train(recipe)
+
+
+def test_held_out_files_are_judged_on_time_and_at_the_end(evaluated):
+    rows = [json.loads(line) for line in (evaluated / "eval.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["name"]) for row in rows] == [
+        (step, name) for step in (2, 4, 5) for name in ("eval", "whole")
+    ]
+    assert all(row.keys() == {"step", "name", "loss", "label_tokens", "seconds"} for row in rows)
+
+
+def test_the_held_out_loss_is_the_mean_over_all_its_labels_without_dropout(evaluated, task):
+    model = restore_run(evaluated, dtype=torch.float32).model
+    collate = open_collator(load_recipe(evaluated / "recipe.yaml"))
+    source = JsonlSource(task / "eval.jsonl", task)
+    total, labels = 0.0, 0
+    for number in range(len(source)):
+        batch = collate([source.sample(number)])
+        rows = batch.labels != IGNORE_LABEL
+        total += F.cross_entropy(model.logits(batch)[rows], batch.labels[rows], reduction="sum").item()
+        labels += int(rows.sum())
+    last = json.loads((evaluated / "eval.jsonl").read_text().splitlines()[-2])
+    assert last["loss"] == pytest.approx(total / labels, abs=1e-5)
+    assert last["label_tokens"] == labels
+
+
+def test_judging_changes_no_training(evaluated, tiny_folder, task, tmp_path):
+    recipe = tiny_runs.make_recipe(tiny_folder, task, tmp_path, train__num_steps=5, tune=tiny_runs.LORA)
+    assert tiny_runs.losses(train(recipe)) == tiny_runs.losses(evaluated)
+
+
+def test_two_held_out_files_of_one_name_are_refused(tiny_folder, task, tmp_path):
+    same = [{"path": str(task / "eval.jsonl")}, {"path": str(task / "train.jsonl"), "name": "eval"}]
+    recipe = tiny_runs.make_recipe(tiny_folder, task, tmp_path, data__eval=same)
+    with pytest.raises(ValueError, match=r"^data\.eval: two files are called eval; give one of them a name$"):
+        train(recipe)
+
+
+def test_a_non_finite_loss_ends_the_run_with_step_and_samples(tiny_folder, task, tmp_path):
+    shutil.copytree(tiny_folder, tmp_path / "model")
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    weights["model.visual.merger.linear_fc2.bias"][0] = float("nan")
+    save_file(weights, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    # With this seed the first step is text alone, which never meets the NaN; the second has a picture.
+    recipe = tiny_runs.make_recipe(
+        tmp_path / "model", task, tmp_path, data__max_tokens_per_pack=64, train__packs_per_step=1, train__seed=5
+    )
+    with pytest.raises(NonFiniteError, match=r"^step 2: loss nan.*; no weight was changed\. Samples: train\.jsonl:\d+"):
+        train(recipe)
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [(row["step"], row["visual_tokens"]) for row in rows] == [(1, 0)]
+
+
+def test_the_metrics_add_up_over_an_epoch(tiny_folder, task, tmp_path):
+    recipe = tiny_runs.make_recipe(tiny_folder, task, tmp_path, train={"num_epochs": 1, "packs_per_step": 3})
+    rows = read_metrics(train(recipe) / "metrics.jsonl")
+    source, collate = JsonlSource(task / "train.jsonl", task), open_collator(recipe)
+    packs = [collate([source.sample(number)]) for number in range(len(source))]
+    assert sum(row["tokens"] for row in rows) == sum(pack.num_tokens for pack in packs)
+    assert sum(row["label_tokens"] for row in rows) == sum(pack.num_labels for pack in packs)
+    assert sum(row["visual_tokens"] for row in rows) == sum(pack.num_visual_tokens for pack in packs)
+    assert sum(row["patches"] for row in rows) == sum(pack.num_patches for pack in packs)
+    assert [row["epoch"] for row in rows] == [0, 0]
+    # 4 packs of at most 96 tokens: 3 in the first step, 1 in the last.
+    assert rows[1]["pack_efficiency"] == rows[1]["tokens"] / 96
+    assert [row["lr"] for row in rows] == pytest.approx([1e-3 / 3, 2e-3 / 3])  # still in the warm-up
+    assert all(row["mfu"] is None and row["seconds"] > 0 and 0 <= row["data_wait_fraction"] <= 1 for row in rows)
