@@ -1,6 +1,6 @@
 """The data of a run, opened from its recipe: training loader, held-out packs, and the rows that cannot be used."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -39,24 +39,21 @@ class TrainingData:
         found = {(reject.file, reject.row): reject for index, _ in self.files for reject in index.rejects}
         return list(found.values())
 
-    def add_rejects(self, rejects: Iterable[Reject]) -> None:
-        """Take note of rows that turned out broken after the files were indexed."""
+    def add_rejects(self, rejects: list[Reject]) -> list[Reject]:
+        """Take note of rows that turned out broken after the files were indexed; returns those not known before."""
+        known = {(reject.file, reject.row) for reject in self.rejects}
+        new = {(reject.file, reject.row): reject for reject in rejects if (reject.file, reject.row) not in known}
         for index, sources in self.files:
             names = {source.name for source in sources}
-            known = {(reject.file, reject.row) for reject in index.rejects}
-            for reject in rejects:
-                if reject.file in names and (reject.file, reject.row) not in known:
-                    known.add((reject.file, reject.row))
-                    index.rejects.append(reject)
+            index.rejects += [reject for reject in new.values() if reject.file in names]
+        return list(new.values())
 
     def share_rejects(self, rejected: list[Reject], ranks: Ranks) -> list[Reject]:
-        """Return the rows that broke while decoding on any rank, on every rank. Every rank must call it."""
+        """Note the rows that broke while decoding on any rank. Every rank must call it, and gets those that are new."""
         (count,) = ranks.sum([float(len(rejected))])
         if not count:
             return []
-        of_all = [reject for of_rank in ranks.gather(rejected) for reject in of_rank]
-        self.add_rejects(of_all)
-        return of_all
+        return self.add_rejects([reject for of_rank in ranks.gather(rejected) for reject in of_rank])
 
     def check_rejects(self) -> None:
         """Raise ValueError where a larger share of the rows is rejected than `data.max_rejected_fraction` allows."""

@@ -37,9 +37,10 @@ def train(recipe: Recipe) -> Path:
     record = read_record(checkpoint) if checkpoint else None
     step = record["step"] if record else 0
     data = open_data(recipe, ranks, loader_state=record["loader"] if record else None)
-    data.add_rejects(Reject(*fields) for fields in (record["rejects"] if record else []))
     RejectLog(folder / REJECTED_FILE, writes=ranks.is_main, fresh=not checkpoint).add(data.rejects)
     data.check_rejects()
+    # Behind the check: what broke before a stop counts on, but does not keep a run from going on once it is mended.
+    data.add_rejects([Reject(*fields) for fields in record["rejects"]] if record else [])
 
     model = load_qwen3_vl_model(recipe.model.path, dtype=DTYPES[recipe.model.dtype], device=ranks.device)
     apply_tuning(model, recipe)
@@ -88,8 +89,7 @@ def train(recipe: Recipe) -> Path:
             )
             if checked:
                 recorder.line(checked)
-            recorder.rejected(data.share_rejects(packs.rejected, ranks))
-            data.check_rejects()
+            broken = data.share_rejects(packs.rejected, ranks)
             tally = StepTally(
                 step=step,
                 epoch=packs.epoch,
@@ -111,15 +111,18 @@ def train(recipe: Recipe) -> Path:
             if last or _every(recipe.eval.every_steps, step):
                 for name, open_packs in data.evals.items():
                     started = time.perf_counter()
-                    broken: list[Reject] = []
-                    result = evaluate_loss(model, open_packs(broken), ranks)
+                    rejected: list[Reject] = []
+                    result = evaluate_loss(model, open_packs(rejected), ranks)
                     recorder.evaluation(step, name, result, time.perf_counter() - started)
-                    recorder.rejected(data.share_rejects(broken, ranks))
+                    broken += data.share_rejects(rejected, ranks)
+            recorder.rejected(broken)
             if last or _every(recipe.checkpoint.every_steps, step):
                 if ranks.is_main:
                     state = {"loader": packs.state, "rejects": data.rejects, "versions": versions()}
                     save_checkpoint(folder, step, optimizer.state_tensors(), state, recipe.checkpoint.keep_last)
                 ranks.barrier()
+            if broken:  # after the checkpoint: what has been trained is kept
+                data.check_rejects()
     return folder
 
 

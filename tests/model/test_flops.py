@@ -4,8 +4,9 @@ A multiply and an add are two in both. The formula charges what the mathematics 
 what runs in few, known places; each test puts these right and then compares exactly:
 - causal attention is charged half of its square, while the counter charges all;
 - attention's backward is charged twice its forward, while the fused kernel makes the scores again: 2.5 times;
-- the patch embedding is charged for two frames, though the one of a still is sent once, and like every layer for the
-  gradient of its input, though the first layer of what trains makes none.
+- the patch embedding is charged for two frames, though the one of a still is sent once;
+- a layer is charged for the gradient of its input where anything in or below its part trains, though the first layer of
+  what trains may make none.
 """
 
 import pytest
@@ -85,8 +86,17 @@ def test_everything_trains(small, batch):
     matrix, attention = counted(small, batch)
     vision, text, patch_embed = one_pass(small, batch)
     assert attention == 3.5 * (vision + 2 * text)
-    # Forward and weight gradient of one frame instead of two, and no gradient of the pixels.
-    assert FlopsCounter.of(small, small.arch).step(batch) == matrix + 2 * patch_embed + 3 * (vision + text)
+    # Forward and weight gradient of one frame of a still instead of two.
+    assert FlopsCounter.of(small, small.arch).step(batch) == matrix + patch_embed + 3 * (vision + text)
+
+
+@pytest.mark.parametrize("group", ["merger", "deepstack"])
+def test_one_kind_of_merger_trains(small, batch, group):
+    train_only(small, {group})
+    matrix, _ = counted(small, batch)
+    vision, text, patch_embed = one_pass(small, batch)
+    # Its norm is its first trained tensor, so both of its layers make gradients of their inputs; the other kind none.
+    assert FlopsCounter.of(small, small.arch).step(batch) == matrix + patch_embed / 2 + vision + 3 * text
 
 
 def test_adapters_on_the_text(small, batch):
