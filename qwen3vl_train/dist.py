@@ -35,6 +35,14 @@ class Ranks:
         torch_dist.all_reduce(tensor)
         return tensor.tolist()
 
+    def max(self, value: float) -> float:
+        """The largest of all ranks' numbers. Every rank must call it."""
+        if self.world_size == 1:
+            return value
+        tensor = torch.tensor(value, dtype=torch.float64)
+        torch_dist.all_reduce(tensor, op=torch_dist.ReduceOp.MAX)
+        return tensor.item()
+
     def gather(self, value: Any) -> list[Any]:
         """Collect one small object from every rank, in rank order, on every rank."""
         if self.world_size == 1:

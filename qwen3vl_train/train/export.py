@@ -81,7 +81,7 @@ def _write_checkpoint(restored: RestoredRun, folder: Path, collate: MultimodalCo
     limits = (collate.encoder.min_pixels, collate.encoder.max_pixels)
     write_huggingface(weights, folder, source=restored.recipe.model.path, dtype=dtype, pixel_limits=limits)
     files = WeightFiles(folder)
-    for name, tensor in files.read(list(files.shapes)):
+    for name, tensor in files.read({name: tuple(map(slice, shape)) for name, shape in files.shapes.items()}):
         _expect_equal(name, tensor.float(), weights[name])
     return len(weights)
 
