@@ -82,8 +82,13 @@ def stop_ranks() -> None:
 
 
 def seed_everything(*parts: int) -> None:
-    """Seed python, numpy and torch from a tuple of integers: the same parts give the same numbers on any machine."""
-    state = numpy.random.SeedSequence(parts).generate_state(2, dtype=numpy.uint64)
+    """Seed python, numpy and torch from a tuple of integers: the same parts give the same numbers on any machine.
+
+    parts: 0 <= part < 2**64. Other parts give other numbers, also where only the number of parts differs.
+    """
+    # A seed sequence pads with zeros and splits large integers, so that (3,) and (3, 0) would be the same to it.
+    words = [len(parts), *(word for part in parts for word in divmod(part, 2**32))]
+    state = numpy.random.SeedSequence(words).generate_state(2, dtype=numpy.uint64)
     random.seed(int(state[0]))
     numpy.random.seed(int(state[0]) % 2**32)
     torch.manual_seed(int(state[1]) % 2**63)

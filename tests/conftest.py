@@ -62,3 +62,11 @@ ORACLES = {
 def oracle_folder(request: pytest.FixtureRequest, make_oracle: Callable[..., Path]) -> Path:
     """A random checkpoint that stock transformers wrote; the test runs once for each of ORACLES."""
     return make_oracle(**request.param)
+
+
+@pytest.fixture(scope="session")
+def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of `tiny_runs.write_task`. Read only."""
+    import tiny_runs  # imports the package, which tests of other parts need not wait for
+
+    return tiny_runs.write_task(tmp_path_factory.mktemp("task") / "task")

@@ -1,4 +1,4 @@
-"""Small training runs for the tests: a task of pictures and text-only rows, recipes for it, and what a run left behind."""
+"""Small training runs for the tests: a task of pictures and text-only rows, recipes for it, what a run left behind."""
 
 import json
 import multiprocessing
@@ -12,10 +12,21 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from qwen3vl_train.batch import PackedBatch
+from qwen3vl_train.checkpoint.hf import load_qwen3_vl_model
 from qwen3vl_train.checkpoint.run import latest_checkpoint, read_tensors
 from qwen3vl_train.config import Recipe, recipe_from_dict
 from qwen3vl_train.data.collate import MultimodalCollator
+from qwen3vl_train.data.sources import JsonlSource
+from qwen3vl_train.dist import Ranks
+from qwen3vl_train.model.flops import FlopsCounter
 from qwen3vl_train.train.metrics import read_metrics
+from qwen3vl_train.train.optim import MasterAdamW
+from qwen3vl_train.train.step import StepSums, train_step
+from qwen3vl_train.train.tune import apply_tuning
+
+ALONE = Ranks(0, 1, 0, torch.device("cpu"))
+TEXT_ONLY, ONE_IMAGE, TWO_IMAGES = 4, 0, 5  # rows of the task
 
 # Sizes of pictures in each row: none, one, or two. Row costs differ, so that ranks get uneven work.
 _PICTURES = [[(64, 64)], [], [(96, 64)], [], [], [(64, 64), (128, 96)], [(64, 96)], [], [(160, 128)], [], [(64, 64)]]
@@ -100,6 +111,29 @@ def make_recipe(model: Path, task: Path, out: Path, **overrides: Any) -> Recipe:
     return recipe_from_dict(recipe_values(model, task, out, **overrides))
 
 
+class Trainee:
+    """A model with its optimizer, set up as `train` does."""
+
+    def __init__(self, folder: Path, *, dtype: torch.dtype = torch.float32, **overrides):
+        recipe = make_recipe(folder, folder, folder, **{"optim__eps": 1e-6, **overrides})
+        self.model = load_qwen3_vl_model(folder, dtype=dtype)
+        apply_tuning(self.model, recipe)
+        self.model.train()
+        self.optimizer = MasterAdamW(self.model, recipe.optim)
+
+    def step(
+        self, packs: list[PackedBatch], numbers: list[int] | None = None, ranks: Ranks = ALONE, **options
+    ) -> StepSums:
+        """One step at the full learning rate, unclipped unless options say otherwise."""
+        flops = FlopsCounter.of(self.model, self.model.arch)
+        options = {"step": 0, "seed": 0, "lr_factor": 1.0, "max_grad_norm": None, **options}
+        numbers = list(range(len(packs))) if numbers is None else numbers
+        return train_step(self.model, self.optimizer, packs, numbers, ranks, flops, **options)
+
+    def weights(self) -> dict[str, Tensor]:
+        return {name: parameter.detach().clone() for name, parameter in self.model.named_parameters()}
+
+
 def losses(run: Path) -> list[float]:
     """The loss of every step, at full precision."""
     return [metrics["loss"] for metrics in read_metrics(run / "metrics.jsonl")]
@@ -138,5 +172,7 @@ def kill_self() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def collator(model: Path) -> MultimodalCollator:
-    return MultimodalCollator.from_pretrained(model)
+def packer(model: Path, task: Path) -> Callable[..., PackedBatch]:
+    """A function: row numbers of the task's training file -> one pack."""
+    source, collate = JsonlSource(task / "train.jsonl", task), MultimodalCollator.from_pretrained(model)
+    return lambda *rows: collate([source.sample(row) for row in rows])

@@ -47,8 +47,8 @@ def save_checkpoint(
             )
     except (OSError, SafetensorError) as error:
         last = latest_checkpoint(run_dir)
-        safe = f"{last} is whole and the run goes on from it" if last else "there is no earlier checkpoint"
-        raise RuntimeError(f"{folder}: could not be saved ({error}); {safe} after you make room") from error
+        then = f"the run goes on from {last}, which is whole" if last else "the run starts again, it has no checkpoint"
+        raise RuntimeError(f"{folder}: could not be saved ({error}); make room, then {then}") from error
     for old in _checkpoints(run_dir)[:-keep_last]:
         shutil.rmtree(old)
     return folder
@@ -118,18 +118,21 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """Read all tensors of a checkpoint to the CPU."""
+    """Read all tensors of a checkpoint to the CPU. Raises ValueError where its files are damaged."""
+    from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
     from torch.distributed.checkpoint.state_dict_loader import load
 
-    reader = HuggingFaceStorageReader(str(folder / "state"))
-    entries = reader.read_metadata().state_dict_metadata
-    tensors: dict[str, Any] = {
-        name: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for name, entry in entries.items()
-        if isinstance(entry, TensorStorageMetadata)
-    }
-    with _quiet():
-        load(tensors, storage_reader=HuggingFaceStorageReader(str(folder / "state")), no_dist=True)
+    try:
+        entries = HuggingFaceStorageReader(str(folder / "state")).read_metadata().state_dict_metadata
+        tensors: dict[str, Any] = {
+            name: torch.empty(entry.size, dtype=entry.properties.dtype)
+            for name, entry in entries.items()
+            if isinstance(entry, TensorStorageMetadata)
+        }
+        with _quiet():
+            load(tensors, storage_reader=HuggingFaceStorageReader(str(folder / "state")), no_dist=True)
+    except (OSError, SafetensorError, CheckpointException) as error:
+        raise ValueError(f"{folder}: damaged ({error}); remove this checkpoint to resume from the one before") from None
     return tensors

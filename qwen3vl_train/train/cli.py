@@ -14,16 +14,16 @@ from qwen3vl_train.config import load_recipe
 
 
 def run_or_explain(work: Callable[[], object]) -> int:
-    """Run; print a ValueError (exit 2: mend the input) or RuntimeError (exit 1.
+    """Run, and return the exit code; errors of a known kind are printed as a message without a traceback.
 
-    It broke on the way) as a message without a traceback.
+    0: done. 2: ValueError, something to mend in the input. 1: RuntimeError or OSError, it broke on the way.
     """
     from qwen3vl_train.dist import stop_ranks
 
     try:
         work()
         return 0
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, OSError) as error:
         if os.environ.get("QWEN3VL_TRACEBACK"):
             raise
         rank = f"[rank {os.environ['RANK']}] " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""

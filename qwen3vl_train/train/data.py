@@ -1,6 +1,6 @@
 """The data of a run, opened from its recipe: training loader, held-out packs, and the rows that cannot be used."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -10,47 +10,58 @@ from qwen3vl_train.batch import PackedBatch
 from qwen3vl_train.config import EvalSource, Recipe, TrainSource
 from qwen3vl_train.data.collate import MultimodalCollator
 from qwen3vl_train.data.faults import Reject
-from qwen3vl_train.data.index import Index, build_index
+from qwen3vl_train.data.index import Index, build_index, check_rejects
 from qwen3vl_train.data.loader import TrainLoader, eval_packs
 from qwen3vl_train.data.sources import JsonlSource
 from qwen3vl_train.dist import Ranks
 
+EvalPass = Callable[[list[Reject]], Iterator[PackedBatch]]
+"""Starts a pass over this rank's share of held-out packs; rows that break while decoding are put on the list."""
+
 
 @dataclass
 class TrainingData:
-    """loader: steps of this rank. evals: by name, a function that starts a pass over held-out packs. rejects.
-
-    Of all files.
-    """
+    """loader: steps of this rank. evals: by name. files: what was indexed, the training files first."""
 
     loader: TrainLoader
     index: Index
-    evals: dict[str, Callable[[], Iterator[PackedBatch]]]
-    rejects: list[Reject]
+    evals: dict[str, EvalPass]
+    files: list[tuple[Index, list[JsonlSource]]]
     max_rejected_fraction: float
 
     @property
     def num_steps(self) -> int:
         return self.loader.num_steps
 
-    def share_rejects(self, rejected: list[Reject], ranks: Ranks) -> list[Reject]:
-        """Collect rows that broke while decoding from all ranks; returns them on every rank. Every rank must call it.
+    @property
+    def rejects(self) -> list[Reject]:
+        """Rows of all files that cannot be used, each once, in the order they were found."""
+        found = {(reject.file, reject.row): reject for index, _ in self.files for reject in index.rejects}
+        return list(found.values())
 
-        Raises ValueError on every rank once more than `data.max_rejected_fraction` of the rows have been rejected.
-        """
+    def add_rejects(self, rejects: Iterable[Reject]) -> None:
+        """Take note of rows that turned out broken after the files were indexed."""
+        for index, sources in self.files:
+            names = {source.name for source in sources}
+            known = {(reject.file, reject.row) for reject in index.rejects}
+            for reject in rejects:
+                if reject.file in names and (reject.file, reject.row) not in known:
+                    known.add((reject.file, reject.row))
+                    index.rejects.append(reject)
+
+    def share_rejects(self, rejected: list[Reject], ranks: Ranks) -> list[Reject]:
+        """Return the rows that broke while decoding on any rank, on every rank. Every rank must call it."""
         (count,) = ranks.sum([float(len(rejected))])
         if not count:
             return []
         of_all = [reject for of_rank in ranks.gather(rejected) for reject in of_rank]
-        known = {(reject.file, reject.row) for reject in self.rejects}
-        self.rejects += [reject for reject in dict.fromkeys(of_all) if (reject.file, reject.row) not in known]
-        if len(self.rejects) > self.max_rejected_fraction * self.index.num_rows:
-            shown = "".join(f"\n  - {reject}" for reject in self.rejects[:3])
-            raise ValueError(
-                f"data: {len(self.rejects)} of {self.index.num_rows} rows turned out unusable, more than "
-                f"data.max_rejected_fraction {self.max_rejected_fraction:g}; mend them or raise it{shown}"
-            )
+        self.add_rejects(of_all)
         return of_all
+
+    def check_rejects(self) -> None:
+        """Raise ValueError where a larger share of the rows is rejected than `data.max_rejected_fraction` allows."""
+        for index, sources in self.files:
+            check_rejects(index, sources, self.max_rejected_fraction)
 
     def report_lines(self) -> list[str]:
         """What the terminal says of the data."""
@@ -62,10 +73,8 @@ class TrainingData:
             f"{int(index.visual_tokens.sum()):,} visual; {len(packs):,} packs in epoch 1, {100 * filled:.1f}% filled; "
             f"{self.num_steps:,} steps"
         ]
-        if self.rejects:
-            lines.append(
-                f"data: {len(self.rejects)} rows rejected, listed in rejected.jsonl; the first: {self.rejects[0]}"
-            )
+        if rejects := self.rejects:
+            lines.append(f"data: {len(rejects)} rows rejected, listed in rejected.jsonl; the first: {rejects[0]}")
         return lines
 
 
@@ -86,11 +95,12 @@ def open_source(source: TrainSource | EvalSource) -> JsonlSource:
 def open_data(recipe: Recipe, ranks: Ranks, *, loader_state: dict[str, Any] | None = None) -> TrainingData:
     """Read headers and texts of all files, plan packs, and stand where `loader_state` says.
 
-    Raises ValueError for files that cannot be read, too many rejected rows, nothing to learn from, data that changed.
+    Raises ValueError for files that cannot be read, nothing to learn from, data that changed. How many rows may be
+    rejected is not looked at here: see `TrainingData.check_rejects`.
     """
     data, train = recipe.data, recipe.train
     collate = open_collator(recipe)
-    limits = {"max_tokens": data.max_tokens_per_pack, "max_rejected_fraction": data.max_rejected_fraction}
+    limits = {"max_tokens": data.max_tokens_per_pack, "max_rejected_fraction": 1.0}
     sources = [(open_source(source), source.weight) for source in data.train]
     index = build_index([source for source, _ in sources], collate, **limits)
     loader = TrainLoader(
@@ -109,21 +119,27 @@ def open_data(recipe: Recipe, ranks: Ranks, *, loader_state: dict[str, Any] | No
     )
     if loader_state is not None:
         loader.load_state_dict(loader_state)
-    rejects = list(index.rejects)
-    evals: dict[str, Callable[[], Iterator[PackedBatch]]] = {}
+    files = [(index, [source for source, _ in sources])]
+    evals: dict[str, EvalPass] = {}
     for source in data.eval:
         opened = open_source(source)
         eval_index = build_index([opened], collate, **limits)
-        rejects += eval_index.rejects
+        files.append((eval_index, [opened]))
         name = source.name or Path(source.path).stem
         if name in evals:
             raise ValueError(f"data.eval: two files are called {name}; give one of them a name")
         evals[name] = partial(_packs, opened, collate, eval_index, data.max_tokens_per_pack, ranks, data.num_workers)
-    return TrainingData(loader, index, evals, rejects, data.max_rejected_fraction)
+    return TrainingData(loader, index, evals, files, data.max_rejected_fraction)
 
 
 def _packs(
-    source: JsonlSource, collate: MultimodalCollator, index: Index, max_tokens: int, ranks: Ranks, num_workers: int
+    source: JsonlSource,
+    collate: MultimodalCollator,
+    index: Index,
+    max_tokens: int,
+    ranks: Ranks,
+    num_workers: int,
+    rejected: list[Reject],
 ) -> Iterator[PackedBatch]:
     for result in eval_packs(
         source,
@@ -134,5 +150,6 @@ def _packs(
         world_size=ranks.world_size,
         num_workers=num_workers,
     ):
+        rejected += result.rejected
         if result.pack is not None:
             yield result.pack

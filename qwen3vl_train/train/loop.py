@@ -8,6 +8,7 @@ import torch
 from qwen3vl_train.checkpoint.hf import load_qwen3_vl_model
 from qwen3vl_train.checkpoint.run import read_record, read_tensors, save_checkpoint
 from qwen3vl_train.config import Recipe, check_world_size
+from qwen3vl_train.data.faults import Reject
 from qwen3vl_train.dist import start_ranks
 from qwen3vl_train.model.flops import FlopsCounter
 from qwen3vl_train.parallel.ddp import same_on_all_ranks
@@ -17,7 +18,7 @@ from qwen3vl_train.train.metrics import StepTally
 from qwen3vl_train.train.optim import MasterAdamW, lr_factor
 from qwen3vl_train.train.record import Recorder
 from qwen3vl_train.train.report import start_report
-from qwen3vl_train.train.run_folder import claim_run_folder, open_run_folder, versions
+from qwen3vl_train.train.run_folder import REJECTED_FILE, RejectLog, claim_run_folder, open_run_folder, versions
 from qwen3vl_train.train.step import train_step
 from qwen3vl_train.train.tune import GradientCheck, apply_tuning
 
@@ -36,6 +37,9 @@ def train(recipe: Recipe) -> Path:
     record = read_record(checkpoint) if checkpoint else None
     step = record["step"] if record else 0
     data = open_data(recipe, ranks, loader_state=record["loader"] if record else None)
+    data.add_rejects(Reject(*fields) for fields in (record["rejects"] if record else []))
+    RejectLog(folder / REJECTED_FILE, writes=ranks.is_main, fresh=not checkpoint).add(data.rejects)
+    data.check_rejects()
 
     model = load_qwen3_vl_model(recipe.model.path, dtype=DTYPES[recipe.model.dtype], device=ranks.device)
     apply_tuning(model, recipe)
@@ -54,7 +58,6 @@ def train(recipe: Recipe) -> Path:
     with Recorder(recipe, folder, ranks, num_steps=data.num_steps, start_step=step) as recorder:
         for line in start_report(recipe, ranks, model, data, folder, step):
             recorder.line(line)
-        recorder.rejected(data.rejects, say=False)
         batches = iter(data.loader)
         while step < data.num_steps:
             started = time.perf_counter()
@@ -76,10 +79,17 @@ def train(recipe: Recipe) -> Path:
                 max_grad_norm=recipe.optim.max_grad_norm,
             )
             step += 1
-            checked = gradient_check.after_step(step, optimizer.touched, with_media=sums.visual_tokens > 0, ranks=ranks)
+            checked = gradient_check.after_step(
+                step,
+                optimizer.touched,
+                with_labels=sums.label_tokens > 0,
+                with_media=sums.visual_tokens > 0,
+                ranks=ranks,
+            )
             if checked:
                 recorder.line(checked)
             recorder.rejected(data.share_rejects(packs.rejected, ranks))
+            data.check_rejects()
             tally = StepTally(
                 step=step,
                 epoch=packs.epoch,
@@ -101,11 +111,13 @@ def train(recipe: Recipe) -> Path:
             if last or _every(recipe.eval.every_steps, step):
                 for name, open_packs in data.evals.items():
                     started = time.perf_counter()
-                    result = evaluate_loss(model, open_packs(), ranks)
+                    broken: list[Reject] = []
+                    result = evaluate_loss(model, open_packs(broken), ranks)
                     recorder.evaluation(step, name, result, time.perf_counter() - started)
+                    recorder.rejected(data.share_rejects(broken, ranks))
             if last or _every(recipe.checkpoint.every_steps, step):
                 if ranks.is_main:
-                    state = {"loader": packs.state, "seed": recipe.train.seed, "versions": versions()}
+                    state = {"loader": packs.state, "rejects": data.rejects, "versions": versions()}
                     save_checkpoint(folder, step, optimizer.state_tensors(), state, recipe.checkpoint.keep_last)
                 ranks.barrier()
     return folder

@@ -12,7 +12,7 @@ from qwen3vl_train.data.faults import Reject
 from qwen3vl_train.dist import Ranks
 from qwen3vl_train.train.evaluate import EvalLoss
 from qwen3vl_train.train.metrics import MetricsLog, StepTally, device_peak_flops, peak_memory_gib, step_metrics
-from qwen3vl_train.train.run_folder import RejectLog
+from qwen3vl_train.train.run_folder import REJECTED_FILE, RejectLog
 from qwen3vl_train.train.track import Console, open_tracker
 
 
@@ -23,7 +23,7 @@ class Recorder:
         self._folder, self._ranks = folder, ranks
         self._peak_flops = device_peak_flops(ranks.device)
         self._metrics = MetricsLog(folder / "metrics.jsonl") if ranks.is_main else None
-        self._rejects = RejectLog(folder / "rejected.jsonl", writes=ranks.is_main)
+        self._rejects = RejectLog(folder / REJECTED_FILE, writes=ranks.is_main)
         self._tracker = open_tracker(recipe, folder, ranks.rank)
         self._console = Console(num_steps, start_step=start_step, rank=ranks.rank)
 
@@ -64,8 +64,7 @@ class Recorder:
         self._tracker.log({f"eval/{name}/loss": result.loss}, step)
         self.line(f"eval step {step}: {name} loss {result.loss:.4f} over {result.label_tokens} label tokens")
 
-    def rejected(self, rejects: list[Reject], *, say: bool = True) -> None:
-        """List rows that were left out; each is listed once, however often it is met."""
+    def rejected(self, rejects: list[Reject]) -> None:
+        """List rows that were left out, and say so; each is listed once, however often it is met."""
         for reject in self._rejects.add(rejects):
-            if say:
-                self.line(f"left out: {reject}")
+            self.line(f"left out: {reject}")

@@ -15,6 +15,7 @@ from qwen3vl_train.config import Recipe, load_recipe, recipe_differences, run_di
 from qwen3vl_train.data.faults import Reject
 
 RECIPE_FILE = "recipe.yaml"
+REJECTED_FILE = "rejected.jsonl"
 
 
 def open_run_folder(recipe: Recipe) -> tuple[Path, Path | None]:
@@ -23,7 +24,10 @@ def open_run_folder(recipe: Recipe) -> tuple[Path, Path | None]:
     Raises ValueError where the folder holds another run, or `checkpoint.resume: never` meets a started one.
     """
     folder = run_dir(recipe)
-    if not folder.exists() or not any(folder.iterdir()):
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder}: is a file; choose another name or output_dir")
+    # A run that stopped over its data before it began leaves the list of rejected rows and nothing else.
+    if not folder.exists() or all(file.name == REJECTED_FILE for file in folder.iterdir()):
         return folder, None
     file = folder / RECIPE_FILE
     if not file.is_file():
@@ -40,9 +44,12 @@ def open_run_folder(recipe: Recipe) -> tuple[Path, Path | None]:
 
 
 def claim_run_folder(folder: Path, recipe: Recipe) -> None:
-    """Make the folder and write the resolved recipe."""
-    folder.mkdir(parents=True, exist_ok=True)
-    save_recipe(recipe, folder / RECIPE_FILE)
+    """Make the folder and write the resolved recipe. Raises ValueError where that is not possible."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_recipe(recipe, folder / RECIPE_FILE)
+    except OSError as error:
+        raise ValueError(f"{folder}: cannot be written ({error.strerror}); choose another output_dir") from error
 
 
 def versions() -> dict[str, str]:
@@ -51,11 +58,16 @@ def versions() -> dict[str, str]:
 
 
 class RejectLog:
-    """`rejected.jsonl`: one object a rejected row, each row once, also when a resumed run meets it again."""
+    """`rejected.jsonl`: one object a rejected row, each row once, also when a resumed run meets it again.
 
-    def __init__(self, path: Path, *, writes: bool) -> None:
+    writes: False on ranks other than 0. fresh: forget what an earlier start of the run listed.
+    """
+
+    def __init__(self, path: Path, *, writes: bool, fresh: bool = False) -> None:
         self.path, self._writes = path, writes
         self._seen: set[tuple[str, int]] = set()
+        if writes and fresh:
+            path.unlink(missing_ok=True)
         if writes and path.is_file():
             # A kill can cut the last line short; that row is then written again.
             whole = [line for line in path.read_text(encoding="utf-8").split("\n")[:-1] if line]
@@ -67,6 +79,7 @@ class RejectLog:
         new = [reject for reject in rejects if (reject.file, reject.row) not in self._seen]
         self._seen.update((reject.file, reject.row) for reject in new)
         if new and self._writes:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(reject._asdict(), ensure_ascii=False) + "\n" for reject in new)
         return new

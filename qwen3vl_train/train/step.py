@@ -63,11 +63,12 @@ def train_step(
     for place, batch in enumerate(passes):
         seed_everything(seed, step, pack_numbers[place] if place < len(packs) else 0)
         loss_sum, _ = model(batch.to(ranks.device, non_blocking=True))
-        optimizer.backward(loss_sum / num_labels, last=place == num_passes - 1)
+        if loss_sum.requires_grad:  # not where only the vision side trains and the pack holds no image
+            optimizer.backward(loss_sum / num_labels, last=place == num_passes - 1)
         losses.append(loss_sum.detach())
 
     norms = optimizer.gradient_norms()
-    (loss,) = ranks.sum([float(torch.stack(losses).sum()) if losses else 0.0])
+    (loss,) = ranks.sum([float(torch.stack(losses).sum(dtype=torch.float64)) if losses else 0.0])
     if not (math.isfinite(loss) and math.isfinite(norms["all"])):
         optimizer.discard()
         _stop_non_finite(packs, [loss.item() for loss in losses[: len(packs)]], loss / num_labels, norms, step, ranks)

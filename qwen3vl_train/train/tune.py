@@ -89,38 +89,40 @@ def report_groups(model: nn.Module, recipe: Recipe) -> list[GroupReport]:
 class GradientCheck:
     """Checks once, at the start, that exactly the parameters meant to train get gradients.
 
-    Step 1 decides. Where it held no image, the vision side cannot have been reached and is judged at the first step
-    with one.
+    The first step decides. Where it held no image, the vision side cannot have been reached: the text side is judged
+    alone, and the whole at the first step with an image.
     """
 
     def __init__(self, model: nn.Module) -> None:
+        self._model = model
         self._trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         self._touched: set[str] = set()
-        self._done = False
+        self._text_judged = self._done = False
 
-    def after_step(self, step: int, touched: set[str], *, with_media: bool, ranks: Ranks) -> str | None:
+    def after_step(
+        self, step: int, touched: set[str], *, with_labels: bool, with_media: bool, ranks: Ranks
+    ) -> str | None:
         """Judge the names that backward touched on this rank, together with those of all others.
 
-        Returns what to tell the user, if anything. Raises RuntimeError that names the tensors at fault. Every rank must
-        call it.
+        with_labels, with_media: whether the packs of any rank held some. Returns what to tell the user, if anything.
+        Raises RuntimeError that names the tensors at fault. Every rank must call it.
         """
-        if self._done or (step > 1 and not with_media):
+        if self._done or not with_labels or (self._text_judged and not with_media):
             return None
-        self._touched.update(name for names in ranks.gather(sorted(touched)) for name in names)
-        self._done = with_media
+        # The optimizer has taken the gradients of what trains: one that is still there belongs to something frozen.
+        left_over = {name for name, parameter in self._model.named_parameters() if parameter.grad is not None}
+        self._touched.update(name for names in ranks.gather(sorted(touched | left_over)) for name in names)
+        self._text_judged, self._done = True, with_media
         wanted = self._trained if with_media else {n for n in self._trained if group_of(n) not in SEEN_WITH_MEDIA}
         missing, unexpected = sorted(wanted - self._touched), sorted(self._touched - self._trained)
-        faults = (
-            [f"{len(missing)} tensors that should train got no gradient: {', '.join(missing[:5])}"] if missing else []
-        )
-        faults += [f"{len(unexpected)} frozen tensors got one: {', '.join(unexpected[:5])}"] if unexpected else []
+        faults = []
+        if missing:
+            faults.append(f"{len(missing)} tensors that should train got no gradient: {', '.join(missing[:5])}")
+        if unexpected:
+            faults.append(f"{len(unexpected)} frozen tensors got one: {', '.join(unexpected[:5])}")
         if faults:
             raise RuntimeError(
                 f"gradient check, step {step}: {'; '.join(faults)}; a fault of the model code, please report it"
             )
-        judged = (
-            f"all {len(wanted)} trained tensors"
-            if with_media
-            else f"all {len(wanted)} trained text tensors (no image yet)"
-        )
-        return f"gradient check, step {step}: {judged} got a gradient, nothing else did"
+        kind = "trained tensors" if with_media else "trained text tensors (no image yet)"
+        return f"gradient check, step {step}: all {len(wanted)} {kind} got a gradient, nothing else did"

@@ -101,7 +101,8 @@ MESSAGE_FAULTS = [
     ({**ANSWER, "loss_weight": -0.5}, "messages[1].loss_weight is -0.5; write a finite number of at least 0"),
     ({**ANSWER, "loss_weight": float("nan")}, "messages[1].loss_weight is nan; write a finite number of at least 0"),
     ({**ANSWER, "loss_weight": float("inf")}, "messages[1].loss_weight is inf; write a finite number of at least 0"),
-    ({**ANSWER, "loss": False, "loss_weight": 2}, "messages[1]: loss is false but loss_weight is 2; take one of them out"),
+    ({**ANSWER, "loss": False, "loss_weight": 2},
+     "messages[1]: loss is false but loss_weight is 2; take one of them out"),
     ({**ASK, "tool_calls": [{}]}, "messages[1]: tool_calls in a user message; only assistant messages call tools"),
     ({**ANSWER, "tool_calls": {"a": 1}}, "messages[1].tool_calls is an object, not a list; write a list of calls"),
     ({**ANSWER, "tool_calls": [{"name": "f"}]},
@@ -151,5 +152,5 @@ def test_faults_of_parts(part, fault):
 def test_only_rows_of_a_file_need_something_to_learn():
     assert len(parse_sample({"messages": [ASK]}).messages) == 1
     for answer in ({"loss": False}, {"loss_weight": 0}):
-        with pytest.raises(RowFault, match="^nothing to learn"):
+        with pytest.raises(RowFault, match=r"^nothing to learn"):
             parse_row(json.dumps({"messages": [ASK, {**ANSWER, **answer}]}), "a", None)

@@ -48,7 +48,8 @@ def test_costs_are_those_of_the_collator_and_rejects_say_why(tmp_path, collator)
     assert index.rejects == [
         Reject(f"{tmp_path}/a.jsonl", 2, "not JSON (Expecting property name enclosed in double quotes: line 1 column 2 "
                "(char 1)); write one object a line"),
-        Reject(f"{tmp_path}/b.jsonl", 1, "messages[0].content[1]: image empty.png: is empty (0 bytes); copy the file again"),
+        Reject(f"{tmp_path}/b.jsonl", 1, "messages[0].content[1]: image empty.png: is empty (0 bytes); copy the file "
+               "again"),
         Reject(f"{tmp_path}/b.jsonl", 3, f"sample of {tokens} tokens (0 visual) is longer than a pack of 400; raise "
                "data.max_tokens_per_pack or lower data.max_visual_tokens_per_image"),
     ]  # fmt: skip

@@ -37,7 +37,7 @@ def test_rows_that_are_not_utf8_are_faults_of_rows(tmp_path):
         source.sample(1)
     assert str(caught.value) == "not UTF-8 (byte 2 of the line); save the file as UTF-8"
     file.write_bytes(gzip.compress(b"x" * 100))
-    with pytest.raises(RowFault, match="^not "):
+    with pytest.raises(RowFault, match=r"^not "):
         JsonlSource(file).sample(0)
 
 

@@ -28,8 +28,9 @@ def test_rendering_is_that_of_transformers():
 @pytest.mark.parametrize(
     ("old", "new", "probe"),
     [
-        ("<|im_start|>system\\n' }}\n        {%- if messages[0].content", "<|im_start|>system' }}\n        {%- if messages[0].content", "system"),
-        ("{%- if add_generation_prompt %}\n    {{- '<|im_start|>assistant\\n' }}", "{%- if add_generation_prompt %}\n    {{- '<|im_start|>assistant' }}", "question"),
+        ("{%- else %}\n    {%- if messages[0].role == 'system' %}\n        {{- '<|im_start|>system\\n' }}",
+         "{%- else %}\n    {%- if messages[0].role == 'system' %}\n        {{- '<|im_start|>system' }}", "system"),
+        ("{%- if add_generation_prompt %}", "{%- if not add_generation_prompt %}", "question"),
         ("'image_url' in content %}", "'picture' in content %}", "picture by url"),
         ("\\n</tool_response>' }}", "</tool_response>' }}", "calls"),
         ("if (loop.first and message.content) or (not loop.first)", "if not loop.first", "calls"),

@@ -102,7 +102,8 @@ def test_special_tokens_that_text_could_become(tiny_folder, tmp_path):
 
     file, message = broken(tiny_folder, tmp_path, rewrite("tokenizer.json", unmark))
     assert message == (
-        f"{file}: <|im_end|> not marked special, so that typed text would become it; set special to true in added_tokens"
+        f"{file}: <|im_end|> not marked special, so that typed text would become it; "
+        "set special to true in added_tokens"
     )
 
 

@@ -1,0 +1,108 @@
+"""The chunked loss against F.cross_entropy on all logits at once."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from qwen3vl_train.model import loss as loss_module
+from qwen3vl_train.model.loss import linear_cross_entropy_sum
+
+ROWS, DIM, VOCAB = 37, 16, 101
+
+
+def inputs(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(ROWS, DIM, generator=generator).to(dtype).requires_grad_()
+    head = torch.randn(VOCAB, DIM, generator=generator).to(dtype).requires_grad_()
+    labels = torch.randint(0, VOCAB, (ROWS,), generator=generator)
+    return hidden, head, labels, torch.rand(ROWS, generator=generator) * 2
+
+
+def plain(hidden, head, labels, weights):
+    losses = F.cross_entropy((hidden @ head.T).float(), labels, reduction="none")
+    return losses.sum() if weights is None else (losses * weights).sum()
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("chunk_elements", [1, 5 * VOCAB, 2**25], ids=["one row", "five rows", "all rows"])
+def test_equals_cross_entropy(monkeypatch, chunk_elements, weighted):
+    monkeypatch.setattr(loss_module, "CHUNK_ELEMENTS", chunk_elements)
+    hidden, head, labels, weights = inputs()
+    weights = weights if weighted else None
+    mine, expected = linear_cross_entropy_sum(hidden, head, labels, weights), plain(hidden, head, labels, weights)
+    assert mine.dtype == torch.float32
+    assert mine.item() == pytest.approx(expected.item(), rel=1e-6)
+    # Divided by a count before backward, as the training step does.
+    got = torch.autograd.grad(mine / 7, (hidden, head))
+    for gradient, wanted in zip(got, torch.autograd.grad(expected / 7, (hidden, head)), strict=True):
+        assert (gradient - wanted).norm() <= 1e-5 * wanted.norm()
+
+
+@pytest.mark.parametrize("chunk_elements", [5 * VOCAB, 2**25], ids=["five rows", "all rows"])
+def test_in_bfloat16(monkeypatch, chunk_elements):
+    monkeypatch.setattr(loss_module, "CHUNK_ELEMENTS", chunk_elements)
+    hidden, head, labels, weights = inputs(torch.bfloat16)
+    mine, expected = linear_cross_entropy_sum(hidden, head, labels, weights), plain(hidden, head, labels, weights)
+    assert mine.dtype == torch.float32
+    assert mine.item() == pytest.approx(expected.item(), rel=1e-5)  # the same bfloat16 logits, summed in float32
+    got = torch.autograd.grad(mine, (hidden, head))
+    for gradient, wanted in zip(got, torch.autograd.grad(expected, (hidden, head)), strict=True):
+        assert gradient.dtype == torch.bfloat16
+        # bfloat16 keeps 8 bits (4e-3); the head's gradient is rounded once a chunk.
+        assert (gradient - wanted).float().norm() <= 1e-2 * wanted.float().norm()
+
+
+def test_only_what_trains_gets_a_gradient():
+    hidden, head, labels, _ = inputs()
+    linear_cross_entropy_sum(hidden, head.detach(), labels, None).backward()
+    wanted = torch.autograd.grad(plain(hidden, head, labels, None), (hidden, head))
+    torch.testing.assert_close(hidden.grad, wanted[0], atol=1e-6, rtol=1e-5)
+    linear_cross_entropy_sum(hidden.detach(), head, labels, None).backward()
+    torch.testing.assert_close(head.grad, wanted[1], atol=1e-5, rtol=1e-5)
+
+
+def test_without_a_graph_the_value_is_the_same():
+    hidden, head, labels, weights = inputs()
+    with torch.no_grad():
+        value = linear_cross_entropy_sum(hidden, head, labels, weights)
+    assert value.grad_fn is None
+    assert value.item() == pytest.approx(plain(hidden, head, labels, weights).item(), rel=1e-6)
+
+
+def test_no_rows_cost_nothing():
+    _, head, _, _ = inputs()
+    hidden = torch.zeros(0, DIM, requires_grad=True)
+    value = linear_cross_entropy_sum(hidden, head, torch.zeros(0, dtype=torch.int64), None)
+    value.backward()
+    assert value.item() == 0
+    assert hidden.grad is not None
+    assert not head.grad.any()
+
+
+class TallestLogits(TorchDispatchMode):
+    """Remembers the most rows that any (rows, vocabulary) tensor had, and the largest tensor of all."""
+
+    rows = elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor):
+                self.elements = max(self.elements, leaf.numel())
+                if leaf.ndim == 2 and leaf.shape[1] == VOCAB:
+                    self.rows = max(self.rows, leaf.shape[0])
+        return result
+
+
+@pytest.mark.parametrize("graph", [True, False])
+def test_logits_of_one_chunk_exist_at_a_time(monkeypatch, graph):
+    monkeypatch.setattr(loss_module, "CHUNK_ELEMENTS", 5 * VOCAB + 50)
+    hidden, head, labels, weights = inputs()
+    with torch.set_grad_enabled(graph), TallestLogits() as tallest:
+        value = linear_cross_entropy_sum(hidden, head, labels, weights)
+        if graph:
+            value.backward()
+    assert tallest.rows in (5, DIM)  # DIM: the head transposed
+    assert tallest.elements == DIM * VOCAB < ROWS * VOCAB

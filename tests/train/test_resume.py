@@ -1,0 +1,236 @@
+"""Stopping changes nothing: a run that was killed goes on as if it had not been, bit for bit."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import tiny
+import tiny_runs
+from tiny_runs import in_child, kill_self, losses
+
+from qwen3vl_train.checkpoint import files
+from qwen3vl_train.checkpoint.run import latest_checkpoint
+from qwen3vl_train.config import Recipe
+from qwen3vl_train.train.loop import train
+from qwen3vl_train.train.metrics import MetricsLog, read_metrics
+
+CASES = {
+    "full-float32": {"tune": tiny_runs.FULL},
+    "lora-float32-workers": {"tune": tiny_runs.LORA, "data__num_workers": 2},
+    "full-bfloat16-workers": {"tune": tiny_runs.FULL, "model__dtype": "bfloat16", "data__num_workers": 2},
+    "lora-bfloat16": {"tune": tiny_runs.LORA, "model__dtype": "bfloat16"},
+}
+
+
+def _killed_after(step: int, recipe: Recipe) -> int:
+    """Train in a process that is killed the moment the row of this step is on disk; return its exit code."""
+
+    def work() -> None:
+        append = MetricsLog.append
+
+        def append_and_die(log: MetricsLog, row: dict) -> None:
+            append(log, row)
+            if row["step"] == step:
+                kill_self()
+
+        MetricsLog.append = append_and_die
+        train(recipe)
+
+    return in_child(work)
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_a_killed_run_goes_on_as_if_it_had_not_been(tiny_folder: Path, task: Path, tmp_path: Path, case: dict):
+    straight = train(tiny_runs.make_recipe(tiny_folder, task, tmp_path / "straight", **case))
+    recipe = tiny_runs.make_recipe(tiny_folder, task, tmp_path / "killed", **case)
+    # Epochs have 2 steps, checkpoints come every 2: the first kill falls into an epoch, the second behind a resume.
+    assert _killed_after(3, recipe) == -9
+    assert _killed_after(5, recipe) == -9
+    killed = train(recipe)
+    rows = [json.loads(line)["step"] for line in (killed / "metrics.jsonl").read_text().splitlines()]
+    assert rows == [1, 2, 3, 3, 4, 5, 5, 6]  # a step that is done again is written again
+    assert losses(killed) == losses(straight)
+    tiny_runs.assert_same_tensors(tiny_runs.final_tensors(killed), tiny_runs.final_tensors(straight))
+
+
+def test_a_run_killed_while_saving_goes_on_from_the_checkpoint_before(tiny_folder: Path, task: Path, tmp_path: Path):
+    straight = train(tiny_runs.make_recipe(tiny_folder, task, tmp_path / "straight"))
+    recipe = tiny_runs.make_recipe(tiny_folder, task, tmp_path / "killed")
+    run = tmp_path / "killed" / "run"
+
+    def work() -> None:
+        flush = files._fsync
+
+        def flush_or_die(path: Path) -> None:
+            flush(path)
+            if "step-00000004" in str(path):
+                kill_self()
+
+        files._fsync = flush_or_die
+        train(recipe)
+
+    assert in_child(work) == -9
+    names = sorted(folder.name for folder in (run / "checkpoints").iterdir())
+    assert names == [".step-00000004.partial", "step-00000002"]
+    assert list((run / "checkpoints" / names[0]).rglob("*.safetensors")), "the half-written one holds files"
+    assert latest_checkpoint(run) == run / "checkpoints" / "step-00000002"
+    train(recipe)
+    assert losses(run) == losses(straight)
+    tiny_runs.assert_same_tensors(tiny_runs.final_tensors(run), tiny_runs.final_tensors(straight))
+    assert sorted(folder.name for folder in (run / "checkpoints").iterdir()) == ["step-00000004", "step-00000006"]
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_again(tiny_folder: Path, task: Path, tmp_path: Path):
+    straight = train(tiny_runs.make_recipe(tiny_folder, task, tmp_path / "straight", train__num_steps=2))
+    recipe = tiny_runs.make_recipe(tiny_folder, task, tmp_path / "killed", train__num_steps=2)
+    assert _killed_after(1, recipe) == -9
+    run = train(recipe)
+    assert losses(run) == losses(straight)
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == 3
+
+
+def _go_on(rank: int, world_size: int, recipe: Recipe) -> None:
+    train(recipe)
+
+
+@pytest.mark.parametrize("tune", [tiny_runs.FULL, tiny_runs.LORA], ids=["full", "lora"])
+def test_a_run_of_one_rank_goes_on_with_two(tiny_folder: Path, task: Path, tmp_path: Path, tune: dict):
+    straight = train(tiny_runs.make_recipe(tiny_folder, task, tmp_path / "straight", tune=tune))
+    recipe = tiny_runs.make_recipe(tiny_folder, task, tmp_path / "killed", tune=tune)
+    assert _killed_after(3, recipe) == -9
+    tiny.run_ranks(_go_on, 2, recipe)
+    run = tmp_path / "killed" / "run"
+    # Two packs a step: the sum of two gradients is the same in either order, so this too holds bit for bit.
+    assert losses(run) == losses(straight)
+    tiny_runs.assert_same_tensors(tiny_runs.final_tensors(run), tiny_runs.final_tensors(straight))
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_folder: Path, task: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output folder of a run that has done its 6 steps. Copy it before changing it."""
+    out = tmp_path_factory.mktemp("finished")
+    train(tiny_runs.make_recipe(tiny_folder, task, out, checkpoint__keep_last=2))
+    return out
+
+
+@pytest.fixture
+def copied(finished: Path, tmp_path: Path) -> Path:
+    shutil.copytree(finished, tmp_path / "out")
+    return tmp_path / "out"
+
+
+def test_only_the_newest_checkpoints_are_kept(finished: Path):
+    kept = sorted(folder.name for folder in (finished / "run" / "checkpoints").iterdir())
+    assert kept == ["step-00000004", "step-00000006"]
+
+
+def test_a_finished_run_has_nothing_to_do(tiny_folder, task, copied, capsys):
+    before = (copied / "run" / "metrics.jsonl").read_bytes()
+    train(tiny_runs.make_recipe(tiny_folder, task, copied))
+    assert "nothing to do: all 6 steps are done" in capsys.readouterr().out.splitlines()
+    assert (copied / "run" / "metrics.jsonl").read_bytes() == before
+
+
+def test_what_does_not_change_training_may_change(tiny_folder, task, copied, capsys):
+    recipe = tiny_runs.make_recipe(
+        tiny_folder, task, copied, checkpoint={"every_steps": 5, "keep_last": 1}, data__num_workers=1
+    )
+    shutil.rmtree(copied / "run" / "checkpoints" / "step-00000006")
+    train(recipe)
+    assert "resuming after step 4 of 6" in capsys.readouterr().out.splitlines()
+    kept = [folder.name for folder in (copied / "run" / "checkpoints").iterdir()]
+    assert kept == ["step-00000006"]  # of those at 4, 5 and 6, as keep_last now says
+
+
+def test_another_run_in_the_folder_is_refused_with_its_differences(tiny_folder, task, copied):
+    recipe = tiny_runs.make_recipe(tiny_folder, task, copied, optim__lr=2e-3, train__seed=1, tune=tiny_runs.LORA)
+    with pytest.raises(ValueError) as fault:
+        train(recipe)
+    lines = str(fault.value).splitlines()
+    assert lines[0] == f"{copied / 'run'}: holds another run"
+    assert "  - optim.lr: 0.001 there, 0.002 here" in lines
+    assert "  - train.seed: 0 there, 1 here" in lines
+    assert "  - tune.method: full there, lora here" in lines
+    assert lines[-1] == "choose another name, or remove the folder"
+
+
+def test_resume_never_meets_a_started_run(tiny_folder, task, copied):
+    with pytest.raises(ValueError) as fault:
+        train(tiny_runs.make_recipe(tiny_folder, task, copied, checkpoint__resume="never"))
+    assert str(fault.value) == (
+        f"{copied / 'run'}: holds this run already; choose another name, or set checkpoint.resume: auto to go on"
+    )
+
+
+def test_resume_never_starts_where_nothing_is(tiny_folder, task, tmp_path):
+    recipe = tiny_runs.make_recipe(tiny_folder, task, tmp_path, checkpoint__resume="never", train__num_steps=1)
+    assert len(losses(train(recipe))) == 1
+
+
+def test_a_folder_of_something_else_is_left_alone(tiny_folder, task, tmp_path):
+    recipe = tiny_runs.make_recipe(tiny_folder, task, tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").write_text("dear")
+    with pytest.raises(ValueError, match=r"run: holds other files, but no recipe\.yaml; choose another name or output"):
+        train(recipe)
+    shutil.rmtree(tmp_path / "run")
+    (tmp_path / "run").write_text("a file")
+    with pytest.raises(ValueError, match=r"run: is a file; choose another name or output_dir$"):
+        train(recipe)
+    assert (tmp_path / "run").read_text() == "a file"
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_can_be_taken(tiny_folder, task, copied):
+    recipe = tiny_runs.make_recipe(tiny_folder, task, copied)
+    checkpoint = copied / "run" / "checkpoints" / "step-00000006"
+    (file,) = (checkpoint / "state").iterdir()
+    whole = file.read_bytes()
+
+    file.write_bytes(whole[:-100])
+    advice = "remove this checkpoint to resume from the one before"
+    with pytest.raises(ValueError) as fault:
+        train(recipe)
+    assert str(fault.value) == f"{file}: {len(whole) - 100} bytes, written with {len(whole)}; {advice}"
+
+    file.write_bytes(whole[:100] + bytes(10) + whole[110:])
+    with pytest.raises(ValueError) as fault:
+        train(recipe)
+    assert re.fullmatch(rf"{re.escape(str(checkpoint))}: damaged \(.*header.*\); {advice}", str(fault.value))
+
+    file.unlink()
+    with pytest.raises(ValueError) as fault:
+        train(recipe)
+    assert str(fault.value) == f"{file}: missing; {advice}"
+
+    expected = losses(copied / "run")
+    shutil.rmtree(checkpoint)
+    train(recipe)
+    assert losses(copied / "run") == expected
+
+
+def test_changed_data_stops_a_resume(tiny_folder, task, tmp_path):
+    shutil.copytree(task, tmp_path / "task")
+    recipe = tiny_runs.make_recipe(tiny_folder, tmp_path / "task", tmp_path)
+    assert _killed_after(3, recipe) == -9
+    rows = (tmp_path / "task" / "train.jsonl").read_text()
+    (tmp_path / "task" / "train.jsonl").write_text(rows.replace("Question 6?", "Question 9?"))
+    with pytest.raises(ValueError, match=r"^resume: the data files changed since the checkpoint"):
+        train(recipe)
+
+
+def test_rows_rejected_before_a_kill_still_count_after_it(tiny_folder, task, tmp_path):
+    shutil.copytree(task, tmp_path / "task")
+    broken = tmp_path / "task" / "images" / "6-0.png"
+    broken.write_bytes(broken.read_bytes()[:-2000])  # its header is whole: only decoding shows the damage
+    case = {"data__max_rejected_fraction": 0.1}
+    straight = train(tiny_runs.make_recipe(tiny_folder, tmp_path / "task", tmp_path / "straight", **case))
+    recipe = tiny_runs.make_recipe(tiny_folder, tmp_path / "task", tmp_path / "killed", **case)
+    assert _killed_after(5, recipe) == -9
+    killed = train(recipe)
+    assert losses(killed) == losses(straight)
+    counts = [row["rejected"] for row in read_metrics(killed / "metrics.jsonl")]
+    assert counts == [row["rejected"] for row in read_metrics(straight / "metrics.jsonl")]
+    assert counts[-1] == 1
+    assert (killed / "rejected.jsonl").read_text() == (straight / "rejected.jsonl").read_text()
