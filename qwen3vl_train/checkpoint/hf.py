@@ -5,7 +5,7 @@ Read into our module tree, and written so that transformers, peft and vLLM load 
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +138,10 @@ def check_weights(model: nn.Module, files: WeightFiles) -> None:
 
 
 def materialize(model: nn.Module, device: torch.device | str) -> None:
-    """Give a model on the meta device memory of its dtypes, of a sharded one this rank's part; a tied head stays tied."""
+    """Give a model on the meta device memory of its dtypes, of a sharded one this rank's part.
+
+    A tied head stays tied.
+    """
     owners = [
         (module, name, parameter)
         for module in model.modules()
@@ -214,12 +217,19 @@ def save_huggingface(
     """`write_huggingface` into a folder that appears whole or not at all. Raises ValueError when `out` exists."""
     with replacing(Path(out)) as folder:
         write_huggingface(
-            weights, folder, source=source, dtype=dtype, pixel_limits=pixel_limits, max_shard_bytes=max_shard_bytes
+            weights.items(),
+            {name: tensor.numel() for name, tensor in weights.items()},
+            folder,
+            source=source,
+            dtype=dtype,
+            pixel_limits=pixel_limits,
+            max_shard_bytes=max_shard_bytes,
         )
 
 
 def write_huggingface(
-    weights: Mapping[str, Tensor],
+    weights: Iterable[tuple[str, Tensor]],
+    sizes: Mapping[str, int],
     folder: Path,
     *,
     source: str | Path,
@@ -229,30 +239,34 @@ def write_huggingface(
 ) -> None:
     """Write a checkpoint that stock transformers loads: shards, index, published config, companion files.
 
-    weights: our names; a tied head is given once, as the embedding. source: the folder whose config and tokenizer files
+    weights: our names; a tied head is given once, as the embedding. They may come one by one: no more than one file's
+    are held. sizes: their numbers of elements, in the same order. source: the folder whose config and tokenizer files
     go along. pixel_limits: (min, max) pixels per image that were used in training; written into the preprocessor files.
     """
-    shards = _shards(weights, dtype, max_shard_bytes)
+    shards = _shards(sizes, dtype, max_shard_bytes)
     weight_map: dict[str, str] = {}
+    coming = iter(weights)
     for number, names in enumerate(shards, start=1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {to_huggingface(name): weights[name].detach().to("cpu", dtype).contiguous() for name in names}
+        tensors = {}
+        for name, (given, tensor) in zip(names, coming, strict=False):
+            assert name == given, f"{given} came where {name} was announced"
+            tensors[to_huggingface(name)] = tensor.detach().to("cpu", dtype).contiguous()
         save_file(tensors, folder / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, file)
     if len(shards) > 1:
-        total = sum(tensor.numel() for tensor in weights.values()) * dtype.itemsize
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        index = {"metadata": {"total_size": sum(sizes.values()) * dtype.itemsize}, "weight_map": weight_map}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
     config = published_config(read_config(source), dtype=str(dtype).removeprefix("torch."))
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     copy_companions(source, folder, pixel_limits)
 
 
-def _shards(weights: Mapping[str, Tensor], dtype: torch.dtype, max_bytes: int) -> list[list[str]]:
+def _shards(sizes: Mapping[str, int], dtype: torch.dtype, max_bytes: int) -> list[list[str]]:
     shards: list[list[str]] = [[]]
     filled = 0
-    for name, tensor in weights.items():
-        size = tensor.numel() * dtype.itemsize
+    for name, elements in sizes.items():
+        size = elements * dtype.itemsize
         if shards[-1] and filled + size > max_bytes:
             shards.append([])
             filled = 0

@@ -172,7 +172,10 @@ Checkpointing = Literal["none", "full", "selective"]
 
 
 class CheckpointingSection(Section):
-    """Activation checkpointing of the two towers, apart. selective keeps the results of matrix products and attention."""
+    """Activation checkpointing of the two towers, apart.
+
+    selective keeps the results of matrix products and attention.
+    """
 
     vision: Checkpointing = "none"
     text: Checkpointing = "none"
@@ -206,9 +209,9 @@ class ParallelSection(Section):
     """How the ranks share one model; the results are the same. See docs/scaling.md for which to take.
 
     replicate, shard: of fsdp2, copies of the model and pieces of each (null: all ranks); more than one copy is HSDP.
-    reshard_after_forward: of fsdp2, free gathered weights after each forward pass; auto keeps them where they are small.
-    zero_stage, deepspeed_config, offload_optimizer, offload_parameters: of deepspeed. deepspeed_config: a JSON file of
-    the user's own, taken whole; what it says against the recipe is an error.
+    reshard_after_forward: of fsdp2, free gathered weights after each forward pass; auto keeps them where they are
+    small. zero_stage, deepspeed_config, offload_optimizer, offload_parameters: of deepspeed. deepspeed_config: a JSON
+    file of the user's own, taken whole; what it says against the recipe is an error.
     """
 
     engine: Literal["single", "ddp", "fsdp2", "deepspeed"] = "ddp"
@@ -224,8 +227,15 @@ class ParallelSection(Section):
 
 
 class CheckpointSection(Section):
+    """keep_every_steps: checkpoints at multiples of it stay for good. keep_best: name of a held-out set; the checkpoint
+    with its lowest loss stays. export_every_steps: also write the Hugging Face form, to `export/` in the run folder.
+    """
+
     every_steps: Count | None = 200
     keep_last: Count = 2
+    keep_every_steps: Count | None = None
+    keep_best: Text | None = None
+    export_every_steps: Count | None = None
     resume: Literal["auto", "never"] = "auto"
 
 

@@ -86,4 +86,3 @@ class Sharded:
         squares = squares.clone()
         dist.all_reduce(squares, group=self.mesh.get_group("shard"))
         return squares
-

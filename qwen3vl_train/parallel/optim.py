@@ -50,7 +50,10 @@ class Optimizer(Protocol):
         ...
 
     def gradient_norms(self) -> dict[str, float]:
-        """Finish the gradients of the step over all ranks. Returns norms by module group, and 'all'; same on all ranks."""
+        """Finish the gradients of the step over all ranks. Returns norms by module group, and 'all'.
+
+        Same on all ranks.
+        """
         ...
 
     def step(self, factor: float, clip: float) -> None:
@@ -64,12 +67,13 @@ class Optimizer(Protocol):
     def state_tensors(self) -> dict[str, Tensor]:
         """The neutral form of what trains: float32 `weight/`, `exp_avg/` and `exp_avg_sq/` by our names.
 
-        Tensors may be sharded (DTensor). Loading writes into them in place and then calls `loaded`.
+        Tensors may be sharded (DTensor), and may or may not be copies. Every rank must call it. To load, write into
+        them in place and give them to `loaded`.
         """
         ...
 
-    def loaded(self, num_updates: int) -> None:
-        """Take over what was written into `state_tensors`, as the state after that many steps."""
+    def loaded(self, tensors: dict[str, Tensor], num_updates: int) -> None:
+        """Take over tensors from `state_tensors` that were written into, as the state after that many steps."""
         ...
 
 
@@ -163,7 +167,7 @@ class MasterAdamW:
         return tensors
 
     @torch.no_grad()
-    def loaded(self, num_updates: int) -> None:
+    def loaded(self, tensors: dict[str, Tensor], num_updates: int) -> None:
         for item in self.trained:
             self.adamw.state[item.master]["step"].fill_(float(num_updates))
         self._round_into_model()
