@@ -74,11 +74,24 @@ class Ranks:
             torch_dist.barrier()
 
 
-def start_ranks(*, timeout_seconds: float = 1800.0) -> Ranks:
-    """Read what torchrun put into the environment and join the other ranks; without it this is one process.
+# Read by NCCL's process group when it is made; what the user has set stays. docs/scaling.md says how to read the records.
+NCCL_SETTINGS = {
+    "TORCH_NCCL_TRACE_BUFFER_SIZE": "2000",  # flight recorder: the last collectives of each rank, with stacks
+    "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",  # written to TORCH_NCCL_DEBUG_INFO_TEMP_FILE + rank
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "3",  # a timeout ends the process; without it the run would hang for good
+}
 
-    CPU tensors travel by gloo, GPU tensors by NCCL.
+
+def start_ranks(*, timeout_seconds: float = 1800.0, records: str | None = None) -> Ranks:
+    """Read what the launcher put into the environment and join the other ranks; without it this is one process.
+
+    CPU tensors travel by gloo, GPU tensors by NCCL. timeout_seconds: how long a collective waits for the last rank.
+    records: prefix of the files that NCCL's flight recorder writes on a timeout.
     """
+    for name, value in NCCL_SETTINGS.items():
+        os.environ.setdefault(name, value)
+    if records:
+        os.environ.setdefault("TORCH_NCCL_DEBUG_INFO_TEMP_FILE", records)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     rank = int(os.environ.get("RANK", "0"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))

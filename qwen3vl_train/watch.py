@@ -1,7 +1,7 @@
 """Who is late: the last step of every rank, kept where all can read it, told when a collective times out.
 
 A rank that hangs cannot speak for itself, and those that wait for it know only that they wait. So a thread of every rank writes
-its step, and the line its main thread is at, to the store of the rendezvous; whoever times out reads what all have written.
+its step, and the line the training thread is at, to the store of the rendezvous; whoever times out reads what all have written.
 """
 
 import json
@@ -32,7 +32,7 @@ class LateRankError(RuntimeError):
 
 @dataclass(frozen=True)
 class RankState:
-    """What a rank last told of itself. waits: its main thread was inside a collective. silent_seconds: since then."""
+    """What a rank last told of itself. waits: its training thread was inside a collective. silent_seconds: since then."""
 
     rank: int
     step: int
@@ -51,7 +51,7 @@ class Watch:
     def __init__(self, ranks: Ranks, timeout_seconds: float, tell: Callable[[str], None] | None = None) -> None:
         self._ranks, self._timeout, self._tell = ranks, timeout_seconds, tell or _to_stderr
         self._interval = min(10.0, timeout_seconds / 10)
-        self._main = threading.main_thread().ident
+        self._thread_id = threading.get_ident()  # of the training thread, which need not be the main one (Ray)
         self._step, self._since, self._told = 0, time.monotonic(), False
         self._done = threading.Event()
         self._thread: threading.Thread | None = None
@@ -87,7 +87,9 @@ class Watch:
         try:
             states = self._states()
         except RuntimeError:
-            return f"step {self._step + 1}: a collective failed, and rank 0, which keeps the steps of all ranks, is gone"
+            return (
+                f"step {self._step + 1}: a collective failed, and rank 0, which keeps the steps of all ranks, is gone"
+            )
         return describe(states, self._ranks.world_size, self._timeout)
 
     def _states(self) -> list[RankState]:
@@ -105,7 +107,7 @@ class Watch:
 
     def _run(self) -> None:
         while True:
-            place, waits = where(sys._current_frames().get(self._main or 0))
+            place, waits = where(sys._current_frames().get(self._thread_id))
             told = {"step": self._step, "place": place, "waits": waits, "time": time.time()}
             try:
                 self._store.set(f"watch/{self._ranks.rank}", json.dumps(told))
@@ -120,14 +122,15 @@ class Watch:
 
 
 def where(frame: FrameType | None) -> tuple[str, bool]:
-    """The innermost line of this package that a thread is at, and whether the thread is inside a collective."""
+    """The innermost line of this package (dist.py apart) that a thread is at, and whether it is inside a collective."""
     place, waits = "", False
     while frame is not None:
         code = frame.f_code
         if "/torch/distributed/" in code.co_filename:
             waits = True
-        if not place and code.co_filename.startswith(str(_PACKAGE)):
-            place = f"{Path(code.co_filename).relative_to(_PACKAGE)}:{frame.f_lineno} {code.co_name}"
+        file = Path(code.co_filename)
+        if not place and file.is_relative_to(_PACKAGE) and file.name != "dist.py":
+            place = f"{file.relative_to(_PACKAGE)}:{frame.f_lineno} {code.co_name}"
         frame = frame.f_back
     return place, waits
 

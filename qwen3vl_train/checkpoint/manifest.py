@@ -71,17 +71,10 @@ def read_record(folder: Path, *, checksums: bool = False) -> dict[str, Any]:
     try:
         record = json.loads(manifest.read_text(encoding="utf-8"))
         files = {name: (entry["bytes"], entry["crc32"]) for name, entry in record["files"].items()}
-        assert {"step", "loader", "rejects"} <= record.keys()
-    except (
-        OSError,
-        json.JSONDecodeError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        UnicodeDecodeError,
-        AssertionError,
-    ) as error:
-        raise ValueError(f"{manifest}: unreadable ({error or 'incomplete'}); remove this checkpoint") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{manifest}: unreadable ({error!r}); remove this checkpoint") from None
+    if missing := {"step", "loader", "rejects"} - record.keys():
+        raise ValueError(f"{manifest}: has no {', '.join(sorted(missing))}; remove this checkpoint")
     for name, (size, crc32) in files.items():
         file = folder / name
         got = file.stat().st_size if file.is_file() else None
@@ -108,9 +101,8 @@ def choose_checkpoint(run_dir: Path) -> tuple[Path | None, list[str]]:
         else:
             return folder, faults
     if faults:
-        raise ValueError(
-            f"{run_dir}: none of {len(folders)} checkpoints is whole\n" + "\n".join(f"  - {f}" for f in faults)
-        )
+        listed = "".join(f"\n  - {fault}" for fault in faults)
+        raise ValueError(f"{run_dir}: none of {len(folders)} checkpoints is whole{listed}")
     return None, []
 
 

@@ -43,7 +43,7 @@ class CheckpointWriter:
     def __init__(self, run_dir: Path, ranks: Ranks, policy: KeepPolicy) -> None:
         self._run_dir, self._ranks, self._policy = run_dir, ranks, policy
         # Its messages go between threads of their own, so they must not share a group with those of the training.
-        self._group = dist.new_group(backend="gloo") if ranks.world_size > 1 else None
+        self._group: Any = dist.new_group(backend="gloo") if ranks.world_size > 1 else None
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
 

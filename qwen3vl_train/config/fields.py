@@ -208,6 +208,7 @@ class TrainSection(Section):
 class ParallelSection(Section):
     """How the ranks share one model; the results are the same. See docs/scaling.md for which to take.
 
+    timeout_seconds: how long a collective waits for the last rank before the run ends and names it.
     replicate, shard: of fsdp2, copies of the model and pieces of each (null: all ranks); more than one copy is HSDP.
     reshard_after_forward: of fsdp2, free gathered weights after each forward pass; auto keeps them where they are
     small. zero_stage, deepspeed_config, offload_optimizer, offload_parameters: of deepspeed. deepspeed_config: a JSON
@@ -215,6 +216,7 @@ class ParallelSection(Section):
     """
 
     engine: Literal["single", "ddp", "fsdp2", "deepspeed"] = "ddp"
+    timeout_seconds: Positive = 1800.0
     replicate: Count = 1
     shard: Count | None = None
     reduce_dtype: Literal["float32", "bfloat16"] = "float32"

@@ -1,8 +1,8 @@
-"""Activation checkpointing of one block: what is kept from the forward pass, what is computed again in the backward pass.
+"""Activation checkpointing of one block: what is kept from the forward pass, what the backward pass computes again.
 
-none keeps everything. full keeps the block's input and computes the block again (Chen et al., 2016). selective keeps the results of
-matrix products and attention, where nearly all FLOPs are, and computes norms, activations, rotations and residuals again: they are
-cheap but hold most of the memory.
+none keeps everything. full keeps the block's input and computes the block again (Chen et al., 2016). selective keeps
+the results of matrix products and attention, where nearly all FLOPs are, and computes norms, activations, rotations and
+residuals again: they are cheap but hold most of the memory.
 """
 
 from collections.abc import Callable

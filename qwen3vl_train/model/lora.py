@@ -72,7 +72,7 @@ def add_lora(
 
 
 def base_name(name: str) -> str:
-    """The name that a parameter or module has without adapters: peft puts the adapted module's own weights one deeper."""
+    """The name that a parameter has without adapters: peft puts an adapted module's own weights one deeper."""
     return name.replace(".base_layer.", ".")
 
 

@@ -1,8 +1,10 @@
 """Sharded training by torch's `fully_shard` (FSDP2), and HSDP when there are several replicas.
 
-What trains is held as float32 shards and computed in the recipe's dtype; what is frozen is held in that dtype. So a bfloat16 run
-computes with the rounded masters, exactly as a replicated run does.
+What trains is held as float32 shards and computed in the recipe's dtype; what is frozen is held in that dtype. So a
+bfloat16 run computes with the rounded masters, exactly as a replicated run does.
 """
+
+import itertools
 
 import torch
 import torch.distributed as dist
@@ -14,14 +16,17 @@ from qwen3vl_train.config import ParallelSection
 from qwen3vl_train.model.qwen3vl import Qwen3VLForConditionalGeneration
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-# Unsharded weights may take this part of the device before `reshard_after_forward: auto` frees them after every forward.
+# Gathered weights may take this part of the device before `reshard_after_forward: auto` frees them after every forward.
 KEEP_GATHERED = 0.2
 
 
 def shard_model(
     model: Qwen3VLForConditionalGeneration, mesh: DeviceMesh, parallel: ParallelSection, dtype: torch.dtype
 ) -> None:
-    """Shard a model, in place; it may still be on the meta device. The order is from the inside out: a unit is what is gathered at once."""
+    """Shard a model, in place; it may still be on the meta device.
+
+    The order is from the inside out; a unit is what is gathered at once.
+    """
     policy = MixedPrecisionPolicy(
         param_dtype=None if dtype == torch.float32 else dtype,
         reduce_dtype=DTYPES[parallel.reduce_dtype],
@@ -33,14 +38,15 @@ def shard_model(
     settings = {"mesh": axes, "mp_policy": policy, "offload_policy": offload}
     reshard = _reshard(model, parallel, dtype)
     vision, text = model.visual.vision, model.language_model.model
-    # 1. Each vision block and each decoder layer: they run one after the other, so one is in memory while the next is fetched.
+    # 1. Each vision block and each decoder layer: they run one after the other, so one is in memory while the next is
+    #    fetched.
     for block in [*vision.blocks, *text.layers]:
         fully_shard(block, reshard_after_forward=reshard, **settings)
-    # 2. What is left of the vision side in one unit: both ends of the tower are small next to the blocks, and the four mergers run
-    #    directly one after the other.
+    # 2. What is left of the vision side in one unit: both ends of the tower are small next to the blocks, and the four
+    #    mergers run directly one after the other.
     fully_shard(vision, reshard_after_forward=reshard, **settings)
-    # 3. Embedding, final norm and head as the root: a tied head is the embedding, so they cannot be apart, and both ends of the
-    #    forward pass need them, so they stay gathered from the first to the last.
+    # 3. Embedding, final norm and head as the root: a tied head is the embedding, so they cannot be apart, and both ends
+    #    of the forward pass need them, so they stay gathered from the first to the last.
     fully_shard(model, reshard_after_forward=False, **settings)
     assert isinstance(model, FSDPModule)
     for module in model.modules():
@@ -55,7 +61,7 @@ def shard_model(
 def _prefetch(blocks: list[nn.Module]) -> None:
     """Fetch the next block's weights while one computes, in both directions."""
     sharded = [block for block in blocks if isinstance(block, FSDPModule)]
-    for block, following in zip(sharded, sharded[1:], strict=False):
+    for block, following in itertools.pairwise(sharded):
         block.set_modules_to_forward_prefetch([following])
         following.set_modules_to_backward_prefetch([block])
 

@@ -1,4 +1,4 @@
-"""The grid of ranks: `replicate` copies of the model, each cut into `shard` pieces. Axes of size 1 exist like any other."""
+"""The grid of ranks: `replicate` copies of the model, each cut into `shard` pieces. An axis may have size 1."""
 
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 

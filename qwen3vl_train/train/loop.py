@@ -8,7 +8,7 @@ import torch
 
 from qwen3vl_train.checkpoint.manifest import KeepPolicy, read_record
 from qwen3vl_train.checkpoint.run import CheckpointWriter, load_checkpoint
-from qwen3vl_train.config import Recipe, check_world_size
+from qwen3vl_train.config import Recipe, check_world_size, run_dir
 from qwen3vl_train.data.faults import Reject
 from qwen3vl_train.dist import Ranks, start_ranks
 from qwen3vl_train.model.flops import FlopsCounter
@@ -18,6 +18,7 @@ from qwen3vl_train.train.data import TrainingData, open_data
 from qwen3vl_train.train.evaluate import evaluate_loss
 from qwen3vl_train.train.export import export_while_training
 from qwen3vl_train.train.metrics import StepTally
+from qwen3vl_train.train.rank_log import rank_log
 from qwen3vl_train.train.record import Recorder
 from qwen3vl_train.train.report import start_report
 from qwen3vl_train.train.run_folder import REJECTED_FILE, RejectLog, claim_run_folder, open_run_folder, versions
@@ -25,6 +26,7 @@ from qwen3vl_train.train.schedule import lr_factor
 from qwen3vl_train.train.step import train_step
 from qwen3vl_train.train.stop import StopRequest, StopSignals
 from qwen3vl_train.train.tune import GradientCheck
+from qwen3vl_train.watch import Watch
 
 
 def train(recipe: Recipe) -> Path:
@@ -34,7 +36,13 @@ def train(recipe: Recipe) -> Path:
     model folder), RuntimeError for what went wrong on the way (non-finite numbers, a full disk), StopRequest after a
     signal asked the run to stop and it has saved.
     """
-    ranks = start_ranks()
+    records = run_dir(recipe) / "logs" / "nccl-rank-"
+    ranks = start_ranks(timeout_seconds=recipe.parallel.timeout_seconds, records=str(records))
+    with Watch(ranks, recipe.parallel.timeout_seconds) as watch:
+        return _train(recipe, ranks, watch)
+
+
+def _train(recipe: Recipe, ranks: Ranks, watch: Watch) -> Path:
     check_world_size(recipe, ranks.world_size)
     torch.use_deterministic_algorithms(recipe.train.deterministic)
     # Rank 0 looks at the folder for all, so that none sees it a moment earlier or later than the others.
@@ -58,7 +66,12 @@ def train(recipe: Recipe) -> Path:
     writer = CheckpointWriter(folder, ranks, KeepPolicy(keep.keep_last, keep.keep_every_steps, keep.keep_best))
     losses: dict[str, float] = {}
     stall = 0.0
-    with Recorder(recipe, folder, ranks, num_steps=data.num_steps, start_step=step) as recorder, StopSignals() as stop:
+    watch.beat(step)
+    with (
+        rank_log(folder, ranks) as out,
+        Recorder(recipe, folder, ranks, out, num_steps=data.num_steps, start_step=step) as recorder,
+        StopSignals() as stop,
+    ):
         for line in start_report(recipe, ranks, model, data, folder, step, damaged):
             recorder.line(line)
         batches = iter(data.loader)
@@ -112,6 +125,7 @@ def train(recipe: Recipe) -> Path:
             )
             recorder.step(tally, sums.grad_norms)
             stall = 0.0
+            watch.beat(step)
             stopping = stop.requested(ranks)
             last = step == data.num_steps
             if last or (_every(recipe.eval.every_steps, step) and not stopping):
