@@ -1,7 +1,8 @@
 """Who is late: the last step of every rank, kept where all can read it, told when a collective times out.
 
-A rank that hangs cannot speak for itself, and those that wait for it know only that they wait. So a thread of every rank writes
-its step, and the line the training thread is at, to the store of the rendezvous; whoever times out reads what all have written.
+A rank that hangs cannot speak for itself, and those that wait for it know only that they wait. So a thread of every
+rank writes its step, and the line the training thread is at, to the store of the rendezvous; whoever times out reads
+what all have written.
 """
 
 import json
@@ -13,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
+from typing import Any
 
 import torch.distributed as torch_dist
 
@@ -32,7 +34,7 @@ class LateRankError(RuntimeError):
 
 @dataclass(frozen=True)
 class RankState:
-    """What a rank last told of itself. waits: its training thread was inside a collective. silent_seconds: since then."""
+    """What a rank last told of itself, silent_seconds ago. waits: its training thread was inside a collective."""
 
     rank: int
     step: int
@@ -44,8 +46,8 @@ class RankState:
 class Watch:
     """A with-block around the training loop. `beat(step)` after every step; costs the loop nothing.
 
-    Turns an error of a collective into LateRankError. Where there is no exception (NCCL ends the process from a thread of its
-    own) ranks 0 and 1 tell the same at nine tenths of the timeout, by `tell`; a rank that goes on is never stopped by it.
+    Turns an error of a collective into LateRankError. Where there is no exception (NCCL ends the process from a thread
+    of its own) ranks 0 and 1 tell the same at nine tenths of the timeout, by `tell`. It never stops a rank that goes on.
     """
 
     def __init__(self, ranks: Ranks, timeout_seconds: float, tell: Callable[[str], None] | None = None) -> None:
@@ -63,7 +65,8 @@ class Watch:
     def __enter__(self) -> "Watch":
         if self._ranks.world_size > 1:
             # A connection of its own: the main thread may hold the other one while it waits.
-            self._store = torch_dist.distributed_c10d._get_default_store().clone()
+            store: Any = torch_dist.distributed_c10d._get_default_store()  # torch's stubs do not know `clone`
+            self._store = store.clone()
             self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
             self._thread.start()
         return self

@@ -45,8 +45,8 @@ def shard_model(
     # 2. What is left of the vision side in one unit: both ends of the tower are small next to the blocks, and the four
     #    mergers run directly one after the other.
     fully_shard(vision, reshard_after_forward=reshard, **settings)
-    # 3. Embedding, final norm and head as the root: a tied head is the embedding, so they cannot be apart, and both ends
-    #    of the forward pass need them, so they stay gathered from the first to the last.
+    # 3. Embedding, final norm and head as the root: a tied head is the embedding, so they cannot be apart, and both
+    #    ends of the forward pass need them, so they stay gathered from the first to the last.
     fully_shard(model, reshard_after_forward=False, **settings)
     assert isinstance(model, FSDPModule)
     for module in model.modules():
@@ -54,16 +54,28 @@ def shard_model(
             # The loss is already divided by the labels of all ranks, so gradients are summed, not averaged.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
-    _prefetch(list(vision.blocks))
-    _prefetch(list(text.layers))
+    tower_trains = any(parameter.requires_grad for parameter in [*vision.blocks.parameters(), *_embedding(vision)])
+    vision_trains = any(parameter.requires_grad for parameter in vision.parameters())
+    _prefetch([*vision.blocks], before=None)
+    _prefetch([vision], before=vision.blocks[-1] if tower_trains else None)
+    _prefetch([*text.layers], before=vision if vision_trains else None)
 
 
-def _prefetch(blocks: list[nn.Module]) -> None:
-    """Fetch the next block's weights while one computes, in both directions."""
-    sharded = [block for block in blocks if isinstance(block, FSDPModule)]
-    for block, following in itertools.pairwise(sharded):
-        block.set_modules_to_forward_prefetch([following])
-        following.set_modules_to_backward_prefetch([block])
+def _embedding(vision: nn.Module) -> list[nn.Parameter]:
+    """What the first vision block reads: it trains only if gradients pass through all blocks."""
+    return [parameter for name, parameter in vision.named_parameters() if name.startswith(("patch_embed", "pos_embed"))]
+
+
+def _prefetch(blocks: list[nn.Module], *, before: nn.Module | None) -> None:
+    """Fetch the next block's weights while one computes, in both directions.
+
+    before: the unit whose backward pass follows that of the first block; None where the backward pass ends there. By
+    itself torch would fetch what ran before, in vain where that is frozen; a block that names itself fetches nothing.
+    """
+    for block, following in itertools.pairwise(blocks):
+        block.set_modules_to_forward_prefetch([following])  # type: ignore[union-attr]
+        following.set_modules_to_backward_prefetch([block])  # type: ignore[union-attr]
+    blocks[0].set_modules_to_backward_prefetch([before or blocks[0]])  # type: ignore[union-attr]
 
 
 def _reshard(model: nn.Module, parallel: ParallelSection, dtype: torch.dtype) -> bool:

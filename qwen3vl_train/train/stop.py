@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 from types import FrameType
 
 from qwen3vl_train.dist import Ranks
@@ -18,7 +19,8 @@ class StopSignals:
     """Turns the first SIGTERM or SIGUSR1 into a request that the loop sees after its step; a second one ends the
     process at once.
 
-    A with-block: the handlers that were there before come back at its end.
+    A with-block: the handlers that were there before come back at its end. Python handles signals in the main thread
+    alone; where the training runs in another one (Ray), nothing is installed and what started it decides.
     """
 
     def __init__(self) -> None:
@@ -26,6 +28,8 @@ class StopSignals:
         self._before: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> "StopSignals":
+        if threading.current_thread() is not threading.main_thread():
+            return self
         for number in (signal.SIGTERM, signal.SIGUSR1):
             self._before[number] = signal.signal(number, self._receive)
         return self
