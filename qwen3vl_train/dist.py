@@ -2,13 +2,16 @@
 
 import os
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy
 import torch
 import torch.distributed as torch_dist
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,29 @@ class Ranks:
         torch_dist.all_reduce(tensor)
         return tensor.tolist()
 
+    def max(self, value: float) -> float:
+        """The largest of all ranks' numbers. Every rank must call it."""
+        if self.world_size == 1:
+            return value
+        tensor = torch.tensor(value, dtype=torch.float64)
+        torch_dist.all_reduce(tensor, op=torch_dist.ReduceOp.MAX)
+        return tensor.item()
+
+    def from_main(self, work: Callable[[], T]) -> T:
+        """Let rank 0 do some work and give its small result, or its ValueError, to all. Every rank must call it."""
+        if self.world_size == 1:
+            return work()
+        outcome: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                outcome[0] = work()
+            except ValueError as error:
+                outcome[1] = str(error)
+        torch_dist.broadcast_object_list(outcome, src=0)
+        if outcome[1] is not None:
+            raise ValueError(outcome[1])
+        return outcome[0]
+
     def gather(self, value: Any) -> list[Any]:
         """Collect one small object from every rank, in rank order, on every rank."""
         if self.world_size == 1:
@@ -48,11 +74,24 @@ class Ranks:
             torch_dist.barrier()
 
 
-def start_ranks(*, timeout_seconds: float = 1800.0) -> Ranks:
-    """Read what torchrun put into the environment and join the other ranks; without it this is one process.
+# Read by NCCL's process group when it is made; what the user has set stays. docs/scaling.md says how to read the records.
+NCCL_SETTINGS = {
+    "TORCH_NCCL_TRACE_BUFFER_SIZE": "2000",  # flight recorder: the last collectives of each rank, with stacks
+    "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",  # written to TORCH_NCCL_DEBUG_INFO_TEMP_FILE + rank
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "3",  # a timeout ends the process; without it the run would hang for good
+}
 
-    CPU tensors travel by gloo, GPU tensors by NCCL.
+
+def start_ranks(*, timeout_seconds: float = 1800.0, records: str | None = None) -> Ranks:
+    """Read what the launcher put into the environment and join the other ranks; without it this is one process.
+
+    CPU tensors travel by gloo, GPU tensors by NCCL. timeout_seconds: how long a collective waits for the last rank.
+    records: prefix of the files that NCCL's flight recorder writes on a timeout.
     """
+    for name, value in NCCL_SETTINGS.items():
+        os.environ.setdefault(name, value)
+    if records:
+        os.environ.setdefault("TORCH_NCCL_DEBUG_INFO_TEMP_FILE", records)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     rank = int(os.environ.get("RANK", "0"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))

@@ -1,70 +1,127 @@
-"""What a run resumes from: the trained tensors, their optimizer moments, and a small record; one folder a checkpoint.
+"""The tensors that a run resumes from, through torch's distributed checkpoint: every rank writes and reads its own
+pieces.
 
-    checkpoints/step-00000200/
-        state/*.safetensors      float32 weights and moments of what trains, written by torch's distributed checkpoint
-        checkpoint.json          step, loader state, sizes of all files; written last
-
-Only what trains is stored: the rest is in the model folder that the recipe names. No pickle is written or read. Random
-numbers need no state: each pack's are a function of seed, step and place in the step.
+Only what trains is stored, in one neutral form whatever the engine: float32 weights and moments by name. The rest is in
+the model folder that the recipe names. The files are safetensors: no pickle is written or read. Random numbers need no
+state, each pack's are a function of seed, step and place in the step. A checkpoint is written while training goes on;
+the step waits only until its tensors are copied.
 """
 
-import json
 import logging
 import shutil
+import time
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
-from qwen3vl_train.checkpoint.files import replacing
+from qwen3vl_train.checkpoint.files import finish, start_aside
+from qwen3vl_train.checkpoint.manifest import (
+    KeepPolicy,
+    checkpoint_folder,
+    latest_checkpoint,
+    prune,
+    write_manifest,
+)
+from qwen3vl_train.dist import Ranks
 
-RECORD = "checkpoint.json"
 
+class CheckpointWriter:
+    """Writes one checkpoint at a time beside the training.
 
-def checkpoint_folder(run_dir: Path, step: int) -> Path:
-    return run_dir / "checkpoints" / f"step-{step:08d}"
-
-
-def save_checkpoint(
-    run_dir: Path, step: int, tensors: dict[str, Tensor], record: dict[str, Any], keep_last: int
-) -> Path:
-    """Write a checkpoint aside, rename it into place, then remove all but the newest `keep_last`.
-
-    Raises RuntimeError when the disk refuses (full, read-only); the checkpoints before it are untouched.
+    Every rank has one and calls its methods at the same steps.
     """
-    folder = checkpoint_folder(run_dir, step)
-    try:
-        with replacing(folder) as aside:
-            _dcp_save(tensors, aside / "state")
-            sizes = {str(file.relative_to(aside)): file.stat().st_size for file in sorted((aside / "state").iterdir())}
-            (aside / RECORD).write_text(
-                json.dumps({"step": step, **record, "files": sizes}, indent=1), encoding="utf-8"
+
+    def __init__(self, run_dir: Path, ranks: Ranks, policy: KeepPolicy) -> None:
+        self._run_dir, self._ranks, self._policy = run_dir, ranks, policy
+        # Its messages go between threads of their own, so they must not share a group with those of the training.
+        self._group: Any = dist.new_group(backend="gloo") if ranks.world_size > 1 else None
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+
+    def start(self, step: int, tensors: dict[str, Tensor], record: dict[str, Any]) -> float:
+        """Copy the tensors and begin to write them; returns the seconds that the caller waited.
+
+        tensors: pieces of sharded tensors from every rank, or whole ones, which rank 0 writes alone. A checkpoint still
+        being written is waited for first. Raises RuntimeError where that one failed.
+        """
+        started = time.perf_counter()
+        self.wait()
+        folder = checkpoint_folder(self._run_dir, step)
+        aside = start_aside(folder) if self._ranks.is_main else None
+        self._ranks.barrier()
+        sharded = any(isinstance(tensor, DTensor) for tensor in tensors.values())
+        if sharded or self._ranks.is_main:
+            staged = {name: _copied(tensor) for name, tensor in tensors.items()}
+            state = folder.with_name(f".{folder.name}.partial") / "state"
+            self._pending = self._thread.submit(
+                self._write, staged, state, sharded, aside, folder, {"step": step, **record}
             )
-    except (OSError, SafetensorError) as error:
-        last = latest_checkpoint(run_dir)
-        then = f"the run goes on from {last}, which is whole" if last else "the run starts again, it has no checkpoint"
-        raise RuntimeError(f"{folder}: could not be saved ({error}); make room, then {then}") from error
-    for old in _checkpoints(run_dir)[:-keep_last]:
-        shutil.rmtree(old)
-    return folder
+        return time.perf_counter() - started
+
+    def _write(
+        self,
+        staged: dict[str, Tensor],
+        state: Path,
+        sharded: bool,
+        aside: Path | None,
+        folder: Path,
+        record: dict[str, Any],
+    ) -> None:
+        try:
+            _dcp_save(staged, state, self._group if sharded else None)
+            if aside is not None:
+                write_manifest(aside, record)
+                finish(aside, folder)
+                prune(self._run_dir, self._policy)
+        except (OSError, SafetensorError) as error:
+            if aside is not None:
+                shutil.rmtree(aside, ignore_errors=True)
+            last = latest_checkpoint(self._run_dir)
+            then = (
+                f"the run goes on from {last}, which is whole" if last else "the run starts again, it has no checkpoint"
+            )
+            raise RuntimeError(f"{folder}: could not be saved ({error}); make room, then {then}") from error
+
+    def failed(self) -> bool:
+        """Whether the write that was under way has ended in an error, which `wait` raises."""
+        return self._pending is not None and self._pending.done() and self._pending.exception() is not None
+
+    def wait(self) -> None:
+        """Wait until everything started is on disk. Raises RuntimeError where the disk refused (full, read-only)."""
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            pending.result()
+
+    def close(self) -> None:
+        """Let a write under way end; never raises, for use where another error is on its way."""
+        self._thread.shutdown(wait=True)
 
 
-def _dcp_save(tensors: dict[str, Tensor], folder: Path) -> None:
+def _copied(tensor: Tensor) -> Tensor:
+    # On a GPU, torch's staging copies to the host; on the CPU it would keep the tensor itself, which the next step
+    # changes.
+    return tensor.detach().clone() if tensor.device.type == "cpu" else tensor.detach().to("cpu", copy=True)
+
+
+def _dcp_save(tensors: dict[str, Tensor], folder: Path, group: dist.ProcessGroup | None) -> None:
     from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
     from torch.distributed.checkpoint.state_dict_saver import save
 
-    folder.mkdir()
-    # Every rank holds the same tensors, so the caller alone writes: no collective takes part.
+    folder.mkdir(exist_ok=True)
     writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
     try:
         with _quiet():
-            save({name: tensor.detach() for name, tensor in tensors.items()}, storage_writer=writer, no_dist=True)
+            save(dict(tensors), storage_writer=writer, process_group=group, no_dist=group is None)
     except CheckpointException as error:  # not an Exception: it wraps what happened, by rank
         raise next(iter(error.failures.values()))[0] from None
 
@@ -83,56 +140,43 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _checkpoints(run_dir: Path) -> list[Path]:
-    return sorted(folder for folder in (run_dir / "checkpoints").glob("step-*") if (folder / RECORD).is_file())
+def load_checkpoint(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """Read a checkpoint into tensors, in place; of sharded ones each rank reads its pieces, however they were cut when
+    written.
 
-
-def latest_checkpoint(run_dir: Path) -> Path | None:
-    """The newest whole checkpoint of a run; None where there is none.
-
-    A half-written one has another name and is never chosen.
+    Every rank must call it. Raises ValueError where the names or shapes are others than those stored.
     """
-    folders = _checkpoints(run_dir)
-    return folders[-1] if folders else None
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    stored = _stored_shapes(folder)
+    wanted = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    wrong = sorted(set(wanted) ^ set(stored)) or [name for name, shape in wanted.items() if stored[name] != shape]
+    if wrong:
+        raise ValueError(f"{folder}: holds another set of trained tensors, e.g. {wrong[0]}; was `tune` changed?")
+    sharded = any(isinstance(tensor, DTensor) for tensor in tensors.values())
+    with _quiet():
+        load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(folder / "state")), no_dist=not sharded)
 
 
-def read_record(folder: Path) -> dict[str, Any]:
-    """Read a checkpoint's record.
-
-    Raises ValueError where it is unreadable or a file of the checkpoint is missing or cut short.
-    """
-    try:
-        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-        sizes: dict[str, int] = record["files"]
-    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"{folder / RECORD}: unreadable ({error}); remove this checkpoint to resume from the one before"
-        ) from None
-    for name, size in sizes.items():
-        file = folder / name
-        got = file.stat().st_size if file.is_file() else None
-        if got != size:
-            state = "missing" if got is None else f"{got} bytes, written with {size}"
-            raise ValueError(f"{file}: {state}; remove this checkpoint to resume from the one before")
-    return record
-
-
-def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """Read all tensors of a checkpoint to the CPU. Raises ValueError where its files are damaged."""
-    from torch.distributed.checkpoint.api import CheckpointException
+def _stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-    from torch.distributed.checkpoint.state_dict_loader import load
 
     try:
         entries = HuggingFaceStorageReader(str(folder / "state")).read_metadata().state_dict_metadata
-        tensors: dict[str, Any] = {
-            name: torch.empty(entry.size, dtype=entry.properties.dtype)
-            for name, entry in entries.items()
-            if isinstance(entry, TensorStorageMetadata)
-        }
-        with _quiet():
-            load(tensors, storage_reader=HuggingFaceStorageReader(str(folder / "state")), no_dist=True)
-    except (OSError, SafetensorError, CheckpointException) as error:
+    except (OSError, SafetensorError) as error:
         raise ValueError(f"{folder}: damaged ({error}); remove this checkpoint to resume from the one before") from None
-    return tensors
+    return {name: tuple(entry.size) for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
+
+
+def read_weights_of(folder: Path) -> dict[str, Tensor]:
+    """Read the trained weights of a checkpoint, whole and without the moments, to the CPU, by our names."""
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    shapes = {name: shape for name, shape in _stored_shapes(folder).items() if name.startswith("weight/")}
+    tensors: dict[str, Any] = {name: torch.empty(shape) for name, shape in shapes.items()}
+    with _quiet():
+        load(tensors, storage_reader=HuggingFaceStorageReader(str(folder / "state")), no_dist=True)
+    return {name.removeprefix("weight/"): tensor for name, tensor in tensors.items()}

@@ -5,7 +5,7 @@ this file; a field added here needs nothing there.
 """
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic.functional_validators import AfterValidator
@@ -168,23 +168,76 @@ class OptimSection(Section):
         return self.lr if rate is None else rate
 
 
+Checkpointing = Literal["none", "full", "selective"]
+
+
+class CheckpointingSection(Section):
+    """Activation checkpointing of the two towers, apart.
+
+    selective keeps the results of matrix products and attention.
+    """
+
+    vision: Checkpointing = "none"
+    text: Checkpointing = "none"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_word_for_both(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        if value not in get_args(Checkpointing):
+            raise _refuse(f"got {value!r}; use none, full or selective, or a section with vision and text")
+        return {"vision": value, "text": value}
+
+
 class TrainSection(Section):
-    """packs_per_step counts the packs of all ranks together. num_steps wins over num_epochs where both are given."""
+    """packs_per_step counts the packs of all ranks together. num_steps wins over num_epochs where both are given.
+
+    activation_checkpointing: one word for both towers, or {vision: ..., text: ...}. deterministic: only kernels that
+    give the same bits every time; slower on a GPU.
+    """
 
     num_steps: Count | None = None
     num_epochs: Count | None = 1
     packs_per_step: Count = 8
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    activation_checkpointing: Literal["none", "full"] = "none"
+    activation_checkpointing: CheckpointingSection = CheckpointingSection()
+    deterministic: bool = False
 
 
 class ParallelSection(Section):
-    engine: Literal["single", "ddp"] = "ddp"
+    """How the ranks share one model; the results are the same. See docs/scaling.md for which to take.
+
+    timeout_seconds: how long a collective waits for the last rank before the run ends and names it.
+    replicate, shard: of fsdp2, copies of the model and pieces of each (null: all ranks); more than one copy is HSDP.
+    reshard_after_forward: of fsdp2, free gathered weights after each forward pass; auto keeps them where they are
+    small. zero_stage, deepspeed_config, offload_optimizer, offload_parameters: of deepspeed. deepspeed_config: a JSON
+    file of the user's own, taken whole; what it says against the recipe is an error.
+    """
+
+    engine: Literal["single", "ddp", "fsdp2", "deepspeed"] = "ddp"
+    timeout_seconds: Positive = 1800.0
+    replicate: Count = 1
+    shard: Count | None = None
+    reduce_dtype: Literal["float32", "bfloat16"] = "float32"
+    reshard_after_forward: Literal["auto", True, False] = "auto"
+    cpu_offload: bool = False
+    zero_stage: Literal[1, 2, 3] = 2
+    deepspeed_config: Text | None = None
+    offload_optimizer: bool = False
+    offload_parameters: bool = False
 
 
 class CheckpointSection(Section):
+    """keep_every_steps: checkpoints at multiples of it stay for good. keep_best: name of a held-out set; the checkpoint
+    with its lowest loss stays. export_every_steps: also write the Hugging Face form, to `export/` in the run folder.
+    """
+
     every_steps: Count | None = 200
     keep_last: Count = 2
+    keep_every_steps: Count | None = None
+    keep_best: Text | None = None
+    export_every_steps: Count | None = None
     resume: Literal["auto", "never"] = "auto"
 
 

@@ -70,11 +70,15 @@ class Qwen3VisionEncoder(nn.Module):
 
 
 class Qwen3VLForConditionalGeneration(nn.Module):
-    """`model(batch)` for training, `model.logits(batch)` for looking. Plain torch: knows nothing of ranks."""
+    """`model(batch)` for training, `model.logits(batch)` for looking. Plain torch: knows nothing of ranks.
+
+    always_run_vision, set from outside: run the vision side also for a pack without images, with no effect on the result.
+    """
 
     def __init__(self, arch: Qwen3VLArch) -> None:
         super().__init__()
         self.arch = arch
+        self.always_run_vision = False
         self.visual = Qwen3VisionEncoder(arch.vision)
         self.language_model = Qwen3VLTextForCausalLM(arch.text, tie_word_embeddings=arch.tie_word_embeddings)
 
@@ -83,6 +87,8 @@ class Qwen3VLForConditionalGeneration(nn.Module):
         text = self.language_model.model
         inputs_embeds = text.embed_tokens(batch.input_ids)
         if batch.num_patches == 0:
+            if self.always_run_vision:
+                inputs_embeds = inputs_embeds + self._vision_of_nothing(inputs_embeds)
             return text(inputs_embeds, batch.positions, batch.segments, cache=cache)
         vision = self.visual(batch.pixel_values, batch.grid_thw, batch.vision)
         injected = process_vision_slices(
@@ -102,6 +108,21 @@ class Qwen3VLForConditionalGeneration(nn.Module):
             visual_rows=batch.visual_rows,
             cache=cache,
         )
+
+    def _vision_of_nothing(self, like: Tensor) -> Tensor:
+        """A zero that came through the whole vision side: four black patches, times zero.
+
+        Ranks that share the vision side's weights or gradients exchange them in every forward and backward pass. A rank
+        whose pack holds no image has to take part, or the others wait for ever.
+        """
+        merge = self.arch.vision.spatial_merge_size
+        grid_thw = torch.tensor([[1, merge, merge]])
+        pixels = torch.full((merge * merge, self.arch.vision.patch_dim), 127, dtype=torch.uint8, device=like.device)
+        devices = [like.device] if like.is_cuda else []
+        with torch.random.fork_rng(devices=devices):  # adapters' dropout here must not shift that of the pack
+            vision = self.visual(pixels, grid_thw)
+        merged = [vision.pooler_output, *vision.deepstack_features]
+        return torch.stack([0.0 * rows.sum() for rows in merged]).sum().to(like.dtype)
 
     def forward(self, batch: PackedBatch) -> tuple[Tensor, int]:
         """Return (sum of the losses of all labels, float32 scalar; number of labels). Only labelled rows reach the

@@ -5,35 +5,47 @@ from pathlib import Path
 
 import torch
 
-from qwen3vl_train.checkpoint.hf import load_qwen3_vl_model
-from qwen3vl_train.checkpoint.run import read_record, read_tensors, save_checkpoint
-from qwen3vl_train.config import Recipe, check_world_size
+from qwen3vl_train.checkpoint.manifest import KeepPolicy, read_record
+from qwen3vl_train.checkpoint.run import CheckpointWriter, load_checkpoint
+from qwen3vl_train.config import Recipe, check_world_size, run_dir
 from qwen3vl_train.data.faults import Reject
-from qwen3vl_train.dist import start_ranks
+from qwen3vl_train.dist import Ranks, start_ranks
 from qwen3vl_train.model.flops import FlopsCounter
-from qwen3vl_train.parallel.ddp import same_on_all_ranks
-from qwen3vl_train.train.data import open_data
+from qwen3vl_train.model.qwen3vl import Qwen3VLForConditionalGeneration
+from qwen3vl_train.train.build import build_engine
+from qwen3vl_train.train.data import TrainingData, open_data
 from qwen3vl_train.train.evaluate import evaluate_loss
+from qwen3vl_train.train.export import export_while_training
 from qwen3vl_train.train.metrics import StepTally
-from qwen3vl_train.train.optim import MasterAdamW, lr_factor
+from qwen3vl_train.train.rank_log import rank_log
 from qwen3vl_train.train.record import Recorder
 from qwen3vl_train.train.report import start_report
 from qwen3vl_train.train.run_folder import REJECTED_FILE, RejectLog, claim_run_folder, open_run_folder, versions
+from qwen3vl_train.train.schedule import lr_factor
 from qwen3vl_train.train.step import train_step
-from qwen3vl_train.train.tune import GradientCheck, apply_tuning
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+from qwen3vl_train.train.stop import StopRequest, StopSignals
+from qwen3vl_train.train.tune import GradientCheck
+from qwen3vl_train.watch import Watch
 
 
 def train(recipe: Recipe) -> Path:
     """Train as the recipe says, from its start or its last checkpoint. Returns the run folder.
 
     Every rank calls it; without torchrun there is one. Raises ValueError for what the user can mend (recipe, data,
-    model folder), RuntimeError for what went wrong on the way (non-finite numbers, a full disk).
+    model folder), RuntimeError for what went wrong on the way (non-finite numbers, a full disk), StopRequest after a
+    signal asked the run to stop and it has saved.
     """
-    ranks = start_ranks()
+    records = run_dir(recipe) / "logs" / "nccl-rank-"
+    ranks = start_ranks(timeout_seconds=recipe.parallel.timeout_seconds, records=str(records))
+    with Watch(ranks, recipe.parallel.timeout_seconds) as watch:
+        return _train(recipe, ranks, watch)
+
+
+def _train(recipe: Recipe, ranks: Ranks, watch: Watch) -> Path:
     check_world_size(recipe, ranks.world_size)
-    folder, checkpoint = open_run_folder(recipe)
+    torch.use_deterministic_algorithms(recipe.train.deterministic)
+    # Rank 0 looks at the folder for all, so that none sees it a moment earlier or later than the others.
+    folder, checkpoint, damaged = ranks.from_main(lambda: open_run_folder(recipe))
     record = read_record(checkpoint) if checkpoint else None
     step = record["step"] if record else 0
     data = open_data(recipe, ranks, loader_state=record["loader"] if record else None)
@@ -42,22 +54,25 @@ def train(recipe: Recipe) -> Path:
     # Behind the check: what broke before a stop counts on, but does not keep a run from going on once it is mended.
     data.add_rejects([Reject(*fields) for fields in record["rejects"]] if record else [])
 
-    model = load_qwen3_vl_model(recipe.model.path, dtype=DTYPES[recipe.model.dtype], device=ranks.device)
-    apply_tuning(model, recipe)
+    model, optimizer = build_engine(recipe, ranks)
     model.train()
-    optimizer = MasterAdamW(model, recipe.optim)
     if checkpoint:
-        optimizer.load_state_tensors(read_tensors(checkpoint), num_updates=step)
-    if not same_on_all_ranks([item.master for item in optimizer.trained], ranks.world_size):
-        raise RuntimeError("ranks start from different weights; do they read the same model folder and checkpoint?")
-
-    ranks.barrier()  # every rank has looked at the folder before the first one writes into it
-    if ranks.is_main:
-        claim_run_folder(folder, recipe)
+        load_checkpoint(checkpoint, state := optimizer.state_tensors())
+        optimizer.loaded(state, num_updates=step)
+    ranks.from_main(lambda: claim_run_folder(folder, recipe, checkpoint))
     flops = FlopsCounter.of(model, model.arch)
     gradient_check = GradientCheck(model)
-    with Recorder(recipe, folder, ranks, num_steps=data.num_steps, start_step=step) as recorder:
-        for line in start_report(recipe, ranks, model, data, folder, step):
+    keep = recipe.checkpoint
+    writer = CheckpointWriter(folder, ranks, KeepPolicy(keep.keep_last, keep.keep_every_steps, keep.keep_best))
+    losses: dict[str, float] = {}
+    stall = 0.0
+    watch.beat(step)
+    with (
+        rank_log(folder, ranks) as out,
+        Recorder(recipe, folder, ranks, out, num_steps=data.num_steps, start_step=step) as recorder,
+        StopSignals() as stop,
+    ):
+        for line in start_report(recipe, ranks, model, data, folder, step, damaged):
             recorder.line(line)
         batches = iter(data.loader)
         while step < data.num_steps:
@@ -105,25 +120,63 @@ def train(recipe: Recipe) -> Path:
                 seconds=time.perf_counter() - started,
                 data_wait_seconds=waited,
                 rejected=len(data.rejects),
+                checkpoint_stall_seconds=stall,
             )
             recorder.step(tally, sums.grad_norms)
+            stall = 0.0
+            watch.beat(step)
+            stopping = stop.requested(ranks)
             last = step == data.num_steps
-            if last or _every(recipe.eval.every_steps, step):
-                for name, open_packs in data.evals.items():
-                    started = time.perf_counter()
-                    rejected: list[Reject] = []
-                    result = evaluate_loss(model, open_packs(rejected), ranks)
-                    recorder.evaluation(step, name, result, time.perf_counter() - started)
-                    broken += data.share_rejects(rejected, ranks)
+            if last or (_every(recipe.eval.every_steps, step) and not stopping):
+                losses, rejected = _evaluate(model, data, ranks, recorder, step, lockstep=optimizer.lockstep)
+                broken += rejected
             recorder.rejected(broken)
-            if last or _every(recipe.checkpoint.every_steps, step):
-                if ranks.is_main:
-                    state = {"loader": packs.state, "rejects": data.rejects, "versions": versions()}
-                    save_checkpoint(folder, step, optimizer.state_tensors(), state, recipe.checkpoint.keep_last)
+            if writer.failed():
+                writer.wait()
+            if last or stopping or _every(keep.every_steps, step):
+                state = {
+                    "loader": packs.state,
+                    "rejects": data.rejects,
+                    "eval": losses,
+                    "engine": recipe.parallel.engine,
+                    "world_size": ranks.world_size,
+                    "versions": versions(),
+                }
+                stall = writer.start(step, optimizer.state_tensors(), state)
+            if _every(keep.export_every_steps, step):
+                export_while_training(recipe, model, folder / "export" / f"step-{step:08d}", ranks)
+            if stopping and not last:
+                writer.wait()
                 ranks.barrier()
+                raise StopRequest(f"{folder}: asked to stop, saved after step {step}; start it again to go on")
             if broken:  # after the checkpoint: what has been trained is kept
+                writer.wait()
                 data.check_rejects()
+        writer.wait()
+        ranks.barrier()
     return folder
+
+
+def _evaluate(
+    model: Qwen3VLForConditionalGeneration,
+    data: TrainingData,
+    ranks: Ranks,
+    recorder: Recorder,
+    step: int,
+    *,
+    lockstep: bool,
+) -> tuple[dict[str, float], list[Reject]]:
+    """Return the held-out losses by name, and the rows that broke on any rank while they were decoded."""
+    losses: dict[str, float] = {}
+    broken: list[Reject] = []
+    for name, open_packs in data.evals.items():
+        started = time.perf_counter()
+        rejected: list[Reject] = []
+        result = evaluate_loss(model, open_packs(rejected), ranks, lockstep=lockstep)
+        recorder.evaluation(step, name, result, time.perf_counter() - started)
+        broken += data.share_rejects(rejected, ranks)
+        losses[name] = result.loss
+    return losses, broken
 
 
 def _every(steps: int | None, step: int) -> bool:

@@ -41,6 +41,7 @@ class StepTally:
     loss: sum of label losses / num_labels. capacity: packs x data.max_tokens_per_pack.
     flops: useful FLOPs of the step, None where not counted. seconds: wall time of the whole step;
     data_wait_seconds: the part of it in which this rank waited for packs. rejected: rows refused since the run began.
+    checkpoint_stall_seconds: how long the step before this one was held up by its checkpoint.
     """
 
     step: int
@@ -57,6 +58,7 @@ class StepTally:
     seconds: float
     data_wait_seconds: float
     rejected: int
+    checkpoint_stall_seconds: float = 0.0
 
 
 def step_metrics(
@@ -88,6 +90,7 @@ def step_metrics(
         "peak_memory_gib": peak_memory_gib,
         "seconds": tally.seconds,
         "rejected": tally.rejected,
+        "checkpoint_stall_seconds": tally.checkpoint_stall_seconds,
     }
 
 

@@ -1,11 +1,12 @@
 """Everything a run tells: metrics.jsonl, eval.jsonl, rejected.jsonl, the tracker and the terminal.
 
-Rank 0 writes, others keep still.
+Rank 0 writes these; other ranks print their lines to a file of their own.
 """
 
 import json
 from pathlib import Path
 from types import TracebackType
+from typing import TextIO
 
 from qwen3vl_train.config import Recipe
 from qwen3vl_train.data.faults import Reject
@@ -19,13 +20,15 @@ from qwen3vl_train.train.track import Console, open_tracker
 class Recorder:
     """Opened once a run, as a with-block; an exception that leaves the block marks the tracked run as failed."""
 
-    def __init__(self, recipe: Recipe, folder: Path, ranks: Ranks, *, num_steps: int, start_step: int) -> None:
+    def __init__(
+        self, recipe: Recipe, folder: Path, ranks: Ranks, out: TextIO, *, num_steps: int, start_step: int
+    ) -> None:
         self._folder, self._ranks = folder, ranks
         self._peak_flops = device_peak_flops(ranks.device)
         self._metrics = MetricsLog(folder / "metrics.jsonl") if ranks.is_main else None
         self._rejects = RejectLog(folder / REJECTED_FILE, writes=ranks.is_main)
         self._tracker = open_tracker(recipe, folder, ranks.rank)
-        self._console = Console(num_steps, start_step=start_step, rank=ranks.rank)
+        self._console = Console(num_steps, start_step=start_step, file=out)
 
     def __enter__(self) -> "Recorder":
         return self
@@ -43,15 +46,14 @@ class Recorder:
 
     def step(self, tally: StepTally, grad_norms: dict[str, float]) -> None:
         """Write one step; grad_norms of the module groups go to the tracker."""
-        if self._metrics is None:
-            return
         row = step_metrics(
             tally,
             world_size=self._ranks.world_size,
             peak_flops=self._peak_flops,
             peak_memory_gib=peak_memory_gib(self._ranks.device),
         )
-        self._metrics.append(row)
+        if self._metrics:
+            self._metrics.append(row)
         self._tracker.log({**row, **{f"grad_norm/{group}": norm for group, norm in grad_norms.items()}}, tally.step)
         self._console.step(row)
 

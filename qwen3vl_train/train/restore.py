@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from qwen3vl_train.checkpoint.hf import load_qwen3_vl_model
-from qwen3vl_train.checkpoint.run import latest_checkpoint, read_record, read_tensors
+from qwen3vl_train.checkpoint.manifest import latest_checkpoint, read_record
+from qwen3vl_train.checkpoint.run import read_weights_of
 from qwen3vl_train.config import Recipe, load_recipe
 from qwen3vl_train.model.qwen3vl import Qwen3VLForConditionalGeneration
+from qwen3vl_train.train.build import build_model
 from qwen3vl_train.train.run_folder import RECIPE_FILE
-from qwen3vl_train.train.tune import apply_tuning
 
 
 @dataclass(frozen=True)
@@ -52,14 +52,13 @@ def restore_run(folder: Path, *, dtype: torch.dtype, device: torch.device | str 
     if checkpoint is None:
         raise ValueError(f"{folder}: has no checkpoint yet; wait for checkpoint.every_steps, or let the run end")
     record = read_record(checkpoint)
-    model = load_qwen3_vl_model(recipe.model.path, dtype=dtype, device=device)
+    model = build_model(recipe, device=device, dtype=dtype)
     trained_as = torch.bfloat16 if recipe.model.dtype == "bfloat16" else torch.float32
     round_weights(model, trained_as)
-    apply_tuning(model, recipe)
-    stored = {name: tensor for name, tensor in read_tensors(checkpoint).items() if name.startswith("weight/")}
+    stored = read_weights_of(checkpoint)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            tensor = stored.pop(f"weight/{name}", None)
+            tensor = stored.pop(name, None)
             if tensor is None or tensor.shape != parameter.shape:
                 raise ValueError(f"{checkpoint}: holds no fitting {name}; was the recipe in {folder} changed?")
             parameter.copy_(tensor.to(trained_as))

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 import qwen3vl_train
-from qwen3vl_train.checkpoint.run import latest_checkpoint
+from qwen3vl_train.checkpoint.manifest import choose_checkpoint, set_aside_newer
 from qwen3vl_train.config import Recipe, load_recipe, recipe_differences, run_dir, save_recipe
 from qwen3vl_train.data.faults import Reject
 
@@ -18,17 +18,18 @@ RECIPE_FILE = "recipe.yaml"
 REJECTED_FILE = "rejected.jsonl"
 
 
-def open_run_folder(recipe: Recipe) -> tuple[Path, Path | None]:
-    """Return (run folder, checkpoint to resume from or None). Writes nothing: `claim_run_folder` does, on one rank.
+def open_run_folder(recipe: Recipe) -> tuple[Path, Path | None, list[str]]:
+    """Return (run folder, checkpoint to resume from or None, what is wrong with newer checkpoints).
 
-    Raises ValueError where the folder holds another run, or `checkpoint.resume: never` meets a started one.
+    Writes nothing: `claim_run_folder` does. Raises ValueError where the folder holds another run, no checkpoint of it
+    is whole, or `checkpoint.resume: never` meets a started one.
     """
     folder = run_dir(recipe)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder}: is a file; choose another name or output_dir")
     # A run that stopped over its data before it began leaves the list of rejected rows and nothing else.
     if not folder.exists() or all(file.name == REJECTED_FILE for file in folder.iterdir()):
-        return folder, None
+        return folder, None, []
     file = folder / RECIPE_FILE
     if not file.is_file():
         raise ValueError(f"{folder}: holds other files, but no {RECIPE_FILE}; choose another name or output_dir")
@@ -40,13 +41,17 @@ def open_run_folder(recipe: Recipe) -> tuple[Path, Path | None]:
         raise ValueError(
             f"{folder}: holds this run already; choose another name, or set checkpoint.resume: auto to go on"
         )
-    return folder, latest_checkpoint(folder)
+    return folder, *choose_checkpoint(folder)
 
 
-def claim_run_folder(folder: Path, recipe: Recipe) -> None:
-    """Make the folder and write the resolved recipe. Raises ValueError where that is not possible."""
+def claim_run_folder(folder: Path, recipe: Recipe, checkpoint: Path | None) -> None:
+    """Make the folder, write the resolved recipe and set checkpoints behind the chosen one aside.
+
+    Raises ValueError where that is not possible.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        set_aside_newer(folder, checkpoint)
         save_recipe(recipe, folder / RECIPE_FILE)
     except OSError as error:
         raise ValueError(f"{folder}: cannot be written ({error.strerror}); choose another output_dir") from error

@@ -137,21 +137,20 @@ def git_state(folder: Path) -> dict[str, Any] | None:
 
 
 class Console:
-    """Progress for people: a bar on a terminal, plain lines in a log, nothing on ranks other than 0.
+    """Progress for people: a bar on a terminal, plain lines in a log.
 
     A log gets a line for the first and the last step and at most one in LOG_SECONDS between: metrics.jsonl has every
     step.
     """
 
-    def __init__(self, num_steps: int, *, start_step: int = 0, rank: int = 0, file: IO[str] | None = None) -> None:
+    def __init__(self, num_steps: int, *, start_step: int = 0, file: IO[str] | None = None) -> None:
         self.num_steps = num_steps
         self._file = file or sys.stdout
-        self._quiet = rank != 0
         self._seconds: deque[float] = deque(maxlen=50)
         self._last_line = -math.inf
         self._bar: Progress | None = None
         rich = RichConsole(file=self._file)
-        if not self._quiet and self._file.isatty() and not rich.is_dumb_terminal:
+        if self._file.isatty() and not rich.is_dumb_terminal:
             columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(12), TextColumn("{task.fields[numbers]}"))
             self._bar = bar = Progress(*columns, console=rich)
             self._task = bar.add_task("train", total=num_steps, completed=start_step, numbers="")
@@ -159,8 +158,6 @@ class Console:
 
     def step(self, metrics: dict[str, Any]) -> None:
         """Show a finished step; reads step, loss, lr, tokens_per_second and seconds of a metrics row."""
-        if self._quiet:
-            return
         self._seconds.append(metrics["seconds"])
         left = self.num_steps - metrics["step"]
         eta = timedelta(seconds=round(left * sum(self._seconds) / len(self._seconds)))
@@ -176,7 +173,7 @@ class Console:
         """Print one line, above the bar where there is one."""
         if self._bar:
             self._bar.console.print(text, markup=False, highlight=False)
-        elif not self._quiet:
+        else:
             print(text, file=self._file, flush=True)
 
     def close(self) -> None:

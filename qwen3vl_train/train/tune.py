@@ -31,9 +31,11 @@ def apply_tuning(model: Qwen3VLForConditionalGeneration, recipe: Recipe) -> None
         check_rates({group_of(module) for module in modules}, recipe.optim)
     else:
         train_only(model, set(tune.trained_groups()))
-    checkpointing = recipe.train.activation_checkpointing == "full"
-    model.visual.vision.activation_checkpointing = checkpointing
-    model.language_model.model.activation_checkpointing = checkpointing
+    checkpointing = recipe.train.activation_checkpointing
+    for block in model.visual.vision.blocks:
+        block.checkpointing = checkpointing.vision  # type: ignore[assignment]
+    for layer in model.language_model.model.layers:
+        layer.checkpointing = checkpointing.text  # type: ignore[assignment]
 
 
 def check_rates(trained_groups: set[str], optim: OptimSection) -> None:

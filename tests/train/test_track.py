@@ -154,14 +154,6 @@ def test_a_log_gets_one_plain_line_a_step():
     )
 
 
-def test_other_ranks_print_nothing(capsys):
-    console = Console(300, rank=1)
-    console.step(ROW)
-    console.line("text")
-    console.close()
-    assert capsys.readouterr().out == ""
-
-
 def test_a_terminal_gets_a_bar(monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "100")

@@ -1,0 +1,135 @@
+"""Which checkpoints a run has, whether they are whole, and which may go.
+
+checkpoints/step-00000200/
+    state/*.safetensors      float32 weights and moments of what trains
+    checkpoint.json          the manifest: step, loader state, who wrote it, size and checksum of every file;
+    written last
+"""
+
+import json
+import shutil
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+MANIFEST = "checkpoint.json"
+BLOCK = 2**24
+
+
+@dataclass(frozen=True)
+class KeepPolicy:
+    """Which checkpoints stay: the newest keep_last, every keep_every-th step, and the best by a held-out loss.
+
+    keep_best: name of the held-out set whose lowest loss is best; None for none.
+    """
+
+    keep_last: int
+    keep_every: int | None = None
+    keep_best: str | None = None
+
+
+def checkpoint_folder(run_dir: Path, step: int) -> Path:
+    return run_dir / "checkpoints" / f"step-{step:08d}"
+
+
+def whole_checkpoints(run_dir: Path) -> list[Path]:
+    """Folders that were finished, oldest first. One that was being written has another name and is never among them."""
+    return sorted(folder for folder in (run_dir / "checkpoints").glob("step-*") if (folder / MANIFEST).is_file())
+
+
+def latest_checkpoint(run_dir: Path) -> Path | None:
+    """The newest finished checkpoint of a run; None where there is none. Does not look into its files."""
+    folders = whole_checkpoints(run_dir)
+    return folders[-1] if folders else None
+
+
+def write_manifest(folder: Path, record: dict[str, Any]) -> None:
+    """Write the manifest of a folder whose other files are complete: their sizes and CRC-32."""
+    files = {
+        str(file.relative_to(folder)): {"bytes": file.stat().st_size, "crc32": _crc32(file)}
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+    }
+    (folder / MANIFEST).write_text(json.dumps({**record, "files": files}, indent=1), encoding="utf-8")
+
+
+def _crc32(file: Path) -> int:
+    checksum = 0
+    with file.open("rb") as content:
+        while block := content.read(BLOCK):
+            checksum = zlib.crc32(block, checksum)
+    return checksum
+
+
+def read_record(folder: Path, *, checksums: bool = False) -> dict[str, Any]:
+    """Read a checkpoint's manifest and hold its files against it; with checksums, every byte of them.
+
+    Raises ValueError where it is unreadable, or a file is missing, cut short or altered.
+    """
+    manifest = folder / MANIFEST
+    try:
+        record = json.loads(manifest.read_text(encoding="utf-8"))
+        files = {name: (entry["bytes"], entry["crc32"]) for name, entry in record["files"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{manifest}: unreadable ({error!r}); remove this checkpoint") from None
+    if missing := {"step", "loader", "rejects"} - record.keys():
+        raise ValueError(f"{manifest}: has no {', '.join(sorted(missing))}; remove this checkpoint")
+    for name, (size, crc32) in files.items():
+        file = folder / name
+        got = file.stat().st_size if file.is_file() else None
+        if got != size:
+            state = "missing" if got is None else f"{got} bytes, written with {size}"
+            raise ValueError(f"{file}: {state}; remove this checkpoint")
+        if checksums and _crc32(file) != crc32:
+            raise ValueError(f"{file}: its checksum is not the one it was written with; remove this checkpoint")
+    return record
+
+
+def choose_checkpoint(run_dir: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that is whole to the last byte, and what is wrong with the newer ones, if there are any.
+
+    Raises ValueError where there are checkpoints and none is whole.
+    """
+    faults: list[str] = []
+    folders = whole_checkpoints(run_dir)
+    for folder in reversed(folders):
+        try:
+            read_record(folder, checksums=True)
+        except ValueError as error:
+            faults.append(str(error))
+        else:
+            return folder, faults
+    if faults:
+        listed = "".join(f"\n  - {fault}" for fault in faults)
+        raise ValueError(f"{run_dir}: none of {len(folders)} checkpoints is whole{listed}")
+    return None, []
+
+
+def set_aside_newer(run_dir: Path, chosen: Path | None) -> None:
+    """Rename the damaged checkpoints behind the chosen one, so that their steps can be saved again."""
+    for folder in whole_checkpoints(run_dir):
+        if chosen is not None and folder.name > chosen.name:
+            target = folder.with_name(f"damaged-{folder.name}")
+            shutil.rmtree(target, ignore_errors=True)
+            folder.rename(target)
+
+
+def prune(run_dir: Path, policy: KeepPolicy) -> None:
+    """Remove the checkpoints that the policy does not keep."""
+    folders = whole_checkpoints(run_dir)
+    kept = set(folders[-policy.keep_last :])
+    if policy.keep_every:
+        kept |= {folder for folder in folders if int(folder.name.removeprefix("step-")) % policy.keep_every == 0}
+    if policy.keep_best:
+        losses = {folder: _loss(folder, policy.keep_best) for folder in folders}
+        judged = {folder: loss for folder, loss in losses.items() if loss is not None}
+        if judged:
+            kept.add(min(judged, key=lambda folder: judged[folder]))
+    for folder in folders:
+        if folder not in kept:
+            shutil.rmtree(folder)
+
+
+def _loss(folder: Path, name: str) -> float | None:
+    return json.loads((folder / MANIFEST).read_text(encoding="utf-8")).get("eval", {}).get(name)

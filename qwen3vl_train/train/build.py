@@ -1,0 +1,107 @@
+"""From a recipe to a model on its ranks.
+
+Built without memory, tuned, sharded, and only then filled, each rank with its own part.
+"""
+
+import zlib
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from qwen3vl_train.arch import Qwen3VLArch
+from qwen3vl_train.checkpoint.hf import WeightFiles, check_weights, materialize, read_weights
+from qwen3vl_train.config import Recipe
+from qwen3vl_train.dist import Ranks
+from qwen3vl_train.model.qwen3vl import Qwen3VLForConditionalGeneration
+from qwen3vl_train.parallel.ddp import Replicated, same_on_all_ranks
+from qwen3vl_train.parallel.fsdp import Sharded, shard_model
+from qwen3vl_train.parallel.mesh import build_mesh
+from qwen3vl_train.parallel.optim import MasterAdamW, Optimizer
+from qwen3vl_train.shards import local, put, whole
+from qwen3vl_train.train.tune import apply_tuning
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def build_engine(recipe: Recipe, ranks: Ranks) -> tuple[Qwen3VLForConditionalGeneration, Optimizer]:
+    """Build the model and the optimizer of the recipe's engine; the training step is the same with each.
+
+    Raises ValueError for what is wrong with the model folder, the targets, or the numbers of ranks.
+    """
+    if recipe.parallel.engine == "fsdp2":
+        mesh = build_mesh(recipe.parallel, ranks)
+        model = build_model(recipe, device=ranks.device, mesh=mesh)
+        return model, MasterAdamW(model, recipe.optim, Sharded(mesh))
+    model = build_model(recipe, device=ranks.device)
+    optimizer = MasterAdamW(model, recipe.optim, Replicated(ranks.world_size))
+    if not same_on_all_ranks([item.master for item in optimizer.trained], ranks.world_size):
+        raise RuntimeError("ranks start from different weights; do they read the same model folder?")
+    return model, optimizer
+
+
+def build_model(
+    recipe: Recipe, *, device: torch.device | str, dtype: torch.dtype | None = None, mesh: DeviceMesh | None = None
+) -> Qwen3VLForConditionalGeneration:
+    """Build the recipe's model with its weights and fresh adapters; sharded over the mesh where one is given.
+
+    dtype: of the arithmetic, the recipe's by default. No rank holds more than its own weights and the tensor being
+    read. Raises ValueError for what is wrong with the model folder or the targets.
+    """
+    dtype = dtype or DTYPES[recipe.model.dtype]
+    arch = Qwen3VLArch.from_pretrained(recipe.model.path)
+    files = WeightFiles(recipe.model.path)
+    # 1. Names and shapes only: the files are compared with them before anything else is done.
+    with torch.device("meta"):
+        model = Qwen3VLForConditionalGeneration(arch)
+    check_weights(model, files)
+    # 2. What trains, adapters, activation checkpointing: sharding must know all three.
+    apply_tuning(model, recipe)
+    # 3. Sharded runs hold what trains in float32 (see parallel.fsdp), replicated runs keep float32 masters beside it.
+    _set_dtypes(model, frozen=dtype, trained=dtype if mesh is None else torch.float32)
+    if mesh is not None:
+        shard_model(model, mesh, recipe.parallel, dtype)
+        model.always_run_vision = True
+    # 4. Memory, for this rank's part alone.
+    materialize(model, "cpu" if mesh is not None and recipe.parallel.cpu_offload else device)
+    # 5. Weights straight into it.
+    read_weights(model, files)
+    if mesh is not None:
+        _round_trained(model, dtype)
+    init_adapters(model, recipe.train.seed)
+    return model
+
+
+def _set_dtypes(model: nn.Module, *, frozen: torch.dtype, trained: torch.dtype) -> None:
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(trained if parameter.requires_grad else frozen)
+
+
+@torch.no_grad()
+def _round_trained(model: nn.Module, dtype: torch.dtype) -> None:
+    """Start the float32 shards from what the recipe's dtype holds, as replicated runs start their masters."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            local(parameter).copy_(local(parameter).to(dtype))
+
+
+@torch.no_grad()
+def init_adapters(model: nn.Module, seed: int) -> None:
+    """Give every adapter its first values: A uniform within 1/sqrt(in), B zero, so that the function is unchanged.
+
+    The distribution is peft's own, but each tensor's values come from (seed, name) alone, so that they do not depend on
+    how the model is spread over ranks. DoRA magnitudes are the row norms of the base weights. Every rank must call it.
+    """
+    parameters = dict(model.named_parameters())
+    for name, parameter in parameters.items():
+        module, _, part = name.partition(".lora_")
+        if part.startswith("B."):
+            local(parameter).zero_()
+        elif part.startswith("A."):
+            generator = torch.Generator().manual_seed((seed << 32) % 2**63 + zlib.crc32(name.encode()))
+            bound = parameter.shape[1] ** -0.5
+            put(parameter, torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator))
+        elif part:
+            assert part.startswith("magnitude_vector."), name
+            base = whole(parameters[f"{module}.base_layer.weight"])
+            put(parameter, base.float().norm(dim=1).reshape(parameter.shape))
