@@ -204,8 +204,8 @@ def test_faults_of_files(tmp_path):
         "http://example.org/a.png": "image http://example.org/a.png: is a http URL and nothing is downloaded; "
         "give a local path",
         "s3://bucket/a.png": "image s3://bucket/a.png: is a s3 URL and nothing is downloaded; give a local path",
-        "": "image : is not a path; give the path of an image file",
-        "a\0b": "image a\0b: is not a path; give the path of an image file",
+        "": "image : is not a path; give the path of a file",
+        "a\0b": "image a\0b: is not a path; give the path of a file",
         "x" * 5000: f"image {'x' * 200}...: no such file ({real}/{'x' * 5000}); check the path and media_root",
     }
     for path, fault in faults.items():
