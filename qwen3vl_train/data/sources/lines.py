@@ -1,34 +1,14 @@
-"""Where rows come from. A source knows its rows by number and keeps none of them in memory."""
+"""Files of one JSON object a line."""
 
 import hashlib
 import os
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from qwen3vl_train.data.faults import RowFault
 from qwen3vl_train.data.formats import Sample, parse_row
-
-
-class Source(Protocol):
-    """What the index and the loader ask of a source of rows. It must pickle, for worker processes."""
-
-    name: str
-
-    def __len__(self) -> int: ...
-
-    def sample(self, row: int) -> Sample:
-        """Return row 0..len-1, checked. Raises RowFault."""
-        ...
-
-    def row_number(self, row: int) -> int:
-        """Return the number a person finds the row by, counted from 1."""
-        ...
-
-    def fingerprint(self) -> dict[str, Any]:
-        """Return what changes when the content changes, as JSON."""
-        ...
 
 
 class JsonlSource:
