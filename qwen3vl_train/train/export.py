@@ -78,7 +78,7 @@ def _write_checkpoint(restored: RestoredRun, folder: Path, collate: MultimodalCo
     merge_lora(restored.model)
     _round_weights(restored.model, dtype)
     weights = dict(restored.model.named_parameters())
-    limits = (collate.encoder.min_pixels, collate.encoder.max_pixels)
+    limits = (collate.encoder.budgets.min_pixels, collate.encoder.budgets.max_pixels)
     write_huggingface(weights, folder, source=restored.recipe.model.path, dtype=dtype, pixel_limits=limits)
     files = WeightFiles(folder)
     for name, tensor in files.read(list(files.shapes)):
@@ -117,7 +117,7 @@ def _write_adapter(restored: RestoredRun, folder: Path, collate: MultimodalColla
         bias="none",
     )
     config.save_pretrained(str(folder))
-    copy_companions(recipe.model.path, folder, (collate.encoder.min_pixels, collate.encoder.max_pixels))
+    copy_companions(recipe.model.path, folder, (collate.encoder.budgets.min_pixels, collate.encoder.budgets.max_pixels))
     for name, tensor in load_file(folder / ADAPTER_WEIGHTS).items():
         _expect_equal(name, tensor, tensors[name])
     return len(tensors)
