@@ -75,8 +75,13 @@ class Section(BaseModel):
 
 
 class ModelSection(Section):
+    """video_markup: how a clip is written into the text. bare: as Qwen's own code and transformers up to 5.9 do;
+    wrapped: with one more pair of vision marks around it, as transformers 5.10 to 5.23 do. Train what will serve.
+    """
+
     path: Text
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    video_markup: Literal["bare", "wrapped"] = "bare"
 
 
 class LoraTune(Section):
@@ -135,13 +140,23 @@ class TrainSource(Section):
 
 
 class DataSection(Section):
-    """Visual-token limits of null are the checkpoint's own; one visual token is 32 x 32 pixels."""
+    """Visual-token limits and the sampling of clips are the checkpoint's own where they are null.
+
+    One visual token is 32 x 32 pixels of an image, or of two neighbouring frames of a clip. fps: frames taken a second
+    of a clip, at least min_frames and at most max_frames or all it has. max_visual_tokens_per_video bounds the whole
+    clip; max_visual_tokens_per_sample shrinks all images and clips of a sample alike.
+    """
 
     train: list[TrainSource] = Field(min_length=1)
     eval: list[EvalSource] = []
     max_tokens_per_pack: Count = 8192
     max_visual_tokens_per_image: Count | None = None
     min_visual_tokens_per_image: Count | None = None
+    max_visual_tokens_per_video: Count | None = None
+    max_visual_tokens_per_sample: Count | None = None
+    fps: Annotated[float, Field(gt=0.0, le=1000.0)] | None = None
+    min_frames: Annotated[int, Field(ge=2)] | None = None
+    max_frames: Annotated[int, Field(ge=2)] | None = None
     num_workers: Annotated[int, Field(ge=0)] = 4
     max_rejected_fraction: Annotated[float, Field(ge=0.0, le=1.0)] = 0.01
 

@@ -79,11 +79,18 @@ class TrainingData:
 
 
 def open_collator(recipe: Recipe) -> MultimodalCollator:
-    """The collator of the recipe's checkpoint, with the recipe's budgets."""
+    """The collator of the recipe's checkpoint, with the recipe's budgets and its sampling of clips."""
+    data = recipe.data
     return MultimodalCollator.from_pretrained(
         recipe.model.path,
-        max_visual_tokens_per_image=recipe.data.max_visual_tokens_per_image,
-        min_visual_tokens_per_image=recipe.data.min_visual_tokens_per_image,
+        max_visual_tokens_per_image=data.max_visual_tokens_per_image,
+        min_visual_tokens_per_image=data.min_visual_tokens_per_image,
+        max_visual_tokens_per_video=data.max_visual_tokens_per_video,
+        max_visual_tokens_per_sample=data.max_visual_tokens_per_sample,
+        fps=data.fps,
+        min_frames=data.min_frames,
+        max_frames=data.max_frames,
+        video_markup=recipe.model.video_markup,
     )
 
 
