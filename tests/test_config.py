@@ -333,7 +333,7 @@ def test_limits_of_video_are_checked_each_and_against_each_other(write):
         "data.min_frames: 9 is more than data.max_frames 8; lower it",
     ]
     assert errors_of(write(SMALL.replace("some/model", "some/model, video_markup: both"))) == [
-        "model.video_markup: got 'both', expected 'bare' or 'wrapped'"
+        "model.video_markup: got 'both'; use bare or wrapped"
     ]
 
 

@@ -5,6 +5,7 @@ A PEFT adapter, or a whole checkpoint, loaded back into stock transformers befor
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -78,8 +79,10 @@ def _write_checkpoint(restored: RestoredRun, folder: Path, collate: MultimodalCo
     merge_lora(restored.model)
     _round_weights(restored.model, dtype)
     weights = dict(restored.model.named_parameters())
-    limits = (collate.encoder.budgets.min_pixels, collate.encoder.budgets.max_pixels)
-    write_huggingface(weights, folder, source=restored.recipe.model.path, dtype=dtype, pixel_limits=limits)
+    limits, clips = _media_settings(collate)
+    write_huggingface(
+        weights, folder, source=restored.recipe.model.path, dtype=dtype, pixel_limits=limits, clip_settings=clips
+    )
     files = WeightFiles(folder)
     for name, tensor in files.read(list(files.shapes)):
         _expect_equal(name, tensor.float(), weights[name])
@@ -117,10 +120,21 @@ def _write_adapter(restored: RestoredRun, folder: Path, collate: MultimodalColla
         bias="none",
     )
     config.save_pretrained(str(folder))
-    copy_companions(recipe.model.path, folder, (collate.encoder.budgets.min_pixels, collate.encoder.budgets.max_pixels))
+    copy_companions(recipe.model.path, folder, *_media_settings(collate))
     for name, tensor in load_file(folder / ADAPTER_WEIGHTS).items():
         _expect_equal(name, tensor, tensors[name])
     return len(tensors)
+
+
+def _media_settings(collate: MultimodalCollator) -> tuple[tuple[int, int], dict[str, Any] | None]:
+    """Pixel limits of images, and the settings of clips as a video preprocessor has them (None: it has none)."""
+    budgets = collate.encoder.budgets
+    clips = budgets.clips
+    if clips is None:
+        return (budgets.min_pixels, budgets.max_pixels), None
+    size = {"shortest_edge": clips.min_pixels, "longest_edge": clips.max_pixels}
+    sampling = {"fps": clips.fps, "min_frames": clips.min_frames, "max_frames": clips.max_frames}
+    return (budgets.min_pixels, budgets.max_pixels), {"size": size, **sampling}
 
 
 def _adapted_modules(tensors: dict[str, Tensor]) -> set[str]:
