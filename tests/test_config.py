@@ -68,7 +68,22 @@ def test_defaults(write):
             "dora": False,
         },
         "data": {
-            "train": [{"path": "a.jsonl", "media_root": None, "weight": 1.0}],
+            "train": [
+                {
+                    "path": "a.jsonl",
+                    "media_root": None,
+                    "name": None,
+                    "format": "auto",
+                    "columns": {},
+                    "split": None,
+                    "subset": None,
+                    "train_on": "all",
+                    "bbox": None,
+                    "bbox_layout": "xyxy",
+                    "allow_urls": False,
+                    "weight": 1.0,
+                }
+            ],
             "eval": [],
             "max_tokens_per_pack": 8192,
             "max_visual_tokens_per_image": None,

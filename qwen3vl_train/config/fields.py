@@ -123,19 +123,43 @@ class FullTune(Section):
 Tune = Annotated[LoraTune | FullTune, Field(discriminator="method")]
 
 
-class EvalSource(Section):
-    """One file of samples. media_root: folder that image paths are relative to; null: the folder of the file."""
+Column = Literal["question", "answer", "system", "reasoning", "image", "video", "boxes", "points"]
+
+
+class RowsSection(Section):
+    """Rows of one data set. path: a file, a pattern, a folder or an fsspec URL of them (JSON, JSONL, Parquet, tar).
+
+    split: read it with Hugging Face `datasets` instead, as a folder or a name on the hub. media_root: folder or URL
+    that media paths are relative to; null: the folder of the file. columns: our name -> that of the rows' column.
+    bbox, bbox_layout: how the rows' boxes are given. name: of its loss curve.
+    """
 
     path: Text
     media_root: Text | None = None
     name: Annotated[str, AfterValidator(_check_name)] | None = None
+    format: Literal["auto", "openai", "sharegpt", "columns"] = "auto"
+    columns: dict[Column, Text] = {}
+    split: Text | None = None
+    subset: Text | None = None
+    train_on: Literal["all", "last"] = "all"
+    bbox: Literal["pixel", "unit", "per_mille"] | None = None
+    bbox_layout: Literal["xyxy", "xywh"] = "xyxy"
+    allow_urls: bool = False
+
+    @model_validator(mode="after")
+    def _subset_of_split(self) -> "RowsSection":
+        if self.subset is not None and self.split is None:
+            raise _refuse("subset without split, which says that `datasets` reads the path; add split: train")
+        return self
 
 
-class TrainSource(Section):
-    """One file of samples. weight: how often it is drawn, relative to its size (1.0: every row once an epoch)."""
+class EvalSource(RowsSection):
+    """Rows that are held out."""
 
-    path: Text
-    media_root: Text | None = None
+
+class TrainSource(RowsSection):
+    """weight: how often it is drawn, relative to its size (1.0: every row once an epoch)."""
+
     weight: Positive = 1.0
 
 

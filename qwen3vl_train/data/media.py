@@ -1,7 +1,7 @@
 """Find images, read their sizes from the header alone, decode them, and cut them into patches as Qwen3-VL does.
 
-Everything a row of data may name goes through `open_image`; nothing here reaches for the network, and only the common
-raster formats are opened (some of Pillow's others start outside programs).
+Everything a row of data may name goes through `open_image`; only what the recipe allows to be fetched (a `Remote`) is
+reached over the network, and only the common raster formats are opened (some of Pillow's others start programs).
 """
 
 import base64
@@ -23,10 +23,11 @@ import torch.nn.functional as F
 from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
+from qwen3vl_train.data.download import Remote, is_web_address
 from qwen3vl_train.data.faults import MediaFault
 
-ImageSource = str | bytes | Image.Image
-"""A path, a `data:` URI, the bytes of an encoded image, or a PIL image."""
+ImageSource = str | bytes | Image.Image | Remote
+"""A path, a `data:` URI, the bytes of an encoded image, a PIL image, or something to be fetched."""
 
 PATCH = 16
 MERGE = 2
@@ -47,6 +48,8 @@ def name_of(source: ImageSource, kind: str = "image") -> str:
         return "data URI" if source.startswith("data:") else f"{kind} {source[:200]}{'...' * (len(source) > 200)}"
     if isinstance(source, bytes):
         return f"{kind} of {len(source)} bytes"
+    if isinstance(source, Remote):
+        return f"{kind} {source}"
     return f"PIL image of {source.width}x{source.height}"
 
 
@@ -59,7 +62,8 @@ def locate(path: str, media_root: str | os.PathLike[str] | None, kind: str = "im
     name = name_of(path, kind)
     scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", path)
     if scheme:
-        raise MediaFault(f"{name}: is a {scheme[1]} URL and nothing is downloaded; give a local path")
+        remedy = " or set allow_urls: true" if is_web_address(path) else ""
+        raise MediaFault(f"{name}: is a {scheme[1]} URL and nothing is downloaded; give a local path{remedy}")
     if "\0" in path or not path:
         raise MediaFault(f"{name}: is not a path; give the path of a file")
     if media_root is None:
@@ -78,6 +82,8 @@ def open_image(source: ImageSource, media_root: str | os.PathLike[str] | None = 
         return source
     if isinstance(source, str) and source.startswith("data:"):
         source = decode_data_uri(source)
+    elif isinstance(source, Remote):
+        source = source.fetch()
     if isinstance(source, bytes):
         if not source:
             raise MediaFault(f"{name}: is empty; give the bytes of an image file")
