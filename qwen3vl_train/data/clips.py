@@ -98,4 +98,4 @@ def doubled(patches: Tensor) -> Tensor:
     """Repeat the one frame of stills (P, 768), as it stands beside clips: (P, 1536). Clips come back as they are."""
     if patches.shape[1] != 3 * PATCH * PATCH:
         return patches
-    return patches.view(-1, 3, 1, PATCH * PATCH).expand(-1, -1, FRAMES_PER_PATCH, -1).reshape(len(patches), -1)
+    return patches.view(-1, 3, 1, PATCH * PATCH).expand(-1, -1, FRAMES_PER_PATCH, -1).flatten(1)

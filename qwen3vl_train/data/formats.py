@@ -7,6 +7,7 @@ from typing import Any
 
 from PIL import Image
 
+from qwen3vl_train.data.download import Remote
 from qwen3vl_train.data.faults import RowFault
 from qwen3vl_train.data.media import ImageSource
 
@@ -38,7 +39,7 @@ class VideoPart:
     seconds of frames that were sampled before; all of them are taken. Both None for a file, whose header has its rate.
     """
 
-    video: str | bytes | tuple[ImageSource, ...]
+    video: str | bytes | Remote | tuple[ImageSource, ...]
     fps: float | None = None
     timestamps: tuple[float, ...] | None = None
 

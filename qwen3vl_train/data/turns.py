@@ -53,7 +53,8 @@ def mp4_matrix(file: IO[bytes], track: int) -> Matrix:
                     of_track = _read_matrix(file, head, (40, 52)) or IDENTITY
     a, b, c, d = of_track[0], of_track[1], of_track[3], of_track[4]
     p, q, r, s = of_movie[0], of_movie[1], of_movie[3], of_movie[4]
-    return (a * p + b * r, a * q + b * s, 0, c * p + d * r, c * q + d * s, 0, 0, 0, 1 << 30)
+    turned = [(value + (1 << 15)) >> 16 for value in (a * p + b * r, a * q + b * s, c * p + d * r, c * q + d * s)]
+    return (turned[0], turned[1], 0, turned[2], turned[3], 0, 0, 0, 1 << 30)
 
 
 def _boxes(file: IO[bytes], start: int, end: int, left: list[int]):

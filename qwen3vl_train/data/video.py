@@ -8,12 +8,13 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from io import BytesIO
-from typing import IO, TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from PIL import Image
 from torch import Tensor
 
+from qwen3vl_train.data.download import Remote
 from qwen3vl_train.data.faults import MediaFault
 from qwen3vl_train.data.formats import MAX_FPS
 from qwen3vl_train.data.media import decode_data_uri, find_file, name_of
@@ -23,8 +24,8 @@ if TYPE_CHECKING:
     from av.container import InputContainer
     from av.video.stream import VideoStream
 
-VideoSource = str | bytes
-"""A path, a `data:` URI, or the bytes of a video file."""
+VideoSource = str | bytes | Remote
+"""A path, a `data:` URI, the bytes of a video file, or something to be fetched."""
 
 _CONTAINERS = "mov,matroska,avi,mpegts,mpeg,flv,asf,ogg,gif"
 """FFmpeg's names. Playlists, image sequences and bare streams are left out: those reach for other files or URLs, and
@@ -51,8 +52,8 @@ def read_header(source: VideoSource, media_root: str | os.PathLike[str] | None =
     Where the container has no table of frames (Matroska, WebM, MPEG-TS, fragmented MP4) or its table does not agree
     with its own count, the packets of the stream are counted, which reads the whole file.
     """
-    name = name_of(source, "video")
-    with _opened(source, media_root) as (container, stream):
+    name, file = name_of(source, "video"), _path_or_bytes(source, media_root)
+    with _opened(file, name) as (container, stream):
         rate = stream.average_rate
         fps = float(rate) if rate is not None else 0.0
         if not (math.isfinite(fps) and 0 < fps <= MAX_FPS):
@@ -62,7 +63,7 @@ def read_header(source: VideoSource, media_root: str | os.PathLike[str] | None =
             )
         height, width = stream.codec_context.height, stream.codec_context.width
         _check_size(name, height, width)
-        turns = _turns_of_header(source, media_root, container, stream, name)
+        turns = _turns_of_header(file, container, stream, name)
         num_frames = _tabled_frames(container, stream, name)
         if num_frames is None:
             packets, end = _list_packets(container, stream)
@@ -89,9 +90,9 @@ def read_frames(
     held against the header's. The pixels are those of PyAV's `to_ndarray(format="rgb24")`, turned upright. Raises
     MediaFault.
     """
-    name = name_of(source, "video")
-    wanted = set(indices)
-    with _opened(source, media_root) as (container, stream):
+    name, file = name_of(source, "video"), _path_or_bytes(source, media_root)
+    wanted, convert = set(indices), _Converter(name, header)
+    with _opened(file, name) as (container, stream):
         timed = container.format.name.startswith(_TIMED)
         packets, _ = _list_packets(container, stream)
     if timed and (times := _shown_times(packets)) is not None:
@@ -99,12 +100,12 @@ def read_frames(
             raise _other_count(name, header.num_frames, len(times))
         numbers = {times[index]: index for index in wanted}
         found = set()
-        for number, rgb in _decode_groups(source, media_root, packets, numbers, header):
+        for number, rgb in _decode_groups(file, packets, numbers, convert):
             found.add(number)
             yield number, rgb
         if found == wanted:
             return
-    yield from _decode_all(source, media_root, wanted, header)
+    yield from _decode_all(file, wanted, convert)
 
 
 class _Packet(NamedTuple):
@@ -116,9 +117,7 @@ class _Packet(NamedTuple):
 
 
 @contextlib.contextmanager
-def _opened(
-    source: VideoSource, media_root: str | os.PathLike[str] | None
-) -> Iterator[tuple["InputContainer", "VideoStream"]]:
+def _opened(file: str | bytes, name: str) -> Iterator[tuple["InputContainer", "VideoStream"]]:
     """Open a file at its first real video stream; turn what PyAV raises into MediaFault."""
     try:
         import av
@@ -126,11 +125,11 @@ def _opened(
         from av.stream import Disposition
     except ImportError as error:
         raise ValueError(f"video: PyAV is not there ({error}); pip install 'qwen3vl_train[video]'") from None
-    name = name_of(source, "video")
-    file = _path_or_file(source, media_root)
     allowed = {"format_whitelist": _whitelist(av), "protocol_whitelist": "file"}
     try:
-        with av.open(file, "r", options=allowed, metadata_errors="ignore") as container:
+        with av.open(
+            BytesIO(file) if isinstance(file, bytes) else file, "r", options=allowed, metadata_errors="ignore"
+        ) as container:
             # Cover art of a song is a video stream of one picture.
             streams = [
                 stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic
@@ -151,13 +150,15 @@ def _opened(
         ) from None
 
 
-def _path_or_file(source: VideoSource, media_root: str | os.PathLike[str] | None) -> str | IO[bytes]:
+def _path_or_bytes(source: VideoSource, media_root: str | os.PathLike[str] | None) -> str | bytes:
     if isinstance(source, str) and not source.startswith("data:"):
         return find_file(source, media_root, "video")
+    if isinstance(source, Remote):
+        return source.fetch()
     data = decode_data_uri(source, "video") if isinstance(source, str) else source
     if not data:
         raise MediaFault(f"{name_of(source, 'video')}: is empty; give the bytes of a video file")
-    return BytesIO(data)
+    return data
 
 
 def _whitelist(av: Any) -> str:
@@ -175,18 +176,11 @@ def _check_size(name: str, height: int, width: int) -> None:
         )
 
 
-def _turns_of_header(
-    source: VideoSource,
-    media_root: str | os.PathLike[str] | None,
-    container: "InputContainer",
-    stream: "VideoStream",
-    name: str,
-) -> int:
+def _turns_of_header(file: str | bytes, container: "InputContainer", stream: "VideoStream", name: str) -> int:
     """Quarter turns counter-clockwise that an MP4 or MOV header asks for; 0 for other containers."""
     if not container.format.name.startswith("mov"):
         return 0
-    file = _path_or_file(source, media_root)
-    with open(file, "rb") if isinstance(file, str) else file as opened:
+    with BytesIO(file) if isinstance(file, bytes) else open(file, "rb") as opened:
         turns = quarter_turns(mp4_matrix(opened, stream.id))
     if turns is None:
         raise _unturnable(name)
@@ -272,16 +266,11 @@ def _needed(packets: Sequence[_Packet], times: set[int]) -> list[bool]:
 
 
 def _decode_groups(
-    source: VideoSource,
-    media_root: str | os.PathLike[str] | None,
-    packets: Sequence[_Packet],
-    numbers: dict[int, int],
-    header: VideoHeader,
+    file: str | bytes, packets: Sequence[_Packet], numbers: dict[int, int], convert: "_Converter"
 ) -> Iterator[tuple[int, Tensor]]:
     """Feed the decoder only the packets it needs. numbers: time -> frame number. May miss frames; never a wrong one."""
     needed = _needed(packets, set(numbers))
-    convert = _Converter(name_of(source, "video"), header)
-    with _opened(source, media_root) as (container, stream):
+    with _opened(file, convert.name) as (container, stream):
         context, fed = stream.codec_context, False
         place = -1
         for packet in container.demux(stream):
@@ -302,19 +291,16 @@ def _decode_groups(
                     yield numbers[frame.pts], convert(frame)
 
 
-def _decode_all(
-    source: VideoSource, media_root: str | os.PathLike[str] | None, wanted: set[int], header: VideoHeader
-) -> Iterator[tuple[int, Tensor]]:
+def _decode_all(file: str | bytes, wanted: set[int], convert: "_Converter") -> Iterator[tuple[int, Tensor]]:
     """Decode from the beginning to the end and count; the number of a frame is its place in what is shown."""
-    convert = _Converter(name_of(source, "video"), header)
     count = 0
-    with _opened(source, media_root) as (container, stream):
+    with _opened(file, convert.name) as (container, stream):
         for frame in container.decode(stream):
             if count in wanted:
                 yield count, convert(frame)
             count += 1
-    if count != header.num_frames:
-        raise _other_count(convert.name, header.num_frames, count)
+    if count != convert.header.num_frames:
+        raise _other_count(convert.name, convert.header.num_frames, count)
 
 
 class _Converter:
