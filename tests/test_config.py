@@ -57,7 +57,7 @@ def test_defaults(write):
     assert recipe.to_dict() == {
         "name": "small",
         "output_dir": "runs",
-        "model": {"path": "some/model", "dtype": "bfloat16"},
+        "model": {"path": "some/model", "dtype": "bfloat16", "video_markup": "bare"},
         "tune": {
             "method": "lora",
             "rank": 16,
@@ -68,11 +68,31 @@ def test_defaults(write):
             "dora": False,
         },
         "data": {
-            "train": [{"path": "a.jsonl", "media_root": None, "weight": 1.0}],
+            "train": [
+                {
+                    "path": "a.jsonl",
+                    "media_root": None,
+                    "name": None,
+                    "format": "auto",
+                    "columns": {},
+                    "split": None,
+                    "subset": None,
+                    "train_on": "all",
+                    "bbox": None,
+                    "bbox_layout": "xyxy",
+                    "allow_urls": False,
+                    "weight": 1.0,
+                }
+            ],
             "eval": [],
             "max_tokens_per_pack": 8192,
             "max_visual_tokens_per_image": None,
             "min_visual_tokens_per_image": None,
+            "max_visual_tokens_per_video": None,
+            "max_visual_tokens_per_sample": None,
+            "fps": None,
+            "min_frames": None,
+            "max_frames": None,
             "num_workers": 4,
             "max_rejected_fraction": 0.01,
         },
@@ -310,6 +330,25 @@ def test_rules_between_fields_show_beside_other_errors(write):
         "train.seed: got 'x', expected an integer",
         "train.num_steps: missing, and train.num_epochs is null; give one of them",
         "epochs: unknown key; did you mean train.num_epochs?",
+    ]
+
+
+def test_limits_of_video_are_checked_each_and_against_each_other(write):
+    wrong = "fps: 0, min_frames: 1, max_frames: 2.5, max_visual_tokens_per_video: 0, max_visual_tokens_per_sample: -3"
+    assert errors_of(write(SMALL.replace("a.jsonl}]", f"a.jsonl}}], {wrong}"))) == [
+        "data.max_visual_tokens_per_video: got 0, expected at least 1",
+        "data.max_visual_tokens_per_sample: got -3, expected at least 1",
+        "data.fps: got 0, expected more than 0.0",
+        "data.min_frames: got 1, expected at least 2",
+        "data.max_frames: got 2.5, expected an integer",
+    ]
+    crossed = "min_frames: 9, max_frames: 8, min_visual_tokens_per_image: 70, max_visual_tokens_per_sample: 64"
+    assert errors_of(write(SMALL.replace("a.jsonl}]", f"a.jsonl}}], {crossed}"))) == [
+        "data.min_visual_tokens_per_image: 70 is more than data.max_visual_tokens_per_sample 64; lower it",
+        "data.min_frames: 9 is more than data.max_frames 8; lower it",
+    ]
+    assert errors_of(write(SMALL.replace("some/model", "some/model, video_markup: both"))) == [
+        "model.video_markup: got 'both'; use bare or wrapped"
     ]
 
 

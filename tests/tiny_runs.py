@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from qwen3vl_train.train.optim import MasterAdamW
 from torch import Tensor
 
 from qwen3vl_train.batch import PackedBatch
@@ -22,7 +23,6 @@ from qwen3vl_train.data.sources import JsonlSource
 from qwen3vl_train.dist import Ranks
 from qwen3vl_train.model.flops import FlopsCounter
 from qwen3vl_train.train.metrics import read_metrics
-from qwen3vl_train.train.optim import MasterAdamW
 from qwen3vl_train.train.step import StepSums, train_step
 from qwen3vl_train.train.tune import apply_tuning
 

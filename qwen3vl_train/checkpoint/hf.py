@@ -235,13 +235,14 @@ def write_huggingface(
     source: str | Path,
     dtype: torch.dtype,
     pixel_limits: tuple[int, int] | None = None,
+    clip_settings: Mapping[str, Any] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Write a checkpoint that stock transformers loads: shards, index, published config, companion files.
 
     weights: our names; a tied head is given once, as the embedding. They may come one by one: no more than one file's
     are held. sizes: their numbers of elements, in the same order. source: the folder whose config and tokenizer files
-    go along. pixel_limits: (min, max) pixels per image that were used in training; written into the preprocessor files.
+    go along. pixel_limits, clip_settings: what was used in training, see `copy_companions`.
     """
     shards = _shards(sizes, dtype, max_shard_bytes)
     weight_map: dict[str, str] = {}
@@ -259,7 +260,7 @@ def write_huggingface(
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
     config = published_config(read_config(source), dtype=str(dtype).removeprefix("torch."))
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    copy_companions(source, folder, pixel_limits)
+    copy_companions(source, folder, pixel_limits, clip_settings)
 
 
 def _shards(sizes: Mapping[str, int], dtype: torch.dtype, max_bytes: int) -> list[list[str]]:
@@ -275,21 +276,39 @@ def _shards(sizes: Mapping[str, int], dtype: torch.dtype, max_bytes: int) -> lis
     return shards
 
 
-def copy_companions(source: str | Path, folder: Path, pixel_limits: tuple[int, int] | None) -> None:
-    """Copy tokenizer, template, preprocessor and generation files; write the pixel limits that were used into them."""
+def copy_companions(
+    source: str | Path,
+    folder: Path,
+    pixel_limits: tuple[int, int] | None = None,
+    clip_settings: Mapping[str, Any] | None = None,
+) -> None:
+    """Copy tokenizer, template, preprocessor and generation files; write into them what was used in training.
+
+    pixel_limits: (min, max) pixels of an image. clip_settings: keys of the video preprocessor, `size` among them.
+    """
     for name in COMPANION_FILES:
         if (file := Path(source) / name).is_file():
             shutil.copyfile(file, folder / name)
-    if pixel_limits is None:
-        return
-    for name, section in (("preprocessor_config.json", None), ("processor_config.json", "image_processor")):
+    if pixel_limits is not None:
+        size = {"shortest_edge": pixel_limits[0], "longest_edge": pixel_limits[1]}
+        _put_settings(folder, "preprocessor_config.json", "image_processor", {"size": size})
+    if clip_settings is not None:
+        _put_settings(folder, "video_preprocessor_config.json", "video_processor", clip_settings)
+
+
+def _put_settings(folder: Path, own_file: str, section: str, settings: Mapping[str, Any]) -> None:
+    """Write settings into the files that hold them: one of their own, and a section of processor_config.json."""
+    old_names = {"min_pixels": "shortest_edge", "max_pixels": "longest_edge"}
+    for name, part_name in ((own_file, None), ("processor_config.json", section)):
         file = folder / name
         if not file.is_file():
             continue
         content = json.loads(file.read_text(encoding="utf-8"))
-        part = content.get(section, {}) if section else content
-        part["size"] = {"shortest_edge": pixel_limits[0], "longest_edge": pixel_limits[1]}
-        for old, value in zip(("min_pixels", "max_pixels"), pixel_limits, strict=True):
+        part = content if part_name is None else content.get(part_name)
+        if not isinstance(part, dict):
+            continue
+        part.update(settings)
+        for old, new in old_names.items():
             if part.get(old) is not None:
-                part[old] = value
+                part[old] = settings["size"][new]
         file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -75,8 +75,13 @@ class Section(BaseModel):
 
 
 class ModelSection(Section):
+    """video_markup: how a clip is written into the text. bare: as Qwen's own code and transformers up to 5.9 do;
+    wrapped: with one more pair of vision marks around it, as transformers 5.10 to 5.23 do. Train what will serve.
+    """
+
     path: Text
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    video_markup: Literal["bare", "wrapped"] = "bare"
 
 
 class LoraTune(Section):
@@ -118,30 +123,64 @@ class FullTune(Section):
 Tune = Annotated[LoraTune | FullTune, Field(discriminator="method")]
 
 
-class EvalSource(Section):
-    """One file of samples. media_root: folder that image paths are relative to; null: the folder of the file."""
+Column = Literal["question", "answer", "system", "reasoning", "image", "video", "boxes", "points"]
+
+
+class RowsSection(Section):
+    """Rows of one data set. path: a file, a pattern, a folder or an fsspec URL of them (JSON, JSONL, Parquet, tar).
+
+    split: read it with Hugging Face `datasets` instead, as a folder or a name on the hub. media_root: folder or URL
+    that media paths are relative to; null: the folder of the file. columns: our name -> that of the rows' column.
+    bbox, bbox_layout: how the rows' boxes are given. name: of its loss curve.
+    """
 
     path: Text
     media_root: Text | None = None
     name: Annotated[str, AfterValidator(_check_name)] | None = None
+    format: Literal["auto", "openai", "sharegpt", "columns"] = "auto"
+    columns: dict[Column, Text] = {}
+    split: Text | None = None
+    subset: Text | None = None
+    train_on: Literal["all", "last"] = "all"
+    bbox: Literal["pixel", "unit", "per_mille"] | None = None
+    bbox_layout: Literal["xyxy", "xywh"] = "xyxy"
+    allow_urls: bool = False
+
+    @model_validator(mode="after")
+    def _subset_of_split(self) -> "RowsSection":
+        if self.subset is not None and self.split is None:
+            raise _refuse("subset without split, which says that `datasets` reads the path; add split: train")
+        return self
 
 
-class TrainSource(Section):
-    """One file of samples. weight: how often it is drawn, relative to its size (1.0: every row once an epoch)."""
+class EvalSource(RowsSection):
+    """Rows that are held out."""
 
-    path: Text
-    media_root: Text | None = None
+
+class TrainSource(RowsSection):
+    """weight: how often it is drawn, relative to its size (1.0: every row once an epoch)."""
+
     weight: Positive = 1.0
 
 
 class DataSection(Section):
-    """Visual-token limits of null are the checkpoint's own; one visual token is 32 x 32 pixels."""
+    """Visual-token limits and the sampling of clips are the checkpoint's own where they are null.
+
+    One visual token is 32 x 32 pixels of an image, or of two neighbouring frames of a clip. fps: frames taken a second
+    of a clip, at least min_frames and at most max_frames or all it has. max_visual_tokens_per_video bounds the whole
+    clip; max_visual_tokens_per_sample shrinks all images and clips of a sample alike.
+    """
 
     train: list[TrainSource] = Field(min_length=1)
     eval: list[EvalSource] = []
     max_tokens_per_pack: Count = 8192
     max_visual_tokens_per_image: Count | None = None
     min_visual_tokens_per_image: Count | None = None
+    max_visual_tokens_per_video: Count | None = None
+    max_visual_tokens_per_sample: Count | None = None
+    fps: Annotated[float, Field(gt=0.0, le=1000.0)] | None = None
+    min_frames: Annotated[int, Field(ge=2)] | None = None
+    max_frames: Annotated[int, Field(ge=2)] | None = None
     num_workers: Annotated[int, Field(ge=0)] = 4
     max_rejected_fraction: Annotated[float, Field(ge=0.0, le=1.0)] = 0.01
 

@@ -30,15 +30,27 @@ def field_conflicts(
 ) -> list[tuple[str, str]]:
     """Contradictions between fields as (dotted key, message). A section with faults of its own comes as None."""
     conflicts: list[tuple[str, str]] = []
-    if data and data.min_visual_tokens_per_image and data.max_visual_tokens_per_image:
-        least, most = data.min_visual_tokens_per_image, data.max_visual_tokens_per_image
-        if least > most:
-            message = f"{least} is more than data.max_visual_tokens_per_image {most}; lower it"
-            conflicts.append(("data.min_visual_tokens_per_image", message))
+    if data:
+        conflicts += _budget_conflicts(data)
     if tune and optim:
         conflicts += _learning_rate_conflicts(tune, optim)
     if train and train.num_steps is None and train.num_epochs is None:
         conflicts.append(("train.num_steps", "missing, and train.num_epochs is null; give one of them"))
+    return conflicts
+
+
+def _budget_conflicts(data: DataSection) -> list[tuple[str, str]]:
+    """No lower limit may lie above its upper one, no medium's least above what its sample may take."""
+    rising = (
+        ("min_visual_tokens_per_image", "max_visual_tokens_per_image"),
+        ("min_visual_tokens_per_image", "max_visual_tokens_per_sample"),
+        ("min_frames", "max_frames"),
+    )
+    conflicts: list[tuple[str, str]] = []
+    for low, high in rising:
+        least, most = getattr(data, low), getattr(data, high)
+        if least is not None and most is not None and least > most:
+            conflicts.append((f"data.{low}", f"{least} is more than data.{high} {most}; lower it"))
     return conflicts
 
 

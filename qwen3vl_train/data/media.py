@@ -1,7 +1,7 @@
 """Find images, read their sizes from the header alone, decode them, and cut them into patches as Qwen3-VL does.
 
-Everything a row of data may name goes through `open_image`; nothing here reaches for the network, and only the common
-raster formats are opened (some of Pillow's others start outside programs).
+Everything a row of data may name goes through `open_image`; only what the recipe allows to be fetched (a `Remote`) is
+reached over the network, and only the common raster formats are opened (some of Pillow's others start programs).
 """
 
 import base64
@@ -23,10 +23,11 @@ import torch.nn.functional as F
 from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
+from qwen3vl_train.data.download import Remote, is_web_address
 from qwen3vl_train.data.faults import MediaFault
 
-ImageSource = str | bytes | Image.Image
-"""A path, a `data:` URI, the bytes of an encoded image, or a PIL image."""
+ImageSource = str | bytes | Image.Image | Remote
+"""A path, a `data:` URI, the bytes of an encoded image, a PIL image, or something to be fetched."""
 
 PATCH = 16
 MERGE = 2
@@ -41,27 +42,30 @@ _DAMAGE = (
 """What Pillow's readers raise on damaged input; seen in its sources and by feeding them damaged files."""
 
 
-def name_of(source: ImageSource) -> str:
-    """Name a source in messages: its path (shortened), or what kind of object it is."""
+def name_of(source: ImageSource, kind: str = "image") -> str:
+    """Name a source in messages: its path (shortened), or what kind of object it is. kind: 'image' or 'video'."""
     if isinstance(source, str):
-        return "data URI" if source.startswith("data:") else f"image {source[:200]}{'...' * (len(source) > 200)}"
+        return "data URI" if source.startswith("data:") else f"{kind} {source[:200]}{'...' * (len(source) > 200)}"
     if isinstance(source, bytes):
-        return f"image of {len(source)} bytes"
+        return f"{kind} of {len(source)} bytes"
+    if isinstance(source, Remote):
+        return f"{kind} {source}"
     return f"PIL image of {source.width}x{source.height}"
 
 
-def locate(path: str, media_root: str | os.PathLike[str] | None) -> str:
+def locate(path: str, media_root: str | os.PathLike[str] | None, kind: str = "image") -> str:
     """Return the real path of a media file.
 
     With a media_root, relative paths start there and nothing outside it is reached, be it by `..`, by an absolute
     path or through a symbolic link. Without one, any local path will do. Raises MediaFault.
     """
-    name = name_of(path)
+    name = name_of(path, kind)
     scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", path)
     if scheme:
-        raise MediaFault(f"{name}: is a {scheme[1]} URL and nothing is downloaded; give a local path")
+        remedy = " or set allow_urls: true" if is_web_address(path) else ""
+        raise MediaFault(f"{name}: is a {scheme[1]} URL and nothing is downloaded; give a local path{remedy}")
     if "\0" in path or not path:
-        raise MediaFault(f"{name}: is not a path; give the path of an image file")
+        raise MediaFault(f"{name}: is not a path; give the path of a file")
     if media_root is None:
         return os.path.realpath(path)
     root = os.path.realpath(media_root)
@@ -77,28 +81,38 @@ def open_image(source: ImageSource, media_root: str | os.PathLike[str] | None = 
     if isinstance(source, Image.Image):
         return source
     if isinstance(source, str) and source.startswith("data:"):
-        source = _data_uri(source)
+        source = decode_data_uri(source)
+    elif isinstance(source, Remote):
+        source = source.fetch()
     if isinstance(source, bytes):
         if not source:
             raise MediaFault(f"{name}: is empty; give the bytes of an image file")
         return _identify(BytesIO(source), name)
-    path = locate(source, media_root)
-    if not os.path.isfile(path):
-        found = "is not a file" if os.path.exists(path) else "no such file"
-        raise MediaFault(f"{name}: {found} ({path}); check the path and media_root")
-    if os.path.getsize(path) == 0:
+    return _identify(find_file(source, media_root), name)
+
+
+def find_file(path: str, media_root: str | os.PathLike[str] | None, kind: str = "image") -> str:
+    """Return the real path of a media file that exists and is not empty. Raises MediaFault, as `locate` does."""
+    name, real = name_of(path, kind), locate(path, media_root, kind)
+    if not os.path.isfile(real):
+        found = "is not a file" if os.path.exists(real) else "no such file"
+        raise MediaFault(f"{name}: {found} ({real}); check the path and media_root")
+    if os.path.getsize(real) == 0:
         raise MediaFault(f"{name}: is empty (0 bytes); copy the file again")
-    return _identify(path, name)
+    return real
 
 
-def _data_uri(uri: str) -> bytes:
+def decode_data_uri(uri: str, kind: str = "image") -> bytes:
+    """Return the bytes that a base64 data URI holds. Raises MediaFault."""
     header, comma, body = uri.partition(",")
     if not comma or not header.endswith(";base64"):
-        raise MediaFault("data URI: is not base64; write data:image/png;base64,...")
+        raise MediaFault(
+            f"data URI: is not base64; write data:{'image/png' if kind == 'image' else 'video/mp4'};base64,..."
+        )
     try:
         return base64.b64decode(body, validate=True)
     except (binascii.Error, ValueError) as error:
-        raise MediaFault(f"data URI: is not base64 ({error}); encode the image again") from None
+        raise MediaFault(f"data URI: is not base64 ({error}); encode the {kind} again") from None
 
 
 @cache

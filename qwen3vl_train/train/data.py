@@ -1,18 +1,18 @@
 """The data of a run, opened from its recipe: training loader, held-out packs, and the rows that cannot be used."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from qwen3vl_train.batch import PackedBatch
-from qwen3vl_train.config import EvalSource, Recipe, TrainSource
+from qwen3vl_train.config import Recipe
 from qwen3vl_train.data.collate import MultimodalCollator
 from qwen3vl_train.data.faults import Reject
 from qwen3vl_train.data.index import Index, build_index, check_rejects
 from qwen3vl_train.data.loader import TrainLoader, eval_packs
-from qwen3vl_train.data.sources import JsonlSource
+from qwen3vl_train.data.sources import FileSource, open_sources
 from qwen3vl_train.dist import Ranks
 
 EvalPass = Callable[[list[Reject]], Iterator[PackedBatch]]
@@ -26,7 +26,7 @@ class TrainingData:
     loader: TrainLoader
     index: Index
     evals: dict[str, EvalPass]
-    files: list[tuple[Index, list[JsonlSource]]]
+    files: list[tuple[Index, list[FileSource]]]
     max_rejected_fraction: float
 
     @property
@@ -76,17 +76,19 @@ class TrainingData:
 
 
 def open_collator(recipe: Recipe) -> MultimodalCollator:
-    """The collator of the recipe's checkpoint, with the recipe's budgets."""
+    """The collator of the recipe's checkpoint, with the recipe's budgets and its sampling of clips."""
+    data = recipe.data
     return MultimodalCollator.from_pretrained(
         recipe.model.path,
-        max_visual_tokens_per_image=recipe.data.max_visual_tokens_per_image,
-        min_visual_tokens_per_image=recipe.data.min_visual_tokens_per_image,
+        max_visual_tokens_per_image=data.max_visual_tokens_per_image,
+        min_visual_tokens_per_image=data.min_visual_tokens_per_image,
+        max_visual_tokens_per_video=data.max_visual_tokens_per_video,
+        max_visual_tokens_per_sample=data.max_visual_tokens_per_sample,
+        fps=data.fps,
+        min_frames=data.min_frames,
+        max_frames=data.max_frames,
+        video_markup=recipe.model.video_markup,
     )
-
-
-def open_source(source: TrainSource | EvalSource) -> JsonlSource:
-    """Open a file of samples; its images are looked for in media_root, or else beside it, and nowhere outside."""
-    return JsonlSource(source.path, source.media_root or Path(source.path).parent)
 
 
 def open_data(recipe: Recipe, ranks: Ranks, *, loader_state: dict[str, Any] | None = None) -> TrainingData:
@@ -98,7 +100,7 @@ def open_data(recipe: Recipe, ranks: Ranks, *, loader_state: dict[str, Any] | No
     data, train = recipe.data, recipe.train
     collate = open_collator(recipe)
     limits = {"max_tokens": data.max_tokens_per_pack, "max_rejected_fraction": 1.0}
-    sources = [(open_source(source), source.weight) for source in data.train]
+    sources = [(opened, source.weight) for source in data.train for opened in open_sources(source)]
     index = build_index([source for source, _ in sources], collate, **limits)
     loader = TrainLoader(
         sources,
@@ -119,34 +121,33 @@ def open_data(recipe: Recipe, ranks: Ranks, *, loader_state: dict[str, Any] | No
     files = [(index, [source for source, _ in sources])]
     evals: dict[str, EvalPass] = {}
     for source in data.eval:
-        opened = open_source(source)
-        eval_index = build_index([opened], collate, **limits)
-        files.append((eval_index, [opened]))
+        opened = [(file, build_index([file], collate, **limits)) for file in open_sources(source)]
+        files += [(eval_index, [file]) for file, eval_index in opened]
         name = source.name or Path(source.path).stem
         if name in evals:
             raise ValueError(f"data.eval: two files are called {name}; give one of them a name")
-        evals[name] = partial(_packs, opened, collate, eval_index, data.max_tokens_per_pack, ranks, data.num_workers)
+        evals[name] = partial(_packs, opened, collate, data.max_tokens_per_pack, ranks, data.num_workers)
     return TrainingData(loader, index, evals, files, data.max_rejected_fraction)
 
 
 def _packs(
-    source: JsonlSource,
+    files: Sequence[tuple[FileSource, Index]],
     collate: MultimodalCollator,
-    index: Index,
     max_tokens: int,
     ranks: Ranks,
     num_workers: int,
     rejected: list[Reject],
 ) -> Iterator[PackedBatch]:
-    for result in eval_packs(
-        source,
-        collate,
-        index,
-        max_tokens=max_tokens,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-        num_workers=num_workers,
-    ):
-        rejected += result.rejected
-        if result.pack is not None:
-            yield result.pack
+    for file, index in files:
+        for result in eval_packs(
+            file,
+            collate,
+            index,
+            max_tokens=max_tokens,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            num_workers=num_workers,
+        ):
+            rejected += result.rejected
+            if result.pack is not None:
+                yield result.pack

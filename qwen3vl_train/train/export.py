@@ -7,6 +7,7 @@ import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -97,9 +98,11 @@ def export_while_training(recipe: Recipe, model: Qwen3VLForConditionalGeneration
             _write_adapter(recipe, dict(gathered), folder, collate)
         else:
             sizes = {name: tensor.numel() for name, tensor in members.items()}
-            limits = (collate.encoder.min_pixels, collate.encoder.max_pixels)
+            limits, clips = _media_settings(collate)
             path, dtype = recipe.model.path, DTYPES[recipe.model.dtype]
-            write_huggingface(gathered, sizes, folder, source=path, dtype=dtype, pixel_limits=limits)
+            write_huggingface(
+                gathered, sizes, folder, source=path, dtype=dtype, pixel_limits=limits, clip_settings=clips
+            )
 
 
 def _write_checkpoint(restored: RestoredRun, folder: Path, collate: MultimodalCollator) -> int:
@@ -109,9 +112,11 @@ def _write_checkpoint(restored: RestoredRun, folder: Path, collate: MultimodalCo
     round_weights(restored.model, dtype)
     weights = dict(restored.model.named_parameters())
     sizes = {name: weight.numel() for name, weight in weights.items()}
-    limits = (collate.encoder.min_pixels, collate.encoder.max_pixels)
+    limits, clips = _media_settings(collate)
     source = restored.recipe.model.path
-    write_huggingface(weights.items(), sizes, folder, source=source, dtype=dtype, pixel_limits=limits)
+    write_huggingface(
+        weights.items(), sizes, folder, source=source, dtype=dtype, pixel_limits=limits, clip_settings=clips
+    )
     files = WeightFiles(folder)
     for name, tensor in files.read({name: tuple(map(slice, shape)) for name, shape in files.shapes.items()}):
         _expect_equal(name, tensor.float(), weights[name])
@@ -139,7 +144,7 @@ def _write_adapter(recipe: Recipe, adapter: dict[str, Tensor], folder: Path, col
     )
     config.save_pretrained(str(folder))
     _sort_targets(folder / "adapter_config.json")
-    copy_companions(recipe.model.path, folder, (collate.encoder.min_pixels, collate.encoder.max_pixels))
+    copy_companions(recipe.model.path, folder, *_media_settings(collate))
     for name, tensor in load_file(folder / ADAPTER_WEIGHTS).items():
         _expect_equal(name, tensor, tensors[name])
     return len(tensors)
@@ -150,6 +155,17 @@ def _sort_targets(file: Path) -> None:
     config = json.loads(file.read_text(encoding="utf-8"))
     config["target_modules"].sort()
     file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _media_settings(collate: MultimodalCollator) -> tuple[tuple[int, int], dict[str, Any] | None]:
+    """Pixel limits of images, and the settings of clips as a video preprocessor has them (None: it has none)."""
+    budgets = collate.encoder.budgets
+    clips = budgets.clips
+    if clips is None:
+        return (budgets.min_pixels, budgets.max_pixels), None
+    size = {"shortest_edge": clips.min_pixels, "longest_edge": clips.max_pixels}
+    sampling = {"fps": clips.fps, "min_frames": clips.min_frames, "max_frames": clips.max_frames}
+    return (budgets.min_pixels, budgets.max_pixels), {"size": size, **sampling}
 
 
 def _adapted_modules(tensors: dict[str, Tensor]) -> set[str]:

@@ -6,10 +6,15 @@ import pytest
 from PIL import Image
 
 from qwen3vl_train.data.faults import RowFault
-from qwen3vl_train.data.formats import ImagePart, TextPart, ToolCall, parse_row, parse_sample
+from qwen3vl_train.data.formats import ImagePart, TextPart, ToolCall, parse_sample
+from qwen3vl_train.data.rows import RowRules, decode_row
 
 ASK = {"role": "user", "content": "Hi"}
 ANSWER = {"role": "assistant", "content": "Hello"}
+
+
+def parse_row(text, sample_id, media_root):
+    return RowRules().sample(decode_row(text.encode()), sample_id, media_root)
 
 
 def user(*parts):
@@ -60,7 +65,10 @@ ROW_FAULTS = {
     "[" * 100000: "not JSON (nested too deeply); write one object a line",
     "[1]": 'row is a list, not an object; write {"messages": [...]}',
     '"x"': 'row is a string, not an object; write {"messages": [...]}',
-    "{}": 'no messages; write {"messages": [{"role": ..., "content": ...}, ...]}',
+    '{"text": 1, "id": 2}': (
+        "no messages, no conversations and no answer among its keys (id, text); write "
+        '{"messages": [{"role": ..., "content": ...}, ...]} or name its columns under columns'
+    ),
     '{"messages": "x"}': "messages is a string, not a list; write a list of messages",
     '{"messages": []}': "messages is empty; write at least a question and an answer",
     '{"messages": [7]}': "messages[0] is a number, not an object; write role and content",
@@ -125,9 +133,8 @@ def test_faults_of_messages(message, fault):
 
 PART_FAULTS = [
     ("x", 'messages[0].content[1] is a string, not an object; write {"type": "text", "text": ...}'),
-    ({"type": "audio", "audio": "a.wav"}, "messages[0].content[1]: unknown content type 'audio'; use text or image"),
-    ({"type": "video", "video": "a.mp4"}, "messages[0].content[1]: unknown content type 'video'; use text or image"),
-    ({"caption": "x"}, "messages[0].content[1]: no type; use text or image"),
+    ({"type": "audio", "audio": "a.wav"}, "messages[0].content[1]: unknown content type 'audio'; use text, image or video"),
+    ({"caption": "x"}, "messages[0].content[1]: no type; use text, image or video"),
     ({"type": "image", "path": "a.png"},
      'messages[0].content[1]: no key \'image\' beside type \'image\'; write {"type": "image", "image": ...}'),
     ({"type": "image", "image": "a.png", "max_pixels": 9},

@@ -1,4 +1,5 @@
 import gzip
+import json
 import pickle
 
 import pytest
@@ -15,7 +16,7 @@ def test_rows_are_lines_and_blank_ones_are_skipped(tmp_path):
     file.write_bytes(("\ufeff" + rows[0] + "\r\n\n  \n" + rows[1] + "\n" + rows[2]).encode())
     source = JsonlSource(file, tmp_path)
     assert len(source) == 3
-    assert [source[row] for row in (2, 0, 1)] == [rows[2], rows[0], rows[1]]
+    assert [source.raw(row).row for row in (2, 0, 1)] == [json.loads(rows[row]) for row in (2, 0, 1)]
     assert [source.row_number(row) for row in range(3)] == [1, 4, 5]
     sample = source.sample(1)
     assert (sample.sample_id, sample.media_root) == ("train.jsonl:4", str(tmp_path))

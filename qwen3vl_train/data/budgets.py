@@ -1,0 +1,91 @@
+"""How large each image and clip of a sample may be, counted in visual tokens, and the grids of patches that follow."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from qwen3vl_train.data.clips import FRAMES_PER_PATCH, ClipRules, resize_clip
+from qwen3vl_train.data.faults import RowFault
+from qwen3vl_train.data.media import MERGE, PATCH, smart_resize
+
+Grid = tuple[int, int, int]
+"""Patches of one medium: time, height, width."""
+
+_HALVINGS = 20
+
+
+class Size(NamedTuple):
+    """A medium before it is resized, in pixels. num_frames: 0 for a still."""
+
+    height: int
+    width: int
+    num_frames: int = 0
+
+
+class Fitted(NamedTuple):
+    """grids: one for each medium. num_shrunk: media that the budget of the whole sample made smaller."""
+
+    grids: list[Grid]
+    num_shrunk: int
+
+
+@dataclass(frozen=True)
+class Budgets:
+    """min_pixels, max_pixels: area of a resized image. clips: None where the checkpoint says nothing of video.
+
+    max_tokens_per_sample: visual tokens of all media of a sample together; None: no limit.
+    """
+
+    min_pixels: int
+    max_pixels: int
+    clips: ClipRules | None = None
+    max_tokens_per_sample: int | None = None
+
+    def grid(self, size: Size, max_pixels: int | None = None) -> Grid:
+        """Return the grid of one medium within its own limits. max_pixels: a tighter one. Raises MediaFault."""
+        limits = self.clips if size.num_frames else self
+        assert limits is not None, "a clip was measured without rules for clips"
+        most = limits.max_pixels if max_pixels is None else max_pixels
+        least = min(limits.min_pixels, most)
+        if size.num_frames:
+            rows, cols = resize_clip(size.num_frames, size.height, size.width, min_pixels=least, max_pixels=most)
+        else:
+            rows, cols = smart_resize(size.height, size.width, min_pixels=least, max_pixels=most)
+        return -(-size.num_frames // FRAMES_PER_PATCH) or 1, rows // PATCH, cols // PATCH
+
+    def fit(self, sizes: Sequence[Size]) -> Fitted:
+        """Resize every medium within its own limits, then all alike until the sample's budget holds.
+
+        "Alike": the area of each is limited to the same fraction of what it would have been, the largest fraction that
+        fits. Raises MediaFault for extreme shapes, RowFault where even the smallest sizes are too many tokens.
+        """
+        grids = [self.grid(size) for size in sizes]
+        budget = self.max_tokens_per_sample
+        if budget is None or _tokens(grids) <= budget:
+            return Fitted(grids, 0)
+        smallest = _tokens(self._shrunk(sizes, grids, 0.0))
+        if smallest > budget:
+            raise RowFault(
+                f"{len(sizes)} images and clips take at least {smallest} visual tokens, more than "
+                f"data.max_visual_tokens_per_sample {budget}; raise it or give fewer"
+            )
+        fits, too_much = 0.0, 1.0
+        for _ in range(_HALVINGS):
+            middle = (fits + too_much) / 2
+            if _tokens(self._shrunk(sizes, grids, middle)) <= budget:
+                fits = middle
+            else:
+                too_much = middle
+        shrunk = self._shrunk(sizes, grids, fits)
+        return Fitted(shrunk, sum(before != after for before, after in zip(grids, shrunk, strict=True)))
+
+    def _shrunk(self, sizes: Sequence[Size], grids: Sequence[Grid], fraction: float) -> list[Grid]:
+        areas = [
+            PATCH**2 * height * width * (size.num_frames or 1)
+            for size, (_, height, width) in zip(sizes, grids, strict=True)
+        ]
+        return [self.grid(size, max(1, int(fraction * area))) for size, area in zip(sizes, areas, strict=True)]
+
+
+def _tokens(grids: Sequence[Grid]) -> int:
+    return sum(time * height * width for time, height, width in grids) // MERGE**2
