@@ -74,7 +74,7 @@ class Ranks:
             torch_dist.barrier()
 
 
-# Read by NCCL's process group when it is made; what the user has set stays. docs/scaling.md says how to read the records.
+# Read by NCCL's process group when it is made; what the user has set stays. How to read the records: docs/scaling.md.
 NCCL_SETTINGS = {
     "TORCH_NCCL_TRACE_BUFFER_SIZE": "2000",  # flight recorder: the last collectives of each rank, with stacks
     "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",  # written to TORCH_NCCL_DEBUG_INFO_TEMP_FILE + rank

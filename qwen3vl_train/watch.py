@@ -47,7 +47,7 @@ class Watch:
     """A with-block around the training loop. `beat(step)` after every step; costs the loop nothing.
 
     Turns an error of a collective into LateRankError. Where there is no exception (NCCL ends the process from a thread
-    of its own) ranks 0 and 1 tell the same at nine tenths of the timeout, by `tell`. It never stops a rank that goes on.
+    of its own) ranks 0 and 1 tell the same at nine tenths of the timeout, by `tell`. It stops no rank that goes on.
     """
 
     def __init__(self, ranks: Ranks, timeout_seconds: float, tell: Callable[[str], None] | None = None) -> None:

@@ -315,3 +315,8 @@ def _results(waiting: dict[Connection, tuple[int, Any]], scratch: Path, deadline
             _, report, rank = min(failures)  # the others mostly report that this one hung up on them
             raise RankFailure(f"rank {rank} failed:\n{report}")
     return [results[rank] for rank in sorted(results)]
+
+
+def checkpoint_all(model, mode: str = "full") -> None:
+    for block in [*model.visual.vision.blocks, *model.language_model.model.layers]:
+        block.checkpointing = mode

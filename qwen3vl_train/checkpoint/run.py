@@ -170,13 +170,13 @@ def _stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     return {name: tuple(entry.size) for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
 
 
-def read_weights_of(folder: Path) -> dict[str, Tensor]:
-    """Read the trained weights of a checkpoint, whole and without the moments, to the CPU, by our names."""
+def read_tensors(folder: Path, prefix: str = "") -> dict[str, Tensor]:
+    """Read the tensors of a checkpoint whose names begin with prefix, whole, to the CPU; `weight/` leaves out the moments."""
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
     from torch.distributed.checkpoint.state_dict_loader import load
 
-    shapes = {name: shape for name, shape in _stored_shapes(folder).items() if name.startswith("weight/")}
+    shapes = {name: shape for name, shape in _stored_shapes(folder).items() if name.startswith(prefix)}
     tensors: dict[str, Any] = {name: torch.empty(shape) for name, shape in shapes.items()}
     with _quiet():
         load(tensors, storage_reader=HuggingFaceStorageReader(str(folder / "state")), no_dist=True)
-    return {name.removeprefix("weight/"): tensor for name, tensor in tensors.items()}
+    return tensors

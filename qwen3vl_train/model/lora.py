@@ -50,9 +50,9 @@ def lora_modules(model: nn.Module, targets: Sequence[str], huggingface_name: Cal
 def add_lora(
     model: nn.Module, modules: list[str], *, rank: int, alpha: float, dropout: float, rslora: bool, dora: bool
 ) -> None:
-    """Freeze the model and put an adapter on each named linear module, on the meta device.
+    """Freeze the model and put an adapter on each named linear module. B starts at zero: the function is unchanged.
 
-    `parallel.build` gives the adapters their first values once the model has memory and weights.
+    On a model without memory (meta device) the adapters have none either; whoever fills it gives them their values.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -66,7 +66,8 @@ def add_lora(
         use_dora=dora,
         bias="none",
     )
-    inject_adapter_in_model(config, model, adapter_name=ADAPTER, low_cpu_mem_usage=True)
+    on_meta = next(model.parameters()).is_meta
+    inject_adapter_in_model(config, model, adapter_name=ADAPTER, low_cpu_mem_usage=on_meta)
     adapted = {name.rpartition(".")[0] for name, _ in model.named_modules() if name.endswith(".lora_A")}
     assert adapted == set(modules), f"peft adapted {len(adapted)} modules, {len(modules)} were named"
 

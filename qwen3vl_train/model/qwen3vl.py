@@ -72,7 +72,7 @@ class Qwen3VisionEncoder(nn.Module):
 class Qwen3VLForConditionalGeneration(nn.Module):
     """`model(batch)` for training, `model.logits(batch)` for looking. Plain torch: knows nothing of ranks.
 
-    always_run_vision, set from outside: run the vision side also for a pack without images, with no effect on the result.
+    always_run_vision, set from outside: run the vision side also for a pack without images, to no effect on the result.
     """
 
     def __init__(self, arch: Qwen3VLArch) -> None:

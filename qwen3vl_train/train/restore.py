@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from qwen3vl_train.checkpoint.manifest import latest_checkpoint, read_record
-from qwen3vl_train.checkpoint.run import read_weights_of
+from qwen3vl_train.checkpoint.run import read_tensors
 from qwen3vl_train.config import Recipe, load_recipe
 from qwen3vl_train.model.qwen3vl import Qwen3VLForConditionalGeneration
 from qwen3vl_train.train.build import build_model
@@ -55,10 +55,10 @@ def restore_run(folder: Path, *, dtype: torch.dtype, device: torch.device | str 
     model = build_model(recipe, device=device, dtype=dtype)
     trained_as = torch.bfloat16 if recipe.model.dtype == "bfloat16" else torch.float32
     round_weights(model, trained_as)
-    stored = read_weights_of(checkpoint)
+    stored = read_tensors(checkpoint, "weight/")
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            tensor = stored.pop(name, None)
+            tensor = stored.pop(f"weight/{name}", None)
             if tensor is None or tensor.shape != parameter.shape:
                 raise ValueError(f"{checkpoint}: holds no fitting {name}; was the recipe in {folder} changed?")
             parameter.copy_(tensor.to(trained_as))

@@ -17,7 +17,7 @@ TOLERANCE = 1e-5
 
 def _sum(rank: int, world_size: int) -> list[torch.Tensor]:
     gradients = [torch.full((2, 3), 1.0 + rank), torch.full((4,), 10.0 * rank), torch.tensor(0.5)]
-    ddp.sum_gradients(gradients, world_size)
+    ddp.Replicated(world_size).sum_gradients(gradients)
     return gradients
 
 
@@ -31,7 +31,7 @@ def test_gradients_are_summed_in_place_whatever_the_bucket(monkeypatch, bucket):
 
 def test_one_process_keeps_its_gradients():
     gradients = [torch.ones(3)]
-    ddp.sum_gradients(gradients, 1)
+    ddp.Replicated(1).sum_gradients(gradients)
     assert torch.equal(gradients[0], torch.ones(3))
 
 

@@ -205,8 +205,8 @@ TAMPERINGS = {
 def test_a_checkpoint_that_differs_is_found_out_and_not_left_behind(run, tmp_path, monkeypatch, tampering):
     tamper, message = tampering
 
-    def write_and_tamper(weights, folder: Path, **options) -> None:
-        write_huggingface(weights, folder, **options)
+    def write_and_tamper(weights, sizes, folder: Path, **options) -> None:
+        write_huggingface(weights, sizes, folder, **options)
         tamper(folder)
 
     monkeypatch.setattr(export, "write_huggingface", write_and_tamper)

@@ -11,7 +11,7 @@ import tiny_runs
 from tiny_runs import in_child, kill_self, losses
 
 from qwen3vl_train.checkpoint import files
-from qwen3vl_train.checkpoint.run import latest_checkpoint
+from qwen3vl_train.checkpoint.manifest import latest_checkpoint
 from qwen3vl_train.config import Recipe
 from qwen3vl_train.train.loop import train
 from qwen3vl_train.train.metrics import MetricsLog, read_metrics
