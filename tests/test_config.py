@@ -221,7 +221,8 @@ def test_a_wrong_line_gets_one_clear_error(write, line, error):
             "tune",
             "{method: lora, targets: [q_proj]}",
             "tune.targets.0: 'q_proj' is not a module group; use vision_attn, vision_mlp, merger, deepstack, "
-            "text_attn, text_mlp, vision, text, all (a module name is given as a regular expression, such as '.*\\.q_proj')",
+            "text_attn, text_mlp, vision, text, all (a module name is given as a regular expression, such as "
+            "'.*\\.q_proj')",
         ),
         (
             "tune",

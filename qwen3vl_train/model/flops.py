@@ -21,8 +21,8 @@ _MERGERS, _DECODER = ("merger", "deepstack"), ("text_attn", "text_mlp")
 class FlopsCounter:
     """How many times its forward cost each module group's linear layers pay in a step, from what trains; built once.
 
-    linear: by module group; the head's is `lm_head`. attention: of the vision tower and of the decoder. adapters: number of
-    adapter elements in the vision tower, the mergers and the decoder.
+    linear: by module group; the head's is `lm_head`. attention: of the vision tower and of the decoder. adapters:
+    number of adapter elements in the vision tower, the mergers and the decoder.
     """
 
     arch: Qwen3VLArch
