@@ -52,7 +52,7 @@ def _check_target(target: str) -> str:
         raise _refuse(f"{target} takes no LoRA; leave it out, or train it with tune.method full")
     if re.fullmatch(r"\w+", target):
         expression = f"(a module name is given as a regular expression, such as '.*\\.{target}')"
-        raise _refuse(f"{unknown_group(target, LORA_GROUPS)} {expression}")
+        raise _refuse(f"{unknown_group(target, (*LORA_GROUPS, *UNIONS))} {expression}")
     try:
         re.compile(target)
     except (re.error, OverflowError, RecursionError) as error:

@@ -10,6 +10,7 @@ import pytest
 
 from qwen3vl_train.config import recipe_from_dict
 from qwen3vl_train.config.yaml12 import write_yaml
+from qwen3vl_train.train import track
 from qwen3vl_train.train.track import Console, SilentTracker, git_state, open_tracker
 
 ROW = {"step": 12, "loss": 1.23456, "lr": 2e-5, "tokens_per_second": 5120.4, "seconds": 0.5}
@@ -140,16 +141,20 @@ def test_git_state(tmp_path, monkeypatch):
     assert git_state(tmp_path) is None
 
 
-def test_a_log_gets_one_plain_line_a_step():
+def test_a_log_gets_plain_lines_but_not_one_for_every_quick_step(monkeypatch):
+    now = 100.0
+    monkeypatch.setattr(track.time, "monotonic", lambda: now)
     out = io.StringIO()
     console = Console(300, file=out)
-    console.step(ROW)
-    console.step({**ROW, "step": 13, "loss": None})
+    for step, loss, seconds in ((12, 1.23456, 0.0), (13, 1.0, 1.0), (14, 1.0, 3.9), (15, None, 0.2), (300, 1.0, 0.1)):
+        now += seconds
+        console.step({**ROW, "step": step, "loss": loss})
     console.line("[saved] step 13")
     console.close()
     assert out.getvalue() == (
         "step 12/300 loss 1.2346 lr 2.00e-05 tokens/s 5,120 eta 0:02:24\n"
-        "step 13/300 loss nan lr 2.00e-05 tokens/s 5,120 eta 0:02:24\n"
+        "step 15/300 loss nan lr 2.00e-05 tokens/s 5,120 eta 0:02:22\n"
+        "step 300/300 loss 1.0000 lr 2.00e-05 tokens/s 5,120 eta 0:00:00\n"
         "[saved] step 13\n"
     )
 
