@@ -9,21 +9,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from PIL import Image
 from torch import Tensor
 
 from qwen3vl_train.batch import PackedBatch
-from qwen3vl_train.checkpoint.hf import load_qwen3_vl_model
-from qwen3vl_train.checkpoint.run import latest_checkpoint, read_tensors
+from qwen3vl_train.checkpoint.manifest import latest_checkpoint
+from qwen3vl_train.checkpoint.run import _stored_shapes, load_checkpoint
 from qwen3vl_train.config import Recipe, recipe_from_dict
 from qwen3vl_train.data.collate import MultimodalCollator
 from qwen3vl_train.data.sources import JsonlSource
 from qwen3vl_train.dist import Ranks
 from qwen3vl_train.model.flops import FlopsCounter
+from qwen3vl_train.parallel.ddp import Replicated
+from qwen3vl_train.parallel.optim import MasterAdamW
+from qwen3vl_train.train.build import build_model
 from qwen3vl_train.train.metrics import read_metrics
-from qwen3vl_train.train.optim import MasterAdamW
 from qwen3vl_train.train.step import StepSums, train_step
-from qwen3vl_train.train.tune import apply_tuning
 
 ALONE = Ranks(0, 1, 0, torch.device("cpu"))
 TEXT_ONLY, ONE_IMAGE, TWO_IMAGES = 4, 0, 5  # rows of the task
@@ -116,10 +118,10 @@ class Trainee:
 
     def __init__(self, folder: Path, *, dtype: torch.dtype = torch.float32, **overrides):
         recipe = make_recipe(folder, folder, folder, **{"optim__eps": 1e-6, **overrides})
-        self.model = load_qwen3_vl_model(folder, dtype=dtype)
-        apply_tuning(self.model, recipe)
+        self.model = build_model(recipe, device="cpu", dtype=dtype)
         self.model.train()
-        self.optimizer = MasterAdamW(self.model, recipe.optim)
+        world_size = dist.get_world_size() if dist.is_initialized() else 1
+        self.optimizer = MasterAdamW(self.model, recipe.optim, Replicated(world_size))
 
     def step(
         self, packs: list[PackedBatch], numbers: list[int] | None = None, ranks: Ranks = ALONE, **options
@@ -143,7 +145,14 @@ def final_tensors(run: Path) -> dict[str, Tensor]:
     """Trained weights and moments of the newest checkpoint."""
     checkpoint = latest_checkpoint(run)
     assert checkpoint is not None, f"{run} has no checkpoint"
-    return read_tensors(checkpoint)
+    return read_state(checkpoint)
+
+
+def read_state(checkpoint: Path) -> dict[str, Tensor]:
+    """Everything a checkpoint holds, whole, by name."""
+    tensors = {name: torch.full(shape, torch.nan) for name, shape in _stored_shapes(checkpoint).items()}
+    load_checkpoint(checkpoint, tensors)
+    return tensors
 
 
 def assert_same_tensors(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
