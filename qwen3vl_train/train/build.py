@@ -67,12 +67,22 @@ def build_model(
     # 5. Weights straight into it.
     read_weights(model, files)
     init_adapters(model, recipe.train.seed)
+    if mesh is not None:
+        _round_trained(model, dtype)
     return model
 
 
 def _set_dtypes(model: nn.Module, *, frozen: torch.dtype, trained: torch.dtype) -> None:
     for parameter in model.parameters():
         parameter.data = parameter.data.to(trained if parameter.requires_grad else frozen)
+
+
+@torch.no_grad()
+def _round_trained(model: nn.Module, dtype: torch.dtype) -> None:
+    """Let float32 masters start where those of the other engines do: at the weights in the recipe's dtype."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            local(parameter).copy_(local(parameter).to(dtype))
 
 
 @torch.no_grad()
