@@ -52,7 +52,7 @@ def _check_target(target: str) -> str:
         raise _refuse(f"{target} takes no LoRA; leave it out, or train it with tune.method full")
     if re.fullmatch(r"\w+", target):
         expression = f"(a module name is given as a regular expression, such as '.*\\.{target}')"
-        raise _refuse(f"{unknown_group(target, LORA_GROUPS)} {expression}")
+        raise _refuse(f"{unknown_group(target, (*LORA_GROUPS, *UNIONS))} {expression}")
     try:
         re.compile(target)
     except (re.error, OverflowError, RecursionError) as error:
@@ -267,7 +267,9 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _fields_agree(self) -> "Recipe":
-        conflicts = field_conflicts(self.tune, self.data, self.optim, self.train)
+        conflicts = field_conflicts(
+            self.tune, self.data, self.optim, self.train, self.parallel, self.checkpoint, self.eval
+        )
         if conflicts:
             raise _refuse("; ".join(f"{key}: {message}" for key, message in conflicts))
         return self
