@@ -64,7 +64,6 @@ def _train(recipe: Recipe, ranks: Ranks, watch: Watch) -> Path:
     gradient_check = GradientCheck(model)
     keep = recipe.checkpoint
     writer = CheckpointWriter(folder, ranks, KeepPolicy(keep.keep_last, keep.keep_every_steps, keep.keep_best))
-    losses: dict[str, float] = {}
     stall = 0.0
     watch.beat(step)
     with (
@@ -128,6 +127,7 @@ def _train(recipe: Recipe, ranks: Ranks, watch: Watch) -> Path:
             watch.beat(step)
             stopping = stop.requested(ranks)
             last = step == data.num_steps
+            losses: dict[str, float] = {}
             if last or (_every(recipe.eval.every_steps, step) and not stopping):
                 losses = _evaluate(model, data, ranks, recorder, step, lockstep=optimizer.lockstep)
             if writer.failed():
