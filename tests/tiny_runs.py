@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from PIL import Image
 from torch import Tensor
 
@@ -113,10 +114,6 @@ def make_recipe(model: Path, task: Path, out: Path, **overrides: Any) -> Recipe:
     return recipe_from_dict(recipe_values(model, task, out, **overrides))
 
 
-def world_size_here() -> int:
-    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-
-
 class Trainee:
     """A model with its optimizer, set up as `train` does."""
 
@@ -124,7 +121,8 @@ class Trainee:
         recipe = make_recipe(folder, folder, folder, **{"optim__eps": 1e-6, **overrides})
         self.model = build_model(recipe, device="cpu", dtype=dtype)
         self.model.train()
-        self.optimizer = MasterAdamW(self.model, recipe.optim, Replicated(world_size_here()))
+        world_size = dist.get_world_size() if dist.is_initialized() else 1
+        self.optimizer = MasterAdamW(self.model, recipe.optim, Replicated(world_size))
 
     def step(
         self, packs: list[PackedBatch], numbers: list[int] | None = None, ranks: Ranks = ALONE, **options

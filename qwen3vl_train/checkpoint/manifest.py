@@ -116,7 +116,10 @@ def set_aside_newer(run_dir: Path, chosen: Path | None) -> None:
 
 
 def prune(run_dir: Path, policy: KeepPolicy) -> None:
-    """Remove the checkpoints that the policy does not keep."""
+    """Remove the checkpoints that the policy does not keep.
+
+    Each is renamed first: what a kill leaves half removed is no checkpoint any more, and goes the next time.
+    """
     folders = whole_checkpoints(run_dir)
     kept = set(folders[-policy.keep_last :])
     if policy.keep_every:
@@ -128,8 +131,14 @@ def prune(run_dir: Path, policy: KeepPolicy) -> None:
             kept.add(min(judged, key=lambda folder: judged[folder]))
     for folder in folders:
         if folder not in kept:
-            shutil.rmtree(folder)
+            folder.rename(folder.with_name(f".{folder.name}.removed"))
+    for removed in (run_dir / "checkpoints").glob(".step-*.removed"):
+        shutil.rmtree(removed)
 
 
 def _loss(folder: Path, name: str) -> float | None:
-    return json.loads((folder / MANIFEST).read_text(encoding="utf-8")).get("eval", {}).get(name)
+    """The loss of a checkpoint on a held-out set; None where it was not evaluated, or is damaged."""
+    try:
+        return read_record(folder).get("eval", {}).get(name)
+    except ValueError:
+        return None

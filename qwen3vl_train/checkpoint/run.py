@@ -37,7 +37,8 @@ from qwen3vl_train.dist import Ranks
 class CheckpointWriter:
     """Writes one checkpoint at a time beside the training.
 
-    Every rank has one and calls its methods at the same steps.
+    Every rank has one and calls its methods at the same steps. A with-block: whatever ends it, a write under way is let
+    finish, so that the checkpoint it makes is there for the next start.
     """
 
     def __init__(self, run_dir: Path, ranks: Ranks, policy: KeepPolicy) -> None:
@@ -46,6 +47,12 @@ class CheckpointWriter:
         self._group: Any = dist.new_group(backend="gloo") if ranks.world_size > 1 else None
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
+
+    def __enter__(self) -> "CheckpointWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.shutdown(wait=True)
 
     def start(self, step: int, tensors: dict[str, Tensor], record: dict[str, Any]) -> float:
         """Copy the tensors and begin to write them; returns the seconds that the caller waited.
@@ -56,40 +63,34 @@ class CheckpointWriter:
         started = time.perf_counter()
         self.wait()
         folder = checkpoint_folder(self._run_dir, step)
-        aside = start_aside(folder) if self._ranks.is_main else None
-        self._ranks.barrier()
+        try:
+            aside = self._ranks.from_main(lambda: _start(folder))
+        except ValueError as error:
+            raise RuntimeError(self._refused(folder, error)) from error
         sharded = any(isinstance(tensor, DTensor) for tensor in tensors.values())
         if sharded or self._ranks.is_main:
             staged = {name: _copied(tensor) for name, tensor in tensors.items()}
-            state = folder.with_name(f".{folder.name}.partial") / "state"
-            self._pending = self._thread.submit(
-                self._write, staged, state, sharded, aside, folder, {"step": step, **record}
-            )
+            self._pending = self._thread.submit(self._write, staged, sharded, aside, folder, {"step": step, **record})
         return time.perf_counter() - started
 
     def _write(
-        self,
-        staged: dict[str, Tensor],
-        state: Path,
-        sharded: bool,
-        aside: Path | None,
-        folder: Path,
-        record: dict[str, Any],
+        self, staged: dict[str, Tensor], sharded: bool, aside: Path, folder: Path, record: dict[str, Any]
     ) -> None:
         try:
-            _dcp_save(staged, state, self._group if sharded else None)
-            if aside is not None:
+            _dcp_save(staged, aside / "state", self._group if sharded else None)
+            if self._ranks.is_main:
                 write_manifest(aside, record)
                 finish(aside, folder)
                 prune(self._run_dir, self._policy)
         except (OSError, SafetensorError) as error:
-            if aside is not None:
+            if self._ranks.is_main:
                 shutil.rmtree(aside, ignore_errors=True)
-            last = latest_checkpoint(self._run_dir)
-            then = (
-                f"the run goes on from {last}, which is whole" if last else "the run starts again, it has no checkpoint"
-            )
-            raise RuntimeError(f"{folder}: could not be saved ({error}); make room, then {then}") from error
+            raise RuntimeError(self._refused(folder, error)) from error
+
+    def _refused(self, folder: Path, error: Exception) -> str:
+        last = latest_checkpoint(self._run_dir)
+        then = f"the run goes on from {last}, which is whole" if last else "the run starts again, it has no checkpoint"
+        return f"{folder}: could not be saved ({error}); make room, then {then}"
 
     def failed(self) -> bool:
         """Whether the write that was under way has ended in an error, which `wait` raises."""
@@ -101,9 +102,12 @@ class CheckpointWriter:
             pending, self._pending = self._pending, None
             pending.result()
 
-    def close(self) -> None:
-        """Let a write under way end; never raises, for use where another error is on its way."""
-        self._thread.shutdown(wait=True)
+
+def _start(folder: Path) -> Path:
+    try:
+        return start_aside(folder)
+    except OSError as error:
+        raise ValueError(str(error)) from error
 
 
 def _copied(tensor: Tensor) -> Tensor:

@@ -306,7 +306,9 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _fields_agree(self) -> "Recipe":
-        conflicts = field_conflicts(self.tune, self.data, self.optim, self.train)
+        conflicts = field_conflicts(
+            self.tune, self.data, self.optim, self.train, self.parallel, self.checkpoint, self.eval
+        )
         if conflicts:
             raise _refuse("; ".join(f"{key}: {message}" for key, message in conflicts))
         return self

@@ -2,12 +2,36 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwen3vl_train.groups import VISION_GROUPS
 
 if TYPE_CHECKING:
-    from qwen3vl_train.config.fields import DataSection, FullTune, LoraTune, OptimSection, Recipe, TrainSection
+    from qwen3vl_train.config.fields import (
+        CheckpointSection,
+        DataSection,
+        EvalSection,
+        FullTune,
+        LoraTune,
+        OptimSection,
+        ParallelSection,
+        Recipe,
+        TrainSection,
+    )
+
+# Fields of `parallel` that mean something to some engines alone, and the value of each that asks for nothing.
+_ENGINES_OF = {
+    "replicate": (("fsdp2",), 1),
+    "shard": (("fsdp2",), None),
+    "reshard_after_forward": (("fsdp2",), "auto"),
+    "cpu_offload": (("fsdp2",), False),
+    "reduce_dtype": (("fsdp2", "deepspeed"), "float32"),
+    "zero_stage": (("deepspeed",), 2),
+    "deepspeed_config": (("deepspeed",), None),
+    "offload_optimizer": (("deepspeed",), False),
+    "offload_parameters": (("deepspeed",), False),
+}
 
 
 class RecipeError(ValueError):
@@ -27,6 +51,9 @@ def field_conflicts(
     data: DataSection | None,
     optim: OptimSection | None,
     train: TrainSection | None,
+    parallel: ParallelSection | None,
+    checkpoint: CheckpointSection | None,
+    evaluation: EvalSection | None,
 ) -> list[tuple[str, str]]:
     """Contradictions between fields as (dotted key, message). A section with faults of its own comes as None."""
     conflicts: list[tuple[str, str]] = []
@@ -36,6 +63,10 @@ def field_conflicts(
         conflicts += _learning_rate_conflicts(tune, optim)
     if train and train.num_steps is None and train.num_epochs is None:
         conflicts.append(("train.num_steps", "missing, and train.num_epochs is null; give one of them"))
+    if parallel:
+        conflicts += _engine_conflicts(parallel)
+    if checkpoint and checkpoint.keep_best is not None and data:
+        conflicts += _keep_best_conflicts(checkpoint, data, evaluation)
     return conflicts
 
 
@@ -52,6 +83,35 @@ def _budget_conflicts(data: DataSection) -> list[tuple[str, str]]:
         if least is not None and most is not None and least > most:
             conflicts.append((f"data.{low}", f"{least} is more than data.{high} {most}; lower it"))
     return conflicts
+
+
+def _engine_conflicts(parallel: ParallelSection) -> list[tuple[str, str]]:
+    conflicts: list[tuple[str, str]] = []
+    for field, (engines, nothing) in _ENGINES_OF.items():
+        value = getattr(parallel, field)
+        if parallel.engine not in engines and value != nothing:
+            got = str(value).lower() if isinstance(value, bool) else value
+            what = f"{got}, but parallel.engine is {parallel.engine}; it is for {' and '.join(engines)}, leave it out"
+            conflicts.append((f"parallel.{field}", what))
+    if parallel.engine == "deepspeed" and parallel.offload_parameters and parallel.zero_stage < 3:
+        what = f"true, but stage {parallel.zero_stage} does not cut up parameters; set parallel.zero_stage to 3"
+        conflicts.append(("parallel.offload_parameters", what))
+    return conflicts
+
+
+def _keep_best_conflicts(
+    checkpoint: CheckpointSection, data: DataSection, evaluation: EvalSection | None
+) -> list[tuple[str, str]]:
+    key, wanted = "checkpoint.keep_best", checkpoint.keep_best
+    names = [source.name or Path(source.path).stem for source in data.eval]
+    if wanted not in names:
+        known = f"use {' or '.join(names)}" if names else "name a held-out file in data.eval"
+        return [(key, f"{wanted!r} is no held-out set; {known}")]
+    saves, looks = checkpoint.every_steps, evaluation.every_steps if evaluation else None
+    if saves and evaluation and (looks is None or saves % looks):
+        what = f"checkpoints every {saves} steps are not evaluated, with eval.every_steps {looks or 'null'}"
+        return [(key, f"{what}; make checkpoint.every_steps a multiple of it")]
+    return []
 
 
 def _learning_rate_conflicts(tune: LoraTune | FullTune, optim: OptimSection) -> list[tuple[str, str]]:

@@ -25,8 +25,11 @@ def shard_model(
 ) -> None:
     """Shard a model, in place; it may still be on the meta device.
 
-    The order is from the inside out; a unit is what is gathered at once.
+    The order is from the inside out; a unit is what is gathered at once. Raises ValueError where weights shall wait in
+    the memory of a host that has no GPU to send them to.
     """
+    if parallel.cpu_offload and not torch.cuda.is_available():
+        raise ValueError("parallel.cpu_offload: true, but there is no GPU here, weights are on the CPU; leave it out")
     policy = MixedPrecisionPolicy(
         param_dtype=None if dtype == torch.float32 else dtype,
         reduce_dtype=DTYPES[parallel.reduce_dtype],

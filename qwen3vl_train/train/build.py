@@ -66,9 +66,9 @@ def build_model(
     materialize(model, "cpu" if mesh is not None and recipe.parallel.cpu_offload else device)
     # 5. Weights straight into it.
     read_weights(model, files)
+    init_adapters(model, recipe.train.seed)
     if mesh is not None:
         _round_trained(model, dtype)
-    init_adapters(model, recipe.train.seed)
     return model
 
 
@@ -79,7 +79,7 @@ def _set_dtypes(model: nn.Module, *, frozen: torch.dtype, trained: torch.dtype) 
 
 @torch.no_grad()
 def _round_trained(model: nn.Module, dtype: torch.dtype) -> None:
-    """Start the float32 shards from what the recipe's dtype holds, as replicated runs start their masters."""
+    """Let float32 masters start where those of the other engines do: at the weights in the recipe's dtype."""
     for parameter in model.parameters():
         if parameter.requires_grad:
             local(parameter).copy_(local(parameter).to(dtype))

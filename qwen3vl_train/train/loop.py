@@ -63,14 +63,14 @@ def _train(recipe: Recipe, ranks: Ranks, watch: Watch) -> Path:
     flops = FlopsCounter.of(model, model.arch)
     gradient_check = GradientCheck(model)
     keep = recipe.checkpoint
-    writer = CheckpointWriter(folder, ranks, KeepPolicy(keep.keep_last, keep.keep_every_steps, keep.keep_best))
-    losses: dict[str, float] = {}
+    policy = KeepPolicy(keep.keep_last, keep.keep_every_steps, keep.keep_best)
     stall = 0.0
     watch.beat(step)
     with (
         rank_log(folder, ranks) as out,
         Recorder(recipe, folder, ranks, out, num_steps=data.num_steps, start_step=step) as recorder,
         StopSignals() as stop,
+        CheckpointWriter(folder, ranks, policy) as writer,
     ):
         for line in start_report(recipe, ranks, model, data, folder, step, damaged):
             recorder.line(line)
@@ -127,6 +127,7 @@ def _train(recipe: Recipe, ranks: Ranks, watch: Watch) -> Path:
             watch.beat(step)
             stopping = stop.requested(ranks)
             last = step == data.num_steps
+            losses: dict[str, float] = {}
             if last or (_every(recipe.eval.every_steps, step) and not stopping):
                 losses, rejected = _evaluate(model, data, ranks, recorder, step, lockstep=optimizer.lockstep)
                 broken += rejected
