@@ -29,6 +29,12 @@ import torch  # noqa: E402
 torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _cache_of_this_session(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What the package unpacks or works out once goes to a folder of its own, never to the user's."""
+    os.environ["QWEN3VL_TRAIN_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The untrained checkpoint of the quickstart. Read only: copy it before changing a file."""

@@ -1,7 +1,9 @@
 """Small clips for the tests: written with PyAV, decoded independently of the package, prepared as transformers does."""
 
+import json
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import av
@@ -83,3 +85,67 @@ def oracle_patches(frames_TCHW: Tensor, size: tuple[int, int]) -> Tensor:
     pairs, rows, cols = len(frames) // 2, size[0] // 16, size[1] // 16
     cut = frames.view(1, pairs, 2, 3, rows // 2, 2, 16, cols // 2, 2, 16)
     return cut.permute(0, 1, 4, 7, 5, 8, 3, 2, 6, 9).reshape(pairs * rows * cols, 1536)
+
+
+def oracle_inputs(folder: Path, messages: list[dict[str, Any]], *, wrapped: bool) -> dict[str, Tensor]:
+    """Prepare one conversation of pictures (PIL) and clips (paths of upright files) for the stock model, as one row.
+
+    Times and placeholders are written by transformers' own Qwen3VLProcessor, sizes found by its own smart_resize.
+    wrapped: as transformers 5.10 to 5.23 put them in the place of `<|video_pad|>`; else, as before and in Qwen's code,
+    in the place of that with the vision marks around it.
+    """
+    import tiny
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    inputs: dict[str, list[Any]] = {"image": [], "image_grid": [], "video": [], "video_grid": []}
+    for message in messages:
+        for part in message["content"] if isinstance(message["content"], list) else []:
+            if part["type"] == "image":
+                patches, grid = tiny.oracle_pixels(folder, part["image"])
+                inputs["image"].append(patches)
+                inputs["image_grid"].append(grid)
+                text = text.replace("<|image_pad|>", "<|done|>" * (grid[1] * grid[2] // 4), 1)
+            elif part["type"] == "video":
+                patches, grid, placeholders = _oracle_clip(folder, part["video"])
+                inputs["video"].append(patches)
+                inputs["video_grid"].append(grid)
+                marked = "<|video_pad|>" if wrapped else "<|vision_start|><|video_pad|><|vision_end|>"
+                text = text.replace(marked, placeholders.replace("<|video_pad|>", "<|seen|>"), 1)
+    text = text.replace("<|done|>", "<|image_pad|>").replace("<|seen|>", "<|video_pad|>")
+    ids = tokenizer(text, return_tensors="pt")["input_ids"]
+    kinds = sum((number * (ids == tokenizer.convert_tokens_to_ids(f"<|{name}_pad|>")).int())
+                for number, name in ((1, "image"), (2, "video")))  # fmt: skip
+    out: dict[str, Any] = {"input_ids": ids, "mm_token_type_ids": kinds}
+    for name, key in (("image", "pixel_values"), ("video", "pixel_values_videos")):
+        if inputs[name]:
+            out |= {key: torch.cat(inputs[name]), f"{name}_grid_thw": torch.tensor(inputs[f"{name}_grid"])}
+    return out
+
+
+def _oracle_clip(folder: Path, path: str) -> tuple[Tensor, tuple[int, int, int], str]:
+    """Sample, resize and cut one clip: patches, grid, and the text that the processor puts in for it."""
+    from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
+    from transformers.models.qwen3_vl.video_processing_qwen3_vl import smart_resize
+    from transformers.video_utils import VideoMetadata
+
+    limits = json.loads((folder / "video_preprocessor_config.json").read_text())["size"]
+    frames = decode(Path(path))
+    with av.open(path) as container:
+        fps = float(container.streams.video[0].average_rate)
+    count = min(max(int(len(frames) / fps * 2), 4), 768, len(frames))
+    indices = np.linspace(0, len(frames) - 1, count).round().astype(int)
+    size = smart_resize(
+        count, frames.shape[2], frames.shape[3], factor=32, min_pixels=limits["shortest_edge"],
+        max_pixels=limits["longest_edge"],
+    )  # fmt: skip
+    grid = (-(-count // 2), size[0] // 16, size[1] // 16)
+    processor = SimpleNamespace(
+        video_processor=SimpleNamespace(merge_size=2, temporal_patch_size=2),
+        video_token="<|video_pad|>", vision_start_token="<|vision_start|>", vision_end_token="<|vision_end|>",
+        _calculate_timestamps=lambda *arguments: Qwen3VLProcessor._calculate_timestamps(None, *arguments),
+    )  # fmt: skip
+    metadata = VideoMetadata(total_num_frames=len(frames), fps=fps, frames_indices=indices)
+    of_clip = {"video_grid_thw": torch.tensor([grid]), "video_metadata": [metadata]}
+    return oracle_patches(frames[indices], size), grid, Qwen3VLProcessor.replace_video_token(processor, of_clip, 0)

@@ -57,10 +57,10 @@ def write_boxes(sample: Sample, row: Mapping[str, Any], columns: Mapping[str, st
         entries = [] if values is None else values
         if not isinstance(entries, list):
             raise RowFault(f"{_PLURAL[kind]} is not a list; write a list of {_PLURAL[kind]}")
-        if len(entries) != marks.count(kind):
+        if len(entries) != (wanted := marks.count(kind)):
             raise RowFault(
-                f"{len(entries)} {_PLURAL[kind]} but {marks.count(kind)} <{kind}> marks in the text; write one mark "
-                f"for each of the {_PLURAL[kind]}"
+                f"{len(entries)} {kind if len(entries) == 1 else _PLURAL[kind]} but {wanted} <{kind}> "
+                f"mark{'s' * (wanted != 1)} in the text; write one mark for each"
             )
         where = [f"{_PLURAL[kind]}[{place}]" for place in range(len(entries))]
         texts[kind] = iter(

@@ -1,8 +1,9 @@
 """Media that are not on this machine's disk: web addresses where the recipe allows them, and remote media folders."""
 
+import re
 import time
 from dataclasses import dataclass
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urlsplit
 
 from qwen3vl_train.data.faults import MediaFault
 
@@ -22,8 +23,10 @@ class Remote:
 
     def __str__(self) -> str:
         """The address as messages show it: no user, password or query, which may hold a key."""
-        parts = urlsplit(self.url)
-        return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))[:200]
+        address = re.split("[?#]", self.url, maxsplit=1)[0]
+        scheme, colon, rest = address.partition("://")
+        host, slash, path = rest.partition("/")
+        return f"{scheme}{colon}{host.rpartition('@')[2]}{slash}{path}"[:200]
 
     def fetch(self) -> bytes:
         """Read the whole of it, anew at every call. Raises MediaFault."""

@@ -52,8 +52,9 @@ def read_clip_rules(model_path: str | Path, arch: Qwen3VLArch) -> ClipRules | No
         faults.append("cap_pixels_per_frame is true, Qwen3-VL was trained with the limit of the whole clip alone")
     limits = _area_limits(settings, faults)
     fps, fewest, most = (settings.get(key) or usual for key, usual in _SAMPLING.items())
-    if not (0 < fps <= MAX_FPS and FRAMES_PER_PATCH <= fewest <= most):
-        faults.append(f"fps, min_frames, max_frames are {fps}, {fewest}, {most}, Qwen3-VL has 2, 4, 768")
+    numbers = isinstance(fps, int | float) and isinstance(fewest, int) and isinstance(most, int)
+    if not (numbers and 0 < fps <= MAX_FPS and FRAMES_PER_PATCH <= fewest <= most):
+        faults.append(f"fps, min_frames, max_frames are {fps!r}, {fewest!r}, {most!r}, Qwen3-VL has 2, 4, 768")
     if faults:
         raise ValueError(f"{where}: {'; '.join(faults)}; use the video preprocessor file of this checkpoint")
     return ClipRules(float(fps), fewest, most, *limits)

@@ -89,6 +89,17 @@ def test_only_the_groups_with_wanted_frames_are_decoded(tmp_path, monkeypatch):
     assert fed == [1 + 4 + 10, 1, 100]
 
 
+def test_frames_that_lead_a_key_frame_begin_at_the_one_before(tmp_path, monkeypatch):
+    """In an open group some frames follow the key frame in the file and are shown before it; both groups make them."""
+    path = str(write_clip(tmp_path / "a.mp4", 40, options=KINDS["open groups"][1]["options"]))
+    fed, header = counting(monkeypatch), read_header(path)
+    for index in range(40):
+        gathered(path, [index], header)
+    assert len(fed) == 40, "a frame was withheld and all was decoded once more"
+    assert max(fed) > 9, "no frame needs two groups, so this clip shows nothing"
+    assert max(fed) < 20
+
+
 def test_a_decoder_that_withholds_a_frame_is_asked_again_from_the_beginning(tmp_path, monkeypatch):
     """A key frame of this kind only begins to refresh the picture, so frames soon behind it need what was before."""
     path = write_clip(tmp_path / "a.mp4", 60, options={"x264-params": "intra-refresh=1:keyint=12:bframes=2"})

@@ -78,6 +78,10 @@ def explained(path: str) -> Iterator[None]:
         raise ValueError(f"{path}: not a file; check the paths under data") from None
     except ImportError as error:
         raise ValueError(f"{path}: {error}; install what reads such addresses") from None
+    except ValueError as error:  # of fsspec, such as an unknown protocol
+        if path in str(error):
+            raise
+        raise ValueError(f"{path}: {error}; check the paths under data") from None
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror or error}); check the paths under data") from None
 
@@ -126,7 +130,7 @@ def open_unpacked(path: str) -> IO[bytes]:
         return gzip.GzipFile(fileobj=file)  # type: ignore[return-value]
     import pyarrow
 
-    return pyarrow.CompressedInputStream(pyarrow.PythonFile(file), "zstd")
+    return pyarrow.CompressedInputStream(pyarrow.PythonFile(file, mode="r"), "zstd")
 
 
 def skip_to(file: IO[bytes], place: int) -> None:

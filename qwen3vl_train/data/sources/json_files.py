@@ -56,9 +56,10 @@ class JsonlSource(FileSource):
         self.plain = str(unpacked(self.name)) if is_compressed(self.name) else self.name
         starts, lengths, numbers = array("q"), array("q"), array("q")
         digest = hashlib.sha256()
+        spans_of = _spans_of(self.plain)
         with open_file(self.plain) as file, explained(self.name):
             self._stamp = stamp(self.plain)
-            for span, _ in _spans_of(self.name)(_Hashed(file, digest), self.name):
+            for span, _ in spans_of(_Hashed(file, digest), self.name):
                 starts.append(span.start)
                 lengths.append(span.length)
                 numbers.append(span.number)
@@ -91,11 +92,12 @@ class JsonlSource(FileSource):
 def stream_json(path: str, place: Place | None) -> Iterator[RawRow]:
     """Yield the rows of a JSON file, plain or compressed, from a place on. Raises ValueError where it is damaged."""
     last = place["row"] if place else 0
+    spans_of = _spans_of(path)
     with explained(path), open_unpacked(path) if is_compressed(path) else open_file(path) as file:
         try:
             if place:
                 skip_to(file, place["byte"])
-            for span, text in _spans_of(path)(file, path, place):
+            for span, text in spans_of(file, path, place):
                 last = span.number
                 try:
                     _check_length(span.length)

@@ -1,0 +1,51 @@
+"""What launch/inspect_data.py does."""
+
+import argparse
+import json
+from pathlib import Path
+
+from qwen3vl_train.config import load_recipe
+from qwen3vl_train.train.cli import run_or_explain
+
+
+def inspect_data(argv: list[str] | None = None) -> int:
+    """launch/inspect_data.py: look at the data of a recipe before training."""
+    parser = argparse.ArgumentParser(description="Show what the data of a recipe is and what the model will see of it.")
+    parser.add_argument("recipe", help="recipe file (YAML or JSON)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. data.max_tokens_per_pack=4096")
+    parser.add_argument("--out", type=Path, help="page to write (default: <name of the recipe>-data.html)")
+    parser.add_argument("--json", type=Path, help="write the facts here, too")
+    parser.add_argument("--samples", type=int, default=12, help="rows shown with pictures and tokens (default: 12)")
+    parser.add_argument(
+        "--rows", type=int, default=50_000, help="rows of a source to examine, evenly spread; 0: all (default: 50000)"
+    )
+    arguments = parser.parse_args(argv)
+
+    def work() -> None:
+        from rich.console import Console
+        from rich.progress import Progress
+
+        from qwen3vl_train.inspect.gather import inspect_recipe
+        from qwen3vl_train.inspect.page import write_page
+        from qwen3vl_train.inspect.table import print_facts
+
+        for name in ("samples", "rows"):
+            if getattr(arguments, name) < 0:
+                raise ValueError(f"--{name}: got {getattr(arguments, name)}; use 0 or more")
+        recipe = load_recipe(arguments.recipe, arguments.overrides)
+        with Progress(console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task("reading rows", total=None)
+            inspection = inspect_recipe(
+                recipe,
+                num_samples=arguments.samples,
+                max_rows=arguments.rows or None,
+                progress=lambda done, total: bar.update(task, completed=done, total=total),
+            )
+        print_facts(inspection.facts, Console())
+        if arguments.json:
+            arguments.json.write_text(json.dumps(inspection.facts.to_json(), indent=2, ensure_ascii=False) + "\n")
+        out = arguments.out or Path(f"{recipe.name}-data.html")
+        write_page(inspection, out)
+        print(f"{out}: open it in a browser")
+
+    return run_or_explain(work)

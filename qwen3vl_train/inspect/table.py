@@ -1,0 +1,79 @@
+"""The facts as tables for the terminal."""
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from qwen3vl_train.inspect.facts import Facts, Hazard, Histogram, SourceFacts
+
+_COLOURS = {"error": "bold red", "warning": "yellow", "note": "cyan"}
+_MOST_REASONS = 5
+
+
+def print_facts(facts: Facts, console: Console) -> None:
+    """Print sources, rejects, packs and hazards."""
+    model = facts.model
+    console.print(
+        f"[bold]{escape(facts.recipe)}[/]: {escape(str(model['path']))}, {model['template']} template, "
+        f"{model['min_visual_tokens_per_image']:,} to {model['max_visual_tokens_per_image']:,} visual tokens a picture"
+    )
+    console.print(_rows_table(facts.sources))
+    console.print(_spreads_table(facts.sources))
+    for source in facts.sources:
+        for group in source.rejects[:_MOST_REASONS]:
+            where = escape(f"{source.name}:{group.rows[0]}: {group.reason}")
+            console.print(f"[red]{group.count:,} rejected[/] {where}", soft_wrap=True)
+        if len(source.rejects) > _MOST_REASONS:
+            console.print(f"and for {len(source.rejects) - _MOST_REASONS} more reasons")
+    packs = facts.packs
+    console.print(
+        f"{packs.packs:,} {'pack' if packs.packs == 1 else 'packs'} an epoch, {100 * packs.mean_fill:.1f}% of {packs.max_tokens_per_pack:,} tokens filled; "
+        f"{packs.steps_per_epoch:,} steps an epoch, {packs.num_steps:,} in the run"
+    )
+    for hazard in facts.hazards:
+        console.print(_line(hazard), soft_wrap=True)
+    if not facts.hazards:
+        console.print("[green]nothing looks wrong[/]")
+
+
+def _rows_table(sources: list[SourceFacts]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("source", overflow="fold")
+    for heading in ("format", "rows", "rejected", "no label", "repeats", "trained", "pictures"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for source in sources:
+        trained = source.label_tokens / source.examined_tokens if source.examined_tokens else 0.0
+        counts = (source.rows, source.rejected, source.num_nothing_to_learn, source.duplicates.count)
+        table.add_row(
+            escape(f"{source.name} ({source.role})"),
+            " ".join(source.formats),
+            *(f"{count:,}" for count in counts),
+            f"{100 * trained:.1f}%",
+            f"{source.images:,}",
+        )
+    return table
+
+
+def _spreads_table(sources: list[SourceFacts]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption="median/95th percentile/maximum", caption_justify="left")
+    table.add_column("source", overflow="fold")
+    columns = {"text_tokens": "text tokens", "visual_tokens": "visual tokens", "images": "pictures", "turns": "answers"}
+    for heading in (*columns.values(), "wide : high"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for source in sources:
+        spreads = (_spread(source.histograms[name]) for name in columns)
+        table.add_row(escape(source.name), *spreads, _spread(source.histograms["aspect_ratios"], digits=1))
+    return table
+
+
+def _spread(values: Histogram, digits: int = 0) -> str:
+    if not values.counts:
+        return "none"
+    return "/".join(f"{value:,.{digits}f}" for value in (values.median, values.p95, values.maximum))
+
+
+def _line(hazard: Hazard) -> str:
+    where = f"{escape(hazard.source)}: " if hazard.source else ""
+    told = f"{escape(hazard.hazard)} {escape(hazard.evidence)}. [bold]{escape(hazard.remedy)}[/]"
+    return f"[{_COLOURS[hazard.level]}]{hazard.level}[/] {where}{told}"
