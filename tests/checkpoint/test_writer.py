@@ -102,7 +102,7 @@ def test_a_checkpoint_goes_from_engine_to_engine_bit_for_bit(tmp_path: Path):
         for place, ((state, loss), (expected, expected_loss)) in enumerate(zip(passed, first, strict=True)):
             tiny_runs.assert_same_tensors(state, expected)
             folder = checkpoint_folder(tmp_path / "runs" / str(place), number + 1)
-            tiny_runs.assert_same_tensors(tiny_runs.read_state(folder), expected)
+            tiny_runs.assert_same_tensors(read_tensors(folder), expected)
             assert loss == pytest.approx(expected_loss, rel=1e-6)  # float32 sums of the next step in another order
         files = read_record(checkpoint_folder(tmp_path / "runs" / "0", number + 1), checksums=True)["files"]
         held = sum(4 * tensor.numel() for tensor in first[0][0].values())
@@ -113,7 +113,9 @@ def test_a_checkpoint_goes_from_engine_to_engine_bit_for_bit(tmp_path: Path):
 
 def test_the_weights_can_be_read_without_the_moments(tmp_path: Path):
     _save(tmp_path, 1, {"weight/a.b": torch.ones(2), "exp_avg/a.b": torch.zeros(2), "exp_avg_sq/a.b": torch.zeros(2)})
-    tiny_runs.assert_same_tensors(read_tensors(checkpoint_folder(tmp_path, 1), "weight/"), {"weight/a.b": torch.ones(2)})
+    tiny_runs.assert_same_tensors(
+        read_tensors(checkpoint_folder(tmp_path, 1), "weight/"), {"weight/a.b": torch.ones(2)}
+    )
 
 
 @pytest.mark.parametrize(
@@ -153,7 +155,7 @@ def test_what_is_written_is_the_state_when_it_was_started(tmp_path: Path):
             tensor.fill_(7.0)  # the next step
         gate.set()
         writer.wait()
-    tiny_runs.assert_same_tensors(tiny_runs.read_state(checkpoint_folder(tmp_path, 5)), _state(1.0))
+    tiny_runs.assert_same_tensors(read_tensors(checkpoint_folder(tmp_path, 5)), _state(1.0))
 
 
 def test_a_checkpoint_appears_when_it_is_whole(tmp_path: Path):
@@ -213,7 +215,7 @@ def test_a_full_disk_is_told_and_the_checkpoint_before_stays(tmp_path: Path):
     assert message.endswith(f"); make room, then the run goes on from {last}, which is whole")
     assert [found.name for found in (tmp_path / "checkpoints").iterdir()] == [last.name]
     read_record(last, checksums=True)
-    tiny_runs.assert_same_tensors(tiny_runs.read_state(last), _state(1.0))
+    tiny_runs.assert_same_tensors(read_tensors(last), _state(1.0))
 
 
 def _give_up_rights(folder: Path) -> None:

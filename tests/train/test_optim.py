@@ -1,14 +1,14 @@
 import pytest
 import tiny_runs
 import torch
-from qwen3vl_train.parallel.ddp import Replicated
-from qwen3vl_train.parallel.optim import MasterAdamW
-from qwen3vl_train.train.schedule import lr_factor
 from tiny_runs import ONE_IMAGE, Trainee
 from torch import nn
 
 from qwen3vl_train.config import OptimSection
 from qwen3vl_train.model.groups import group_of
+from qwen3vl_train.parallel.ddp import Replicated
+from qwen3vl_train.parallel.optim import MasterAdamW
+from qwen3vl_train.train.schedule import lr_factor
 
 
 def _factors(schedule: str, num_steps: int, warmup_steps: int) -> list[float]:
