@@ -25,19 +25,10 @@ BELOW = {
     "parallel": {"arch", "batch", "config", "dist", "groups", "model", "shards"},
     "checkpoint": {"arch", "batch", "config", "dist", "groups", "model", "shards"},
     "train": {
-        "arch",
-        "batch",
-        "checkpoint",
-        "config",
-        "data",
-        "dist",
-        "groups",
-        "model",
-        "parallel",
-        "shards",
-        "watch",
+        "arch", "batch", "checkpoint", "config", "data", "dist", "groups", "model", "parallel", "shards", "watch",
     },
-}
+    "inspect": {"arch", "batch", "checkpoint", "config", "data", "dist", "groups", "train"},
+}  # fmt: skip
 # The package itself re-exports these, when they are asked for.
 FRONT = {"checkpoint", "data", "model"}
 # Slow to import or optional, so never at the top of a module.

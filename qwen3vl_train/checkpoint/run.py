@@ -175,7 +175,10 @@ def _stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 
 
 def read_tensors(folder: Path, prefix: str = "") -> dict[str, Tensor]:
-    """Read the tensors of a checkpoint whose names begin with prefix, whole, to the CPU; `weight/` leaves out the moments."""
+    """Read the tensors of a checkpoint whose names begin with prefix, whole, to the CPU.
+
+    `weight/` leaves out the moments.
+    """
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
     from torch.distributed.checkpoint.state_dict_loader import load
 

@@ -72,8 +72,8 @@ def test_activation_checkpointing_changes_nothing(small, small_collate, trained,
         for parameter in tower.tower_parameters():
             parameter.requires_grad_(False)
     runs = {"tower": 0, "decoder": 0}
-    tower.blocks[1].register_forward_pre_hook(lambda *_: runs.update(tower=runs["tower"] + 1))
-    decoder.layers[1].register_forward_pre_hook(lambda *_: runs.update(decoder=runs["decoder"] + 1))
+    tower.blocks[1].mlp.register_forward_pre_hook(lambda *_: runs.update(tower=runs["tower"] + 1))
+    decoder.layers[1].mlp.register_forward_pre_hook(lambda *_: runs.update(decoder=runs["decoder"] + 1))
     batch = small_collate(weighted_samples())
     loss_off, _ = small(batch)
     loss_off.backward()

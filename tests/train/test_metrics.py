@@ -51,6 +51,7 @@ def test_a_step_has_the_fields_of_metrics_jsonl():
         "peak_memory_gib": 1.5,
         "seconds": 2.0,
         "rejected": 1,
+        "checkpoint_stall_seconds": 0.0,
     }
 
 

@@ -95,7 +95,7 @@ def test_an_offline_run_is_recorded_and_goes_on_under_its_own_id(tmp_path):
     assert [row.get("eval/loss") for row in rows] == [None, 9.0, None, 9.0]
     assert all("mfu" not in row and "step" not in row for row in rows)
     _, config = history_and_config(files[0])
-    assert config["model"] == {"path": "https://***@host/model", "dtype": "bfloat16"}
+    assert config["model"] == {"path": "https://***@host/model", "dtype": "bfloat16", "video_markup": "bare"}
     assert config["optim"]["lr"] == 1e-4
     assert set(config["git"] or {}) <= {"commit", "dirty"}
     assert b"secret" not in b"".join(file.read_bytes() for file in run_dir.rglob("*") if file.is_file())
