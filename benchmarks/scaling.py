@@ -1,4 +1,4 @@
-"""Print the computed table of docs/scaling.md: python benchmarks/scaling.py"""
+"""Print the computed tables of docs/scaling.md: python benchmarks/scaling.py"""
 
 import sys
 from collections.abc import Iterator
@@ -12,6 +12,7 @@ from qwen3vl_train.model.qwen3vl import Qwen3VLForConditionalGeneration
 from qwen3vl_train.parallel.scaling import (
     Layout,
     layer_activation_bytes,
+    piece_rows,
     share_of,
     text_activation_bytes,
 )
@@ -101,11 +102,47 @@ HEAD = [
 ]  # fmt: skip
 
 
+SHAPES = {
+    "q_proj": "language_model.model.layers.0.self_attn.q_proj.weight",
+    "k_proj, v_proj": "language_model.model.layers.0.self_attn.k_proj.weight",
+    "o_proj, down_proj": "language_model.model.layers.0.mlp.down_proj.weight",
+    "gate_proj, up_proj": "language_model.model.layers.0.mlp.gate_proj.weight",
+    "embedding, head": "language_model.lm_head.weight",
+    "q_norm, k_norm": "language_model.model.layers.0.self_attn.q_norm.weight",
+    "vision qkv": "visual.vision.blocks.0.attn.qkv.weight",
+    "vision MLP": "visual.vision.blocks.0.mlp.linear_fc1.weight",
+    "vision norms": "visual.vision.blocks.0.norm1.weight",
+}
+
+
+def shape_rows() -> Iterator[list[str]]:
+    for size in ("8B", "32B"):
+        shapes = {name: tuple(parameter.shape) for name, parameter in meta_model(size, "full").named_parameters()}
+        for what, name in SHAPES.items():
+            num_rows = shapes[name][0]
+            cells = []
+            for shard in (8, 64, 1024):
+                first, last = piece_rows(num_rows, shard, 0), piece_rows(num_rows, shard, shard - 1)
+                full = sum(piece_rows(num_rows, shard, place) == first for place in range(shard))
+                cells.append(f"{first}" if first == last else f"{first} on {full} ranks, {last} on the last")
+            if size == "8B" or "vision" not in what:  # the towers of 8B and 32B are alike
+                yield [size, what, " x ".join(str(length) for length in shapes[name]), *cells]
+
+
+def _markdown(head: list[str], words: int, lines: Iterator[list[str]]) -> str:
+    table = [head, [*["---"] * words, *["---:"] * (len(head) - words)], *lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in table)
+
+
 def table() -> str:
-    """The table in Markdown; sizes in GiB of one rank."""
-    lines = [HEAD, ["---", "---", "---", *["---:"] * (len(HEAD) - 3)], *rows()]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    """What one rank holds and sends, in GiB."""
+    return _markdown(HEAD, 3, rows())
+
+
+def shape_table() -> str:
+    """Rows of one rank's piece of the tensors that a model is made of."""
+    return _markdown(["model", "tensor", "shape", "rows of 8", "of 64", "of 1,024"], 3, shape_rows())
 
 
 if __name__ == "__main__":
-    sys.stdout.write(table() + "\n")
+    sys.stdout.write(f"{table()}\n\n{shape_table()}\n")

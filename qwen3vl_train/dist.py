@@ -75,9 +75,10 @@ class Ranks:
 
 
 # Read by NCCL's process group when it is made; what the user has set stays. How to read the records: docs/scaling.md.
+# FR is torch's newer word for TORCH_NCCL_TRACE_BUFFER_SIZE and TORCH_NCCL_DEBUG_INFO_TEMP_FILE, which it warns of.
 NCCL_SETTINGS = {
-    "TORCH_NCCL_TRACE_BUFFER_SIZE": "2000",  # flight recorder: the last collectives of each rank, with stacks
-    "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",  # written to TORCH_NCCL_DEBUG_INFO_TEMP_FILE + rank
+    "TORCH_FR_BUFFER_SIZE": "2000",  # flight recorder: the last collectives of each rank, with stacks
+    "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",  # written to TORCH_FR_DUMP_TEMP_FILE + rank
     "TORCH_NCCL_ASYNC_ERROR_HANDLING": "3",  # a timeout ends the process; without it the run would hang for good
 }
 
@@ -91,7 +92,7 @@ def start_ranks(*, timeout_seconds: float = 1800.0, records: str | None = None) 
     for name, value in NCCL_SETTINGS.items():
         os.environ.setdefault(name, value)
     if records:
-        os.environ.setdefault("TORCH_NCCL_DEBUG_INFO_TEMP_FILE", records)
+        os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", records)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     rank = int(os.environ.get("RANK", "0"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))

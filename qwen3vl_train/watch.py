@@ -83,17 +83,18 @@ class Watch:
         )
         if failed:
             first_line = str(error).strip().splitlines()[0]
-            raise LateRankError(f"{self.report()}\n  {first_line}") from error
+            fault = "gone or late" if "connection" in first_line.lower() else "late"
+            raise LateRankError(f"{self.report(fault)}\n  {first_line}") from error
 
-    def report(self) -> str:
-        """The last step of every rank, those that are late first. Sends nothing to the ranks themselves."""
+    def report(self, fault: str = "late") -> str:
+        """The last step of every rank, and who is `fault`. Sends nothing to the ranks themselves."""
         try:
             states = self._states()
         except RuntimeError:
             return (
                 f"step {self._step + 1}: a collective failed, and rank 0, which keeps the steps of all ranks, is gone"
             )
-        return describe(states, self._ranks.world_size, self._timeout)
+        return describe(states, self._ranks.world_size, self._timeout, fault)
 
     def _states(self) -> list[RankState]:
         """Of all ranks but this one as they last told, of this one as it is."""
@@ -116,12 +117,17 @@ class Watch:
                 self._store.set(f"watch/{self._ranks.rank}", json.dumps(told))
             except RuntimeError:
                 return  # the store went with rank 0; the main thread meets the same fault and tells it
+            told_at, told_step = time.monotonic(), self._step
             late = time.monotonic() - self._since > TELL_AT * self._timeout
             if late and not self._told and self._ranks.rank < 2:  # two tell it: one may be the one that hangs
                 self._told = True
                 self._tell(f"no step for {time.monotonic() - self._since:.0f} s. {self.report()}")
-            if self._done.wait(self._interval):
-                return
+            # A new step is told within a second, anything else at every interval.
+            while True:
+                if self._done.wait(min(1.0, self._interval)):
+                    return
+                if self._step != told_step or time.monotonic() - told_at >= self._interval:
+                    break
 
 
 def where(frame: FrameType | None) -> tuple[str, bool]:
@@ -138,7 +144,7 @@ def where(frame: FrameType | None) -> tuple[str, bool]:
     return place, waits
 
 
-def describe(states: list[RankState], world_size: int, timeout_seconds: float) -> str:
+def describe(states: list[RankState], world_size: int, timeout_seconds: float, fault: str = "late") -> str:
     """One line that names who is late, then one line for each group of ranks that are at the same place.
 
     Late are ranks that have told nothing of late, or else those at the lowest step that wait for nobody. Where that
@@ -155,7 +161,7 @@ def describe(states: list[RankState], world_size: int, timeout_seconds: float) -
     if len(late) == world_size:
         lines = [f"step {step}: no rank is behind the others; do they run the same code on the same recipe?"]
     else:
-        lines = [f"step {step}: {_named(late)} {'is' if len(late) == 1 else 'are'} late"]
+        lines = [f"step {step}: {_named(late)} {'is' if len(late) == 1 else 'are'} {fault}"]
     lines += [f"  {_named(lost)}: never heard of"] if lost else []
     groups: dict[tuple, list[RankState]] = {}
     for state in states:

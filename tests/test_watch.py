@@ -121,13 +121,13 @@ def test_a_fault_that_is_no_timeout_stays_as_it_is():
 
 
 def test_the_flight_recorder_is_switched_on_and_the_users_settings_stay(monkeypatch: pytest.MonkeyPatch):
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", *NCCL_SETTINGS, "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", *NCCL_SETTINGS, "TORCH_FR_DUMP_TEMP_FILE"):
         monkeypatch.setenv(name, "")  # so that monkeypatch puts back what was there
         monkeypatch.delenv(name)
-    monkeypatch.setenv("TORCH_NCCL_TRACE_BUFFER_SIZE", "7")
+    monkeypatch.setenv("TORCH_FR_BUFFER_SIZE", "7")
     start_ranks(records="runs/a/logs/nccl-rank-")
     stop_ranks()
-    assert os.environ["TORCH_NCCL_TRACE_BUFFER_SIZE"] == "7"
+    assert os.environ["TORCH_FR_BUFFER_SIZE"] == "7"
     assert os.environ["TORCH_NCCL_DUMP_ON_TIMEOUT"] == "1"
     assert os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] == "3"
-    assert os.environ["TORCH_NCCL_DEBUG_INFO_TEMP_FILE"] == "runs/a/logs/nccl-rank-"
+    assert os.environ["TORCH_FR_DUMP_TEMP_FILE"] == "runs/a/logs/nccl-rank-"

@@ -35,7 +35,7 @@ def train(recipe: Recipe) -> Path:
     model folder), RuntimeError for what went wrong on the way (non-finite numbers, a full disk), StopRequest after a
     signal asked the run to stop and it has saved.
     """
-    records = run_dir(recipe) / "logs" / "nccl-rank-"
+    records = run_dir(recipe) / "logs" / "nccl_trace_rank_"
     ranks = start_ranks(timeout_seconds=recipe.parallel.timeout_seconds, records=str(records))
     with Watch(ranks, recipe.parallel.timeout_seconds) as watch:
         return _train(recipe, ranks, watch)

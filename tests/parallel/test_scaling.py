@@ -181,5 +181,7 @@ def test_activations_are_near_the_figures_computed_by_others():
         assert vision_activation_bytes(scaling_table.PUBLISHED[size].vision) / 1e3 == pytest.approx(kilobytes, rel=0.1)
 
 
-def test_the_table_of_the_documentation_is_the_computed_one():
-    assert scaling_table.table() in (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("table", ["table", "shape_table"])
+def test_the_tables_of_the_documentation_are_the_computed_ones(table: str):
+    computed = getattr(scaling_table, table)()
+    assert computed in (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
