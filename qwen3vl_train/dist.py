@@ -2,13 +2,16 @@
 
 import os
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy
 import torch
 import torch.distributed as torch_dist
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,29 @@ class Ranks:
         tensor = torch.tensor(values, dtype=torch.float64)
         torch_dist.all_reduce(tensor)
         return tensor.tolist()
+
+    def max(self, value: float) -> float:
+        """The largest of all ranks' numbers. Every rank must call it."""
+        if self.world_size == 1:
+            return value
+        tensor = torch.tensor(value, dtype=torch.float64)
+        torch_dist.all_reduce(tensor, op=torch_dist.ReduceOp.MAX)
+        return tensor.item()
+
+    def from_main(self, work: Callable[[], T]) -> T:
+        """Let rank 0 do some work and give its small result, or its ValueError, to all. Every rank must call it."""
+        if self.world_size == 1:
+            return work()
+        outcome: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                outcome[0] = work()
+            except ValueError as error:
+                outcome[1] = str(error)
+        torch_dist.broadcast_object_list(outcome, src=0)
+        if outcome[1] is not None:
+            raise ValueError(outcome[1])
+        return outcome[0]
 
     def gather(self, value: Any) -> list[Any]:
         """Collect one small object from every rank, in rank order, on every rank."""

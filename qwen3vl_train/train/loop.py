@@ -105,6 +105,8 @@ def train(recipe: Recipe) -> Path:
                 seconds=time.perf_counter() - started,
                 data_wait_seconds=waited,
                 rejected=len(data.rejects),
+                dropped=packs.num_dropped,
+                shrunk=packs.num_shrunk,
             )
             recorder.step(tally, sums.grad_norms)
             last = step == data.num_steps

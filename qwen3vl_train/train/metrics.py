@@ -40,7 +40,8 @@ class StepTally:
 
     loss: sum of label losses / num_labels. capacity: packs x data.max_tokens_per_pack.
     flops: useful FLOPs of the step, None where not counted. seconds: wall time of the whole step;
-    data_wait_seconds: the part of it in which this rank waited for packs. rejected: rows refused since the run began.
+    data_wait_seconds: the part of it in which this rank waited for packs. rejected: rows refused since the run began,
+    dropped: rows left out since then by data.too_long. shrunk: media of this step that a budget made smaller.
     """
 
     step: int
@@ -57,6 +58,8 @@ class StepTally:
     seconds: float
     data_wait_seconds: float
     rejected: int
+    dropped: int
+    shrunk: int
 
 
 def step_metrics(
@@ -88,6 +91,8 @@ def step_metrics(
         "peak_memory_gib": peak_memory_gib,
         "seconds": tally.seconds,
         "rejected": tally.rejected,
+        "dropped": tally.dropped,
+        "shrunk": tally.shrunk,
     }
 
 
