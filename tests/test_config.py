@@ -82,10 +82,16 @@ def test_defaults(write):
                     "bbox_layout": "xyxy",
                     "allow_urls": False,
                     "weight": 1.0,
+                    "streaming": False,
+                    "num_rows": None,
                 }
             ],
             "eval": [],
             "max_tokens_per_pack": 8192,
+            "max_patches_per_pack": None,
+            "max_sequences_per_pack": None,
+            "max_tokens_per_sample": None,
+            "too_long": "reject",
             "max_visual_tokens_per_image": None,
             "min_visual_tokens_per_image": None,
             "max_visual_tokens_per_video": None,
@@ -93,6 +99,7 @@ def test_defaults(write):
             "fps": None,
             "min_frames": None,
             "max_frames": None,
+            "stream_window": 2048,
             "num_workers": 4,
             "max_rejected_fraction": 0.01,
         },
@@ -585,3 +592,33 @@ def test_rules_of_the_engine_show_beside_other_errors(write):
         "optim.lr: got 'x', expected a number",
         "parallel.shard: 2, but parallel.engine is ddp; it is for fsdp2, leave it out",
     ]
+
+
+@pytest.mark.parametrize(
+    ("data", "errors"),
+    [
+        (
+            "{train: [{path: a}], max_tokens_per_sample: 9000}",
+            ["data.max_tokens_per_sample: 9000 is more than data.max_tokens_per_pack 8192; lower it"],
+        ),
+        (
+            "{train: [{path: a, streaming: true}]}",
+            ["train.num_steps: missing; a source with streaming does not say how long an epoch is"],
+        ),
+        (
+            "{train: [{path: a, num_rows: 5}]}",
+            ["data.train.0: num_rows without streaming: the rows of other sources are counted; take it out"],
+        ),
+        ("{train: [{path: a}], too_long: cut}", ["data.too_long: got 'cut'; use drop, reject or shrink_media"]),
+        (
+            "{train: [{path: a}], max_patches_per_pack: 0, max_sequences_per_pack: 0, stream_window: 0}",
+            [
+                "data.max_patches_per_pack: got 0, expected at least 1",
+                "data.max_sequences_per_pack: got 0, expected at least 1",
+                "data.stream_window: got 0, expected at least 1",
+            ],
+        ),
+    ],
+)
+def test_budgets_and_streams(write, data, errors):
+    assert errors_of(write(f"name: small\nmodel: {{path: x}}\ntune: {{method: lora}}\ndata: {data}\n")) == errors

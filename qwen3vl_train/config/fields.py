@@ -158,9 +158,21 @@ class EvalSource(RowsSection):
 
 
 class TrainSource(RowsSection):
-    """weight: how often it is drawn, relative to its size (1.0: every row once an epoch)."""
+    """weight: how often it is drawn, relative to its size (1.0: every row once an epoch).
+
+    streaming: rows are read one after the other and never indexed; then train.num_steps must say how long to train.
+    num_rows: how many a stream has, roughly; with that of every stream, sources are mixed evenly over the epoch.
+    """
 
     weight: Positive = 1.0
+    streaming: bool = False
+    num_rows: Count | None = None
+
+    @model_validator(mode="after")
+    def _rows_of_stream(self) -> "TrainSource":
+        if self.num_rows is not None and not self.streaming:
+            raise _refuse("num_rows without streaming: the rows of other sources are counted; take it out")
+        return self
 
 
 class DataSection(Section):
@@ -169,11 +181,19 @@ class DataSection(Section):
     One visual token is 32 x 32 pixels of an image, or of two neighbouring frames of a clip. fps: frames taken a second
     of a clip, at least min_frames and at most max_frames or all it has. max_visual_tokens_per_video bounds the whole
     clip; max_visual_tokens_per_sample shrinks all images and clips of a sample alike.
+
+    Packs keep to every max_..._per_pack; null is no limit. max_tokens_per_sample: null is that of a pack. too_long: a
+    longer sample is left out (drop), listed as a fault of the data (reject), or has its media shrunk until it fits.
+    stream_window: rows of a stream that are packed together, and held in memory.
     """
 
     train: list[TrainSource] = Field(min_length=1)
     eval: list[EvalSource] = []
     max_tokens_per_pack: Count = 8192
+    max_patches_per_pack: Count | None = None
+    max_sequences_per_pack: Count | None = None
+    max_tokens_per_sample: Count | None = None
+    too_long: Literal["drop", "reject", "shrink_media"] = "reject"
     max_visual_tokens_per_image: Count | None = None
     min_visual_tokens_per_image: Count | None = None
     max_visual_tokens_per_video: Count | None = None
@@ -181,6 +201,7 @@ class DataSection(Section):
     fps: Annotated[float, Field(gt=0.0, le=1000.0)] | None = None
     min_frames: Annotated[int, Field(ge=2)] | None = None
     max_frames: Annotated[int, Field(ge=2)] | None = None
+    stream_window: Count = 2048
     num_workers: Annotated[int, Field(ge=0)] = 4
     max_rejected_fraction: Annotated[float, Field(ge=0.0, le=1.0)] = 0.01
 

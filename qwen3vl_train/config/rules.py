@@ -63,6 +63,8 @@ def field_conflicts(
         conflicts += _learning_rate_conflicts(tune, optim)
     if train and train.num_steps is None and train.num_epochs is None:
         conflicts.append(("train.num_steps", "missing, and train.num_epochs is null; give one of them"))
+    elif data and train and train.num_steps is None and any(source.streaming for source in data.train):
+        conflicts.append(("train.num_steps", "missing; a source with streaming does not say how long an epoch is"))
     if parallel:
         conflicts += _engine_conflicts(parallel)
     if checkpoint and checkpoint.keep_best is not None and data:
@@ -76,6 +78,7 @@ def _budget_conflicts(data: DataSection) -> list[tuple[str, str]]:
         ("min_visual_tokens_per_image", "max_visual_tokens_per_image"),
         ("min_visual_tokens_per_image", "max_visual_tokens_per_sample"),
         ("min_frames", "max_frames"),
+        ("max_tokens_per_sample", "max_tokens_per_pack"),
     )
     conflicts: list[tuple[str, str]] = []
     for low, high in rising:

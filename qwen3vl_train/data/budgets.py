@@ -12,6 +12,7 @@ Grid = tuple[int, int, int]
 """Patches of one medium: time, height, width."""
 
 _HALVINGS = 20
+_NO_LIMIT = 2**62
 
 
 class Size(NamedTuple):
@@ -23,7 +24,7 @@ class Size(NamedTuple):
 
 
 class Fitted(NamedTuple):
-    """grids: one for each medium. num_shrunk: media that the budget of the whole sample made smaller."""
+    """grids: one for each medium. num_shrunk: media that a budget made smaller than they are."""
 
     grids: list[Grid]
     num_shrunk: int
@@ -53,21 +54,28 @@ class Budgets:
             rows, cols = smart_resize(size.height, size.width, min_pixels=least, max_pixels=most)
         return -(-size.num_frames // FRAMES_PER_PATCH) or 1, rows // PATCH, cols // PATCH
 
-    def fit(self, sizes: Sequence[Size]) -> Fitted:
+    def fit(self, sizes: Sequence[Size], max_tokens: int | None = None) -> Fitted:
         """Resize every medium within its own limits, then all alike until the sample's budget holds.
 
         "Alike": the area of each is limited to the same fraction of what it would have been, the largest fraction that
-        fits. Raises MediaFault for extreme shapes, RowFault where even the smallest sizes are too many tokens.
+        fits. max_tokens: a tighter budget, from the length of the whole sample. Raises MediaFault for extreme shapes,
+        RowFault where even the smallest sizes are too many tokens.
         """
         grids = [self.grid(size) for size in sizes]
-        budget = self.max_tokens_per_sample
-        if budget is None or _tokens(grids) <= budget:
-            return Fitted(grids, 0)
+        whole = [self.grid(size, max_pixels=_NO_LIMIT) for size in sizes]
+        budget, field = self.max_tokens_per_sample, "data.max_visual_tokens_per_sample"
+        if max_tokens is not None and (budget is None or max_tokens < budget):
+            budget, field = max_tokens, "the limit on the whole sample leaves them,"
+        if budget is not None and _tokens(grids) > budget:
+            grids = self._fit_alike(sizes, grids, budget, field)
+        return Fitted(grids, sum(_tokens([one]) > _tokens([other]) for one, other in zip(whole, grids, strict=True)))
+
+    def _fit_alike(self, sizes: Sequence[Size], grids: Sequence[Grid], budget: int, field: str) -> list[Grid]:
         smallest = _tokens(self._shrunk(sizes, grids, 0.0))
         if smallest > budget:
             raise RowFault(
-                f"{len(sizes)} images and clips take at least {smallest} visual tokens, more than "
-                f"data.max_visual_tokens_per_sample {budget}; raise it or give fewer"
+                f"{len(sizes)} images and clips take at least {smallest} visual tokens, more than {field} {budget}; "
+                "raise it or give fewer"
             )
         fits, too_much = 0.0, 1.0
         for _ in range(_HALVINGS):
@@ -76,8 +84,7 @@ class Budgets:
                 fits = middle
             else:
                 too_much = middle
-        shrunk = self._shrunk(sizes, grids, fits)
-        return Fitted(shrunk, sum(before != after for before, after in zip(grids, shrunk, strict=True)))
+        return self._shrunk(sizes, grids, fits)
 
     def _shrunk(self, sizes: Sequence[Size], grids: Sequence[Grid], fraction: float) -> list[Grid]:
         areas = [

@@ -1,7 +1,7 @@
 """Samples -> one `PackedBatch`, for one checkpoint: its tokenizer, its template, its pixel limits."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,8 @@ class MultimodalCollator:
         min_visual_tokens_per_image: int | None = None,
         max_visual_tokens_per_video: int | None = None,
         max_visual_tokens_per_sample: int | None = None,
+        shrink_to_tokens: int | None = None,
+        shrink_to_patches: int | None = None,
         fps: float | None = None,
         min_frames: int | None = None,
         max_frames: int | None = None,
@@ -47,8 +49,9 @@ class MultimodalCollator:
         """Read config, tokenizer, chat template and preprocessor settings of a local checkpoint.
 
         The budgets count visual tokens (32x32 pixels of an image, or of a pair of frames) and, like the sampling of
-        clips, default to the checkpoint's own. video_markup: 'bare' or 'wrapped', see `chat.markup`. Raises ValueError
-        for files that are missing, contradict each other, or ask for what Qwen3-VL does not do.
+        clips, default to the checkpoint's own. shrink_to_tokens, shrink_to_patches: the media of a sample that has more
+        of them, text included, are shrunk until it has not. video_markup: 'bare' or 'wrapped', see `chat.markup`.
+        Raises ValueError for files that are missing, contradict each other, or ask for what Qwen3-VL does not do.
         """
         arch = Qwen3VLArch.from_pretrained(path)
         tokenizer = ChatTokenizer.from_pretrained(path, arch)
@@ -62,12 +65,18 @@ class MultimodalCollator:
         if video_markup not in ("bare", "wrapped"):
             raise ValueError(f"model.video_markup: got {video_markup!r}; use bare or wrapped")
         budgets = Budgets(*limits, clips=rules, max_tokens_per_sample=max_visual_tokens_per_sample)
-        encoder = Encoder(tokenizer, dialect, budgets, wrapped_clips=video_markup == "wrapped")
+        wrapped = video_markup == "wrapped"
+        encoder = Encoder(tokenizer, dialect, budgets, wrapped, shrink_to_tokens, shrink_to_patches)
         return cls(encoder, position_table_side=arch.vision.position_table_side)
 
     @property
     def tokenizer(self) -> ChatTokenizer:
         return self.encoder.tokenizer
+
+    def fingerprint(self) -> dict[str, str]:
+        """Return what changes with the template, the tokenizer or a budget, as JSON."""
+        settings = {field.name: getattr(self.encoder, field.name) for field in fields(self.encoder)}
+        return {name: self.tokenizer.digest if name == "tokenizer" else repr(value) for name, value in settings.items()}
 
     def __call__(self, samples: Sequence[RawSample]) -> PackedBatch:
         """Pack all samples into one batch, in their order. A sample is {"messages": [...]} or a Sample.

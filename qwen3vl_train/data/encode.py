@@ -22,12 +22,16 @@ from qwen3vl_train.data.visual import Measured, measure, read_patches
 
 
 class SampleCost(NamedTuple):
-    """What a sample takes. tokens: all of them, visual ones included. patch_pairs: sum of squares over frames."""
+    """What a sample takes. tokens: all of them, visual ones included. patch_pairs: sum of squares over frames.
+
+    num_shrunk: media that a budget made smaller than they are.
+    """
 
     tokens: int
     visual_tokens: int
     patches: int
     patch_pairs: int
+    num_shrunk: int
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,7 @@ class EncodedSample:
     input_ids (n,) int64; labels (n,) int64, the NEXT token where that is trained, else -100; loss_weights (n,) float32
     with 0 where there is no label, or None where all are 1; positions (3, n) int64; slices: rows count from the
     sample's own first medium; grids: patches of each medium; patches (P, 768) uint8 where all media are stills,
-    (P, 1536) otherwise; num_shrunk: media made smaller for the budget of the whole sample.
+    (P, 1536) otherwise.
     """
 
     input_ids: Tensor
@@ -48,7 +52,6 @@ class EncodedSample:
     grids: list[Grid]
     patches: Tensor
     sample_id: str
-    num_shrunk: int = 0
 
 
 class Layout(NamedTuple):
@@ -75,16 +78,7 @@ def lay_out(
     wholly inside text that is. "assistant\\n" + "\\nYes" -> "assistant", "\\n\\n" (not trained), "Yes" (trained).
     """
     layout = Layout([], [], [], [])
-    filled: list[Piece] = []
-    remaining = iter(zip(grids, times or [()] * len(grids), strict=True))
-    frame_grids: list[Grid] = []
-    for piece in pieces:
-        if isinstance(piece, Slot):
-            (frames, height, width), of_pairs = next(remaining)
-            frame_grids += [(1, height, width)] * frames
-            filled += markup(piece, height * width // MERGE**2, of_pairs, wrapped=wrapped)
-        else:
-            filled.append(piece)
+    filled, frame_grids = _fill(pieces, grids, times, wrapped)
     row, grids_in_order = 0, iter(frame_grids)
     for is_text, group in groupby(filled, key=lambda piece: isinstance(piece, Text)):
         if is_text:
@@ -101,6 +95,41 @@ def lay_out(
                 layout.runs.append(next(grids_in_order))
                 row += piece.count
     return layout
+
+
+def count_tokens(
+    pieces: Sequence[Piece],
+    grids: Sequence[Grid],
+    tokenizer: ChatTokenizer,
+    *,
+    times: Sequence[Sequence[float]] = (),
+    wrapped: bool = False,
+) -> int:
+    """Return the number of tokens that `lay_out` makes of the same arguments, without making them."""
+    count = 0
+    for is_text, group in groupby(_fill(pieces, grids, times, wrapped)[0], key=lambda piece: isinstance(piece, Text)):
+        if is_text:
+            count += tokenizer.count("".join(piece.text for piece in group if isinstance(piece, Text)))
+        else:
+            count += sum(piece.count if isinstance(piece, Pad) else 1 for piece in group)
+    return count
+
+
+def _fill(
+    pieces: Sequence[Piece], grids: Sequence[Grid], times: Sequence[Sequence[float]], wrapped: bool
+) -> tuple[list[Piece], list[Grid]]:
+    """Write out the slots. Returns the pieces without slots, and the grid of every frame or frame pair in them."""
+    filled: list[Piece] = []
+    remaining = iter(zip(grids, times or [()] * len(grids), strict=True))
+    frame_grids: list[Grid] = []
+    for piece in pieces:
+        if isinstance(piece, Slot):
+            (frames, height, width), of_pairs = next(remaining)
+            frame_grids += [(1, height, width)] * frames
+            filled += markup(piece, height * width // MERGE**2, of_pairs, wrapped=wrapped)
+        else:
+            filled.append(piece)
+    return filled, frame_grids
 
 
 def _append(layout: Layout, ids: list[int], weights: list[float]) -> None:
@@ -128,47 +157,61 @@ def _encode_texts(texts: list[Text], tokenizer: ChatTokenizer) -> tuple[list[int
 
 @dataclass(frozen=True)
 class Encoder:
-    """Encodes samples for one checkpoint. dialect: a key of DIALECTS; wrapped_clips: the markup of clips."""
+    """Encodes samples for one checkpoint. dialect: a key of DIALECTS; wrapped_clips: the markup of clips.
+
+    max_tokens: all media of a longer sample are shrunk alike until it fits, which is a fault where it never does; None:
+    a sample may have any length. max_patches: the same of its patches.
+    """
 
     tokenizer: ChatTokenizer
     dialect: str
     budgets: Budgets
     wrapped_clips: bool = False
+    max_tokens: int | None = None
+    max_patches: int | None = None
 
     def cost(self, sample: Sample) -> SampleCost:
         """Return exactly what `encode` will make, from text and media headers, without decoding. Raises RowFault."""
         pieces = DIALECTS[self.dialect](sample.messages, sample.tools, generation_prompt=False)
-        measured, (grids, _) = self._measure(_slots(pieces), sample.media_root)
+        measured, (grids, num_shrunk) = self._measure(pieces, sample.media_root)
         patches = sum(t * h * w for t, h, w in grids)
         return SampleCost(
-            tokens=len(self._lay_out(pieces, grids, measured).ids),
+            tokens=self._count(pieces, grids, measured),
             visual_tokens=patches // MERGE**2,
             patches=patches,
             patch_pairs=sum(t * (h * w) ** 2 for t, h, w in grids),
+            num_shrunk=num_shrunk,
         )
 
-    def _measure(self, slots: Sequence[Slot], media_root: str | None) -> tuple[list[Measured], Fitted]:
+    def _measure(self, pieces: Sequence[Piece], media_root: str | None) -> tuple[list[Measured], Fitted]:
+        """Read the headers of all media and find their sizes within every limit."""
         measured = []
-        for slot in slots:
+        for slot in _slots(pieces):
             with _naming(slot):
                 measured.append(measure(slot.part, self.budgets.clips, media_root))
                 self.budgets.grid(measured[-1].size)
-        return measured, self.budgets.fit([medium.size for medium in measured])
+        sizes = [medium.size for medium in measured]
+        fitted = self.budgets.fit(sizes)
+        visual_tokens = sum(t * h * w for t, h, w in fitted.grids) // MERGE**2
+        most = visual_tokens if self.max_patches is None else self.max_patches // MERGE**2
+        if self.max_tokens is not None:
+            most = min(most, self.max_tokens - self._count(pieces, fitted.grids, measured) + visual_tokens)
+        return measured, fitted if visual_tokens <= max(most, 0) else self.budgets.fit(sizes, max(most, 0))
 
-    def _lay_out(self, pieces: Sequence[Piece], grids: Sequence[Grid], measured: Sequence[Measured]) -> Layout:
+    def _count(self, pieces: Sequence[Piece], grids: Sequence[Grid], measured: Sequence[Measured]) -> int:
         times = [medium.times for medium in measured]
-        return lay_out(pieces, grids, self.tokenizer, times=times, wrapped=self.wrapped_clips)
+        return count_tokens(pieces, grids, self.tokenizer, times=times, wrapped=self.wrapped_clips)
 
     def encode(self, sample: Sample, *, generation_prompt: bool = False) -> EncodedSample:
         """Decode, resize and tokenise a sample. Raises RowFault that names the part at fault."""
         pieces = DIALECTS[self.dialect](sample.messages, sample.tools, generation_prompt=generation_prompt)
-        slots = _slots(pieces)
-        measured, (grids, num_shrunk) = self._measure(slots, sample.media_root)
+        measured, (grids, _) = self._measure(pieces, sample.media_root)
         patches = [torch.zeros(0, 3 * PATCH * PATCH, dtype=torch.uint8)]
-        for slot, medium, grid in zip(slots, measured, grids, strict=True):
+        for slot, medium, grid in zip(_slots(pieces), measured, grids, strict=True):
             with _naming(slot):
                 patches.append(read_patches(slot.part, medium, grid, sample.media_root))
-        layout = self._lay_out(pieces, grids, measured)
+        times = [medium.times for medium in measured]
+        layout = lay_out(pieces, grids, self.tokenizer, times=times, wrapped=self.wrapped_clips)
         input_ids = torch.tensor(layout.ids, dtype=torch.int64)
         next_weights = torch.tensor([*layout.weights[1:], 0.0], dtype=torch.float32)
         labels = torch.where(next_weights > 0, input_ids.roll(-1), IGNORE_LABEL)
@@ -181,7 +224,6 @@ class Encoder:
             grids=grids,
             patches=joined_patches(patches),
             sample_id=sample.sample_id,
-            num_shrunk=num_shrunk,
         )
 
 

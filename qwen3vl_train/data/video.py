@@ -49,6 +49,7 @@ class VideoHeader(NamedTuple):
 def read_header(source: VideoSource, media_root: str | os.PathLike[str] | None = None) -> VideoHeader:
     """Read frame count, frame rate and size without decoding. Raises MediaFault; ValueError where PyAV is missing.
 
+    1 to 13 ms, most of it FFmpeg's own look at the first frame. The rate is the average one, as transformers takes it.
     Where the container has no table of frames (Matroska, WebM, MPEG-TS, fragmented MP4) or its table does not agree
     with its own count, the packets of the stream are counted, which reads the whole file.
     """

@@ -23,23 +23,19 @@ def inspect_data(argv: list[str] | None = None) -> int:
 
     def work() -> None:
         from rich.console import Console
-        from rich.progress import Progress
 
         from qwen3vl_train.inspect.gather import inspect_recipe
         from qwen3vl_train.inspect.page import write_page
         from qwen3vl_train.inspect.table import print_facts
+        from qwen3vl_train.train.progress import IndexProgress
 
         for name in ("samples", "rows"):
             if getattr(arguments, name) < 0:
                 raise ValueError(f"--{name}: got {getattr(arguments, name)}; use 0 or more")
         recipe = load_recipe(arguments.recipe, arguments.overrides)
-        with Progress(console=Console(stderr=True), transient=True) as bar:
-            task = bar.add_task("reading rows", total=None)
+        with IndexProgress() as progress:
             inspection = inspect_recipe(
-                recipe,
-                num_samples=arguments.samples,
-                max_rows=arguments.rows or None,
-                progress=lambda done, total: bar.update(task, completed=done, total=total),
+                recipe, num_samples=arguments.samples, max_rows=arguments.rows or None, progress=progress
             )
         print_facts(inspection.facts, Console())
         if arguments.json:

@@ -1,6 +1,6 @@
 """The sources of a recipe as they were opened: one entry under data.train or data.eval, with all of its files."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -9,7 +9,7 @@ import numpy as np
 from qwen3vl_train.data.faults import Reject
 from qwen3vl_train.data.formats import Sample
 from qwen3vl_train.data.index import Index
-from qwen3vl_train.data.sources import FileSource
+from qwen3vl_train.data.sources import Source
 
 
 class RowRef(NamedTuple):
@@ -24,7 +24,7 @@ class RowRef(NamedTuple):
 class IndexedFile:
     """One file: source `place` of `index`."""
 
-    source: FileSource
+    source: Source
     index: Index
     place: int
 
@@ -88,7 +88,7 @@ class Entry:
 
 
 def entries_of(
-    role: str, indexed: Iterable[tuple[Index, list[FileSource]]], weights: list[float], first: int
+    role: str, indexed: Iterable[tuple[Index, Sequence[Source]]], weights: list[float], first: int
 ) -> list[Entry]:
     """Group files by the entry that they come from, which is told by their rules: files of one entry share theirs.
 

@@ -110,12 +110,16 @@ class SourceFacts:
 
 @dataclass(frozen=True)
 class PackFacts:
-    """The plan of the first epoch and what follows from it. mean_fill: tokens over the room of all packs, 0..1."""
+    """The plan of the first epoch and what follows from it. mean_fill: tokens over the room of all packs, 0..1.
 
+    streamed: the plan is of the rows that were read of each source, and how many steps an epoch has is not known.
+    """
+
+    streamed: bool
     packs: int
     packs_per_step: int
     max_tokens_per_pack: int
-    steps_per_epoch: int
+    steps_per_epoch: int | None
     num_steps: int
     mean_fill: float
     histograms: dict[str, Histogram]

@@ -19,6 +19,7 @@ from qwen3vl_train.inspect.hazards import recipe_hazards, row_hazards, source_ha
 from qwen3vl_train.inspect.histogram import histogram
 from qwen3vl_train.inspect.samples import choose_rows, view_pack, view_sample
 from qwen3vl_train.inspect.scan import Scan, add_up, look_at
+from qwen3vl_train.inspect.training import Training, open_training
 from qwen3vl_train.train.data import TrainingData, open_data
 
 Progress = Callable[[int, int], None]
@@ -43,10 +44,11 @@ def inspect_recipe(
     Raises ValueError where the data cannot be opened, or no row of it can be used.
     """
     data = open_data(recipe, Ranks(0, 1, 0, torch.device("cpu")))
-    collate = data.loader.collator
-    entries = open_entries(data)
+    training = open_training(recipe, data, max_rows)
+    collate = training.collate
+    entries = open_entries(data, training)
     scans = _scan_all(entries, collate, max_rows, progress)
-    packs = _pack_facts(data, recipe)
+    packs = _pack_facts(training, recipe, data.num_steps)
     facts = Facts(
         recipe.name,
         _model_facts(recipe, collate),
@@ -58,13 +60,14 @@ def inspect_recipe(
     for ref in choose_rows(entries, scans, num_samples):
         view = view_sample(entries[ref.entry], ref, scans[ref.entry].kinds_of.get(ref, frozenset()), collate)
         samples += [view] if view is not None else []
-    return Inspection(facts, samples, view_pack(data.loader) if num_samples else None)
+    return Inspection(facts, samples, view_pack(training, recipe.data.max_tokens_per_pack) if num_samples else None)
 
 
-def open_entries(data: TrainingData) -> list[Entry]:
+def open_entries(data: TrainingData, training: Training) -> list[Entry]:
     """Return the entries of a recipe in order, the training ones first, each under a name of its own."""
-    entries = entries_of("train", data.files[:1], data.loader.weights, 0)
-    entries += entries_of("eval", data.files[1:], [1.0], len(entries))
+    entries = entries_of("train", [(training.index, training.sources)], training.weights, 0)
+    held_out = data.files if training.streamed else data.files[1:]
+    entries += entries_of("eval", held_out, [1.0], len(entries))
     taken: dict[str, int] = {}
     for entry in entries:
         taken[entry.name] = taken.get(entry.name, 0) + 1
@@ -131,16 +134,17 @@ def _duplicates(finder: DuplicateFinder, entries: list[Entry]) -> list[Duplicate
     ]
 
 
-def _pack_facts(data: TrainingData, recipe: Recipe) -> PackFacts:
-    packs = data.loader.epoch_packs(0)
-    tokens = np.array([int(data.index.tokens[pack].sum()) for pack in packs])
+def _pack_facts(training: Training, recipe: Recipe, num_steps: int) -> PackFacts:
+    packs = training.packs
+    tokens = np.array([int(training.index.tokens[pack].sum()) for pack in packs])
     room = recipe.data.max_tokens_per_pack
     return PackFacts(
+        streamed=training.streamed,
         packs=len(packs),
         packs_per_step=recipe.train.packs_per_step,
         max_tokens_per_pack=room,
-        steps_per_epoch=-(-len(packs) // recipe.train.packs_per_step),
-        num_steps=data.num_steps,
+        steps_per_epoch=None if training.streamed else -(-len(packs) // recipe.train.packs_per_step),
+        num_steps=num_steps,
         mean_fill=float(tokens.sum() / (room * len(packs))),
         histograms={
             "fill_percent": histogram(np.floor(100 * tokens / room)),

@@ -197,7 +197,7 @@ def recipe_hazards(sources: list[SourceFacts], packs: PackFacts, recipe: Recipe)
     trained = {source.name: source.weight * source.label_tokens_of_all for source in training}
     total = sum(trained.values())
     for name, tokens in trained.items():
-        if len(trained) > 1 and tokens > _DOMINATES * total:
+        if len(trained) > 1 and not packs.streamed and tokens > _DOMINATES * total:
             hazards.append(make("dominates", name, round(tokens), round(total)))
     if packs.mean_fill < _LOW_FILL and packs.packs > 1:
         room = packs.packs * packs.max_tokens_per_pack

@@ -12,7 +12,7 @@ from typing import Any
 from qwen3vl_train.inspect.gather import Inspection
 from qwen3vl_train.inspect.hazards import KINDS
 
-# The charts are drawn by charts.js: plotly's script alone is 4.5 MB in every page, for five kinds of bars.
+# The charts are drawn by charts.js: plotly's script would add several MB to every page, for a handful of bar charts.
 _SCRIPTS = ("dom.js", "charts.js", "facts.js", "samples.js", "main.js")
 
 

@@ -103,7 +103,6 @@ def _key(sample: Sample, media: list[Size]) -> bytes:
             [part.text if isinstance(part, TextPart) else None for part in message.content],
             [[call.name, call.arguments] for call in message.tool_calls],
             message.reasoning,
-            message.loss_weight,
         ]
         for message in sample.messages
     ]

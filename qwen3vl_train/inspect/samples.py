@@ -9,14 +9,13 @@ from qwen3vl_train.data.collate import MultimodalCollator
 from qwen3vl_train.data.encode import EncodedSample
 from qwen3vl_train.data.faults import RowFault
 from qwen3vl_train.data.formats import TextPart
-from qwen3vl_train.data.loader import TrainLoader
 from qwen3vl_train.data.tokenizer import ChatTokenizer
 from qwen3vl_train.inspect.boxes import convention_fault, find_boxes
 from qwen3vl_train.inspect.entries import Entry, RowRef
 from qwen3vl_train.inspect.pictures import view_frames
 from qwen3vl_train.inspect.scan import Scan
+from qwen3vl_train.inspect.training import Training
 
-_MOST_PACKS_LOOKED_AT = 200
 _LONGEST_CHARACTER = 4  # tokens: a byte each
 
 
@@ -100,21 +99,18 @@ def token_texts(ids: Sequence[int], tokenizer: ChatTokenizer) -> list[str]:
     return texts
 
 
-def view_pack(loader: TrainLoader) -> dict[str, Any] | None:
-    """Build one pack of the first epoch, if it can be one of several samples, and return where its samples lie."""
-    packs = loader.epoch_packs(0)
-    rows = next((pack for pack in packs[:_MOST_PACKS_LOOKED_AT] if len(pack) > 1), packs[0])
+def view_pack(training: Training, max_tokens: int) -> dict[str, Any] | None:
+    """Build one planned pack, if it can be one of several samples, and return where its samples lie."""
+    numbers = next((pack for pack in training.packs if len(pack) > 1), training.packs[0])
     encoded = []
-    for number in rows:
-        place, row = loader.index.locate(number)
+    for number in numbers:
         try:
-            encoded.append(loader.collator.encode(loader.sources[place].sample(row)))
+            encoded.append(training.collate.encode(training.sample(number)))
         except RowFault:
             continue
     if not encoded:
         return None
-    pack = loader.collator.pack(encoded)
-    return {"max_tokens": loader.max_tokens, "sequences": _sequences(pack)}
+    return {"max_tokens": max_tokens, "sequences": _sequences(training.collate.pack(encoded))}
 
 
 def _sequences(pack: PackedBatch) -> list[dict[str, Any]]:

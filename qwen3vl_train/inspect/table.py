@@ -5,7 +5,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from qwen3vl_train.inspect.facts import Facts, Hazard, Histogram, SourceFacts
+from qwen3vl_train.inspect.facts import Facts, Hazard, Histogram, PackFacts, SourceFacts
 
 _COLOURS = {"error": "bold red", "warning": "yellow", "note": "cyan"}
 _MOST_REASONS = 5
@@ -26,19 +26,25 @@ def print_facts(facts: Facts, console: Console) -> None:
             console.print(f"[red]{group.count:,} rejected[/] {where}", soft_wrap=True)
         if len(source.rejects) > _MOST_REASONS:
             console.print(f"and for {len(source.rejects) - _MOST_REASONS} more reasons")
-    packs = facts.packs
-    console.print(
-        f"{packs.packs:,} {'pack' if packs.packs == 1 else 'packs'} an epoch, {100 * packs.mean_fill:.1f}% of {packs.max_tokens_per_pack:,} tokens filled; "
-        f"{packs.steps_per_epoch:,} steps an epoch, {packs.num_steps:,} in the run"
-    )
+    console.print(_packs_line(facts.packs), soft_wrap=True)
     for hazard in facts.hazards:
         console.print(_line(hazard), soft_wrap=True)
     if not facts.hazards:
         console.print("[green]nothing looks wrong[/]")
 
 
+def _packs_line(packs: PackFacts) -> str:
+    fill = f"{100 * packs.mean_fill:.1f}% of {packs.max_tokens_per_pack:,} tokens filled"
+    if packs.steps_per_epoch is None:
+        return f"{packs.packs:,} packs of the first rows of the streams, {fill}; {packs.num_steps:,} steps in the run"
+    return (
+        f"{packs.packs:,} {'pack' if packs.packs == 1 else 'packs'} an epoch, {fill}; {packs.steps_per_epoch:,} "
+        f"{'step' if packs.steps_per_epoch == 1 else 'steps'} an epoch, {packs.num_steps:,} in the run"
+    )
+
+
 def _rows_table(sources: list[SourceFacts]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("source", overflow="fold")
     for heading in ("format", "rows", "rejected", "no label", "repeats", "trained", "pictures"):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -56,7 +62,9 @@ def _rows_table(sources: list[SourceFacts]) -> Table:
 
 
 def _spreads_table(sources: list[SourceFacts]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption="median/95th percentile/maximum", caption_justify="left")
+    table = Table(
+        box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), caption="median/95th percentile/maximum", caption_justify="left"
+    )
     table.add_column("source", overflow="fold")
     columns = {"text_tokens": "text tokens", "visual_tokens": "visual tokens", "images": "pictures", "turns": "answers"}
     for heading in (*columns.values(), "wide : high"):

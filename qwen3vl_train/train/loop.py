@@ -121,6 +121,8 @@ def _train(recipe: Recipe, ranks: Ranks, watch: Watch) -> Path:
                 data_wait_seconds=waited,
                 rejected=len(data.rejects),
                 checkpoint_stall_seconds=stall,
+                dropped=packs.num_dropped,
+                shrunk=packs.num_shrunk,
             )
             recorder.step(tally, sums.grad_norms)
             stall = 0.0

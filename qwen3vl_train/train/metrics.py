@@ -40,7 +40,8 @@ class StepTally:
 
     loss: sum of label losses / num_labels. capacity: packs x data.max_tokens_per_pack.
     flops: useful FLOPs of the step, None where not counted. seconds: wall time of the whole step;
-    data_wait_seconds: the part of it in which this rank waited for packs. rejected: rows refused since the run began.
+    data_wait_seconds: the part of it in which this rank waited for packs. rejected: rows refused since the run began,
+    dropped: rows left out since then by data.too_long. shrunk: media of this step that a budget made smaller.
     checkpoint_stall_seconds: how long the step before this one was held up by its checkpoint.
     """
 
@@ -58,6 +59,8 @@ class StepTally:
     seconds: float
     data_wait_seconds: float
     rejected: int
+    dropped: int
+    shrunk: int
     checkpoint_stall_seconds: float = 0.0
 
 
@@ -90,6 +93,8 @@ def step_metrics(
         "peak_memory_gib": peak_memory_gib,
         "seconds": tally.seconds,
         "rejected": tally.rejected,
+        "dropped": tally.dropped,
+        "shrunk": tally.shrunk,
         "checkpoint_stall_seconds": tally.checkpoint_stall_seconds,
     }
 

@@ -78,7 +78,12 @@ def test_a_left_over_half_is_replaced_by_the_next_save(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "reason"),
-    [("{", "Expecting property name"), ("[]", "list indices"), ('{"step": 1}', "'files'"), ("\xff", "UnicodeDecodeError")],
+    [
+        ("{", "Expecting property name"),
+        ("[]", "list indices"),
+        ('{"step": 1}', "'files'"),
+        ("\xff", "UnicodeDecodeError"),
+    ],
 )
 def test_an_unreadable_record_is_named(tmp_path, text, reason):
     folder = save_checkpoint(tmp_path, 1, _tensors(1), {}, keep_last=1)

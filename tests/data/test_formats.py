@@ -201,6 +201,7 @@ CLIP_FAULTS = [
     ({"video": ["a", "b"], "fps": True}, ".fps is True; write a number of frames a second, above 0 and at most 1000"),
     ({"video": ["a", "b"], "fps": "2"}, ".fps is '2'; write a number of frames a second, above 0 and at most 1000"),
     ({"video": ["a", "b"], "timestamps": [0]}, ".timestamps: 1 times for 2 frames; give one for each frame"),
+    ({"video": ["a", "b"], "timestamps": [0, 1, 2]}, ".timestamps: 3 times for 2 frames; give one for each frame"),
     ({"video": ["a", "b"], "timestamps": 3}, ".timestamps is a number; write a list of seconds, one for each frame"),
     ({"video": ["a", "b"], "timestamps": [1, 0.5]},
      ".timestamps[1] is 0.5; write seconds from 0 on that never go back"),

@@ -80,7 +80,7 @@ def test_boxes_that_fit_a_small_picture_in_pixels(collate):
     assert looked_at(row("Where?", "there", [small]), collate).boxes_in_pixels is None
 
 
-def test_key_tells_texts_turns_weights_and_sizes_apart(collate):
+def test_key_tells_texts_turns_and_sizes_apart(collate):
     one, same_size, other_size = picture(64, 64, 1), picture(64, 64, 2), picture(64, 96, 1)
     base = row("a", "b", [one])
     keys = [

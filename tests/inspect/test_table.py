@@ -30,7 +30,8 @@ def test_names_sources_rejects_packs_and_hazards(inspection):
 def test_brackets_in_data_are_text(inspection):
     source = replace(inspection.facts.sources[0], name="[red]odd[/] name")
     text = printed(replace(inspection.facts, sources=[source]), width=200)
-    assert "[red]odd[/] name" in text
+    assert "[red]odd[/] name (train)" in text
+    assert text.count("[red]odd[/] name") == 2 + len(source.rejects)  # both tables, and each reason
 
 
 def test_says_when_nothing_looks_wrong(inspection):

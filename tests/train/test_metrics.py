@@ -30,6 +30,8 @@ TALLY = StepTally(
     seconds=2.0,
     data_wait_seconds=0.5,
     rejected=1,
+    dropped=2,
+    shrunk=3,
 )
 
 
@@ -51,6 +53,8 @@ def test_a_step_has_the_fields_of_metrics_jsonl():
         "peak_memory_gib": 1.5,
         "seconds": 2.0,
         "rejected": 1,
+        "dropped": 2,
+        "shrunk": 3,
         "checkpoint_stall_seconds": 0.0,
     }
 

@@ -25,8 +25,12 @@ function renderSummary(facts) {
     tile(count(sum('usable')), 'training rows', `${plural(sum('rejected'), 'row')} rejected` + (held ? `, ${count(held)} held out` : '')),
     tile(count(tokens), 'tokens', `${count(tokens - visual)} text, ${count(visual)} visual`),
     tile(percent(sum('label_tokens'), sum('examined_tokens')), 'of tokens trained', `${count(sum('label_tokens'))} label tokens`),
-    tile(count(packs.packs), `${packs.packs === 1 ? 'pack' : 'packs'} an epoch`, `${percent(packs.mean_fill, 1)} filled, up to ${count(packs.max_tokens_per_pack)} tokens`),
-    tile(count(packs.steps_per_epoch), `${packs.steps_per_epoch === 1 ? 'step' : 'steps'} an epoch`, `${plural(packs.num_steps, 'step')} in the run, ${plural(packs.packs_per_step, 'pack')} each`));
+    tile(count(packs.packs), packs.streamed ? 'packs planned' : `${packs.packs === 1 ? 'pack' : 'packs'} an epoch`,
+      `${percent(packs.mean_fill, 1)} filled, up to ${count(packs.max_tokens_per_pack)} tokens` + (packs.streamed ? ', of the first rows of the streams' : '')),
+    packs.streamed
+      ? tile(count(packs.num_steps), 'steps in the run', `${plural(packs.packs_per_step, 'pack')} each; an epoch of a stream has no known length`)
+      : tile(count(packs.steps_per_epoch), `${packs.steps_per_epoch === 1 ? 'step' : 'steps'} an epoch`,
+        `${plural(packs.num_steps, 'step')} in the run, ${plural(packs.packs_per_step, 'pack')} each`));
 }
 
 // choose: called with a kind of warning, to show its samples. Returns what filters need of each card.
@@ -81,7 +85,7 @@ function renderSources(facts) {
       source: source.name,
       kinds: facts.hazards.filter((hazard) => hazard.source === source.name).map((hazard) => hazard.kind),
       element: h('article', { class: 'source', 'data-source': source.name },
-        h('h3', null, source.name, h('span', { class: 'where' }, source.role === 'train' ? 'training' : 'held out')),
+        h('h3', null, source.name, h('span', { class: 'where' }, source.role === 'eval' ? 'held out' : facts.packs.streamed ? 'training, first rows of a stream' : 'training')),
         h('p', { class: 'evidence' },
           `${formatText(source.formats)} · ${source.files > 1 ? `${plural(source.files, 'file')} · ` : ''}${plural(source.rows, 'row')}, ${count(source.usable)} usable${source.dropped ? `, ${count(source.dropped)} dropped as too long` : ''} · ${plural(source.images, 'picture')}`,
           source.videos > 0 && ` · ${plural(source.videos, 'video')}`,
@@ -115,7 +119,7 @@ function packStrip(pack) {
   });
   const used = pack.sequences.reduce((all, sequence) => all + sequence.length, 0);
   return h('div', { id: 'pack' },
-    h('h3', null, 'One pack of the first epoch'),
+    h('h3', null, 'One pack'),
     h('p', { class: 'evidence' }, `${plural(pack.sequences.length, 'sample')} in one row of ${count(used)} tokens, room for ${count(pack.max_tokens)}. `,
       'Attention never crosses a boundary, and positions start again at (0, 0, 0) behind each.'),
     s('svg', { class: 'strip', viewBox: `0 -4 ${pack.max_tokens} 42`, preserveAspectRatio: 'none', role: 'img', 'aria-label': 'samples of a pack, end to end' },

@@ -26,11 +26,16 @@ function gridPath(rows, cols) {
   return lines.join('');
 }
 
+function wide(frame) {
+  return Math.max(frame.width, Math.min(256, 4 * frame.width));
+}
+
 function boxShapes(sample, frame) {
+  const size = (15 * frame.cols) / wide(frame); // of letters: 15 pixels, where one unit is one token
   return sample.boxes.map(([x1, y1, x2, y2, label]) => {
     const [x, y] = [(x1 / 1000) * frame.cols, (y1 / 1000) * frame.rows];
     const [width, height] = [((x2 - x1) / 1000) * frame.cols, ((y2 - y1) / 1000) * frame.rows];
-    return s('g', { class: 'box' }, s('rect', { x, y, width, height }), label && s('text', { x: x + 0.15, y: y + 0.55 }, label));
+    return s('g', { class: 'box' }, s('rect', { x, y, width, height }), label && s('text', { x: x + 0.4 * size, y: y + 1.1 * size, 'font-size': size, 'stroke-width': 0.2 * size }, label));
   });
 }
 
@@ -46,7 +51,7 @@ function picture(sample, frame) {
     s('path', { class: 'grid under', d: gridPath(frame.rows, frame.cols) }),
     s('path', { class: 'grid over', d: gridPath(frame.rows, frame.cols) }),
     here, s('g', { class: 'boxes' }, boxShapes(sample, frame)));
-  const view = h('div', { class: 'view', vars: { '--wide': `${Math.max(frame.width, Math.min(256, 4 * frame.width))}px` } },
+  const view = h('div', { class: 'view' },
     h('img', { src: frame.src, alt: frameName(sample, frame), class: frame.width < 192 && 'small', loading: 'lazy' }), overlay);
   view.addEventListener('pointermove', (event) => {
     const area = overlay.getBoundingClientRect();
@@ -62,7 +67,7 @@ function picture(sample, frame) {
     here.setAttribute('visibility', 'hidden');
     hideTip();
   });
-  return h('figure', { class: 'picture' }, view, h('figcaption', null, frameName(sample, frame)));
+  return h('figure', { class: 'picture', vars: { '--wide': `${wide(frame)}px` } }, view, h('figcaption', null, frameName(sample, frame)));
 }
 
 function tokenSpans(sample) {
