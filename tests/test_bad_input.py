@@ -69,7 +69,7 @@ trian: {num_steps: 3}
             "starting with a letter or digit",
             "  - model.dtype: got 'float16'; use bfloat16 or float32",
             "  - tune.rank: got '16', expected an integer",
-            "  - tune.targets.0: 'text_atn' is not a module group; did you mean text_attn or text_mlp? "
+            "  - tune.targets.0: 'text_atn' is not a module group; did you mean text_attn or text? "
             "(a module name is given as a regular expression, such as '.*\\.text_atn')",
             "  - data.train.0.wieght: unknown key; did you mean data.train.0.weight?",
             "  - data.max_tokens_per_pack: got 0, expected at least 1",
