@@ -12,6 +12,7 @@ from torch import nn
 from qwen3vl_train.arch import Qwen3VLArch
 from qwen3vl_train.batch import PackedBatch
 from qwen3vl_train.model.groups import grouped_parameters
+from qwen3vl_train.shards import shape_of
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class FlopsCounter:
             return any(p.requires_grad and ".lora_" not in n for name in names for n, p in groups.get(name, ()))
 
         def adapter(*names: str) -> int:
-            return sum(p.numel() for name in names for n, p in groups.get(name, ()) if ".lora_" in n)
+            return sum(shape_of(p).numel() for name in names for n, p in groups.get(name, ()) if ".lora_" in n)
 
         tower, mergers = ("vision_embed", "vision_attn", "vision_mlp"), ("merger", "deepstack")
         text = ("text_attn", "text_mlp")

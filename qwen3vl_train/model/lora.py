@@ -87,7 +87,7 @@ def adapter_tensors(model: nn.Module, huggingface_name: Callable[[str], str]) ->
         module, found, part = name.partition(".lora_")
         if found:
             kind = part.replace(f".{ADAPTER}", "", 1)
-            tensors[f"base_model.model.{huggingface_name(module)}.lora_{kind}"] = parameter.detach()
+            tensors[f"base_model.model.{huggingface_name(module)}.lora_{kind}"] = parameter
     return tensors
 
 

@@ -198,9 +198,7 @@ def test_names_of_another_model(folder):
     rewrite(folder, lambda tensors: tensors.update({"transformer.h.0.weight": torch.zeros(1)}))
     with pytest.raises(ValueError) as caught:
         load_qwen3_vl_model(folder)
-    assert str(caught.value) == (
-        f"{folder}: 1 unexpected weight: transformer.h.0.weight; not a Qwen3-VL checkpoint?"
-    )
+    assert str(caught.value) == (f"{folder}: 1 unexpected weight: transformer.h.0.weight; not a Qwen3-VL checkpoint?")
 
 
 def test_a_weight_stored_twice(folder):
