@@ -64,7 +64,8 @@ def test_the_pack_left_nearly_empty_is_topped_up():
         (0, 0, "plan: sample 1 has 0 tokens and 0 patches, a pack takes 1 to 100 tokens and 40 patches; leave it out"),
         (101, 4, "plan: sample 1 has 101 tokens and 4 patches, a pack takes 1 to 100 tokens and 40 patches; leave it "
          "out"),
-        (5, 44, "plan: sample 1 has 5 tokens and 44 patches, a pack takes 1 to 100 tokens and 40 patches; leave it out"),
+        (5, 44, "plan: sample 1 has 5 tokens and 44 patches, a pack takes 1 to 100 tokens and 40 patches; leave it "
+         "out"),
     ],
 )  # fmt: skip
 def test_samples_that_cannot_be_packed(tokens, patches, fault):
