@@ -58,8 +58,8 @@ def test_costs_are_those_of_the_collator_and_rejects_say_why(tmp_path, collator)
         Reject(f"{tmp_path}/b.jsonl", 1, "messages[0].content[1]: image empty.png: is empty (0 bytes); copy the file "
                "again"),
         Reject(f"{tmp_path}/b.jsonl", 3, f"sample of {tokens} tokens (0 visual) is longer than "
-               "data.max_tokens_per_pack 400; raise it, lower data.max_visual_tokens_per_image, or set data.too_long to "
-               "drop or shrink_media"),
+               "data.max_tokens_per_pack 400; raise it, lower data.max_visual_tokens_per_image, or set data.too_long "
+               "to drop or shrink_media"),
     ]  # fmt: skip
 
 
