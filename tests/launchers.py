@@ -44,7 +44,7 @@ def short_recipe(model: Path, task: Path, out: Path, **overrides) -> Path:
     return write_recipe(out / "recipe.yaml", tiny_runs.make_recipe(model, task, out, **values))
 
 
-def run(command: list[str], *, timeout: float = 150, **more: str) -> subprocess.CompletedProcess[str]:
+def run(command: list[str], *, timeout: float = 400, **more: str) -> subprocess.CompletedProcess[str]:
     """Run in a session of its own and wait; nothing of it is left behind, whatever happens."""
     process = subprocess.Popen(
         command, env=environment(**more), cwd=ROOT, text=True, start_new_session=True,

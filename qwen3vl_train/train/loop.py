@@ -43,7 +43,8 @@ def train(recipe: Recipe) -> Path:
 
 def _train(recipe: Recipe, ranks: Ranks, watch: Watch) -> Path:
     check_world_size(recipe, ranks.world_size)
-    torch.use_deterministic_algorithms(recipe.train.deterministic)
+    if recipe.train.deterministic != torch.are_deterministic_algorithms_enabled():
+        torch.use_deterministic_algorithms(recipe.train.deterministic)  # imports torch's compiler, seconds of start-up
     # Rank 0 looks at the folder for all, so that none sees it a moment earlier or later than the others.
     folder, checkpoint, damaged = ranks.from_main(lambda: open_run_folder(recipe))
     record = read_record(checkpoint) if checkpoint else None

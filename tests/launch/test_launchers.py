@@ -73,7 +73,7 @@ def test_other_launchers_start_the_same_run(
 
 def test_a_rank_later_than_the_timeout_ends_the_run_with_its_name(tiny_folder: Path, task: Path, tmp_path: Path):
     script = tmp_path / "late.py"
-    script.write_text(SLOW_STEPS.format(seconds=60, ranks=("1",), steps=(2,)))
+    script.write_text(SLOW_STEPS.format(seconds=20, ranks=("1",), steps=(2,)))
     recipe = launchers.short_recipe(tiny_folder, task, tmp_path, parallel={"timeout_seconds": 10})
     done = launchers.run([*launchers.TORCHRUN, "--master-port", launchers.free_port(), str(script), str(recipe)])
     assert done.returncode == 1

@@ -1,0 +1,107 @@
+"""No rank ever holds more of a checkpoint than its own part."""
+
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+import tiny_checkpoint
+import tiny_engines
+import torch
+from torch import nn
+
+from qwen3vl_train.config import Recipe
+from qwen3vl_train.dist import Ranks
+from qwen3vl_train.parallel.mesh import build_mesh
+from qwen3vl_train.shards import local
+from qwen3vl_train.train.build import build_model
+
+MEBIBYTE = 2**20
+
+
+@pytest.fixture(scope="module")
+def half_a_gigabyte(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("large") / "model"
+    tiny_checkpoint.write_tiny_checkpoint(folder, hidden_size=1024, num_layers=13, vision_depth=3)
+    assert 480e6 < (folder / "model.safetensors").stat().st_size < 560e6
+    return folder
+
+
+def _own_memory() -> int:
+    """Bytes that this process alone holds: RssAnon.
+
+    The whole resident set would count the pages of the mapped checkpoint file too. Those are the file cache's: all
+    ranks of a machine share them, and the kernel takes them back when it needs room.
+    """
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return 1024 * int(line.split()[1])
+    raise AssertionError("no RssAnon in /proc/self/status")
+
+
+class _Peak:
+    """A with-block that looks at the memory every millisecond."""
+
+    def __enter__(self) -> "_Peak":
+        self.before = self.highest = _own_memory()
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._look)
+        self._thread.start()
+        return self
+
+    def _look(self) -> None:
+        while not self._done.wait(0.001):
+            self.highest = max(self.highest, _own_memory())
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+        self.after = _own_memory()
+
+
+def _load(rank: int, world_size: int, recipe: Recipe, like_it: Recipe) -> tuple[int, int, int]:
+    """Bytes of this rank's part, and how far memory rose at most and in the end while the model was loaded.
+
+    like_it: a small model is loaded before, so that the libraries that are imported on the way (90 MiB with peft) are
+    not counted.
+    """
+    ranks = Ranks(rank, world_size, rank, torch.device("cpu"))
+    build_model(like_it, device="cpu", mesh=build_mesh(like_it.parallel, ranks))
+    with _Peak() as memory:
+        model = build_model(recipe, device="cpu", mesh=build_mesh(recipe.parallel, ranks))
+    return _held(model), memory.highest - memory.before, memory.after - memory.before
+
+
+def _held(model: nn.Module) -> int:
+    return sum(local(parameter).numel() * parameter.element_size() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("tune", ["full", "lora"])
+def test_loading_takes_the_shard_and_a_quarter_at_most(half_a_gigabyte: Path, tmp_path: Path, tune: str, dtype: str):
+    small = tiny_engines.write_small_checkpoint(tmp_path / "small")
+    recipe, like_it = (
+        tiny_engines.engine_recipe(folder, tiny_engines.TUNES[tune], "fsdp2", dtype=dtype)
+        for folder in (half_a_gigabyte, small)
+    )
+    stored = (half_a_gigabyte / "model.safetensors").stat().st_size
+    for shard, peak, after in tiny.run_ranks(_load, 2, recipe, like_it, timeout=120):
+        print(
+            f"{tune} {dtype}: shard {shard / MEBIBYTE:.0f} MiB, peak {peak / MEBIBYTE:.0f} MiB, "
+            f"after {after / MEBIBYTE:.0f} MiB of {stored / MEBIBYTE:.0f} MiB stored"
+        )
+        # What trains is held in float32, what is frozen in the recipe's dtype; the file is float32.
+        share = 0.5 if tune == "full" or dtype == "float32" else 0.25
+        assert shard == pytest.approx(share * stored, rel=0.02)
+        assert 0.9 * shard < after, "the measure sees what is held"
+        assert peak < 1.25 * shard
+
+
+def test_the_measure_sees_a_copy_of_one_tenth():
+    tenth = 50 * MEBIBYTE
+    with _Peak() as memory:
+        copy = torch.ones(tenth // 4)
+        time.sleep(0.05)
+        del copy
+    assert 0.9 * tenth < memory.highest - memory.before < 1.2 * tenth
