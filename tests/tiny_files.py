@@ -9,7 +9,6 @@ from pathlib import Path
 import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
-import zstandard
 from PIL import Image
 
 ROW = '{"messages": [{"role": "user", "content": "%s"}, {"role": "assistant", "content": "ok"}]}'
@@ -67,7 +66,7 @@ def write_all(folder: Path) -> dict[str, Path]:
     files["a.jsonl"].write_bytes(lines)
     files["a.json"].write_bytes(array)
     files["b.jsonl.gz"].write_bytes(gzip.compress(lines))
-    files["b.jsonl.zst"].write_bytes(zstandard.compress(lines))
+    files["b.jsonl.zst"].write_bytes(pa.compress(lines, codec="zstd", asbytes=True))
     files["c.json.gz"].write_bytes(gzip.compress(array))
     files["a.parquet"] = folder / "a.parquet"
     pq.write_table(pa.Table.from_pylist(table()), files["a.parquet"], row_group_size=4)

@@ -15,7 +15,7 @@ import numpy as np
 
 from qwen3vl_train.data.stamps import read_stats, row_stamps
 
-_FORM = 1
+_FORM = 2
 """Of the files written here; one more for every change in what they hold or in how costs are found."""
 _DAMAGE = (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile, zlib.error)
 """What reading a cut or altered file raises: every part of it carries a checksum."""
@@ -32,12 +32,14 @@ class RowReject(NamedTuple):
 @dataclass
 class SourceIndex:
     """n rows of one source. costs: int64 (fields of SampleCost, n), 0 where a row is not used. dropped: bool (n,).
+    shapes: int8 (n,), place of the row's shape in SHAPES, -1 where it could not be read.
 
     files: media files of all rows, row after row; num_files: int64 (n,), of each; stats: (files, 2), see `read_stats`.
     """
 
     costs: np.ndarray
     dropped: np.ndarray
+    shapes: np.ndarray
     rejects: list[RowReject]
     files: list[str]
     num_files: np.ndarray
@@ -65,6 +67,7 @@ class SourceIndex:
         return cls(
             np.concatenate([np.zeros((num_costs, 0), dtype=np.int64), *(part.costs for part in parts)], axis=1),
             np.concatenate([np.zeros(0, dtype=bool), *(part.dropped for part in parts)]),
+            np.concatenate([np.zeros(0, dtype=np.int8), *(part.shapes for part in parts)]),
             rejects,
             [path for part in parts for path in part.files],
             np.concatenate([np.zeros(0, dtype=np.int64), *(part.num_files for part in parts)]),
@@ -89,6 +92,7 @@ class SourceIndex:
         return SourceIndex(
             self.costs[:, start:end],
             self.dropped[start:end],
+            self.shapes[start:end],
             [reject._replace(row=reject.row - start) for reject in self.rejects if start <= reject.row < end],
             self.files[first:last],
             self.num_files[start:end],
@@ -113,6 +117,7 @@ def save_index(folder: Path, key: dict[str, Any], index: SourceIndex) -> None:
                 out,
                 costs=index.costs,
                 dropped=index.dropped,
+                shapes=index.shapes,
                 num_files=index.num_files,
                 stats=index.stats,
                 words=np.frombuffer(words.encode(errors="surrogateescape"), dtype=np.uint8),
@@ -136,6 +141,7 @@ def load_index(folder: Path, key: dict[str, Any], num_rows: int) -> SourceIndex 
             index = SourceIndex(
                 arrays["costs"],
                 arrays["dropped"],
+                arrays["shapes"],
                 [RowReject(*reject) for reject in words["rejects"]],
                 words["files"],
                 arrays["num_files"],

@@ -1,6 +1,7 @@
 """The cost of every row, found once before training from text and media headers, and the rows that cannot be used."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ from qwen3vl_train.data.collate import MultimodalCollator
 from qwen3vl_train.data.encode import SampleCost
 from qwen3vl_train.data.faults import Reject, RowFault
 from qwen3vl_train.data.formats import Sample
+from qwen3vl_train.data.shapes import SHAPES
 from qwen3vl_train.data.sources import Source
 from qwen3vl_train.data.stamps import local_files, read_stats
 from qwen3vl_train.data.workers import in_workers
@@ -55,7 +57,8 @@ class Index:
     """Costs of the rows of all sources, numbered through: source s has rows starts[s] .. starts[s+1]-1.
 
     tokens, visual_tokens, patches, patch_pairs, num_shrunk: int64 (rows,), all 0 where the row is not used. stamps:
-    int64 (rows,), of the media files as they were, see `stamps.row_stamps`. num_dropped: rows left out by rule.
+    int64 (rows,), of the media files as they were, see `stamps.row_stamps`. shapes: int8 (rows,), see `SourceIndex`.
+    num_dropped: rows left out by rule.
     """
 
     starts: np.ndarray
@@ -65,6 +68,7 @@ class Index:
     patch_pairs: np.ndarray
     num_shrunk: np.ndarray
     stamps: np.ndarray
+    shapes: np.ndarray
     rejects: list[Reject] = field(default_factory=list)
     num_dropped: int = 0
 
@@ -77,6 +81,7 @@ class Index:
             np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
             *joined.costs,
             stamps=joined.stamps(),
+            shapes=joined.shapes,
             rejects=[
                 Reject(name, reject.number, reject.reason)
                 for name, part in zip(names, parts, strict=True)
@@ -97,6 +102,11 @@ class Index:
         """Return the numbers of the usable rows of one source, ascending."""
         start, end = self.starts[source], self.starts[source + 1]
         return start + np.flatnonzero(self.tokens[start:end])
+
+    def count_shapes(self, source: int) -> Counter[str]:
+        """Return how many rows of one source have each shape, without those that could not be read."""
+        found = self.shapes[self.starts[source] : self.starts[source + 1]]
+        return Counter({shape: int((found == place).sum()) for place, shape in enumerate(SHAPES)})
 
     def locate(self, number: int) -> tuple[int, int]:
         """Return (source, row of that source) of a row number."""
@@ -177,12 +187,14 @@ class _Look:
         source = self.sources[place]
         costs = np.zeros((len(SampleCost._fields), len(rows)), dtype=np.int64)
         dropped = np.zeros(len(rows), dtype=bool)
+        shapes = np.full(len(rows), -1, dtype=np.int8)
         rejects: list[RowReject] = []
         files: list[list[str]] = []
         for at, row in enumerate(rows.tolist()):
             files.append([])
             try:
                 sample = source.sample(row)
+                shapes[at] = SHAPES.index(sample.shape)
                 files[-1] = local_files(sample)
                 cost = self.rule.admit(sample, self.collator)
             except RowFault as fault:
@@ -194,7 +206,7 @@ class _Look:
                 costs[:, at] = cost
         paths = [path for of_row in files for path in of_row]
         num_files = np.array([len(of_row) for of_row in files], dtype=np.int64)
-        return SourceIndex(costs, dropped, rejects, paths, num_files, read_stats(paths))
+        return SourceIndex(costs, dropped, shapes, rejects, paths, num_files, read_stats(paths))
 
 
 def _cache_key(source: Source, collator: MultimodalCollator, rule: LengthRule) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """One row, in whatever shape and from whatever file -> one checked `Sample`, by the rules of its data set."""
 
 import json
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -123,10 +122,6 @@ def shapes_line(name: str, counts: Mapping[str, int]) -> str:
     """Say which shapes the rows of a data set have: "train.jsonl: 7 rows, openai 5, sharegpt 2"."""
     found = ", ".join(f"{shape} {counts[shape]:,}" for shape in SHAPES if counts.get(shape))
     return f"{name}: {sum(counts.values()):,} rows, {found or 'of no known shape'}"
-
-
-def count_shapes(samples: Iterable[Sample]) -> Counter[str]:
-    return Counter(sample.shape for sample in samples)
 
 
 def _no_object(row: Any) -> str:

@@ -1,7 +1,8 @@
 """The data of a run, opened from its recipe: training loader, held-out packs, and the rows that cannot be used."""
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from qwen3vl_train.data.index import Index, LengthRule, build_index, check_rejec
 from qwen3vl_train.data.loader import TrainLoader, eval_packs
 from qwen3vl_train.data.mixture import InOrder, Part, Shuffled
 from qwen3vl_train.data.plan import CostModel, PackLimits, plan_figures
+from qwen3vl_train.data.rows import shapes_line, source_of
 from qwen3vl_train.data.sources import FileSource, open_sources, open_stream
 from qwen3vl_train.data.sources.files import cache_folder
 from qwen3vl_train.data.stream import StreamLoader
@@ -86,6 +88,15 @@ class TrainingData:
                     f"data.max_rejected_fraction {self.max_rejected_fraction:g}; mend them or raise it{shown}"
                 )
 
+    def shapes(self) -> dict[str, Counter[str]]:
+        """How many rows of each data set have which shape, by its name; held-out ones as `eval NAME`."""
+        counts: dict[str, Counter[str]] = {}
+        for place, (index, sources) in enumerate(self.files):
+            for number, source in enumerate(sources):
+                name = source_of(source.rules.sample_id(source.file, 1))
+                counts.setdefault(f"eval {name}" if place else name, Counter()).update(index.count_shapes(number))
+        return counts
+
     def report_lines(self) -> list[str]:
         """What the terminal says of the data."""
         if isinstance(self.loader, StreamLoader):
@@ -105,6 +116,7 @@ class TrainingData:
             f"{int(index.visual_tokens.sum()):,} visual; {len(packs):,} packs in epoch 1, {100 * figures.fill:.1f}% "
             f"filled; {self.num_steps:,} steps, the busiest rank does {figures.balance:.3f} of the mean"
         ]
+        lines += [f"data: {shapes_line(name, counts)}" for name, counts in self.shapes().items()]
         if index.num_dropped or index.num_shrunk.any():
             lines.append(
                 f"data: {index.num_dropped:,} samples dropped as too long, "

@@ -87,7 +87,8 @@ MESSAGES = st.fixed_dictionaries({}, optional={
     "content": WORDS | st.lists(PARTS, max_size=4) | JUNK, "loss": JUNK, "loss_weight": JUNK, "tool_calls": JUNK,
     "reasoning_content": SCALARS, "from": st.sampled_from(["human", "gpt"]) | SCALARS, "value": WORDS | JUNK,
 })  # fmt: skip
-ROWS = JUNK | st.fixed_dictionaries({}, optional={
+SOUND = st.fixed_dictionaries({"question": st.text(min_size=1), "answer": WORDS})
+ROWS = SOUND | JUNK | st.fixed_dictionaries({}, optional={
     "messages": st.lists(MESSAGES, max_size=4) | JUNK, "conversations": st.lists(MESSAGES, max_size=4) | JUNK,
     "question": WORDS | JUNK, "answer": WORDS | JUNK, "image": WORDS | JUNK, "images": st.lists(WORDS, max_size=3),
     "video": JUNK, "tools": JUNK, "system": JUNK, "boxes": st.lists(st.lists(st.floats(), max_size=5), max_size=2),

@@ -7,12 +7,12 @@ import os
 import socket
 import threading
 import time
+import tracemalloc
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import zstandard
 from tiny_files import ROW, png, talks, write_tar
 
 from qwen3vl_train.config.fields import TrainSource
@@ -42,7 +42,7 @@ def test_truncated_gz_and_zst(tmp_path):
     (fault,) = {message.split(" row ")[0] for message in faults_of(tmp_path / "a.jsonl.gz")}
     assert fault == "a.jsonl.gz: is truncated or damaged behind"
     assert all(message.endswith("; copy the file again") for message in faults_of(tmp_path / "a.jsonl.gz"))
-    packed = zstandard.compress(LINES)
+    packed = pa.compress(LINES, codec="zstd", asbytes=True)
     (tmp_path / "a.jsonl.zst").write_bytes(packed[: len(packed) // 2])
     assert all(" is truncated or damaged behind row " in fault for fault in faults_of(tmp_path / "a.jsonl.zst"))
     (tmp_path / "b.jsonl.gz").write_bytes(b"not gzip")
@@ -158,13 +158,18 @@ def test_a_row_too_long_to_be_held(tmp_path, monkeypatch):
 
     monkeypatch.setattr(json_files, "MAX_ROW_BYTES", 1 << 20)
     monkeypatch.setattr(json_files, "_BLOCK", 1 << 16)
-    (tmp_path / "a.jsonl").write_text(ROW % "a" + "\n" + ROW % ("x" * (3 << 20)) + "\n" + ROW % "b")
+    (tmp_path / "a.jsonl").write_text(ROW % "a" + "\n" + ROW % ("x" * (20 << 20)) + "\n" + ROW % "b")
+    tracemalloc.start()
     source = JsonlSource(tmp_path / "a.jsonl")
+    assert len(list(open_stream(TrainSource(path=str(tmp_path / "a.jsonl"))).rows())) == 3
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 6 << 20  # what is held, its join, a block; never the row
     assert [source.sample(row).messages[0].text for row in (0, 2)] == ["a", "b"]
     for read in (lambda: source.sample(1), lambda: _second(tmp_path / "a.jsonl")):
         with pytest.raises(RowFault) as caught:
             read()
-        assert str(caught.value) == "row of 3 MiB is longer than 1 MiB; split it"
+        assert str(caught.value) == "row of 20 MiB is longer than 1 MiB; split it"
 
 
 def _second(file: Path):

@@ -13,7 +13,10 @@ import pytest
 from tiny_files import KINDS, NUM_ROWS, ROW, png, talks, texts, write_all, write_tar
 
 from qwen3vl_train.config.fields import TrainSource
+from qwen3vl_train.data.collate import MultimodalCollator
 from qwen3vl_train.data.faults import MediaFault, RowFault
+from qwen3vl_train.data.index import LengthRule, build_index
+from qwen3vl_train.data.rows import shapes_line
 from qwen3vl_train.data.sources import JsonlSource, open_sources, open_stream
 from qwen3vl_train.data.sources import json_files as json_module
 
@@ -215,9 +218,17 @@ def test_media_of_a_shard_are_found_by_name_ending_or_not_at_all(tmp_path):
         assert str(caught.value) == fault
 
 
-def test_rows_of_mixed_shapes_in_one_file(tmp_path):
+def test_rows_of_mixed_shapes_in_one_file(tmp_path, tiny_folder):
     rows = [ROW % "a", json.dumps({"question": "?", "answer": "x"}), json.dumps(talks(1)[0]), "{}", "[1]", "7"]
     (tmp_path / "a.jsonl").write_text("\n".join(rows))
     streamed = list(open_stream(TrainSource(path=str(tmp_path / "a.jsonl"))).rows())
     assert [row.sample.shape for row in streamed[:3]] == ["openai", "columns", "sharegpt"]
     assert [isinstance(row.sample, RowFault) for row in streamed] == [False] * 3 + [True] * 3
+    for _ in range(2):  # the second time from what was kept of the first
+        collate = MultimodalCollator.from_pretrained(tiny_folder)
+        (tmp_path / "0.png").write_bytes(png(0))
+        sources = open_sources(TrainSource(path=str(tmp_path / "a.jsonl")))
+        index = build_index(sources, collate, LengthRule(500), cache_folder=tmp_path / "index")
+        line = shapes_line("a.jsonl", index.count_shapes(0))
+        assert line == "a.jsonl: 3 rows, openai 1, sharegpt 1, columns 1"
+        assert len(index.rejects) == 3

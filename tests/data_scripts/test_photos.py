@@ -25,10 +25,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def recipe_of(name: str, model: Path, folder: Path, out: Path):
+def recipe_of(name: str, model: Path, folder: Path, out: Path, *more: str):
     path = {"photos-llava": "llava.json", "photos-grounding": "grounding.jsonl"}[name]
     changes = [f"data.train.0.path={folder / path}", f"model.path={model}", f"output_dir={out}", "data.num_workers=0"]
-    return load_recipe(ROOT / "recipes" / f"{name}.yaml", changes)
+    return load_recipe(ROOT / "recipes" / f"{name}.yaml", [*changes, *more])
 
 
 def test_again_writes_nothing(folder):
@@ -74,9 +74,9 @@ def test_boxes_of_crops_show_the_same_thing(folder, tiny_folder, tmp_path):
 
 @pytest.mark.parametrize("name", ["photos-llava", "photos-grounding"])
 def test_the_recipe_learns(name, folder, tiny_folder, tmp_path):
-    recipe = recipe_of(name, tiny_folder, folder, tmp_path)
+    recipe = recipe_of(name, tiny_folder, folder, tmp_path, "train.num_steps=12")
     train(recipe)
     found = losses(tmp_path / name)
-    # 40 steps on 48 or 96 short rows: seen to fall from ln(vocabulary) = 6.2 to below 2 with seeds 0 to 2.
-    assert len(found) == 40
-    assert sum(found[-3:]) / 3 < 0.5 * found[0]
+    # The first 12 of 40 steps: seen to fall from 6.9 to 1.3 (llava) and 2.4 (grounding).
+    assert len(found) == 12
+    assert sum(found[-3:]) / 3 < 0.6 * found[0]
