@@ -134,7 +134,7 @@ def run_engine(rank: int, world_size: int, recipe: Recipe, steps: Steps) -> Outc
                 max_grad_norm=1.0,
             )
         )
-    weights = {name: whole(parameter.detach()).clone() for name, parameter in model.named_parameters()}
+    weights = {name: whole(parameter).detach().clone() for name, parameter in model.named_parameters()}
     return Outcome([d.loss for d in done], [d.grad_norms["all"] for d in done], weights if rank == 0 else {})
 
 

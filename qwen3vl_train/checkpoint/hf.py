@@ -197,12 +197,29 @@ def read_weights(model: nn.Module, files: WeightFiles) -> None:
         parameter = parameters[name]
         target = local(parameter)
         if parameter in seen and not torch.equal(target, piece.to(target)):
-            raise ValueError(
-                f"{files.folder}: tie_word_embeddings is true, but lm_head.weight differs from embed_tokens.weight; "
-                "set tie_word_embeddings to false in config.json if the head was trained apart"
-            )
+            raise _not_tied(files)
         seen.add(parameter)
         target.copy_(piece)
+
+
+def check_tied(model: nn.Module, files: WeightFiles) -> None:
+    """What `read_weights` checks of a tied head that is stored all the same, for a model that has no memory yet."""
+    names: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(base_name(name))
+    for tied in names.values():
+        stored = [name for name in tied if name in files.shapes]
+        if len(stored) > 1:
+            first, *others = dict(files.read({name: tuple(map(slice, files.shapes[name])) for name in stored})).values()
+            if not all(torch.equal(first, other) for other in others):
+                raise _not_tied(files)
+
+
+def _not_tied(files: WeightFiles) -> ValueError:
+    return ValueError(
+        f"{files.folder}: tie_word_embeddings is true, but lm_head.weight differs from embed_tokens.weight; "
+        "set tie_word_embeddings to false in config.json if the head was trained apart"
+    )
 
 
 def save_huggingface(

@@ -13,6 +13,7 @@ from qwen3vl_train.arch import Qwen3VLArch
 from qwen3vl_train.batch import PackedBatch
 from qwen3vl_train.groups import VISION_GROUPS
 from qwen3vl_train.model.groups import grouped_parameters
+from qwen3vl_train.shards import shape_of
 
 _MERGERS, _DECODER = ("merger", "deepstack"), ("text_attn", "text_mlp")
 

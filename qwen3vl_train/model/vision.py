@@ -3,7 +3,7 @@
 P patches, C vision hidden, N heads, H head dim, M merged rows (P / 4), D text hidden, F attention segments.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +16,7 @@ from qwen3vl_train.model.checkpointing import Checkpointing, run_block
 from qwen3vl_train.model.rope import apply_rope, vision_angles
 
 
-@dataclass(frozen=True)
-class VisionOutput:
+class VisionOutput(NamedTuple):
     """last_hidden_state (P, C): rows in merge-block order. pooler_output (M, D): merged rows in token order.
 
     deepstack_features: one (M, D) tensor for each tapped block, in the order of the taps.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from qwen3vl_train.config import OptimSection
 from qwen3vl_train.model.groups import group_of
-from qwen3vl_train.shards import local
+from qwen3vl_train.shards import local, shape_of
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -177,9 +177,9 @@ def parameter_groups(members: list[tuple[str, nn.Parameter]], optim: OptimSectio
     """AdamW's groups for (module group, parameter) pairs: one for each peak rate and decay; only matrices decay."""
     by_setting: dict[tuple[str, float], list[nn.Parameter]] = {}
     for group, parameter in members:
-        decay = optim.weight_decay if parameter.ndim >= 2 else 0.0
+        decay = optim.weight_decay if len(shape_of(parameter)) >= 2 else 0.0
         by_setting.setdefault((group, decay), []).append(parameter)
     return [
-        {"params": parameters, "peak_lr": optim.lr_of(group), "lr": optim.lr_of(group), "weight_decay": decay}
-        for (group, decay), parameters in by_setting.items()
+        {"params": members, "group": group, "peak_lr": (lr := optim.lr_of(group)), "lr": lr, "weight_decay": decay}
+        for (group, decay), members in by_setting.items()
     ]

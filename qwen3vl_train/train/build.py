@@ -4,20 +4,26 @@ Built without memory, tuned, sharded, and only then filled, each rank with its o
 """
 
 import zlib
+from functools import partial
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from qwen3vl_train.arch import Qwen3VLArch
-from qwen3vl_train.checkpoint.hf import WeightFiles, check_weights, materialize, read_weights
+from qwen3vl_train.checkpoint.hf import WeightFiles, check_tied, check_weights, materialize, read_weights
 from qwen3vl_train.config import Recipe
 from qwen3vl_train.dist import Ranks
+from qwen3vl_train.model.lora import base_name, is_adapter
 from qwen3vl_train.model.qwen3vl import Qwen3VLForConditionalGeneration
 from qwen3vl_train.parallel.ddp import Replicated, same_on_all_ranks
+from qwen3vl_train.parallel.deepspeed import ZeroAdamW, start_deepspeed
+from qwen3vl_train.parallel.deepspeed_config import deepspeed_config
 from qwen3vl_train.parallel.fsdp import Sharded, shard_model
 from qwen3vl_train.parallel.mesh import build_mesh
 from qwen3vl_train.parallel.optim import MasterAdamW, Optimizer
+from qwen3vl_train.parallel.zero import fill_partitioned
 from qwen3vl_train.shards import local, put, whole
 from qwen3vl_train.train.tune import apply_tuning
 
@@ -33,6 +39,11 @@ def build_engine(recipe: Recipe, ranks: Ranks) -> tuple[Qwen3VLForConditionalGen
         mesh = build_mesh(recipe.parallel, ranks)
         model = build_model(recipe, device=ranks.device, mesh=mesh)
         return model, MasterAdamW(model, recipe.optim, Sharded(mesh))
+    if recipe.parallel.engine == "deepspeed":
+        config = deepspeed_config(recipe, ranks.world_size)
+        start_deepspeed(ranks)
+        model = build_model(recipe, device=ranks.device, zero=config)
+        return model, ZeroAdamW(model, recipe.optim, config, ranks)
     model = build_model(recipe, device=ranks.device)
     optimizer = MasterAdamW(model, recipe.optim, Replicated(ranks.world_size))
     if not same_on_all_ranks([item.master for item in optimizer.trained], ranks.world_size):
@@ -41,12 +52,18 @@ def build_engine(recipe: Recipe, ranks: Ranks) -> tuple[Qwen3VLForConditionalGen
 
 
 def build_model(
-    recipe: Recipe, *, device: torch.device | str, dtype: torch.dtype | None = None, mesh: DeviceMesh | None = None
+    recipe: Recipe,
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype | None = None,
+    mesh: DeviceMesh | None = None,
+    zero: dict[str, Any] | None = None,
 ) -> Qwen3VLForConditionalGeneration:
     """Build the recipe's model with its weights and fresh adapters; sharded over the mesh where one is given.
 
-    dtype: of the arithmetic, the recipe's by default. No rank holds more than its own weights and the tensor being
-    read. Raises ValueError for what is wrong with the model folder or the targets.
+    dtype: of the arithmetic, the recipe's by default. zero: DeepSpeed's settings, of a run that uses it. No rank holds
+    more than its own weights and the tensor being read. Raises ValueError for what is wrong with the model folder or
+    the targets.
     """
     dtype = dtype or DTYPES[recipe.model.dtype]
     arch = Qwen3VLArch.from_pretrained(recipe.model.path)
@@ -61,7 +78,12 @@ def build_model(
     _set_dtypes(model, frozen=dtype, trained=dtype if mesh is None else torch.float32)
     if mesh is not None:
         shard_model(model, mesh, recipe.parallel, dtype)
-        model.always_run_vision = True
+    model.always_run_vision = mesh is not None or zero is not None
+    if zero is not None and zero["zero_optimization"]["stage"] == 3:
+        # 4. and 5. at once: rank 0 reads a tensor, DeepSpeed cuts it up, the next one follows.
+        check_tied(model, files)
+        fill_partitioned(model, zero, partial(_first_values, files, recipe.train.seed), device)
+        return model
     # 4. Memory, for this rank's part alone.
     materialize(model, "cpu" if mesh is not None and recipe.parallel.cpu_offload else device)
     # 5. Weights straight into it.
@@ -94,14 +116,39 @@ def init_adapters(model: nn.Module, seed: int) -> None:
     """
     parameters = dict(model.named_parameters())
     for name, parameter in parameters.items():
-        module, _, part = name.partition(".lora_")
-        if part.startswith("B."):
-            local(parameter).zero_()
-        elif part.startswith("A."):
-            generator = torch.Generator().manual_seed((seed << 32) % 2**63 + zlib.crc32(name.encode()))
-            bound = parameter.shape[1] ** -0.5
-            put(parameter, torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator))
-        elif part:
-            assert part.startswith("magnitude_vector."), name
-            base = whole(parameters[f"{module}.base_layer.weight"])
-            put(parameter, base.float().norm(dim=1).reshape(parameter.shape))
+        if is_adapter(name):
+            base = whole(parameters[_dora_base(name)]) if _is_magnitude(name) else None
+            put(parameter, _adapter_values(name, parameter, seed, base))
+
+
+def _adapter_values(name: str, parameter: nn.Parameter, seed: int, base: Tensor | None) -> Tensor:
+    """All first values of an adapter's tensor. base: the adapted weight, for a DoRA magnitude."""
+    if base is not None:
+        return base.float().norm(dim=1).reshape(parameter.shape)
+    if ".lora_B." in name:
+        return torch.zeros(parameter.shape)
+    assert ".lora_A." in name, name
+    generator = torch.Generator().manual_seed((seed << 32) % 2**63 + zlib.crc32(name.encode()))
+    bound = parameter.shape[1] ** -0.5
+    return torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator)
+
+
+def _is_magnitude(name: str) -> bool:
+    return ".lora_magnitude_vector." in name
+
+
+def _dora_base(name: str) -> str:
+    return name.partition(".lora_")[0] + ".base_layer.weight"
+
+
+def _first_values(files: WeightFiles, seed: int, name: str, parameter: nn.Parameter) -> Tensor:
+    """All values with which a parameter of the model starts, read or made without the model."""
+    if not is_adapter(name):
+        return _read(files, base_name(name))
+    base = _read(files, base_name(_dora_base(name))).to(parameter.dtype) if _is_magnitude(name) else None
+    return _adapter_values(name, parameter, seed, base)
+
+
+def _read(files: WeightFiles, name: str) -> Tensor:
+    ((_, values),) = files.read({name: tuple(map(slice, files.shapes[name]))})
+    return values

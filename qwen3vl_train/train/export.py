@@ -21,7 +21,7 @@ from qwen3vl_train.data.collate import MultimodalCollator
 from qwen3vl_train.dist import Ranks
 from qwen3vl_train.model.lora import adapter_tensors, merge_lora
 from qwen3vl_train.model.qwen3vl import Qwen3VLForConditionalGeneration
-from qwen3vl_train.shards import whole
+from qwen3vl_train.shards import shape_of, whole
 from qwen3vl_train.train.build import DTYPES
 from qwen3vl_train.train.data import open_collator
 from qwen3vl_train.train.restore import RestoredRun, restore_run, round_weights
@@ -86,7 +86,7 @@ def export_while_training(recipe: Recipe, model: Qwen3VLForConditionalGeneration
         members = adapter_tensors(model, to_huggingface)
     else:
         members = dict(model.named_parameters())
-    gathered = ((name, whole(tensor.detach())) for name, tensor in members.items())
+    gathered = ((name, whole(tensor).detach()) for name, tensor in members.items())
     if not ranks.is_main:
         for _ in gathered:
             pass

@@ -11,6 +11,7 @@ from qwen3vl_train.groups import GROUPS, VISION_GROUPS
 from qwen3vl_train.model.groups import group_of, train_only
 from qwen3vl_train.model.lora import add_lora, lora_modules
 from qwen3vl_train.model.qwen3vl import Qwen3VLForConditionalGeneration
+from qwen3vl_train.shards import shape_of
 
 SEEN_WITH_MEDIA = {*VISION_GROUPS, "merger", "deepstack"}
 
@@ -77,9 +78,9 @@ def report_groups(model: nn.Module, recipe: Recipe) -> list[GroupReport]:
                 GroupReport(
                     group=group,
                     num_tensors=len(parameters),
-                    num_parameters=sum(parameter.numel() for parameter in parameters),
+                    num_parameters=sum(shape_of(parameter).numel() for parameter in parameters),
                     num_trained_tensors=len(trained),
-                    num_trained_parameters=sum(parameter.numel() for parameter in trained),
+                    num_trained_parameters=sum(shape_of(parameter).numel() for parameter in trained),
                     lr=recipe.optim.lr_of(group) if trained else 0.0,
                 )
             )
