@@ -132,6 +132,7 @@ def run_engine(rank: int, world_size: int, recipe: Recipe, steps: Steps) -> Outc
                 seed=recipe.train.seed,
                 lr_factor=1.0,
                 max_grad_norm=1.0,
+                sources=tiny_runs.sources_of(packs),
             )
         )
     weights = {name: whole(parameter).detach().clone() for name, parameter in model.named_parameters()}

@@ -19,6 +19,7 @@ from qwen3vl_train.checkpoint.manifest import latest_checkpoint
 from qwen3vl_train.checkpoint.run import read_tensors
 from qwen3vl_train.config import Recipe, recipe_from_dict
 from qwen3vl_train.data.collate import MultimodalCollator
+from qwen3vl_train.data.rows import source_of
 from qwen3vl_train.data.sources import JsonlSource
 from qwen3vl_train.dist import Ranks
 from qwen3vl_train.model.flops import FlopsCounter
@@ -114,6 +115,12 @@ def make_recipe(model: Path, task: Path, out: Path, **overrides: Any) -> Recipe:
     return recipe_from_dict(recipe_values(model, task, out, **overrides))
 
 
+def sources_of(packs: list[PackedBatch], ranks: Ranks = ALONE) -> list[str]:
+    """Names of the data sets that the packs of all ranks are of."""
+    mine = [source_of(name) for pack in packs for name in pack.sample_ids]
+    return sorted({name for names in ranks.gather(mine) for name in names})
+
+
 class Trainee:
     """A model with its optimizer, set up as `train` does."""
 
@@ -130,6 +137,7 @@ class Trainee:
         """One step at the full learning rate, unclipped unless options say otherwise."""
         flops = FlopsCounter.of(self.model, self.model.arch)
         options = {"step": 0, "seed": 0, "lr_factor": 1.0, "max_grad_norm": None, **options}
+        options.setdefault("sources", sources_of(packs, ranks))
         numbers = list(range(len(packs))) if numbers is None else numbers
         return train_step(self.model, self.optimizer, packs, numbers, ranks, flops, **options)
 

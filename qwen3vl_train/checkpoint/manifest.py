@@ -73,7 +73,7 @@ def read_record(folder: Path, *, checksums: bool = False) -> dict[str, Any]:
         files = {name: (entry["bytes"], entry["crc32"]) for name, entry in record["files"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{manifest}: unreadable ({error!r}); remove this checkpoint") from None
-    if missing := {"step", "loader", "rejects"} - record.keys():
+    if missing := {"step", "updates", "loader", "rejects"} - record.keys():
         raise ValueError(f"{manifest}: has no {', '.join(sorted(missing))}; remove this checkpoint")
     for name, (size, crc32) in files.items():
         file = folder / name

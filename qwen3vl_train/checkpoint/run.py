@@ -88,7 +88,10 @@ class CheckpointWriter:
             raise RuntimeError(self._refused(folder, error)) from error
 
     def _refused(self, folder: Path, error: Exception) -> str:
-        last = latest_checkpoint(self._run_dir)
+        try:
+            last = latest_checkpoint(self._run_dir)
+        except OSError:  # the same fault: whoever cannot write there may not be let in at all
+            return f"{folder}: could not be saved ({error}); make the folder writable, then start the run again"
         then = f"the run goes on from {last}, which is whole" if last else "the run starts again, it has no checkpoint"
         return f"{folder}: could not be saved ({error}); make room, then {then}"
 

@@ -124,16 +124,18 @@ class Qwen3VLForConditionalGeneration(nn.Module):
         merged = [vision.pooler_output, *vision.deepstack_features]
         return torch.stack([0.0 * rows.sum() for rows in merged]).sum().to(like.dtype)
 
-    def forward(self, batch: PackedBatch) -> tuple[Tensor, int]:
+    def forward(self, batch: PackedBatch, losses_R: Tensor | None = None) -> tuple[Tensor, int]:
         """Return (sum of the losses of all labels, float32 scalar; number of labels). Only labelled rows reach the
         head.
 
-        loss_weights multiply the losses; they do not change the number of labels.
+        loss_weights multiply the losses; they do not change the number of labels. losses_R: float32, one place for each
+        of `batch.label_rows`, is filled with the terms of the sum, without gradient.
         """
         hidden_RD = self.hidden_states(batch).index_select(0, batch.label_rows)
         labels_R = batch.labels.index_select(0, batch.label_rows)
         weights_R = None if batch.loss_weights is None else batch.loss_weights.index_select(0, batch.label_rows)
-        loss_sum = linear_cross_entropy_sum(hidden_RD, self.language_model.lm_head.weight, labels_R, weights_R)
+        head_VD = self.language_model.lm_head.weight
+        loss_sum = linear_cross_entropy_sum(hidden_RD, head_VD, labels_R, weights_R, losses_R)
         return loss_sum, batch.num_labels
 
     @torch.no_grad()

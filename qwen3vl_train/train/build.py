@@ -45,10 +45,15 @@ def build_engine(recipe: Recipe, ranks: Ranks) -> tuple[Qwen3VLForConditionalGen
         model = build_model(recipe, device=ranks.device, zero=config)
         return model, ZeroAdamW(model, recipe.optim, config, ranks)
     model = build_model(recipe, device=ranks.device)
-    optimizer = MasterAdamW(model, recipe.optim, Replicated(ranks.world_size))
+    return model, MasterAdamW(model, recipe.optim, Replicated(ranks.world_size))
+
+
+def check_replicas(optimizer: Optimizer, ranks: Ranks) -> None:
+    """Raise RuntimeError on all ranks where those that hold whole copies of what trains hold different ones."""
+    if not isinstance(optimizer, MasterAdamW) or optimizer.lockstep:
+        return
     if not same_on_all_ranks([item.master for item in optimizer.trained], ranks.world_size):
-        raise RuntimeError("ranks start from different weights; do they read the same model folder?")
-    return model, optimizer
+        raise RuntimeError("ranks start from different weights; do they read the same model folder and checkpoint?")
 
 
 def build_model(
@@ -128,7 +133,8 @@ def _adapter_values(name: str, parameter: nn.Parameter, seed: int, base: Tensor 
     if ".lora_B." in name:
         return torch.zeros(parameter.shape)
     assert ".lora_A." in name, name
-    generator = torch.Generator().manual_seed((seed << 32) % 2**63 + zlib.crc32(name.encode()))
+    # torch's generator on the CPU takes the low 32 bits of a seed and drops the others.
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
     bound = parameter.shape[1] ** -0.5
     return torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator)
 

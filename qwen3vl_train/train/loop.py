@@ -12,7 +12,8 @@ from qwen3vl_train.data.faults import Reject
 from qwen3vl_train.dist import Ranks, start_ranks
 from qwen3vl_train.model.flops import FlopsCounter
 from qwen3vl_train.model.qwen3vl import Qwen3VLForConditionalGeneration
-from qwen3vl_train.train.build import build_engine
+from qwen3vl_train.shards import shape_of
+from qwen3vl_train.train.build import build_engine, check_replicas
 from qwen3vl_train.train.data import TrainingData, open_data
 from qwen3vl_train.train.evaluate import evaluate_loss
 from qwen3vl_train.train.export import export_while_training
@@ -22,6 +23,7 @@ from qwen3vl_train.train.record import Recorder
 from qwen3vl_train.train.report import start_report
 from qwen3vl_train.train.run_folder import REJECTED_FILE, RejectLog, claim_run_folder, open_run_folder, versions
 from qwen3vl_train.train.schedule import lr_factor
+from qwen3vl_train.train.sources import source_names
 from qwen3vl_train.train.step import train_step
 from qwen3vl_train.train.stop import StopRequest, StopSignals
 from qwen3vl_train.train.tune import GradientCheck
@@ -49,6 +51,7 @@ def _train(recipe: Recipe, ranks: Ranks, watch: Watch) -> Path:
     folder, checkpoint, damaged = ranks.from_main(lambda: open_run_folder(recipe))
     record = read_record(checkpoint) if checkpoint else None
     step = record["step"] if record else 0
+    updates = record["updates"] if record else 0  # a step without a label is none
     data = open_data(recipe, ranks, loader_state=record["loader"] if record else None)
     RejectLog(folder / REJECTED_FILE, writes=ranks.is_main, fresh=not checkpoint).add(data.rejects)
     data.check_rejects()
@@ -59,9 +62,11 @@ def _train(recipe: Recipe, ranks: Ranks, watch: Watch) -> Path:
     model.train()
     if checkpoint:
         load_checkpoint(checkpoint, state := optimizer.state_tensors())
-        optimizer.loaded(state, num_updates=step)
+        optimizer.loaded(state, num_updates=updates)
+    check_replicas(optimizer, ranks)
     ranks.from_main(lambda: claim_run_folder(folder, recipe, checkpoint))
-    flops = FlopsCounter.of(model, model.arch)
+    flops = FlopsCounter.of(model, model.arch, lambda parameter: shape_of(parameter).numel())
+    sources = source_names(recipe)
     gradient_check = GradientCheck(model)
     keep = recipe.checkpoint
     policy = KeepPolicy(keep.keep_last, keep.keep_every_steps, keep.keep_best)
@@ -94,8 +99,10 @@ def _train(recipe: Recipe, ranks: Ranks, watch: Watch) -> Path:
                 seed=recipe.train.seed,
                 lr_factor=factor,
                 max_grad_norm=recipe.optim.max_grad_norm,
+                sources=sources,
             )
             step += 1
+            updates += sums.label_tokens > 0
             checked = gradient_check.after_step(
                 step,
                 optimizer.touched,
@@ -124,6 +131,7 @@ def _train(recipe: Recipe, ranks: Ranks, watch: Watch) -> Path:
                 checkpoint_stall_seconds=stall,
                 dropped=packs.num_dropped,
                 shrunk=packs.num_shrunk,
+                sources=sums.sources,
             )
             recorder.step(tally, sums.grad_norms)
             stall = 0.0
@@ -140,6 +148,7 @@ def _train(recipe: Recipe, ranks: Ranks, watch: Watch) -> Path:
             if last or stopping or _every(keep.every_steps, step):
                 state = {
                     "loader": packs.state,
+                    "updates": updates,
                     "rejects": data.rejects,
                     "eval": losses,
                     "engine": recipe.parallel.engine,

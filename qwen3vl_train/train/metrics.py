@@ -5,11 +5,13 @@ import math
 import re
 import resource
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from qwen3vl_train.train.sources import SourceLoss
 
 # Dense bf16 tensor throughput in FLOP/s by words of the device's name; the first line that fits decides.
 _BF16_PEAKS: tuple[tuple[str, float], ...] = (
@@ -42,7 +44,8 @@ class StepTally:
     flops: useful FLOPs of the step, None where not counted. seconds: wall time of the whole step;
     data_wait_seconds: the part of it in which this rank waited for packs. rejected: rows refused since the run began,
     dropped: rows left out since then by data.too_long. shrunk: media of this step that a budget made smaller.
-    checkpoint_stall_seconds: how long the step before this one was held up by its checkpoint.
+    checkpoint_stall_seconds: how long the step before this one was held up by its checkpoint. sources: loss and label
+    tokens of each data set.
     """
 
     step: int
@@ -62,6 +65,7 @@ class StepTally:
     dropped: int
     shrunk: int
     checkpoint_stall_seconds: float = 0.0
+    sources: dict[str, SourceLoss] = field(default_factory=dict)
 
 
 def step_metrics(
@@ -96,6 +100,7 @@ def step_metrics(
         "dropped": tally.dropped,
         "shrunk": tally.shrunk,
         "checkpoint_stall_seconds": tally.checkpoint_stall_seconds,
+        "sources": {name: of_source._asdict() for name, of_source in tally.sources.items()},
     }
 
 

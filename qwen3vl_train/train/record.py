@@ -45,7 +45,7 @@ class Recorder:
         self._console.line(text)
 
     def step(self, tally: StepTally, grad_norms: dict[str, float]) -> None:
-        """Write one step; grad_norms of the module groups go to the tracker."""
+        """Write one step; grad_norms of the module groups, and a curve for each data set, go to the tracker."""
         row = step_metrics(
             tally,
             world_size=self._ranks.world_size,
@@ -54,7 +54,10 @@ class Recorder:
         )
         if self._metrics:
             self._metrics.append(row)
-        self._tracker.log({**row, **{f"grad_norm/{group}": norm for group, norm in grad_norms.items()}}, tally.step)
+        curves = {key: value for key, value in row.items() if key != "sources"}
+        curves |= {f"grad_norm/{group}": norm for group, norm in grad_norms.items()}
+        curves |= {f"loss/{name}": of_source.loss for name, of_source in tally.sources.items()}
+        self._tracker.log(curves, tally.step)
         self._console.step(row)
 
     def evaluation(self, step: int, name: str, result: EvalLoss, seconds: float) -> None:

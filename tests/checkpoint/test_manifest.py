@@ -25,7 +25,7 @@ def _make(run: Path, step: int, **record: Any) -> Path:
     (folder / "state").mkdir(parents=True)
     for shard in (1, 2):
         (folder / "state" / f"shard-{shard}.safetensors").write_bytes(bytes([step, shard]) * 500)
-    write_manifest(folder, {"step": step, "loader": {}, "rejects": [], **record})
+    write_manifest(folder, {"step": step, "updates": 0, "loader": {}, "rejects": [], **record})
     return folder
 
 

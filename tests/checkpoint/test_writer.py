@@ -6,6 +6,7 @@ import resource
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import gettempdir
 from typing import Any
 
 import pytest
@@ -25,7 +26,7 @@ from qwen3vl_train.shards import whole
 from qwen3vl_train.train.build import build_engine
 from qwen3vl_train.train.step import train_step
 
-RECORD: dict[str, Any] = {"loader": {}, "rejects": []}
+RECORD: dict[str, Any] = {"updates": 0, "loader": {}, "rejects": []}
 KEEP = KeepPolicy(keep_last=9)
 
 
@@ -47,7 +48,8 @@ def _take_a_step(model, optimizer, ranks: Ranks, steps: Steps, number: int) -> f
     packs = [steps[number][place] for place in mine]
     flops = FlopsCounter.of(model, model.arch)
     options = {"step": number, "seed": 0, "lr_factor": 1.0, "max_grad_norm": 1.0}
-    return train_step(model, optimizer, packs, mine, ranks, flops, **options).loss
+    sources = tiny_runs.sources_of(steps[number])
+    return train_step(model, optimizer, packs, mine, ranks, flops, sources=sources, **options).loss
 
 
 def _pass_on(
@@ -225,8 +227,9 @@ def _give_up_rights(folder: Path) -> None:
 
 
 def test_a_folder_without_rights_is_told(tmp_path: Path):
-    for parent in (tmp_path, *tmp_path.parents[:2]):
-        parent.chmod(0o755)
+    for parent in (tmp_path, *tmp_path.parents):
+        if parent.is_relative_to(gettempdir()) and parent != Path(gettempdir()):
+            parent.chmod(0o755)
     run = tmp_path / "run"
     message = _failing_save(run, lambda: _give_up_rights(run / "checkpoints"))
     (run / "checkpoints").chmod(0o755)

@@ -169,7 +169,9 @@ class _Trainee:
             mine = tiny_engines.SHARES[self.ranks.world_size][step][self.ranks.rank]
             packs = [steps[step][place] for place in mine]
             settings = {"step": step, "seed": self.recipe.train.seed, "lr_factor": 1.0, "max_grad_norm": 1.0}
-            losses.append(train_step(self.model, self.optimizer, packs, mine, self.ranks, flops, **settings).loss)
+            sources = tiny_runs.sources_of(steps[step])
+            done = train_step(self.model, self.optimizer, packs, mine, self.ranks, flops, sources=sources, **settings)
+            losses.append(done.loss)
         return losses
 
     def state(self) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from qwen3vl_train.checkpoint.hf import load_qwen3_vl_model
 from qwen3vl_train.checkpoint.manifest import checkpoint_folder, read_record
 from qwen3vl_train.checkpoint.names import to_huggingface
-from qwen3vl_train.checkpoint.run import read_weights_of
+from qwen3vl_train.checkpoint.run import read_tensors
 from qwen3vl_train.config import Recipe
 from qwen3vl_train.train.export import export_run
 from qwen3vl_train.train.loop import train
@@ -78,7 +78,8 @@ def test_the_form_for_others_is_written_while_training(small: Path, task: Path, 
     run = tmp_path / "out" / "run"
     assert [folder.name for folder in (run / "export").iterdir()] == ["step-00000002"]
     written = run / "export" / "step-00000002"
-    trained = read_weights_of(checkpoint_folder(run, 2))
+    stored = read_tensors(checkpoint_folder(run, 2), "weight/")
+    trained = {name.removeprefix("weight/"): weight for name, weight in stored.items()}
     if tune == "full":
         weights = dict(load_qwen3_vl_model(written, dtype=torch.float32).named_parameters())
         assert weights.keys() == trained.keys()
