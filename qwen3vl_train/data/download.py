@@ -43,6 +43,11 @@ def is_web_address(path: str) -> bool:
     return path.lower().startswith(("http://", "https://"))
 
 
+def reaches_web(url: str) -> bool:
+    """Say whether to read a URL is to ask a web server, also through fsspec's `zip://a.png::https://...`."""
+    return any(is_web_address(part) for part in url.split("::"))
+
+
 def _over_http(url: str) -> bytes:
     """Fetch with nothing but http and https, through redirects too."""
     import http.client

@@ -62,12 +62,26 @@ def test_qwens_own_json_loads_with_its_data_path():
     assert read({**row, "image": "data:image/png;base64,xx"}).messages[0].content[0].image.startswith("data:")
 
 
-def test_marks_in_answers_and_without_media_are_text():
-    row = {"image": "a", "conversations": talk("<image>\nWhat?", "An <image> mark")}
-    assert read(row).messages[1].text == "An <image> mark"
-    assert read({"conversations": talk("What is an <image> mark?", "ok")}).messages[0].content == (
-        TextPart("What is an <image> mark?"),
-    )
+def test_marks_in_answers_and_systems_are_text():
+    row = {"image": "a", "system": "A <video> mark", "conversations": talk("<image>\nWhat?", "An <image> mark")}
+    assert [message.text for message in read(row).messages] == ["A <video> mark", "What?", "An <image> mark"]
+
+
+def asked(*contents):
+    answered = [({"role": "user", "content": content}, {"role": "assistant", "content": "x"}) for content in contents]
+    return {"messages": [message for pair in answered for message in pair]}
+
+
+def test_marks_in_typed_parts_are_text_where_no_media_stand_apart():
+    tag = {"type": "text", "text": "What is an <image> tag?"}
+    assert question(asked([tag])) == [["What is an <image> tag?"]]
+    assert question({**asked([tag]), "images": [], "videos": None}) == [["What is an <image> tag?"]]
+    own = asked([{"type": "image", "image": "a"}, tag], "And a <video> tag?")
+    assert question(own) == ["a", ["What is an <image> tag?"]]
+    assert read(own).messages[2].content == (TextPart("And a <video> tag?"),)
+    assert question({**asked([tag]), "images": ["a"]}) == [["What is an "], "a", [" tag?"]]
+    turn = {"from": "human", "value": [tag]}
+    assert question({"conversations": [turn, {"from": "gpt", "value": "x"}]}) == [["What is an <image> tag?"]]
 
 
 def test_messages_with_media_apart():
@@ -78,9 +92,6 @@ def test_messages_with_media_apart():
     marks = {"images": ["a"], "messages": [{"role": "user", "content": "<image>What?"},
                                            {"role": "assistant", "content": "ok"}]}  # fmt: skip
     assert question(marks) == ["a", ["What?"]]
-    own = {"images": ["a"], "messages": [{"role": "user", "content": [{"type": "image", "image": "mine"}]},
-                                         {"role": "assistant", "content": "ok"}]}  # fmt: skip
-    assert question(own) == ["mine"]
 
 
 def test_columns():
@@ -131,15 +142,37 @@ def test_a_given_format_is_not_guessed():
     assert read(both, format="columns").messages[1].text == "y"
 
 
+LIST_THEM = "list one image for each, or write typed parts, in which a text is a text"
 FAULTS = [
     ({"image": "a", "conversations": talk("What?", "x")},
      "1 image but 0 <image> marks in the questions; put one mark where each image belongs"),
     ({"image": ["a", "b"], "conversations": talk("<image><image><image>", "x")},
      "2 images but 3 <image> marks in the questions; put one mark where each image belongs"),
     ({"image": "a", "conversations": talk("<image><video>", "x")},
-     "0 videos but 1 <video> mark in the questions; put one mark where each video belongs"),
+     f"0 videos but 1 <video> mark in the questions; {LIST_THEM.replace('image', 'video')}"),
     ({"messages": [{"role": "user", "content": [{"type": "image"}]}, {"role": "assistant", "content": "x"}]},
-     "0 images but 1 <image> mark in the questions; put one mark where each image belongs"),
+     f"0 images but 1 <image> mark in the questions; {LIST_THEM}"),
+    ({"conversations": talk("<image>\nWhat?", "x")}, f"0 images but 1 <image> mark in the questions; {LIST_THEM}"),
+    ({"image": [], "conversations": talk("<image>\n<image>\nWhat?", "x")},
+     f"0 images but 2 <image> marks in the questions; {LIST_THEM}"),
+    ({"video": "v.mp4", "conversations": talk("<image>What?<video>", "x")},
+     f"0 images but 1 <image> mark in the questions; {LIST_THEM}"),
+    ({"question": "<video>What?", "answer": "x"},
+     f"0 videos but 1 <video> mark in the questions; {LIST_THEM.replace('image', 'video')}"),
+    ({"question": "<image> What?", "answer": "x", "image": ["a", "b"]},
+     "2 images but 1 <image> mark in the questions; put one mark where each image belongs"),
+    (asked("<image> What?"), f"0 images but 1 <image> mark in the questions; {LIST_THEM}"),
+    ({**asked("What?"), "images": ["a"]},
+     "1 image but 0 <image> marks in the questions; put one mark where each image belongs"),
+    ({**asked([{"type": "image", "image": "mine"}]), "images": ["a"]},
+     "1 image but 0 <image> marks in the questions; the parts hold 1 of their own: list none beside them, or leave "
+     "parts without media for them"),
+    ({**asked([{"type": "image", "image": "mine"}]), "videos": ["a", "b"]},
+     "2 videos but 0 <video> marks in the questions; the parts hold 1 of their own: list none beside them, or leave "
+     "parts without media for them"),
+    ({**asked([{"type": "image", "image": "mine"}, {"type": "image"}]), "images": ["a", "b"]},
+     "2 images but 1 <image> mark in the questions; the parts hold 1 of their own: list none beside them, or leave "
+     "parts without media for them"),
     ({"image": "a", "images": ["b"], "conversations": WHAT}, "image and images are both given; keep one of them"),
     ({"conversations": "hi"}, "conversations is not a list; write a list of {from, value}"),
     ({"conversations": [7]}, "conversations[0] is not an object; write from and value"),

@@ -273,6 +273,28 @@ def test_web_addresses_are_fetched_only_where_allowed(address):
     )
 
 
+@pytest.mark.parametrize("opened", [open_sources, open_stream])
+def test_a_media_root_on_the_web_asks_for_allow_urls(address, tmp_path, opened):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"image": "a.png", "question": "?", "answer": "x"}))
+    for root in (address, "HTTPS://example.org/pictures", f"simplecache::{address}"):
+        with pytest.raises(ValueError) as caught:
+            opened(TrainSource(path=str(tmp_path / "a.jsonl"), media_root=root))
+        assert str(caught.value) == (
+            f"{tmp_path}/a.jsonl: media_root {root} is a web address, and nothing is downloaded; set allow_urls: true, "
+            "or media_root to a folder"
+        )
+    # By default the root is where the file is. Nobody is asked there before it is allowed.
+    with pytest.raises(ValueError, match=r"^https://nobody.invalid/a.json: media_root https://nobody.invalid is a web"):
+        opened(TrainSource(path="https://nobody.invalid/a.json"))
+    with pytest.raises(ValueError, match=r"is a web address, and nothing is downloaded"):
+        opened(TrainSource(path=str(tmp_path), split="train", media_root=address))
+    found = opened(TrainSource(path=str(tmp_path / "a.jsonl"), media_root=address, allow_urls=True))
+    image = (found[0].sample(0) if isinstance(found, list) else next(found.rows()).sample).messages[0].content[0].image
+    assert image_size(image) == (32, 32)
+    write_tar(tmp_path / "a.tar", [("1.json", (ROW % "a").encode())])
+    assert opened(TrainSource(path=str(tmp_path / "a.tar"), media_root="https://nobody.invalid"))
+
+
 def test_faults_of_downloads(address, monkeypatch):
     monkeypatch.setattr(download, "MAX_BYTES", 200_000)
     monkeypatch.setattr(download, "TIMEOUT_SECONDS", 0.5)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from qwen3vl_train.data.download import Remote, reaches_web
 from qwen3vl_train.data.faults import RowFault
 from qwen3vl_train.data.formats import Sample
 from qwen3vl_train.data.rows import Find, RowRules
@@ -95,7 +96,7 @@ class FileSource(ABC):
         self.media_root = None if media_root is None else os.fspath(media_root)
         self.rules = rules or RowRules()
         self.file = Path(self.name).name
-        check_media_root(self.name, self.media_root)
+        check_media_root(self.name, self.media_root, self.rules)
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -118,7 +119,13 @@ class FileSource(ABC):
         return self.rules.sample(raw.row, self.rules.sample_id(self.file, raw.number), self.media_root, raw.find)
 
 
-def check_media_root(name: str, media_root: str | None) -> None:
+def check_media_root(name: str, media_root: str | None, rules: RowRules) -> None:
+    """Raise ValueError for a folder that is not there, and for a web address unless the rules allow those."""
+    if media_root is not None and reaches_web(media_root) and not rules.allow_urls:
+        raise ValueError(
+            f"{name}: media_root {Remote(media_root)} is a web address, and nothing is downloaded; set allow_urls: "
+            "true, or media_root to a folder"
+        )
     if media_root is not None and not is_url(media_root) and not os.path.isdir(media_root):
         raise ValueError(f"{name}: media_root {media_root} is not a folder; check the paths under data")
 

@@ -21,7 +21,8 @@ class FileStream:
 
     def __init__(self, name: str, files: list[str], media_root: str | None, rules: RowRules) -> None:
         self.name, self.files, self.media_root, self.rules = name, files, media_root, rules
-        check_media_root(name, media_root)
+        if any(suffix_of(file) != ".tar" for file in files):  # the media of a shard are in it
+            check_media_root(name, media_root, rules)
 
     def rows(self, state: dict[str, Any] | None = None) -> Iterator[StreamRow]:
         """See `StreamSource.rows`."""
@@ -50,7 +51,7 @@ class HubStream:
     ) -> None:
         self.name, self.media_root, self.rules = name, media_root, rules
         self.split, self.subset = split, subset
-        check_media_root(name, media_root)
+        check_media_root(name, media_root, rules)
 
     def rows(self, state: dict[str, Any] | None = None) -> Iterator[StreamRow]:
         """See `StreamSource.rows`."""

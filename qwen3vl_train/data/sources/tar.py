@@ -17,6 +17,7 @@ import numpy as np
 from qwen3vl_train.data.download import MAX_BYTES
 from qwen3vl_train.data.faults import MediaFault, RowFault
 from qwen3vl_train.data.rows import MAX_ROW_BYTES, RowRules, decode_row
+from qwen3vl_train.data.shapes import holds_media
 from qwen3vl_train.data.sources.base import FileSource, Place, RawRow, check_unchanged
 from qwen3vl_train.data.sources.files import (
     damaged,
@@ -174,8 +175,7 @@ def _row_of(group: _Group, plain: str, number: int) -> RawRow:
     images = [member.name for member in group.members if member.ending.rpartition(".")[2] in _IMAGES]
     videos = [member.name for member in group.members if member.ending.rpartition(".")[2] in _VIDEOS]
     if isinstance(row, dict):
-        named = any(row.get(key) for key in ("image", "images", "video", "videos"))
-        row = {**found, **({} if named else {"images": images, "videos": videos}), **row}
+        row = {**found, **({} if holds_media(row) else {"images": images, "videos": videos}), **row}
     elif row is None:
         row = {**found, "images": images, "videos": videos}
 
