@@ -11,7 +11,7 @@ import numpy as np
 
 from qwen3vl_train.data.cache import RowReject, SourceIndex, load_index, save_index
 from qwen3vl_train.data.collate import MultimodalCollator
-from qwen3vl_train.data.encode import SampleCost
+from qwen3vl_train.data.encode import SampleCost, fewest_tokens, is_trained
 from qwen3vl_train.data.faults import Reject, RowFault
 from qwen3vl_train.data.formats import Sample
 from qwen3vl_train.data.shapes import SHAPES
@@ -37,17 +37,34 @@ class LengthRule(NamedTuple):
     too_long: Literal["drop", "reject", "shrink_media"] = "reject"
 
     def admit(self, sample: Sample, collator: MultimodalCollator) -> SampleCost | None:
-        """Return the cost of a sample, None where it is dropped. Decodes no pixels. Raises RowFault."""
-        cost = collator.cost(sample)
+        """Return the cost of a sample, None where it is dropped. Decodes no pixels.
+
+        Raises RowFault, also where the template trains nothing of the sample.
+        """
+        encoder = collator.encoder
+        pieces = encoder.render(sample)
+        if not is_trained(pieces):
+            raise RowFault(
+                "nothing to learn: a Thinking checkpoint is trained on answers behind the last question, and none "
+                "there is trained; end the row with its answer, or take an Instruct checkpoint"
+            )
+        # To tokenise millions of characters only to leave them out takes seconds and gigabytes.
+        fewest = fewest_tokens(pieces, collator.tokenizer)
+        if fewest > self.max_tokens:
+            return self._too_long(f"at least {fewest} tokens of text is longer than {self.field} {self.max_tokens}")
+        cost = encoder.cost_of(pieces, sample.media_root)
         too_many = self.max_patches is not None and cost.patches > self.max_patches
         if cost.tokens <= self.max_tokens and not too_many:
             return cost
-        if self.too_long == "drop":
-            return None
         if cost.tokens > self.max_tokens:
             what = f"{cost.tokens} tokens ({cost.visual_tokens} visual) is longer than {self.field} {self.max_tokens}"
         else:
             what = f"{cost.patches} patches is more than data.max_patches_per_pack {self.max_patches}"
+        return self._too_long(what)
+
+    def _too_long(self, what: str) -> None:
+        if self.too_long == "drop":
+            return
         others = "" if self.too_long == "shrink_media" else ", or set data.too_long to drop or shrink_media"
         raise RowFault(f"sample of {what}; raise it, lower data.max_visual_tokens_per_image{others}")
 

@@ -3,8 +3,10 @@ import os
 
 import numpy as np
 import pytest
+import tiny_checkpoint
 from PIL import Image
 
+from qwen3vl_train.batch import IGNORE_LABEL
 from qwen3vl_train.data.collate import MultimodalCollator
 from qwen3vl_train.data.encode import SampleCost
 from qwen3vl_train.data.faults import Reject
@@ -110,6 +112,55 @@ def test_samples_that_are_too_long(tmp_path, collator, tiny_folder, limits, reas
     assert 40 <= shrunk.patches[1] <= limits.get("max_patches", 96)
     assert shrinks.encode(source.sample(1)).input_ids.numel() == shrunk.tokens[1]
     assert shrinks.encode(source.sample(1)).patches.shape[0] == shrunk.patches[1]
+
+
+@pytest.mark.parametrize("too_long", ["drop", "reject", "shrink_media"])
+def test_text_that_cannot_fit_is_told_without_tokenising_it(tmp_path, collator, monkeypatch, too_long):
+    source = write(tmp_path, "a.jsonl", [row("\U0001f642" * 5000), row("1 " * 600), row("1 " * 200)])
+
+    def count(self, text):
+        assert len(text) < 1000, "tokenised"
+        return len(self.encode(text)[0])
+
+    monkeypatch.setattr("qwen3vl_train.data.tokenizer.ChatTokenizer.count", count)
+    index = build_index([source], collator, LengthRule(550, too_long=too_long))
+    assert index.tokens.tolist() == [0, 0, collator.cost(source.sample(2)).tokens]
+    assert index.num_dropped == (2 if too_long == "drop" else 0)
+    others = "" if too_long == "shrink_media" else ", or set data.too_long to drop or shrink_media"
+    tail = (
+        "tokens of text is longer than data.max_tokens_per_pack 550; raise it, lower "
+        f"data.max_visual_tokens_per_image{others}"
+    )
+    digits = 600 + 4  # and the special tokens around two turns
+    assert [reject.reason.split(" ", 5)[5] for reject in index.rejects] == ([] if too_long == "drop" else [tail] * 2)
+    assert [reject.reason.split()[4] for reject in index.rejects[1:]] == ([] if too_long == "drop" else [str(digits)])
+
+
+def test_rows_of_which_the_template_trains_nothing_are_rejected(tmp_path, tiny_folder):
+    folder = tmp_path / "thinking"
+    tiny_checkpoint.write_tiny_checkpoint(folder, template="thinking")
+    thinking = MultimodalCollator.from_pretrained(folder)
+    ask, call = {"role": "user", "content": "a"}, {"tool_calls": [{"name": "f", "arguments": {}}]}
+    talks = {
+        "learns": [ask, {"role": "assistant", "content": "b"}],
+        "ends on a question": [ask, {"role": "assistant", "content": "b"}, ask],
+        "trains an earlier answer": [ask, {"role": "assistant", "content": "b"}, ask,
+                                     {"role": "assistant", "content": "c", "loss": False}],
+        "ends on a tool": [ask, {"role": "assistant", "content": "", **call}, {"role": "tool", "content": "d"}],
+        "has thought": [ask, {"role": "assistant", "content": "", "reasoning_content": "e", **call},
+                        {"role": "tool", "content": "d"}],
+    }  # fmt: skip
+    source = write(tmp_path, "a.jsonl", [json.dumps({"messages": messages}) for messages in talks.values()])
+    index = build_index([source], thinking, NO_LIMIT)
+    learns = [bool((thinking([{"messages": messages}]).labels != IGNORE_LABEL).any()) for messages in talks.values()]
+    assert learns == [True, False, False, False, True]
+    assert (index.tokens > 0).tolist() == learns
+    assert {reject.reason for reject in index.rejects} == {
+        "nothing to learn: a Thinking checkpoint is trained on answers behind the last question, and none there is "
+        "trained; end the row with its answer, or take an Instruct checkpoint"
+    }
+    instruct = build_index([source], MultimodalCollator.from_pretrained(tiny_folder), NO_LIMIT)
+    assert (instruct.tokens > 0).tolist() == [True, True, True, True, False]
 
 
 def test_text_that_is_too_long_by_itself_is_rejected_even_where_media_shrink(tmp_path, tiny_folder):

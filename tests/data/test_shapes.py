@@ -1,5 +1,7 @@
 """Every shape of row becomes the same messages; marks and media are counted against each other."""
 
+import json
+
 import pytest
 
 from qwen3vl_train.data.faults import RowFault
@@ -212,6 +214,26 @@ def test_a_row_of_5_million_tokens_and_one_of_10_000_images():
     assert (
         str(caught.value) == "10,000 images and videos are more than 4,096, beyond the model's context; split the row"
     )
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"tools": [{"description": "x" * 4_000_000}]},
+        {"conversations": [{"from": "human", "value": "a"}, {"from": "function_call", "value":
+                            json.dumps({"name": "f", "arguments": {"x": "x" * 4_000_000}})}]},
+        {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b", "tool_calls": [
+                            {"name": "f", "arguments": "x" * 4_000_000}]}]},
+        {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b", "reasoning_content":
+                            "x" * 4_000_000}]},
+    ],
+    ids=["tools", "call", "call as text", "reasoning"],
+)  # fmt: skip
+def test_tools_calls_and_reasoning_count_as_text(more):
+    with pytest.raises(
+        RowFault, match=r"^4,000,0[0-9]{2} characters of text are more than 4,000,000, far beyond any pack"
+    ):
+        read({"conversations": talk("a", "b"), **more})
 
 
 def test_tools_that_are_no_json():
