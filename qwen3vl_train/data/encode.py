@@ -258,7 +258,7 @@ def _naming(slot: Slot) -> Iterator[None]:
     try:
         yield
     except MediaFault as fault:
-        raise MediaFault(f"{slot.where}: {fault}") from None
+        raise fault.at(slot.where) from None
 
 
 def _slots(pieces: Sequence[Piece]) -> list[Slot]:

@@ -12,11 +12,11 @@ import numpy as np
 from qwen3vl_train.data.cache import RowReject, SourceIndex, load_index, save_index
 from qwen3vl_train.data.collate import MultimodalCollator
 from qwen3vl_train.data.encode import SampleCost, fewest_tokens, is_trained
-from qwen3vl_train.data.faults import Reject, RowFault
+from qwen3vl_train.data.faults import MediaFault, Reject, RowFault
 from qwen3vl_train.data.formats import Sample
 from qwen3vl_train.data.shapes import SHAPES
 from qwen3vl_train.data.sources import Source
-from qwen3vl_train.data.stamps import local_files, read_stats
+from qwen3vl_train.data.stamps import is_fetched, local_files, read_stats
 from qwen3vl_train.data.workers import in_workers
 
 _ROWS_PER_CHUNK = 256
@@ -150,8 +150,9 @@ def build_index(
     """Find the cost of every row of every source; what cannot be used goes to `Index.rejects`.
 
     cache_folder: where what was found is kept; a source whose content, template, budgets and media files are as they
-    were is read from there, and only rows whose media files changed are looked at again. progress: called with (rows
-    looked at, rows to look at). What is wrong with the rows raises nothing here: see `check_rejects`.
+    were is read from there, and only rows whose media files changed, or whose fault may have passed, are looked at
+    again. progress: called with (rows looked at, rows to look at). What is wrong with the rows raises nothing here: see
+    `check_rejects`.
     """
     keys = [_cache_key(source, collator, rule) for source in sources]
     parts = [
@@ -159,7 +160,7 @@ def build_index(
         for source, key in zip(sources, keys, strict=True)
     ]
     wanted = [
-        np.arange(len(source)) if part is None else part.changed_rows()
+        np.arange(len(source)) if part is None else part.rows_to_look_at()
         for source, part in zip(sources, parts, strict=True)
     ]
     look = _Look(sources, collator, rule)
@@ -208,19 +209,23 @@ class _Look:
         rejects: list[RowReject] = []
         files: list[list[str]] = []
         for at, row in enumerate(rows.tolist()):
-            files.append([])
+            sample = None
             try:
                 sample = source.sample(row)
-                shapes[at] = SHAPES.index(sample.shape)
-                files[-1] = local_files(sample)
                 cost = self.rule.admit(sample, self.collator)
             except RowFault as fault:
-                rejects.append(RowReject(at, source.row_number(row), str(fault)))
-                continue
-            if cost is None:
-                dropped[at] = True
+                sample = sample or fault.sample
+                # What a server sent may be no image today and one tomorrow.
+                passing = fault.passing or (isinstance(fault, MediaFault) and sample is not None and is_fetched(sample))
+                rejects.append(RowReject(at, source.row_number(row), str(fault), passing))
             else:
-                costs[:, at] = cost
+                if cost is None:
+                    dropped[at] = True
+                else:
+                    costs[:, at] = cost
+            files.append([] if sample is None else local_files(sample))
+            if sample is not None:
+                shapes[at] = SHAPES.index(sample.shape)
         paths = [path for of_row in files for path in of_row]
         num_files = np.array([len(of_row) for of_row in files], dtype=np.int64)
         return SourceIndex(costs, dropped, shapes, rejects, paths, num_files, read_stats(paths))

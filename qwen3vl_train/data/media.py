@@ -7,9 +7,11 @@ reached over the network, and only the common raster formats are opened (some of
 import base64
 import binascii
 import contextlib
+import errno
 import math
 import os
 import re
+import stat
 import struct
 import zlib
 from collections.abc import Iterator
@@ -40,6 +42,8 @@ _DAMAGE = (
     RuntimeError, MemoryError, struct.error, zlib.error, Image.DecompressionBombError,
 )  # fmt: skip
 """What Pillow's readers raise on damaged input; seen in its sources and by feeding them damaged files."""
+
+_NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
 
 
 def name_of(source: ImageSource, kind: str = "image") -> str:
@@ -94,10 +98,15 @@ def open_image(source: ImageSource, media_root: str | os.PathLike[str] | None = 
 def find_file(path: str, media_root: str | os.PathLike[str] | None, kind: str = "image") -> str:
     """Return the real path of a media file that exists and is not empty. Raises MediaFault, as `locate` does."""
     name, real = name_of(path, kind), locate(path, media_root, kind)
-    if not os.path.isfile(real):
-        found = "is not a file" if os.path.exists(real) else "no such file"
-        raise MediaFault(f"{name}: {found} ({real}); check the path and media_root")
-    if os.path.getsize(real) == 0:
+    try:
+        status = os.stat(real)
+    except OSError as error:
+        if error.errno not in _NOT_THERE:
+            raise _unreadable(name, error, "damaged") from None
+        raise MediaFault(f"{name}: no such file ({real}); check the path and media_root") from None
+    if not stat.S_ISREG(status.st_mode):
+        raise MediaFault(f"{name}: is not a file ({real}); check the path and media_root")
+    if status.st_size == 0:
         raise MediaFault(f"{name}: is empty (0 bytes); copy the file again")
     return real
 
@@ -126,16 +135,21 @@ def _identify(file: str | IO[bytes], name: str) -> Image.Image:
         image = Image.open(file, formats=_readable())
     except Image.UnidentifiedImageError:
         raise MediaFault(f"{name}: is not an image of a known kind ({', '.join(_readable())}); convert it") from None
-    except PermissionError:
-        raise MediaFault(f"{name}: may not be read; check its permissions") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise _too_large(name, _declared_size(file) or str(error)) from None
     except _DAMAGE as error:
-        raise MediaFault(f"{name}: is damaged ({error}); replace the file") from None
+        raise _unreadable(name, error, "damaged") from None
     if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
         image.close()
         raise _too_large(name, f"{image.width}x{image.height}")
     return image
+
+
+def _unreadable(name: str, error: BaseException, what: str) -> MediaFault:
+    """Tell a disk or its permissions, whose errors have a number, from what is in a file."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return MediaFault(f"{name}: cannot be read ({error.strerror}); check disk and permissions", passing=True)
+    return MediaFault(f"{name}: is {what} ({error}); replace the file")
 
 
 def _too_large(name: str, size: str) -> MediaFault:
@@ -174,7 +188,7 @@ def _reading(source: ImageSource, media_root: str | os.PathLike[str] | None) -> 
     except MediaFault:
         raise
     except _DAMAGE as error:
-        raise MediaFault(f"{name}: is truncated or damaged ({error}); replace it") from None
+        raise _unreadable(name, error, "truncated or damaged") from None
     finally:
         if image is not source:
             image.close()

@@ -61,7 +61,11 @@ class RowRules:
         sample = replace(parse_sample(to_messages(row, shape, self.columns), sample_id, media_root), shape=shape)
         _check_size(sample)
         sample = self._with_media(sample, find)
-        sample = write_boxes(sample, row, self.columns, self.boxes)
+        try:
+            sample = write_boxes(sample, row, self.columns, self.boxes)
+        except RowFault as fault:
+            fault.sample = sample  # what is wrong with a box may be its image
+            raise
         if self.train_on == "last":
             sample = replace(sample, messages=_only_last_trained(sample.messages))
         if not any(message.loss_weight > 0 for message in sample.messages):

@@ -1,12 +1,15 @@
+import errno
 import json
 import os
 
+import fsspec
 import numpy as np
 import pytest
 import tiny_checkpoint
 from PIL import Image
 
 from qwen3vl_train.batch import IGNORE_LABEL
+from qwen3vl_train.data import download
 from qwen3vl_train.data.collate import MultimodalCollator
 from qwen3vl_train.data.encode import SampleCost
 from qwen3vl_train.data.faults import Reject
@@ -229,8 +232,9 @@ def counted(tmp_path, collator):
         Image.new("RGB", (96, 64)).save(tmp_path / f"{name}.png")
     rows = [row("one"), row(image="a.png"), "{", row(image="b.png"), row(image="gone.png"), row(image="c.png")]
 
-    def build(changed_rows=None, collate=collator, rule=NO_LIMIT, **options):
-        source = write(tmp_path, "a.jsonl", changed_rows or rows, **options)
+    def build(changed_rows=None, collate=collator, rule=NO_LIMIT, root=tmp_path, **options):
+        write(tmp_path, "a.jsonl", changed_rows or rows)
+        source = JsonlSource(tmp_path / "a.jsonl", root, **options)
         looked_at = []
         index = build_index(
             [source],
@@ -290,6 +294,90 @@ def test_only_rows_whose_media_changed_are_looked_at_again(counted, tmp_path):
     assert looked_at == 6
     assert same(third, fresh)
     assert counted()[1] == 0
+
+
+@pytest.fixture
+def bucket():
+    """A file system of fsspec that lives in this process alone: anything behind a URL."""
+    fs = fsspec.filesystem("memory")
+    yield fs
+    fs.rm("/bucket", recursive=True)
+
+
+def test_rows_whose_media_could_not_be_fetched_are_looked_at_again(counted, tmp_path, bucket, monkeypatch):
+    monkeypatch.setattr(download, "PAUSES_SECONDS", ())
+    picture = tmp_path / "a.png"
+    asks = {"question": "<image>?", "answer": "<box>", "bbox": "unit"}
+    rows = [
+        row("text"),
+        row(image="a.png"),
+        row(image="late.png"),
+        row(image="page.png"),
+        json.dumps({**asks, "answer": "ok", "image": "late.png"}),
+        json.dumps({**asks, "bbox": "pixel", "boxes": [[0, 0, 9, 9]], "image": "late.png"}),
+        json.dumps({**asks, "bbox": "pixel", "boxes": [[0, 0, 9, 9]], "image": "page.png"}),
+        json.dumps({**asks, "boxes": [[0, 0, 9, 9]], "image": "a.png"}),
+        "{",
+    ]
+    bucket.pipe("/bucket/a.png", picture.read_bytes())
+    bucket.pipe("/bucket/page.png", b"<html>Please sign in</html>")
+    remote = {"changed_rows": rows, "root": "memory://bucket"}
+    first, looked_at = counted(**remote)
+    assert looked_at == 9
+    assert first.tokens.astype(bool).tolist() == [True, True] + [False] * 7
+    again, looked_at = counted(**remote)
+    assert looked_at == 5
+    assert same(first, again)
+    bucket.pipe("/bucket/late.png", picture.read_bytes())
+    bucket.pipe("/bucket/page.png", picture.read_bytes())
+    third, looked_at = counted(**remote)
+    assert looked_at == 5
+    assert third.tokens.astype(bool).tolist() == [True] * 7 + [False] * 2
+    assert counted(**remote)[1] == 0
+
+
+@pytest.mark.parametrize(("module", "call"), [(Image, "open"), (os, "stat")], ids=["open", "stat"])
+def test_rows_whose_disk_failed_are_looked_at_again(counted, tmp_path, monkeypatch, module, call):
+    whole, asked = getattr(module, call), []
+
+    def fail(file, *arguments, **options):
+        if str(file).endswith("b.png") and not asked:
+            asked.append(file)
+            raise OSError(errno.EIO, "Input/output error")
+        return whole(file, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, call, fail)
+        first, _ = counted()
+    assert [reject.reason for reject in first.rejects if reject.row == 4] == [
+        "messages[0].content[1]: image b.png: cannot be read (Input/output error); check disk and permissions"
+    ]
+    again, looked_at = counted()
+    assert looked_at == 1
+    assert [reject.row for reject in again.rejects] == [3, 5]
+    assert counted()[1] == 0
+
+
+def test_a_fault_of_a_box_goes_with_its_image(counted, tmp_path):
+    asks = {"question": "?", "answer": "<box>", "bbox": "pixel", "boxes": [[0, 0, 150, 9]]}
+    rows = [json.dumps({**asks, "image": image}) for image in ("a.png", "gone.png")] + ["{"]
+    assert [reject.row for reject in counted(rows)[0].rejects] == [1, 2, 3]
+    assert counted(rows)[1] == 0
+    for name in ("a", "gone"):
+        Image.new("RGB", (192, 64)).save(tmp_path / f"{name}.png")
+    mended, looked_at = counted(rows)
+    assert looked_at == 2
+    assert [reject.row for reject in mended.rejects] == [3]
+
+
+def test_rows_of_a_file_that_was_touched_while_it_was_indexed_are_looked_at_again(tmp_path, collator):
+    source = write(tmp_path, "a.jsonl", [row(), "{"])
+    os.utime(tmp_path / "a.jsonl", ns=(1, 1))
+    index = build_index([source], collator, NO_LIMIT, cache_folder=tmp_path / "cache")
+    assert len(index.rejects) == 2
+    again = JsonlSource(tmp_path / "a.jsonl", tmp_path)
+    index = build_index([again], collator, NO_LIMIT, cache_folder=tmp_path / "cache")
+    assert [reject.row for reject in index.rejects] == [2]
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "flipped", "other"])

@@ -8,8 +8,11 @@ import socket
 import threading
 import time
 import tracemalloc
+from collections import Counter
 from pathlib import Path
+from typing import ClassVar
 
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -209,7 +212,18 @@ def test_rows_that_are_not_utf8_are_faults_of_rows(tmp_path):
 
 
 class _Pictures(http.server.BaseHTTPRequestHandler):
+    asked: ClassVar[Counter] = Counter()
+
     def do_GET(self):
+        self.asked[self.path] += 1
+        if self.path.startswith("/busy") and self.asked[self.path] <= int(self.path[-1]):
+            return self.send_error(503)
+        if self.path.startswith("/cut") and self.asked[self.path] <= int(self.path[-1]):
+            return self._send(png(7)[:-20], announced=len(png(7)))
+        if self.path.startswith("/drop") and self.asked[self.path] <= int(self.path[-1]):
+            return None  # the connection closes without an answer
+        if self.path.startswith(("/busy", "/cut", "/drop")):
+            return self._send(png(7))
         if self.path == "/a.png":
             return self._send(png(7))
         if self.path == "/hop":
@@ -232,9 +246,9 @@ class _Pictures(http.server.BaseHTTPRequestHandler):
             return None
         return self.send_error(404)
 
-    def _send(self, body: bytes) -> None:
+    def _send(self, body: bytes, announced: int | None = None) -> None:
         self.send_response(200)
-        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Content-Length", str(announced or len(body)))
         self.end_headers()
         self.wfile.write(body)
 
@@ -319,3 +333,45 @@ def test_faults_of_downloads(address, monkeypatch):
                 image_size(ask(url, allow_urls=True))
             assert str(caught.value).startswith(fault), str(caught.value)
             assert "secret" not in str(caught.value)
+
+
+def test_downloads_that_fail_in_passing_are_tried_again(address, monkeypatch):
+    monkeypatch.setattr(download, "PAUSES_SECONDS", (0.0, 0.01))
+    for path in ("/busy2", "/cut2", "/drop2"):
+        assert load_rgb(ask(f"{address}{path}", allow_urls=True)).shape == (3, 32, 32)
+        assert _Pictures.asked[path] == 3
+    for path, fault, asked in (
+        ("/busy9", "cannot be downloaded (HTTP Error 503: Service Unavailable); check the address", 3),
+        ("/cut9", f"ends after {len(png(7)) - 20} of {len(png(7))} bytes; check the address", 3),
+        ("/gone", "cannot be downloaded (HTTP Error 404: Not Found); check the address", 1),
+    ):
+        with pytest.raises(MediaFault) as caught:
+            image_size(ask(f"{address}{path}", allow_urls=True))
+        assert str(caught.value) == f"{address}{path}: {fault}"
+        assert caught.value.passing
+        assert _Pictures.asked[path] == asked
+
+
+def test_other_addresses_are_tried_again_too(monkeypatch):
+    monkeypatch.setattr(download, "PAUSES_SECONDS", (0.0, 0.01))
+    fs, failures = fsspec.filesystem("memory"), []
+    whole = type(fs)._open
+    monkeypatch.setattr(type(fs), "_open", lambda self, *args, **options: failing() or whole(self, *args, **options))
+
+    def failing():
+        if failures:
+            raise failures.pop()
+
+    fs.pipe("/bucket/a.png", png(7))
+    medium = download.Remote("memory://bucket/a.png")
+    failures[:] = [OSError("slow down")] * 2
+    assert medium.fetch() == png(7)
+    for kind, left in ((OSError, 1), (PermissionError, 3)):
+        failures[:] = [kind("slow down")] * 4
+        with pytest.raises(MediaFault) as caught:
+            medium.fetch()
+        assert str(caught.value) == "memory://bucket/a.png: cannot be read (slow down); check the path and media_root"
+        assert caught.value.passing
+        assert len(failures) == left
+    failures.clear()
+    fs.rm("/bucket", recursive=True)

@@ -143,4 +143,6 @@ def check_unchanged(path: str, seen: list[int | str]) -> None:
         now = [error.strerror or str(error)]
     if now != seen:
         what = f"{seen[0]} bytes then, {now[0]} now" if now[0] != seen[0] else "its time differs"
-        raise RowFault(f"{path} changed since it was indexed ({what}); put it back and resume, or start a new run")
+        raise RowFault(
+            f"{path} changed since it was indexed ({what}); put it back and resume, or start a new run", passing=True
+        )

@@ -77,7 +77,9 @@ class JsonlSource(FileSource):
         try:
             text = read_span(self.plain, int(self._starts[row]), length)
         except OSError as error:
-            raise RowFault(f"{self.name}: cannot be read ({error}); check the disk or the address") from None
+            raise RowFault(
+                f"{self.name}: cannot be read ({error}); check the disk or the address", passing=True
+            ) from None
         return RawRow(decode_row(text, first=int(self._starts[row]) == 0), self.row_number(row), {})
 
     def row_number(self, row: int) -> int:

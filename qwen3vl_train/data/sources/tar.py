@@ -197,7 +197,9 @@ def _content(member: _Member, plain: str, limit: int) -> bytes:
     try:
         content = read_span(plain, member.start, member.size)
     except OSError as error:
-        raise MediaFault(f"{member.name[:200]}: cannot be read ({error}); check the disk or the address") from None
+        raise MediaFault(
+            f"{member.name[:200]}: cannot be read ({error}); check the disk or the address", passing=True
+        ) from None
     if len(content) != member.size:
         raise MediaFault(f"{member.name[:200]}: the shard ends in it; copy the shard again")
     return content
