@@ -4,6 +4,7 @@ import gzip
 import http.server
 import json
 import os
+import pickle
 import socket
 import threading
 import time
@@ -147,6 +148,40 @@ def test_a_file_that_changes_while_it_is_trained_on(tmp_path):
     (tmp_path / "a.tar").unlink()
     with pytest.raises(RowFault, match=r"bytes then, No such file or directory now"):
         source.sample(0)
+
+
+@pytest.mark.parametrize(
+    ("junk", "fault"),
+    [
+        (b"\0", "ends before row 2; copy the shard again"),
+        (b"\xff", "is truncated or damaged behind row 1 (no end mark); copy the file again"),
+    ],
+)
+def test_a_shard_that_is_damaged_behind_its_own_back(tmp_path, junk, fault):
+    """Its size and time are as they were. An end of the iterator would end the run early, and say nothing."""
+    file = write_tar(tmp_path / "a.tar", [(f"{n}.json", (ROW % n).encode().ljust(500)) for n in range(3)])
+    (source,) = open_sources(TrainSource(path=str(file)))
+    time_ns, whole = file.stat().st_mtime_ns, file.read_bytes()
+    file.write_bytes(whole[:1024] + junk * 1024 + whole[2048:])
+    os.utime(file, ns=(time_ns, time_ns))
+    assert [source.sample(row).messages[0].text for row in (0, 2)] == ["0", "2"]
+    with pytest.raises(RowFault) as caught:
+        source.sample(1)
+    assert str(caught.value) == f"{file}: {fault}"
+
+
+@pytest.mark.parametrize("damage", ["cut", "removed"])
+def test_an_unpacked_table_that_is_damaged(tmp_path, damage):
+    pq.write_table(pa.Table.from_pylist([{"question": "?", "answer": "x"}] * 3), tmp_path / "a.parquet")
+    (source,) = open_sources(TrainSource(path=str(tmp_path / "a.parquet")))
+    source = pickle.loads(pickle.dumps(source))  # as a worker process has it, which opens the copy itself
+    copy = source._copy
+    whole = copy.read_bytes()
+    copy.write_bytes(whole[: len(whole) // 2]) if damage == "cut" else copy.unlink()
+    with pytest.raises(RowFault) as caught:
+        source.sample(1)
+    assert str(caught.value).startswith(f"{tmp_path}/a.parquet: its copy {copy} cannot be read (")
+    assert str(caught.value).endswith("); remove it and start again")
 
 
 def test_a_copy_unpacked_before_a_change_is_not_taken_for_the_new_file(tmp_path):

@@ -68,10 +68,18 @@ class ParquetSource(FileSource):
         return ends[-1] if ends else 0
 
     def raw(self, row: int) -> RawRow:
-        """Return row 0..len-1 unchecked. Raises RowFault for values that Python has no form of."""
-        reader, ends = self._batches()
-        number = bisect.bisect_right(ends, row)
-        batch = reader.get_batch(number)
+        """Return row 0..len-1 unchecked. Raises RowFault, also for values that Python has no form of."""
+        import pyarrow as pa
+
+        try:
+            reader, ends = self._batches()
+            number = bisect.bisect_right(ends, row)
+            batch = reader.get_batch(number)
+        except (pa.ArrowException, OSError) as error:
+            raise RowFault(
+                f"{self.name}: its copy {self._copy} cannot be read ({_short(error)}); remove it and start again",
+                passing=True,
+            ) from None
         place = row - (ends[number] - batch.num_rows)
         return RawRow(as_python(batch.slice(place, 1)), row + 1, {})
 

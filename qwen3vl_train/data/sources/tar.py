@@ -85,10 +85,14 @@ class TarSource(FileSource):
     def raw(self, row: int) -> RawRow:
         """Return row 0..len-1 unchecked. Raises RowFault."""
         check_unchanged(self.plain, self._stamp)
-        start = int(self._starts[row])
-        with open_file(self.plain) as file:
-            file.seek(start)
-            group = next(_groups(file, self.name, row))
+        try:
+            with open_file(self.plain) as file:
+                file.seek(int(self._starts[row]))
+                group = next(_groups(file, self.name, row), None)
+        except ValueError as error:
+            raise RowFault(str(error), passing=True) from None
+        if group is None:
+            raise RowFault(f"{self.name}: ends before row {row + 1}; copy the shard again", passing=True)
         return _row_of(group, self.plain, row + 1)
 
     def row_number(self, row: int) -> int:
