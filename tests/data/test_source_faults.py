@@ -17,13 +17,13 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from tiny_files import ROW, png, talks, write_tar
+from tiny_files import KINDS, ROW, png, talks, texts, write_all, write_tar
 
 from qwen3vl_train.config.fields import TrainSource
 from qwen3vl_train.data import download, rows
 from qwen3vl_train.data.faults import MediaFault, RowFault
 from qwen3vl_train.data.media import image_size, load_rgb
-from qwen3vl_train.data.sources import JsonlSource, open_sources, open_stream
+from qwen3vl_train.data.sources import JsonlSource, files, open_sources, open_stream
 
 LINES = "\n".join(ROW % f"{n} {n * n}" for n in range(500)).encode()
 
@@ -148,6 +148,77 @@ def test_a_file_that_changes_while_it_is_trained_on(tmp_path):
     (tmp_path / "a.tar").unlink()
     with pytest.raises(RowFault, match=r"bytes then, No such file or directory now"):
         source.sample(0)
+
+
+@pytest.mark.parametrize("kind", ["b.jsonl.gz", "b.jsonl.zst", "c.json.gz", "a.parquet", "b.tar.gz"])
+def test_a_file_that_was_unpacked_is_watched_too(tmp_path, kind):
+    file = write_all(tmp_path)[kind]
+    (source,) = open_sources(TrainSource(path=str(file)))
+    source = pickle.loads(pickle.dumps(source))
+    assert texts(source.sample(1)) == ["Nr 1?", "ü."]
+    os.utime(file, ns=(1, 1))
+    fault = f"{file} changed since it was indexed (its time differs); put it back and resume, or start a new run"
+    with pytest.raises(RowFault) as caught:
+        source.sample(1)
+    assert str(caught.value) == fault
+    assert caught.value.passing
+    file.unlink()
+    with pytest.raises(RowFault, match=r"bytes then, No such file or directory now"):
+        source.sample(1)
+
+
+def test_a_file_that_changes_while_it_is_unpacked(tmp_path, monkeypatch):
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress((ROW % "a").encode()))
+    whole = files.open_unpacked
+
+    def touched(path):
+        os.utime(path, ns=(1, 1))
+        return whole(path)
+
+    monkeypatch.setattr(files, "open_unpacked", touched)
+    with pytest.raises(ValueError) as caught:
+        JsonlSource(tmp_path / "a.jsonl.gz")
+    assert str(caught.value) == f"{tmp_path}/a.jsonl.gz: changed while it was unpacked; start again once it is whole"
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "saved"])
+@pytest.mark.parametrize("told", ["by the fingerprint", "by opening"])
+def test_a_stream_notices_a_file_that_changes_while_it_is_read(tmp_path, kind, told):
+    file = write_all(tmp_path)[kind]
+    stream = open_stream(TrainSource(path=str(file)))
+    if told == "by the fingerprint":
+        assert stream.fingerprint()["times"] == [file.stat().st_mtime_ns]
+    stream = pickle.loads(pickle.dumps(stream))
+    rows = stream.rows()
+    assert [next(rows).row_number for _ in range(3)] == [1, 2, 3]
+    os.utime(file, ns=(1, 1))
+    fault = f"{file} changed since it was opened (its time differs); put it back and resume, or start a new run"
+    for read in (lambda: next(rows), lambda: next(stream.rows())):
+        with pytest.raises(ValueError) as caught:
+            read()
+        assert str(caught.value) == fault
+
+
+def test_a_stream_notices_a_file_that_is_cut_at_the_end_of_a_row(tmp_path):
+    (tmp_path / "a.jsonl").write_text("")
+    stream = open_stream(TrainSource(path=str(tmp_path / "a.jsonl")))
+    stream.fingerprint()
+    assert list(stream.rows()) == []
+    (tmp_path / "a.jsonl").write_text("\n")
+    with pytest.raises(ValueError, match=r"a.jsonl changed since it was opened \(0 bytes then, 1 now\); put it back"):
+        list(stream.rows())
+
+
+def test_a_fingerprint_of_a_stream_follows_the_times_of_its_files(tmp_path):
+    for name in "ab":
+        (tmp_path / f"{name}.jsonl").write_text(ROW % "x")
+        os.utime(tmp_path / f"{name}.jsonl", ns=(5, 5))
+    entry = TrainSource(path=str(tmp_path))
+    first = open_stream(entry).fingerprint()
+    assert open_stream(entry).fingerprint() == json.loads(json.dumps(first)) == first
+    (tmp_path / "b.jsonl").write_text(ROW % "y")
+    os.utime(tmp_path / "b.jsonl", ns=(6, 6))
+    assert open_stream(entry).fingerprint() == {**first, "times": [5, 6]}
 
 
 @pytest.mark.parametrize(

@@ -18,14 +18,13 @@ from qwen3vl_train.data.download import MAX_BYTES
 from qwen3vl_train.data.faults import MediaFault, RowFault
 from qwen3vl_train.data.rows import MAX_ROW_BYTES, RowRules, decode_row
 from qwen3vl_train.data.shapes import holds_media
-from qwen3vl_train.data.sources.base import FileSource, Place, RawRow, check_unchanged
+from qwen3vl_train.data.sources.base import FileSource, Place, RawRow
 from qwen3vl_train.data.sources.files import (
     damaged,
     explained,
     is_compressed,
     open_file,
     read_span,
-    stamp,
     unpacked,
 )
 
@@ -68,23 +67,23 @@ class TarSource(FileSource):
         media_root is not looked into: the media of a shard are in it.
         """
         super().__init__(path, None, rules)
-        self.plain = str(unpacked(self.name)) if is_compressed(self.name) else self.name
+        self.plain = self._plain()
         starts, digest = array("q"), hashlib.sha256()
         with open_file(self.plain) as file, explained(self.name):
-            self._stamp = stamp(self.plain)
+            size = self._note_stamp(self.plain)
             for group in _groups(file, self.name, 0):
                 starts.append(group.start)
                 for member in group.members:
                     digest.update(f"{member.name}\0{member.size}\0".encode(errors="backslashreplace"))
         self._starts = np.asarray(starts)
-        self._fingerprint = {"size": self._stamp[0], "members": digest.hexdigest()}
+        self._fingerprint = {"size": size, "members": digest.hexdigest()}
 
     def __len__(self) -> int:
         return len(self._starts)
 
     def raw(self, row: int) -> RawRow:
         """Return row 0..len-1 unchecked. Raises RowFault."""
-        check_unchanged(self.plain, self._stamp)
+        self._check_unchanged()
         try:
             with open_file(self.plain) as file:
                 file.seek(int(self._starts[row]))
