@@ -144,9 +144,9 @@ class _Media:
         In a row with typed parts and no media apart from them, marks are plain text: there the parts say what is one.
         """
         marks, typed, own = _count_marks(messages)
-        if typed and not any(self.values.values()) and not marks["valueless"]:
-            return messages
         wanted = {kind: marks[kind] + marks["valueless"].count(kind) for kind in self.values}
+        if not any(self.values.values()) and (not any(wanted.values()) or (typed and not marks["valueless"])):
+            return messages
         for kind, values in self.values.items():
             if len(values) != wanted[kind]:
                 raise RowFault(_miscounted(kind, len(values), wanted[kind], own))
@@ -190,9 +190,11 @@ def _listed(row: Row, kind: str, columns: Mapping[str, str]) -> list[Any]:
 
 
 def _inside(folder: Any, value: Any) -> Any:
-    """Put a row's data_path before a path, or before each frame of a list."""
+    """Put a row's data_path before a path, or before each frame of a list or of {"frames": [...], "fps": 2}."""
     if isinstance(value, list):
         return [_inside(folder, item) for item in value]
+    if isinstance(value, dict) and "frames" in value:
+        return {**value, "frames": _inside(folder, value["frames"])}
     if not folder or not isinstance(value, str) or value.startswith("data:") or "://" in value:
         return value
     if not isinstance(folder, str):

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from qwen3vl_train.data.faults import RowFault
-from qwen3vl_train.data.formats import ImagePart, TextPart, ToolCall
+from qwen3vl_train.data.formats import ImagePart, TextPart, ToolCall, VideoPart
 from qwen3vl_train.data.rows import RowRules, shapes_line, source_of
 
 WHAT = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A cat."}]
@@ -94,6 +94,35 @@ def test_messages_with_media_apart():
     marks = {"images": ["a"], "messages": [{"role": "user", "content": "<image>What?"},
                                            {"role": "assistant", "content": "ok"}]}  # fmt: skip
     assert question(marks) == ["a", ["What?"]]
+
+
+def test_clips_of_frames_are_objects_with_their_times_in_every_shape(tmp_path):
+    clips = [{"frames": ["a", "b", "c"], "sample_fps": 2, "fps": None}, {"frames": [{"bytes": b"x", "path": None}, "d"],
+             "timestamps": [0, 3]}, "v.mp4"]  # fmt: skip
+    found = [
+        VideoPart(("a", "b", "c"), timestamps=(0.0, 0.5, 1.0)), VideoPart((b"x", "d"), timestamps=(0.0, 3.0)),
+        VideoPart("v.mp4"),
+    ]  # fmt: skip
+    marks = "<video><video><video>What?"
+    answer = {"role": "assistant", "content": "x"}
+    for row in (
+        {"videos": clips, "conversations": talk(marks, "x")},
+        {"videos": clips, "question": "What?", "answer": "x"},
+        {"video": clips, "messages": [{"role": "user", "content": marks}, answer]},
+        {
+            "videos": clips,
+            "messages": [{"role": "user", "content": [*[{"type": "video"}] * 3, {"text": "What?"}]}, answer],
+        },
+    ):
+        assert read(row).messages[0].content == (*found, TextPart("What?"))
+    one = {"video": {"frames": ["a", "b"], "fps": 8}, "data_path": "/clips", "conversations": talk("<video>", "x")}
+    assert read(one).messages[0].content == (VideoPart(("/clips/a", "/clips/b"), fps=8.0),)
+    with pytest.raises(RowFault) as caught:
+        read({"videos": [["a", "b"]], "conversations": talk("<video>", "x")})
+    assert str(caught.value) == (
+        "messages[0].content[0]: a list of frames with no times; give one of fps, sample_fps, timestamps, as in "
+        '{"frames": [...], "fps": 2}'
+    )
 
 
 def test_columns():
