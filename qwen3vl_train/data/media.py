@@ -43,6 +43,7 @@ _DAMAGE = (
 )  # fmt: skip
 """What Pillow's readers raise on damaged input; seen in its sources and by feeding them damaged files."""
 
+_STRIP_ROWS = 64
 _NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
 
 
@@ -235,12 +236,27 @@ def load_rgb(source: ImageSource, media_root: str | os.PathLike[str] | None = No
     transformers' Qwen2VLImageProcessor does. Grey, palette and CMYK images convert. Of an animation: the first frame.
     """
     with _reading(source, media_root) as image:
-        upright = image if image is source else ImageOps.exif_transpose(image)
-        if "A" in upright.getbands() or upright.info.get("transparency") is not None:
-            upright = upright.convert("RGBA")
-            white = Image.new("RGBA", upright.size, (255, 255, 255, 255))
-            upright = Image.alpha_composite(white, upright)
-        return torch.from_numpy(np.array(upright.convert("RGB"))).permute(2, 0, 1)
+        if image is not source:
+            ImageOps.exif_transpose(image, in_place=True)
+        if "A" in image.getbands() or image.info.get("transparency") is not None:
+            white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+            rgb = Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+        else:
+            rgb = image if image.mode == "RGB" else image.convert("RGB")
+        return torch.from_numpy(_pixels(rgb)).permute(2, 0, 1)
+
+
+def _pixels(rgb: Image.Image) -> np.ndarray:
+    """Copy an RGB image to uint8 (H, W, 3), a few rows at a time.
+
+    In one go Pillow makes two more copies of the whole on the way; to get the memory for every copy that is spared here
+    and in `load_rgb` takes longer than to decode a JPEG.
+    """
+    pixels_HWC = np.empty((rgb.height, rgb.width, 3), dtype=np.uint8)
+    for top in range(0, rgb.height, _STRIP_ROWS):
+        bottom = min(top + _STRIP_ROWS, rgb.height)
+        pixels_HWC[top:bottom] = np.asarray(rgb.crop((0, top, rgb.width, bottom)))
+    return pixels_HWC
 
 
 def smart_resize(height: int, width: int, *, factor: int = FACTOR, min_pixels: int, max_pixels: int) -> tuple[int, int]:
