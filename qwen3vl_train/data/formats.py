@@ -124,9 +124,9 @@ def _check_text(text: Any, where: str) -> str:
 
 def _check_json(value: Any, where: str) -> None:
     """Refuse what the template cannot write out as JSON: dates or bytes of typed columns, towers of brackets."""
-    level = [value]
-    for _ in range(_MAX_NESTING):
-        level = [inner for item in level for inner in _children(item)]
+    level, depth = [value], 0
+    while level and depth < _MAX_NESTING:
+        level, depth = [inner for item in level for inner in _children(item)], depth + 1
     if level:
         raise RowFault(f"{where} is nested more than {_MAX_NESTING} deep; write it flatter")
     try:
