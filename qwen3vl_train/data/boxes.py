@@ -101,7 +101,7 @@ def _sizes(sample: Sample) -> Callable[[Any, str], tuple[float, float]]:
             try:
                 height, width = image_size(images[number].image, sample.media_root)
             except MediaFault as fault:
-                raise MediaFault(f"{where}: {fault}") from None
+                raise fault.at(where) from None
             seen[number] = (width, height)
         return seen[number]
 

@@ -15,18 +15,19 @@ import numpy as np
 
 from qwen3vl_train.data.stamps import read_stats, row_stamps
 
-_FORM = 2
+_FORM = 3
 """Of the files written here; one more for every change in what they hold or in how costs are found."""
 _DAMAGE = (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile, zlib.error)
 """What reading a cut or altered file raises: every part of it carries a checksum."""
 
 
 class RowReject(NamedTuple):
-    """row: 0..n-1. number: by which a person finds it."""
+    """row: 0..n-1. number: by which a person finds it. passing: the row may be sound at the next look."""
 
     row: int
     number: int
     reason: str
+    passing: bool = False
 
 
 @dataclass
@@ -52,10 +53,14 @@ class SourceIndex:
     def stamps(self) -> np.ndarray:
         return row_stamps(self.num_files, self.stats)
 
-    def changed_rows(self) -> np.ndarray:
-        """Return the rows whose media files are not as they were, ascending. Asks the disk for every file."""
+    def rows_to_look_at(self) -> np.ndarray:
+        """Return the rows whose media files are not as they were, and those whose fault may have passed, ascending.
+
+        Asks the disk for every file.
+        """
         changed = (read_stats(self.files) != self.stats).any(axis=1)
-        return np.unique(np.repeat(np.arange(self.num_rows), self.num_files)[changed])
+        passing = np.array([reject.row for reject in self.rejects if reject.passing], dtype=np.int64)
+        return np.union1d(np.repeat(np.arange(self.num_rows), self.num_files)[changed], passing)
 
     @classmethod
     def join(cls, parts: Sequence["SourceIndex"], *, num_costs: int) -> "SourceIndex":

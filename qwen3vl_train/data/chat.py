@@ -89,7 +89,8 @@ def as_text(pieces: Sequence[Piece]) -> str:
     return "".join(words)
 
 
-def _json(value: Any) -> str:
+def as_json(value: Any) -> str:
+    """Write tools and arguments of calls as the template does."""
     return json.dumps(value, ensure_ascii=False)
 
 
@@ -104,7 +105,7 @@ def _calls(message: Message, has_content: bool) -> str:
     """Render the tool calls of an assistant message as the text that follows its content."""
     words = []
     for number, call in enumerate(message.tool_calls):
-        arguments = call.arguments if isinstance(call.arguments, str) else _json(call.arguments)
+        arguments = call.arguments if isinstance(call.arguments, str) else as_json(call.arguments)
         gap = "\n" if number or has_content else ""
         words.append(f'{gap}<tool_call>\n{{"name": "{call.name}", "arguments": {arguments}}}\n</tool_call>')
     return "".join(words)
@@ -118,7 +119,7 @@ def _system(messages: Sequence[Message], tools: Sequence[Any]) -> list[Piece]:
     text = own.text if own else ""
     if tools:
         gap = "\n\n" if own else ""
-        text += gap + _TOOLS_HEAD + "".join("\n" + _json(tool) for tool in tools) + _TOOLS_FOOT
+        text += gap + _TOOLS_HEAD + "".join("\n" + as_json(tool) for tool in tools) + _TOOLS_FOOT
     return [*_turn("system", [Text(text)])]
 
 

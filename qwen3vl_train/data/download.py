@@ -12,6 +12,9 @@ MAX_BYTES = 512 << 20
 TIMEOUT_SECONDS = 60.0
 """For the whole of a download, however slowly it drips."""
 MAX_REDIRECTS = 5
+PAUSES_SECONDS = (0.25, 1.0)
+"""Before each further try of a download that failed in a way that may pass."""
+_NOW_AND_THEN = (408, 425, 429, 500, 502, 503, 504)  # answers of a server that may answer otherwise a second later
 _BLOCK = 1 << 16
 
 
@@ -29,21 +32,43 @@ class Remote:
         return f"{scheme}{colon}{host.rpartition('@')[2]}{slash}{path}"[:200]
 
     def fetch(self) -> bytes:
-        """Read the whole of it, anew at every call. Raises MediaFault."""
-        try:
-            body = _over_http(self.url) if is_web_address(self.url) else _through_fsspec(self.url)
-        except MediaFault as fault:
-            raise MediaFault(f"{self}: {fault}") from None
-        if not body:
-            raise MediaFault(f"{self}: is empty (0 bytes); copy the file again")
-        return body
+        """Read the whole of it, anew at every call; a fault that may pass by itself is tried again, see PAUSES_SECONDS.
+
+        Raises MediaFault.
+        """
+        read = _over_http if is_web_address(self.url) else _through_fsspec
+        deadline = time.monotonic() + TIMEOUT_SECONDS
+        pauses = iter(PAUSES_SECONDS)
+        while True:
+            try:
+                body = read(self.url, deadline)
+            except _Unsteady as fault:
+                pause = next(pauses, None)
+                if pause is None or time.monotonic() + pause > deadline:
+                    raise MediaFault(f"{self}: {fault}", passing=True) from None
+                time.sleep(pause)
+            except MediaFault as fault:
+                raise MediaFault(f"{self}: {fault}", passing=True) from None
+            else:
+                if not body:
+                    raise MediaFault(f"{self}: is empty (0 bytes); copy the file again", passing=True)
+                return body
+
+
+class _Unsteady(MediaFault):
+    """What may be gone a second later."""
 
 
 def is_web_address(path: str) -> bool:
     return path.lower().startswith(("http://", "https://"))
 
 
-def _over_http(url: str) -> bytes:
+def reaches_web(url: str) -> bool:
+    """Say whether to read a URL is to ask a web server, also through fsspec's `zip://a.png::https://...`."""
+    return any(is_web_address(part) for part in url.split("::"))
+
+
+def _over_http(url: str, deadline: float) -> bytes:
     """Fetch with nothing but http and https, through redirects too."""
     import http.client
     from urllib import request
@@ -62,18 +87,26 @@ def _over_http(url: str) -> bytes:
         request.HTTPDefaultErrorHandler,
     ):  # fmt: skip
         opener.add_handler(handler())
-    deadline = time.monotonic() + TIMEOUT_SECONDS
     try:
         asked = request.Request(url, headers={"User-Agent": "qwen3vl_train"})
-        with opener.open(asked, timeout=TIMEOUT_SECONDS) as reply:
-            return _limited(lambda: reply.read1(_BLOCK), deadline)
+        with opener.open(asked, timeout=max(deadline - time.monotonic(), 0.001)) as reply:
+            body = _limited(lambda: reply.read1(_BLOCK), deadline)
+            announced = reply.headers.get("Content-Length", "")
+            if announced.isdigit() and len(body) < int(announced):
+                raise _Unsteady(f"ends after {len(body)} of {announced} bytes; check the address")
+            return body
     except (OSError, ValueError, http.client.HTTPException) as error:
         if isinstance(error, MediaFault):
             raise
-        raise MediaFault(f"cannot be downloaded ({error}); check the address") from None
+        known = (
+            isinstance(error, ValueError | http.client.InvalidURL) or getattr(error, "code", 503) not in _NOW_AND_THEN
+        )
+        kind = MediaFault if known else _Unsteady
+        raise kind(f"cannot be downloaded ({error}); check the address") from None
 
 
-def _through_fsspec(url: str) -> bytes:
+def _through_fsspec(url: str, deadline: float) -> bytes:
+    """Fetch with whatever reads such addresses. deadline: is not kept, those set limits of their own."""
     import fsspec
 
     try:
@@ -82,7 +115,9 @@ def _through_fsspec(url: str) -> bytes:
     except (OSError, ValueError, ImportError) as error:
         if isinstance(error, MediaFault):
             raise
-        raise MediaFault(f"cannot be read ({error}); check the path and media_root") from None
+        known = isinstance(error, ValueError | ImportError | FileNotFoundError | PermissionError | IsADirectoryError)
+        kind = MediaFault if known else _Unsteady
+        raise kind(f"cannot be read ({error}); check the path and media_root") from None
 
 
 def _limited(read, deadline: float | None) -> bytes:

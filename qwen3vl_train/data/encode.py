@@ -115,6 +115,17 @@ def count_tokens(
     return count
 
 
+def fewest_tokens(pieces: Sequence[Piece], tokenizer: ChatTokenizer) -> int:
+    """Return a number that the tokens of pieces never stay below, without tokenising; slots count for nothing."""
+    text = "".join(piece.text for piece in pieces if isinstance(piece, Text))
+    return tokenizer.fewest(text) + sum(isinstance(piece, Special) for piece in pieces)
+
+
+def is_trained(pieces: Sequence[Piece]) -> bool:
+    """Say whether anything of what pieces render is trained."""
+    return any(piece.weight > 0 for piece in pieces if isinstance(piece, Text | Special))
+
+
 def _fill(
     pieces: Sequence[Piece], grids: Sequence[Grid], times: Sequence[Sequence[float]], wrapped: bool
 ) -> tuple[list[Piece], list[Grid]]:
@@ -170,10 +181,17 @@ class Encoder:
     max_tokens: int | None = None
     max_patches: int | None = None
 
+    def render(self, sample: Sample, *, generation_prompt: bool = False) -> list[Piece]:
+        """Write a sample out in the dialect of the checkpoint. Raises RowFault for what its template would drop."""
+        return DIALECTS[self.dialect](sample.messages, sample.tools, generation_prompt=generation_prompt)
+
     def cost(self, sample: Sample) -> SampleCost:
         """Return exactly what `encode` will make, from text and media headers, without decoding. Raises RowFault."""
-        pieces = DIALECTS[self.dialect](sample.messages, sample.tools, generation_prompt=False)
-        measured, (grids, num_shrunk) = self._measure(pieces, sample.media_root)
+        return self.cost_of(self.render(sample), sample.media_root)
+
+    def cost_of(self, pieces: Sequence[Piece], media_root: str | None) -> SampleCost:
+        """Return the cost of a sample that is rendered already, see `cost`. media_root: of the sample."""
+        measured, (grids, num_shrunk) = self._measure(pieces, media_root)
         patches = sum(t * h * w for t, h, w in grids)
         return SampleCost(
             tokens=self._count(pieces, grids, measured),
@@ -204,7 +222,7 @@ class Encoder:
 
     def encode(self, sample: Sample, *, generation_prompt: bool = False) -> EncodedSample:
         """Decode, resize and tokenise a sample. Raises RowFault that names the part at fault."""
-        pieces = DIALECTS[self.dialect](sample.messages, sample.tools, generation_prompt=generation_prompt)
+        pieces = self.render(sample, generation_prompt=generation_prompt)
         measured, (grids, _) = self._measure(pieces, sample.media_root)
         patches = [torch.zeros(0, 3 * PATCH * PATCH, dtype=torch.uint8)]
         for slot, medium, grid in zip(_slots(pieces), measured, grids, strict=True):
@@ -240,7 +258,7 @@ def _naming(slot: Slot) -> Iterator[None]:
     try:
         yield
     except MediaFault as fault:
-        raise MediaFault(f"{slot.where}: {fault}") from None
+        raise fault.at(slot.where) from None
 
 
 def _slots(pieces: Sequence[Piece]) -> list[Slot]:

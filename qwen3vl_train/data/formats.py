@@ -124,9 +124,9 @@ def _check_text(text: Any, where: str) -> str:
 
 def _check_json(value: Any, where: str) -> None:
     """Refuse what the template cannot write out as JSON: dates or bytes of typed columns, towers of brackets."""
-    level = [value]
-    for _ in range(_MAX_NESTING):
-        level = [inner for item in level for inner in _children(item)]
+    level, depth = [value], 0
+    while level and depth < _MAX_NESTING:
+        level, depth = [inner for item in level for inner in _children(item)], depth + 1
     if level:
         raise RowFault(f"{where} is nested more than {_MAX_NESTING} deep; write it flatter")
     try:
@@ -232,6 +232,8 @@ def _part(part: Any, where: str) -> Part:
     if kind not in part:
         raise RowFault(f'{where}: no key {kind!r} beside type {kind!r}; write {{"type": "{kind}", "{kind}": ...}}')
     value = part.pop(kind)
+    if kind == "video" and isinstance(value, dict) and "frames" in value:
+        value, part = _unfolded(value, part, where)
     times = {key: part.pop(key) for key in _TIME_KEYS if key in part} if kind == "video" else {}
     if part:
         raise RowFault(
@@ -246,6 +248,18 @@ def _part(part: Any, where: str) -> Part:
     return ImagePart(_image(value, f"{where}.{kind}"))
 
 
+def _unfolded(clip: dict[str, Any], beside: dict[str, Any], where: str) -> tuple[Any, dict[str, Any]]:
+    """Return frames, and what is said of them in their object or beside it."""
+    said = {key: value for key, value in clip.items() if value is not None}
+    frames = said.pop("frames", None)
+    if not isinstance(frames, list | tuple):
+        raise RowFault(f"{where}.video.frames is {_kind(frames)}, not a list; write a list of images")
+    twice = sorted(said.keys() & beside.keys())
+    if twice:
+        raise RowFault(f"{where}: {', '.join(twice)} in the video and beside it; keep one of them")
+    return frames, said | beside
+
+
 def _image(value: Any, where: str) -> ImageSource:
     value = _of_struct(value)
     if isinstance(value, str):
@@ -257,6 +271,8 @@ def _image(value: Any, where: str) -> ImageSource:
 
 def _video(value: Any, times: dict[str, Any], where: str) -> VideoPart:
     """Read a video file, or a list of frames with exactly one of fps, sample_fps (already sampled) and timestamps.
+
+    The frames may stand in an object with it, {"frames": [...], "fps": 2}, which `_part` has taken apart.
 
     sample_fps 2 of three frames -> timestamps 0.0, 0.5, 1.0
     """
@@ -271,7 +287,10 @@ def _video(value: Any, times: dict[str, Any], where: str) -> VideoPart:
         raise RowFault(f"{where}.video: {len(frames)} frames, a clip needs 2; add frames or give an image")
     if len(times) != 1:
         found = " and ".join(times) or "no times"
-        raise RowFault(f"{where}: a list of frames with {found}; give one of {', '.join(_TIME_KEYS)}")
+        raise RowFault(
+            f"{where}: a list of frames with {found}; give one of {', '.join(_TIME_KEYS)}, as in "
+            '{"frames": [...], "fps": 2}'
+        )
     ((key, given),) = times.items()
     if key == "timestamps":
         return VideoPart(frames, timestamps=_timestamps(given, len(frames), f"{where}.timestamps"))

@@ -11,12 +11,12 @@ import numpy as np
 
 from qwen3vl_train.data.cache import RowReject, SourceIndex, load_index, save_index
 from qwen3vl_train.data.collate import MultimodalCollator
-from qwen3vl_train.data.encode import SampleCost
-from qwen3vl_train.data.faults import Reject, RowFault
+from qwen3vl_train.data.encode import SampleCost, fewest_tokens, is_trained
+from qwen3vl_train.data.faults import MediaFault, Reject, RowFault
 from qwen3vl_train.data.formats import Sample
 from qwen3vl_train.data.shapes import SHAPES
 from qwen3vl_train.data.sources import Source
-from qwen3vl_train.data.stamps import local_files, read_stats
+from qwen3vl_train.data.stamps import is_fetched, local_files, read_stats
 from qwen3vl_train.data.workers import in_workers
 
 _ROWS_PER_CHUNK = 256
@@ -37,17 +37,34 @@ class LengthRule(NamedTuple):
     too_long: Literal["drop", "reject", "shrink_media"] = "reject"
 
     def admit(self, sample: Sample, collator: MultimodalCollator) -> SampleCost | None:
-        """Return the cost of a sample, None where it is dropped. Decodes no pixels. Raises RowFault."""
-        cost = collator.cost(sample)
+        """Return the cost of a sample, None where it is dropped. Decodes no pixels.
+
+        Raises RowFault, also where the template trains nothing of the sample.
+        """
+        encoder = collator.encoder
+        pieces = encoder.render(sample)
+        if not is_trained(pieces):
+            raise RowFault(
+                "nothing to learn: a Thinking checkpoint is trained on answers behind the last question, and none "
+                "there is trained; end the row with its answer, or take an Instruct checkpoint"
+            )
+        # To tokenise millions of characters only to leave them out takes seconds and gigabytes.
+        fewest = fewest_tokens(pieces, collator.tokenizer)
+        if fewest > self.max_tokens:
+            return self._too_long(f"at least {fewest} tokens of text is longer than {self.field} {self.max_tokens}")
+        cost = encoder.cost_of(pieces, sample.media_root)
         too_many = self.max_patches is not None and cost.patches > self.max_patches
         if cost.tokens <= self.max_tokens and not too_many:
             return cost
-        if self.too_long == "drop":
-            return None
         if cost.tokens > self.max_tokens:
             what = f"{cost.tokens} tokens ({cost.visual_tokens} visual) is longer than {self.field} {self.max_tokens}"
         else:
             what = f"{cost.patches} patches is more than data.max_patches_per_pack {self.max_patches}"
+        return self._too_long(what)
+
+    def _too_long(self, what: str) -> None:
+        if self.too_long == "drop":
+            return
         others = "" if self.too_long == "shrink_media" else ", or set data.too_long to drop or shrink_media"
         raise RowFault(f"sample of {what}; raise it, lower data.max_visual_tokens_per_image{others}")
 
@@ -133,8 +150,9 @@ def build_index(
     """Find the cost of every row of every source; what cannot be used goes to `Index.rejects`.
 
     cache_folder: where what was found is kept; a source whose content, template, budgets and media files are as they
-    were is read from there, and only rows whose media files changed are looked at again. progress: called with (rows
-    looked at, rows to look at). What is wrong with the rows raises nothing here: see `check_rejects`.
+    were is read from there, and only rows whose media files changed, or whose fault may have passed, are looked at
+    again. progress: called with (rows looked at, rows to look at). What is wrong with the rows raises nothing here: see
+    `check_rejects`.
     """
     keys = [_cache_key(source, collator, rule) for source in sources]
     parts = [
@@ -142,7 +160,7 @@ def build_index(
         for source, key in zip(sources, keys, strict=True)
     ]
     wanted = [
-        np.arange(len(source)) if part is None else part.changed_rows()
+        np.arange(len(source)) if part is None else part.rows_to_look_at()
         for source, part in zip(sources, parts, strict=True)
     ]
     look = _Look(sources, collator, rule)
@@ -191,19 +209,23 @@ class _Look:
         rejects: list[RowReject] = []
         files: list[list[str]] = []
         for at, row in enumerate(rows.tolist()):
-            files.append([])
+            sample = None
             try:
                 sample = source.sample(row)
-                shapes[at] = SHAPES.index(sample.shape)
-                files[-1] = local_files(sample)
                 cost = self.rule.admit(sample, self.collator)
             except RowFault as fault:
-                rejects.append(RowReject(at, source.row_number(row), str(fault)))
-                continue
-            if cost is None:
-                dropped[at] = True
+                sample = sample or fault.sample
+                # What a server sent may be no image today and one tomorrow.
+                passing = fault.passing or (isinstance(fault, MediaFault) and sample is not None and is_fetched(sample))
+                rejects.append(RowReject(at, source.row_number(row), str(fault), passing))
             else:
-                costs[:, at] = cost
+                if cost is None:
+                    dropped[at] = True
+                else:
+                    costs[:, at] = cost
+            files.append([] if sample is None else local_files(sample))
+            if sample is not None:
+                shapes[at] = SHAPES.index(sample.shape)
         paths = [path for of_row in files for path in of_row]
         num_files = np.array([len(of_row) for of_row in files], dtype=np.int64)
         return SourceIndex(costs, dropped, shapes, rejects, paths, num_files, read_stats(paths))

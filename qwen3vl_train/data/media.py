@@ -7,9 +7,11 @@ reached over the network, and only the common raster formats are opened (some of
 import base64
 import binascii
 import contextlib
+import errno
 import math
 import os
 import re
+import stat
 import struct
 import zlib
 from collections.abc import Iterator
@@ -40,6 +42,9 @@ _DAMAGE = (
     RuntimeError, MemoryError, struct.error, zlib.error, Image.DecompressionBombError,
 )  # fmt: skip
 """What Pillow's readers raise on damaged input; seen in its sources and by feeding them damaged files."""
+
+_STRIP_ROWS = 64
+_NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
 
 
 def name_of(source: ImageSource, kind: str = "image") -> str:
@@ -94,10 +99,15 @@ def open_image(source: ImageSource, media_root: str | os.PathLike[str] | None = 
 def find_file(path: str, media_root: str | os.PathLike[str] | None, kind: str = "image") -> str:
     """Return the real path of a media file that exists and is not empty. Raises MediaFault, as `locate` does."""
     name, real = name_of(path, kind), locate(path, media_root, kind)
-    if not os.path.isfile(real):
-        found = "is not a file" if os.path.exists(real) else "no such file"
-        raise MediaFault(f"{name}: {found} ({real}); check the path and media_root")
-    if os.path.getsize(real) == 0:
+    try:
+        status = os.stat(real)
+    except OSError as error:
+        if error.errno not in _NOT_THERE:
+            raise _unreadable(name, error, "damaged") from None
+        raise MediaFault(f"{name}: no such file ({real}); check the path and media_root") from None
+    if not stat.S_ISREG(status.st_mode):
+        raise MediaFault(f"{name}: is not a file ({real}); check the path and media_root")
+    if status.st_size == 0:
         raise MediaFault(f"{name}: is empty (0 bytes); copy the file again")
     return real
 
@@ -126,16 +136,21 @@ def _identify(file: str | IO[bytes], name: str) -> Image.Image:
         image = Image.open(file, formats=_readable())
     except Image.UnidentifiedImageError:
         raise MediaFault(f"{name}: is not an image of a known kind ({', '.join(_readable())}); convert it") from None
-    except PermissionError:
-        raise MediaFault(f"{name}: may not be read; check its permissions") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise _too_large(name, _declared_size(file) or str(error)) from None
     except _DAMAGE as error:
-        raise MediaFault(f"{name}: is damaged ({error}); replace the file") from None
+        raise _unreadable(name, error, "damaged") from None
     if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
         image.close()
         raise _too_large(name, f"{image.width}x{image.height}")
     return image
+
+
+def _unreadable(name: str, error: BaseException, what: str) -> MediaFault:
+    """Tell a disk or its permissions, whose errors have a number, from what is in a file."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return MediaFault(f"{name}: cannot be read ({error.strerror}); check disk and permissions", passing=True)
+    return MediaFault(f"{name}: is {what} ({error}); replace the file")
 
 
 def _too_large(name: str, size: str) -> MediaFault:
@@ -174,7 +189,7 @@ def _reading(source: ImageSource, media_root: str | os.PathLike[str] | None) -> 
     except MediaFault:
         raise
     except _DAMAGE as error:
-        raise MediaFault(f"{name}: is truncated or damaged ({error}); replace it") from None
+        raise _unreadable(name, error, "truncated or damaged") from None
     finally:
         if image is not source:
             image.close()
@@ -221,12 +236,27 @@ def load_rgb(source: ImageSource, media_root: str | os.PathLike[str] | None = No
     transformers' Qwen2VLImageProcessor does. Grey, palette and CMYK images convert. Of an animation: the first frame.
     """
     with _reading(source, media_root) as image:
-        upright = image if image is source else ImageOps.exif_transpose(image)
-        if "A" in upright.getbands() or upright.info.get("transparency") is not None:
-            upright = upright.convert("RGBA")
-            white = Image.new("RGBA", upright.size, (255, 255, 255, 255))
-            upright = Image.alpha_composite(white, upright)
-        return torch.from_numpy(np.array(upright.convert("RGB"))).permute(2, 0, 1)
+        if image is not source:
+            ImageOps.exif_transpose(image, in_place=True)
+        if "A" in image.getbands() or image.info.get("transparency") is not None:
+            white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+            rgb = Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+        else:
+            rgb = image if image.mode == "RGB" else image.convert("RGB")
+        return torch.from_numpy(_pixels(rgb)).permute(2, 0, 1)
+
+
+def _pixels(rgb: Image.Image) -> np.ndarray:
+    """Copy an RGB image to uint8 (H, W, 3), a few rows at a time.
+
+    In one go Pillow makes two more copies of the whole on the way; to get the memory for every copy that is spared here
+    and in `load_rgb` takes longer than to decode a JPEG.
+    """
+    pixels_HWC = np.empty((rgb.height, rgb.width, 3), dtype=np.uint8)
+    for top in range(0, rgb.height, _STRIP_ROWS):
+        bottom = min(top + _STRIP_ROWS, rgb.height)
+        pixels_HWC[top:bottom] = np.asarray(rgb.crop((0, top, rgb.width, bottom)))
+    return pixels_HWC
 
 
 def smart_resize(height: int, width: int, *, factor: int = FACTOR, min_pixels: int, max_pixels: int) -> tuple[int, int]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from qwen3vl_train.data.boxes import NOT_SAID, Convention, write_boxes
+from qwen3vl_train.data.chat import as_json
 from qwen3vl_train.data.download import Remote, is_web_address
 from qwen3vl_train.data.faults import MediaFault, RowFault
 from qwen3vl_train.data.formats import Message, Part, Sample, TextPart, parse_sample
@@ -14,8 +15,8 @@ from qwen3vl_train.data.shapes import READ_COLUMNS, SHAPES, recognise, to_messag
 MAX_ROW_BYTES = 256 << 20
 """Of one row in a file, media inside included: it is held in memory a few times over while it is read."""
 MAX_TEXT_CHARACTERS = 4_000_000
-"""Of all texts of a row. Qwen3-VL knows 262,144 places and four characters make a token of prose, so this is four
-times what any pack can hold; to tokenise a row of millions of tokens only to leave it out takes minutes and gigabytes.
+"""Of all texts of a row, tools and calls of them included. Qwen3-VL knows 262,144 places and four characters make a
+token of prose, so this is four times what any pack can hold. See also `LengthRule.admit`.
 """
 MAX_MEDIA = 4096
 """Of a row. At 64 tokens, the least that the released checkpoints give an image, more do not fit in 262,144 places."""
@@ -60,7 +61,11 @@ class RowRules:
         sample = replace(parse_sample(to_messages(row, shape, self.columns), sample_id, media_root), shape=shape)
         _check_size(sample)
         sample = self._with_media(sample, find)
-        sample = write_boxes(sample, row, self.columns, self.boxes)
+        try:
+            sample = write_boxes(sample, row, self.columns, self.boxes)
+        except RowFault as fault:
+            fault.sample = sample  # what is wrong with a box may be its image
+            raise
         if self.train_on == "last":
             sample = replace(sample, messages=_only_last_trained(sample.messages))
         if not any(message.loss_weight > 0 for message in sample.messages):
@@ -135,6 +140,12 @@ def _check_size(sample: Sample) -> None:
     content = [part for message in sample.messages for part in message.content]
     characters = sum(len(part.text) for part in content if isinstance(part, TextPart))
     characters += sum(len(message.reasoning or "") for message in sample.messages)
+    characters += sum(len(as_json(tool)) for tool in sample.tools)
+    characters += sum(
+        len(call.name) + len(call.arguments if isinstance(call.arguments, str) else as_json(call.arguments))
+        for message in sample.messages
+        for call in message.tool_calls
+    )
     if characters > MAX_TEXT_CHARACTERS:
         raise RowFault(
             f"{characters:,} characters of text are more than {MAX_TEXT_CHARACTERS:,}, far beyond any pack; split it"

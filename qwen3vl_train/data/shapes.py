@@ -139,24 +139,43 @@ class _Media:
         self.values = {"image": [], "video": []}
 
     def placed(self, messages: list[Any]) -> list[Any]:
-        """Put the media at their marks. Without media, marks are plain text. Raises RowFault where numbers differ.
+        """Put the media at their marks. Raises RowFault where numbers differ.
 
-        A row whose parts all carry their own media needs none from outside, and keeps its text as it is.
+        In a row with typed parts and no media apart from them, marks are plain text: there the parts say what is one.
         """
-        marks, own = _count_marks(messages)
-        if not any(self.values.values()) and not marks["valueless"]:
-            return messages
+        marks, typed, own = _count_marks(messages)
         wanted = {kind: marks[kind] + marks["valueless"].count(kind) for kind in self.values}
-        if own and not any(wanted.values()):
+        if not any(self.values.values()) and (not any(wanted.values()) or (typed and not marks["valueless"])):
             return messages
         for kind, values in self.values.items():
             if len(values) != wanted[kind]:
-                raise RowFault(
-                    f"{len(values)} {kind}{'s' * (len(values) != 1)} but {wanted[kind]} <{kind}> "
-                    f"mark{'s' * (wanted[kind] != 1)} in the questions; put one mark where each {kind} belongs"
-                )
+                raise RowFault(_miscounted(kind, len(values), wanted[kind], own))
         pools = {kind: iter(values) for kind, values in self.values.items()}
         return [_with_media(message, pools) if _asks(message) else message for message in messages]
+
+
+def _miscounted(kind: str, listed: int, marked: int, own: int) -> str:
+    if own:
+        remedy = f"the parts hold {own} of their own: list none beside them, or leave parts without media for them"
+    elif listed:
+        remedy = f"put one mark where each {kind} belongs"
+    else:
+        remedy = f"list one {kind} for each, or write typed parts, in which a text is a text"
+    return (
+        f"{listed} {kind}{'s' * (listed != 1)} but {marked} <{kind}> mark{'s' * (marked != 1)} in the questions; "
+        f"{remedy}"
+    )
+
+
+def holds_media(row: Row) -> bool:
+    """Say whether a row names its media itself, in lists or in the parts of its messages."""
+    if any(row.get(key) for key in ("image", "images", "video", "videos")):
+        return True
+    lists = [row.get(key) for key in ("messages", "conversations", "conversation")]
+    messages = [message for found in lists if isinstance(found, list) for message in found if isinstance(message, dict)]
+    contents = [message.get(key) for message in messages for key in ("content", "value")]
+    parts = [part for content in contents if isinstance(content, list) for part in content if isinstance(part, dict)]
+    return any(_holds_medium(part) for part in parts)
 
 
 def _listed(row: Row, kind: str, columns: Mapping[str, str]) -> list[Any]:
@@ -171,9 +190,11 @@ def _listed(row: Row, kind: str, columns: Mapping[str, str]) -> list[Any]:
 
 
 def _inside(folder: Any, value: Any) -> Any:
-    """Put a row's data_path before a path, or before each frame of a list."""
+    """Put a row's data_path before a path, or before each frame of a list or of {"frames": [...], "fps": 2}."""
     if isinstance(value, list):
         return [_inside(folder, item) for item in value]
+    if isinstance(value, dict) and "frames" in value:
+        return {**value, "frames": _inside(folder, value["frames"])}
     if not folder or not isinstance(value, str) or value.startswith("data:") or "://" in value:
         return value
     if not isinstance(folder, str):
@@ -185,8 +206,10 @@ def _asks(message: Any) -> bool:
     return isinstance(message, dict) and message.get("role") in ("user", "tool")
 
 
-def _count_marks(messages: list[Any]) -> tuple[dict[str, Any], int]:
-    """Return (marks of each kind in text, kinds of parts that name no medium) and the number of parts that name one."""
+def _count_marks(messages: list[Any]) -> tuple[dict[str, Any], bool, int]:
+    """Return (marks of each kind in text, kinds of parts that name no medium), whether any question is written as
+    parts, and the number of parts that name a medium.
+    """
     marks: dict[str, Any] = {"image": 0, "video": 0, "valueless": []}
     own = 0
     for text, part in _texts_and_parts(messages):
@@ -196,8 +219,8 @@ def _count_marks(messages: list[Any]) -> tuple[dict[str, Any], int]:
         elif (kind := _valueless(part)) is not None:
             marks["valueless"].append(kind)
         else:
-            own += 1
-    return marks, own
+            own += _holds_medium(part)
+    return marks, any(_asks(message) and isinstance(message.get("content"), list) for message in messages), own
 
 
 def _texts_and_parts(messages: list[Any]) -> Iterator[tuple[str | None, Any]]:
@@ -215,7 +238,11 @@ def _texts_and_parts(messages: list[Any]) -> Iterator[tuple[str | None, Any]]:
 def _valueless(part: Row) -> str | None:
     """Return 'image' or 'video' for a part that says what stands there but not which."""
     kind = part.get("type")
-    return kind if kind in ("image", "video") and part.get(kind) is None and part.get(f"{kind}_url") is None else None
+    return kind if kind in ("image", "video") and not _holds_medium(part) else None
+
+
+def _holds_medium(part: Row) -> bool:
+    return any(part.get(key) is not None for key in ("image", "image_url", "video", "video_url"))
 
 
 def _with_media(message: Row, pools: dict[str, Iterator[Any]]) -> Row:

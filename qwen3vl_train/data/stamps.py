@@ -1,13 +1,14 @@
 """Size and time of the media files of a row, by which a change of them shows."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 
-from qwen3vl_train.data.formats import Sample, TextPart
+from qwen3vl_train.data.download import Remote
+from qwen3vl_train.data.formats import ImagePart, Sample, VideoPart
 
 _FILES_PER_TASK = 1024
 _NUM_THREADS = 16  # a network file system answers late, but to many at once
@@ -16,21 +17,27 @@ _SIZE_FACTOR, _TIME_FACTOR = 0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F  # odd, so t
 
 def local_files(sample: Sample) -> list[str]:
     """Return the paths of all media of a sample that are files of their own on this machine, in their order."""
-    paths: list[str] = []
+    root = sample.media_root or ""
+    return [
+        os.path.join(root, medium)
+        for medium in _media(sample)
+        if isinstance(medium, str) and not medium.startswith("data:")
+    ]
+
+
+def is_fetched(sample: Sample) -> bool:
+    """Say whether any of a sample's media is fetched from elsewhere: no change of it can be seen from here."""
+    return any(isinstance(medium, Remote) for medium in _media(sample))
+
+
+def _media(sample: Sample) -> Iterator[Any]:
+    """Yield the source of every image and video, and of every frame of a list."""
     for message in sample.messages:
         for part in message.content:
-            if not isinstance(part, TextPart):
-                _collect(getattr(part, "image", None) or getattr(part, "video", None), paths)
-    root = sample.media_root or ""
-    return [os.path.join(root, path) for path in paths]
-
-
-def _collect(medium: Any, paths: list[str]) -> None:
-    if isinstance(medium, str) and not medium.startswith("data:"):
-        paths.append(medium)
-    elif isinstance(medium, list | tuple):
-        for item in medium:
-            _collect(item, paths)
+            if isinstance(part, ImagePart):
+                yield part.image
+            elif isinstance(part, VideoPart):
+                yield from part.video if isinstance(part.video, tuple) else (part.video,)
 
 
 def read_stats(paths: Sequence[str]) -> np.ndarray:

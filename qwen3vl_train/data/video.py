@@ -4,6 +4,7 @@ Nothing here holds more than a few frames at a time. Only containers that cannot
 """
 
 import contextlib
+import errno
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -34,6 +35,10 @@ these have no frame rate but an invented one."""
 _TIMED = ("mov", "matroska")
 """Containers whose packets carry the time at which their frame is shown. AVI's carry an order of decoding, and those
 of broadcast streams may wrap or start in the middle; these are decoded from the beginning."""
+
+
+_OF_THE_MACHINE = (errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE)
+"""Numbers of errors that are not those of a file's content, though FFmpeg now and then gives EIO for that too."""
 
 
 class VideoHeader(NamedTuple):
@@ -146,6 +151,8 @@ def _opened(file: str | bytes, name: str) -> Iterator[tuple["InputContainer", "V
         raise
     except (FFmpegError, OSError, ValueError, MemoryError) as error:
         reason = getattr(error, "strerror", None) or str(error)
+        if getattr(error, "errno", None) in _OF_THE_MACHINE:
+            raise MediaFault(f"{name}: cannot be read ({reason}); check disk and permissions", passing=True) from None
         raise MediaFault(
             f"{name}: is truncated, damaged or of a kind that is not read ({reason}); replace it or write it as MP4"
         ) from None

@@ -173,6 +173,8 @@ def test_clips_are_files_or_lists_of_frames():
         {"type": "video", "video": frames, "fps": 12},
         {"video": frames, "sample_fps": 2, "timestamps": None},
         {"video": frames, "timestamps": [0, 0.5, 0.5]},
+        {"video": {"frames": frames, "fps": 12, "timestamps": None}},
+        {"type": "video", "video": {"frames": frames}, "sample_fps": 2},
     ]
     assert parse_sample(user(*parts)).messages[0].content == (
         VideoPart("a.mp4"),
@@ -181,18 +183,28 @@ def test_clips_are_files_or_lists_of_frames():
         VideoPart(tuple(frames), fps=12.0),
         VideoPart(tuple(frames), timestamps=(0.0, 0.5, 1.0)),
         VideoPart(tuple(frames), timestamps=(0.0, 0.5, 0.5)),
+        VideoPart(tuple(frames), fps=12.0),
+        VideoPart(tuple(frames), timestamps=(0.0, 0.5, 1.0)),
     )
 
 
+ONE_OF = 'give one of fps, sample_fps, timestamps, as in {"frames": [...], "fps": 2}'
 CLIP_FAULTS = [
     ({"video": 7}, ".video is a number; write a path, a data URI, bytes or a list of frames"),
     ({"video": "a.mp4", "fps": 2}, ": fps beside a video file, whose header says it; take it out"),
     ({"video": "a.mp4", "nframes": 2}, ": unknown key nframes in a part of type video; take it out"),
     ({"video": ["a.png"], "fps": 2}, ".video: 1 frames, a clip needs 2; add frames or give an image"),
     ({"video": ["a.png", 3], "fps": 2}, ".video[1] is a number; write a path, a data URI, bytes or a PIL image"),
-    ({"video": ["a", "b"]}, ": a list of frames with no times; give one of fps, sample_fps, timestamps"),
+    ({"video": ["a", "b"]}, f": a list of frames with no times; {ONE_OF}"),
+    ({"video": {"frames": ["a", "b"]}}, f": a list of frames with no times; {ONE_OF}"),
+    ({"video": {"frames": ["a", "b"], "fps": 1, "sample_fps": 1}},
+     f": a list of frames with fps and sample_fps; {ONE_OF}"),
+    ({"video": {"frames": ["a", "b"], "fps": 1}, "fps": 1}, ": fps in the video and beside it; keep one of them"),
+    ({"video": {"frames": ["a", "b"], "fps": 1, "size": 2}}, ": unknown key size in a part of type video; take it out"),
+    ({"video": {"frames": "a.mp4"}}, ".video.frames is a string, not a list; write a list of images"),
+    ({"video": {"frames": None, "fps": 1}}, ".video.frames is null, not a list; write a list of images"),
     ({"video": ["a", "b"], "fps": 1, "timestamps": [0, 1]},
-     ": a list of frames with fps and timestamps; give one of fps, sample_fps, timestamps"),
+     f": a list of frames with fps and timestamps; {ONE_OF}"),
     ({"video": ["a", "b"], "fps": 0}, ".fps is 0; write a number of frames a second, above 0 and at most 1000"),
     ({"video": ["a", "b"], "fps": float("nan")},
      ".fps is nan; write a number of frames a second, above 0 and at most 1000"),

@@ -1,10 +1,15 @@
+import errno
 import json
 import os
 
+import fsspec
 import numpy as np
 import pytest
+import tiny_checkpoint
 from PIL import Image
 
+from qwen3vl_train.batch import IGNORE_LABEL
+from qwen3vl_train.data import download
 from qwen3vl_train.data.collate import MultimodalCollator
 from qwen3vl_train.data.encode import SampleCost
 from qwen3vl_train.data.faults import Reject
@@ -112,6 +117,55 @@ def test_samples_that_are_too_long(tmp_path, collator, tiny_folder, limits, reas
     assert shrinks.encode(source.sample(1)).patches.shape[0] == shrunk.patches[1]
 
 
+@pytest.mark.parametrize("too_long", ["drop", "reject", "shrink_media"])
+def test_text_that_cannot_fit_is_told_without_tokenising_it(tmp_path, collator, monkeypatch, too_long):
+    source = write(tmp_path, "a.jsonl", [row("\U0001f642" * 5000), row("1 " * 600), row("1 " * 200)])
+
+    def count(self, text):
+        assert len(text) < 1000, "tokenised"
+        return len(self.encode(text)[0])
+
+    monkeypatch.setattr("qwen3vl_train.data.tokenizer.ChatTokenizer.count", count)
+    index = build_index([source], collator, LengthRule(550, too_long=too_long))
+    assert index.tokens.tolist() == [0, 0, collator.cost(source.sample(2)).tokens]
+    assert index.num_dropped == (2 if too_long == "drop" else 0)
+    others = "" if too_long == "shrink_media" else ", or set data.too_long to drop or shrink_media"
+    tail = (
+        "tokens of text is longer than data.max_tokens_per_pack 550; raise it, lower "
+        f"data.max_visual_tokens_per_image{others}"
+    )
+    digits = 600 + 4  # and the special tokens around two turns
+    assert [reject.reason.split(" ", 5)[5] for reject in index.rejects] == ([] if too_long == "drop" else [tail] * 2)
+    assert [reject.reason.split()[4] for reject in index.rejects[1:]] == ([] if too_long == "drop" else [str(digits)])
+
+
+def test_rows_of_which_the_template_trains_nothing_are_rejected(tmp_path, tiny_folder):
+    folder = tmp_path / "thinking"
+    tiny_checkpoint.write_tiny_checkpoint(folder, template="thinking")
+    thinking = MultimodalCollator.from_pretrained(folder)
+    ask, call = {"role": "user", "content": "a"}, {"tool_calls": [{"name": "f", "arguments": {}}]}
+    talks = {
+        "learns": [ask, {"role": "assistant", "content": "b"}],
+        "ends on a question": [ask, {"role": "assistant", "content": "b"}, ask],
+        "trains an earlier answer": [ask, {"role": "assistant", "content": "b"}, ask,
+                                     {"role": "assistant", "content": "c", "loss": False}],
+        "ends on a tool": [ask, {"role": "assistant", "content": "", **call}, {"role": "tool", "content": "d"}],
+        "has thought": [ask, {"role": "assistant", "content": "", "reasoning_content": "e", **call},
+                        {"role": "tool", "content": "d"}],
+    }  # fmt: skip
+    source = write(tmp_path, "a.jsonl", [json.dumps({"messages": messages}) for messages in talks.values()])
+    index = build_index([source], thinking, NO_LIMIT)
+    learns = [bool((thinking([{"messages": messages}]).labels != IGNORE_LABEL).any()) for messages in talks.values()]
+    assert learns == [True, False, False, False, True]
+    assert (index.tokens > 0).tolist() == learns
+    assert {reject.reason for reject in index.rejects} == {
+        "nothing to learn: a Thinking checkpoint is trained on answers behind the last question, and none there is "
+        "trained; end the row with its answer, or take an Instruct checkpoint"
+    }
+    instruct = build_index([source], MultimodalCollator.from_pretrained(tiny_folder), NO_LIMIT)
+    assert (instruct.tokens > 0).tolist() == [True, True, True, True, False]
+
+
 def test_text_that_is_too_long_by_itself_is_rejected_even_where_media_shrink(tmp_path, tiny_folder):
     Image.new("RGB", (192, 128)).save(tmp_path / "a.png")
     source = write(tmp_path, "a.jsonl", [row("word " * 60), row("word " * 60, image="a.png")])
@@ -178,8 +232,9 @@ def counted(tmp_path, collator):
         Image.new("RGB", (96, 64)).save(tmp_path / f"{name}.png")
     rows = [row("one"), row(image="a.png"), "{", row(image="b.png"), row(image="gone.png"), row(image="c.png")]
 
-    def build(changed_rows=None, collate=collator, rule=NO_LIMIT, **options):
-        source = write(tmp_path, "a.jsonl", changed_rows or rows, **options)
+    def build(changed_rows=None, collate=collator, rule=NO_LIMIT, root=tmp_path, **options):
+        write(tmp_path, "a.jsonl", changed_rows or rows)
+        source = JsonlSource(tmp_path / "a.jsonl", root, **options)
         looked_at = []
         index = build_index(
             [source],
@@ -239,6 +294,90 @@ def test_only_rows_whose_media_changed_are_looked_at_again(counted, tmp_path):
     assert looked_at == 6
     assert same(third, fresh)
     assert counted()[1] == 0
+
+
+@pytest.fixture
+def bucket():
+    """A file system of fsspec that lives in this process alone: anything behind a URL."""
+    fs = fsspec.filesystem("memory")
+    yield fs
+    fs.rm("/bucket", recursive=True)
+
+
+def test_rows_whose_media_could_not_be_fetched_are_looked_at_again(counted, tmp_path, bucket, monkeypatch):
+    monkeypatch.setattr(download, "PAUSES_SECONDS", ())
+    picture = tmp_path / "a.png"
+    asks = {"question": "<image>?", "answer": "<box>", "bbox": "unit"}
+    rows = [
+        row("text"),
+        row(image="a.png"),
+        row(image="late.png"),
+        row(image="page.png"),
+        json.dumps({**asks, "answer": "ok", "image": "late.png"}),
+        json.dumps({**asks, "bbox": "pixel", "boxes": [[0, 0, 9, 9]], "image": "late.png"}),
+        json.dumps({**asks, "bbox": "pixel", "boxes": [[0, 0, 9, 9]], "image": "page.png"}),
+        json.dumps({**asks, "boxes": [[0, 0, 9, 9]], "image": "a.png"}),
+        "{",
+    ]
+    bucket.pipe("/bucket/a.png", picture.read_bytes())
+    bucket.pipe("/bucket/page.png", b"<html>Please sign in</html>")
+    remote = {"changed_rows": rows, "root": "memory://bucket"}
+    first, looked_at = counted(**remote)
+    assert looked_at == 9
+    assert first.tokens.astype(bool).tolist() == [True, True] + [False] * 7
+    again, looked_at = counted(**remote)
+    assert looked_at == 5
+    assert same(first, again)
+    bucket.pipe("/bucket/late.png", picture.read_bytes())
+    bucket.pipe("/bucket/page.png", picture.read_bytes())
+    third, looked_at = counted(**remote)
+    assert looked_at == 5
+    assert third.tokens.astype(bool).tolist() == [True] * 7 + [False] * 2
+    assert counted(**remote)[1] == 0
+
+
+@pytest.mark.parametrize(("module", "call"), [(Image, "open"), (os, "stat")], ids=["open", "stat"])
+def test_rows_whose_disk_failed_are_looked_at_again(counted, tmp_path, monkeypatch, module, call):
+    whole, asked = getattr(module, call), []
+
+    def fail(file, *arguments, **options):
+        if str(file).endswith("b.png") and not asked:
+            asked.append(file)
+            raise OSError(errno.EIO, "Input/output error")
+        return whole(file, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, call, fail)
+        first, _ = counted()
+    assert [reject.reason for reject in first.rejects if reject.row == 4] == [
+        "messages[0].content[1]: image b.png: cannot be read (Input/output error); check disk and permissions"
+    ]
+    again, looked_at = counted()
+    assert looked_at == 1
+    assert [reject.row for reject in again.rejects] == [3, 5]
+    assert counted()[1] == 0
+
+
+def test_a_fault_of_a_box_goes_with_its_image(counted, tmp_path):
+    asks = {"question": "?", "answer": "<box>", "bbox": "pixel", "boxes": [[0, 0, 150, 9]]}
+    rows = [json.dumps({**asks, "image": image}) for image in ("a.png", "gone.png")] + ["{"]
+    assert [reject.row for reject in counted(rows)[0].rejects] == [1, 2, 3]
+    assert counted(rows)[1] == 0
+    for name in ("a", "gone"):
+        Image.new("RGB", (192, 64)).save(tmp_path / f"{name}.png")
+    mended, looked_at = counted(rows)
+    assert looked_at == 2
+    assert [reject.row for reject in mended.rejects] == [3]
+
+
+def test_rows_of_a_file_that_was_touched_while_it_was_indexed_are_looked_at_again(tmp_path, collator):
+    source = write(tmp_path, "a.jsonl", [row(), "{"])
+    os.utime(tmp_path / "a.jsonl", ns=(1, 1))
+    index = build_index([source], collator, NO_LIMIT, cache_folder=tmp_path / "cache")
+    assert len(index.rejects) == 2
+    again = JsonlSource(tmp_path / "a.jsonl", tmp_path)
+    index = build_index([again], collator, NO_LIMIT, cache_folder=tmp_path / "cache")
+    assert [reject.row for reject in index.rejects] == [2]
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "flipped", "other"])

@@ -1,9 +1,11 @@
 """Every shape of row becomes the same messages; marks and media are counted against each other."""
 
+import json
+
 import pytest
 
 from qwen3vl_train.data.faults import RowFault
-from qwen3vl_train.data.formats import ImagePart, TextPart, ToolCall
+from qwen3vl_train.data.formats import ImagePart, TextPart, ToolCall, VideoPart
 from qwen3vl_train.data.rows import RowRules, shapes_line, source_of
 
 WHAT = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A cat."}]
@@ -62,12 +64,26 @@ def test_qwens_own_json_loads_with_its_data_path():
     assert read({**row, "image": "data:image/png;base64,xx"}).messages[0].content[0].image.startswith("data:")
 
 
-def test_marks_in_answers_and_without_media_are_text():
-    row = {"image": "a", "conversations": talk("<image>\nWhat?", "An <image> mark")}
-    assert read(row).messages[1].text == "An <image> mark"
-    assert read({"conversations": talk("What is an <image> mark?", "ok")}).messages[0].content == (
-        TextPart("What is an <image> mark?"),
-    )
+def test_marks_in_answers_and_systems_are_text():
+    row = {"image": "a", "system": "A <video> mark", "conversations": talk("<image>\nWhat?", "An <image> mark")}
+    assert [message.text for message in read(row).messages] == ["A <video> mark", "What?", "An <image> mark"]
+
+
+def asked(*contents):
+    answered = [({"role": "user", "content": content}, {"role": "assistant", "content": "x"}) for content in contents]
+    return {"messages": [message for pair in answered for message in pair]}
+
+
+def test_marks_in_typed_parts_are_text_where_no_media_stand_apart():
+    tag = {"type": "text", "text": "What is an <image> tag?"}
+    assert question(asked([tag])) == [["What is an <image> tag?"]]
+    assert question({**asked([tag]), "images": [], "videos": None}) == [["What is an <image> tag?"]]
+    own = asked([{"type": "image", "image": "a"}, tag], "And a <video> tag?")
+    assert question(own) == ["a", ["What is an <image> tag?"]]
+    assert read(own).messages[2].content == (TextPart("And a <video> tag?"),)
+    assert question({**asked([tag]), "images": ["a"]}) == [["What is an "], "a", [" tag?"]]
+    turn = {"from": "human", "value": [tag]}
+    assert question({"conversations": [turn, {"from": "gpt", "value": "x"}]}) == [["What is an <image> tag?"]]
 
 
 def test_messages_with_media_apart():
@@ -78,9 +94,35 @@ def test_messages_with_media_apart():
     marks = {"images": ["a"], "messages": [{"role": "user", "content": "<image>What?"},
                                            {"role": "assistant", "content": "ok"}]}  # fmt: skip
     assert question(marks) == ["a", ["What?"]]
-    own = {"images": ["a"], "messages": [{"role": "user", "content": [{"type": "image", "image": "mine"}]},
-                                         {"role": "assistant", "content": "ok"}]}  # fmt: skip
-    assert question(own) == ["mine"]
+
+
+def test_clips_of_frames_are_objects_with_their_times_in_every_shape(tmp_path):
+    clips = [{"frames": ["a", "b", "c"], "sample_fps": 2, "fps": None}, {"frames": [{"bytes": b"x", "path": None}, "d"],
+             "timestamps": [0, 3]}, "v.mp4"]  # fmt: skip
+    found = [
+        VideoPart(("a", "b", "c"), timestamps=(0.0, 0.5, 1.0)), VideoPart((b"x", "d"), timestamps=(0.0, 3.0)),
+        VideoPart("v.mp4"),
+    ]  # fmt: skip
+    marks = "<video><video><video>What?"
+    answer = {"role": "assistant", "content": "x"}
+    for row in (
+        {"videos": clips, "conversations": talk(marks, "x")},
+        {"videos": clips, "question": "What?", "answer": "x"},
+        {"video": clips, "messages": [{"role": "user", "content": marks}, answer]},
+        {
+            "videos": clips,
+            "messages": [{"role": "user", "content": [*[{"type": "video"}] * 3, {"text": "What?"}]}, answer],
+        },
+    ):
+        assert read(row).messages[0].content == (*found, TextPart("What?"))
+    one = {"video": {"frames": ["a", "b"], "fps": 8}, "data_path": "/clips", "conversations": talk("<video>", "x")}
+    assert read(one).messages[0].content == (VideoPart(("/clips/a", "/clips/b"), fps=8.0),)
+    with pytest.raises(RowFault) as caught:
+        read({"videos": [["a", "b"]], "conversations": talk("<video>", "x")})
+    assert str(caught.value) == (
+        "messages[0].content[0]: a list of frames with no times; give one of fps, sample_fps, timestamps, as in "
+        '{"frames": [...], "fps": 2}'
+    )
 
 
 def test_columns():
@@ -131,15 +173,37 @@ def test_a_given_format_is_not_guessed():
     assert read(both, format="columns").messages[1].text == "y"
 
 
+LIST_THEM = "list one image for each, or write typed parts, in which a text is a text"
 FAULTS = [
     ({"image": "a", "conversations": talk("What?", "x")},
      "1 image but 0 <image> marks in the questions; put one mark where each image belongs"),
     ({"image": ["a", "b"], "conversations": talk("<image><image><image>", "x")},
      "2 images but 3 <image> marks in the questions; put one mark where each image belongs"),
     ({"image": "a", "conversations": talk("<image><video>", "x")},
-     "0 videos but 1 <video> mark in the questions; put one mark where each video belongs"),
+     f"0 videos but 1 <video> mark in the questions; {LIST_THEM.replace('image', 'video')}"),
     ({"messages": [{"role": "user", "content": [{"type": "image"}]}, {"role": "assistant", "content": "x"}]},
-     "0 images but 1 <image> mark in the questions; put one mark where each image belongs"),
+     f"0 images but 1 <image> mark in the questions; {LIST_THEM}"),
+    ({"conversations": talk("<image>\nWhat?", "x")}, f"0 images but 1 <image> mark in the questions; {LIST_THEM}"),
+    ({"image": [], "conversations": talk("<image>\n<image>\nWhat?", "x")},
+     f"0 images but 2 <image> marks in the questions; {LIST_THEM}"),
+    ({"video": "v.mp4", "conversations": talk("<image>What?<video>", "x")},
+     f"0 images but 1 <image> mark in the questions; {LIST_THEM}"),
+    ({"question": "<video>What?", "answer": "x"},
+     f"0 videos but 1 <video> mark in the questions; {LIST_THEM.replace('image', 'video')}"),
+    ({"question": "<image> What?", "answer": "x", "image": ["a", "b"]},
+     "2 images but 1 <image> mark in the questions; put one mark where each image belongs"),
+    (asked("<image> What?"), f"0 images but 1 <image> mark in the questions; {LIST_THEM}"),
+    ({**asked("What?"), "images": ["a"]},
+     "1 image but 0 <image> marks in the questions; put one mark where each image belongs"),
+    ({**asked([{"type": "image", "image": "mine"}]), "images": ["a"]},
+     "1 image but 0 <image> marks in the questions; the parts hold 1 of their own: list none beside them, or leave "
+     "parts without media for them"),
+    ({**asked([{"type": "image", "image": "mine"}]), "videos": ["a", "b"]},
+     "2 videos but 0 <video> marks in the questions; the parts hold 1 of their own: list none beside them, or leave "
+     "parts without media for them"),
+    ({**asked([{"type": "image", "image": "mine"}, {"type": "image"}]), "images": ["a", "b"]},
+     "2 images but 1 <image> mark in the questions; the parts hold 1 of their own: list none beside them, or leave "
+     "parts without media for them"),
     ({"image": "a", "images": ["b"], "conversations": WHAT}, "image and images are both given; keep one of them"),
     ({"conversations": "hi"}, "conversations is not a list; write a list of {from, value}"),
     ({"conversations": [7]}, "conversations[0] is not an object; write from and value"),
@@ -179,6 +243,26 @@ def test_a_row_of_5_million_tokens_and_one_of_10_000_images():
     assert (
         str(caught.value) == "10,000 images and videos are more than 4,096, beyond the model's context; split the row"
     )
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"tools": [{"description": "x" * 4_000_000}]},
+        {"conversations": [{"from": "human", "value": "a"}, {"from": "function_call", "value":
+                            json.dumps({"name": "f", "arguments": {"x": "x" * 4_000_000}})}]},
+        {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b", "tool_calls": [
+                            {"name": "f", "arguments": "x" * 4_000_000}]}]},
+        {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b", "reasoning_content":
+                            "x" * 4_000_000}]},
+    ],
+    ids=["tools", "call", "call as text", "reasoning"],
+)  # fmt: skip
+def test_tools_calls_and_reasoning_count_as_text(more):
+    with pytest.raises(
+        RowFault, match=r"^4,000,0[0-9]{2} characters of text are more than 4,000,000, far beyond any pack"
+    ):
+        read({"conversations": talk("a", "b"), **more})
 
 
 def test_tools_that_are_no_json():

@@ -4,22 +4,26 @@ import gzip
 import http.server
 import json
 import os
+import pickle
 import socket
 import threading
 import time
 import tracemalloc
+from collections import Counter
 from pathlib import Path
+from typing import ClassVar
 
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from tiny_files import ROW, png, talks, write_tar
+from tiny_files import KINDS, ROW, png, talks, texts, write_all, write_tar
 
 from qwen3vl_train.config.fields import TrainSource
 from qwen3vl_train.data import download, rows
 from qwen3vl_train.data.faults import MediaFault, RowFault
 from qwen3vl_train.data.media import image_size, load_rgb
-from qwen3vl_train.data.sources import JsonlSource, open_sources, open_stream
+from qwen3vl_train.data.sources import JsonlSource, files, open_sources, open_stream
 
 LINES = "\n".join(ROW % f"{n} {n * n}" for n in range(500)).encode()
 
@@ -146,6 +150,111 @@ def test_a_file_that_changes_while_it_is_trained_on(tmp_path):
         source.sample(0)
 
 
+@pytest.mark.parametrize("kind", ["b.jsonl.gz", "b.jsonl.zst", "c.json.gz", "a.parquet", "b.tar.gz"])
+def test_a_file_that_was_unpacked_is_watched_too(tmp_path, kind):
+    file = write_all(tmp_path)[kind]
+    (source,) = open_sources(TrainSource(path=str(file)))
+    source = pickle.loads(pickle.dumps(source))
+    assert texts(source.sample(1)) == ["Nr 1?", "ü."]
+    os.utime(file, ns=(1, 1))
+    fault = f"{file} changed since it was indexed (its time differs); put it back and resume, or start a new run"
+    with pytest.raises(RowFault) as caught:
+        source.sample(1)
+    assert str(caught.value) == fault
+    assert caught.value.passing
+    file.unlink()
+    with pytest.raises(RowFault, match=r"bytes then, No such file or directory now"):
+        source.sample(1)
+
+
+def test_a_file_that_changes_while_it_is_unpacked(tmp_path, monkeypatch):
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress((ROW % "a").encode()))
+    whole = files.open_unpacked
+
+    def touched(path):
+        os.utime(path, ns=(1, 1))
+        return whole(path)
+
+    monkeypatch.setattr(files, "open_unpacked", touched)
+    with pytest.raises(ValueError) as caught:
+        JsonlSource(tmp_path / "a.jsonl.gz")
+    assert str(caught.value) == f"{tmp_path}/a.jsonl.gz: changed while it was unpacked; start again once it is whole"
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "saved"])
+@pytest.mark.parametrize("told", ["by the fingerprint", "by opening"])
+def test_a_stream_notices_a_file_that_changes_while_it_is_read(tmp_path, kind, told):
+    file = write_all(tmp_path)[kind]
+    stream = open_stream(TrainSource(path=str(file)))
+    if told == "by the fingerprint":
+        assert stream.fingerprint()["times"] == [file.stat().st_mtime_ns]
+    stream = pickle.loads(pickle.dumps(stream))
+    rows = stream.rows()
+    assert [next(rows).row_number for _ in range(3)] == [1, 2, 3]
+    os.utime(file, ns=(1, 1))
+    fault = f"{file} changed since it was opened (its time differs); put it back and resume, or start a new run"
+    for read in (lambda: next(rows), lambda: next(stream.rows())):
+        with pytest.raises(ValueError) as caught:
+            read()
+        assert str(caught.value) == fault
+
+
+def test_a_stream_notices_a_file_that_is_cut_at_the_end_of_a_row(tmp_path):
+    (tmp_path / "a.jsonl").write_text("")
+    stream = open_stream(TrainSource(path=str(tmp_path / "a.jsonl")))
+    stream.fingerprint()
+    assert list(stream.rows()) == []
+    (tmp_path / "a.jsonl").write_text("\n")
+    with pytest.raises(ValueError, match=r"a.jsonl changed since it was opened \(0 bytes then, 1 now\); put it back"):
+        list(stream.rows())
+
+
+def test_a_fingerprint_of_a_stream_follows_the_times_of_its_files(tmp_path):
+    for name in "ab":
+        (tmp_path / f"{name}.jsonl").write_text(ROW % "x")
+        os.utime(tmp_path / f"{name}.jsonl", ns=(5, 5))
+    entry = TrainSource(path=str(tmp_path))
+    first = open_stream(entry).fingerprint()
+    assert open_stream(entry).fingerprint() == json.loads(json.dumps(first)) == first
+    (tmp_path / "b.jsonl").write_text(ROW % "y")
+    os.utime(tmp_path / "b.jsonl", ns=(6, 6))
+    assert open_stream(entry).fingerprint() == {**first, "times": [5, 6]}
+
+
+@pytest.mark.parametrize(
+    ("junk", "fault"),
+    [
+        (b"\0", "ends before row 2; copy the shard again"),
+        (b"\xff", "is truncated or damaged behind row 1 (no end mark); copy the file again"),
+    ],
+)
+def test_a_shard_that_is_damaged_behind_its_own_back(tmp_path, junk, fault):
+    """Its size and time are as they were. An end of the iterator would end the run early, and say nothing."""
+    file = write_tar(tmp_path / "a.tar", [(f"{n}.json", (ROW % n).encode().ljust(500)) for n in range(3)])
+    (source,) = open_sources(TrainSource(path=str(file)))
+    time_ns, whole = file.stat().st_mtime_ns, file.read_bytes()
+    file.write_bytes(whole[:1024] + junk * 1024 + whole[2048:])
+    os.utime(file, ns=(time_ns, time_ns))
+    assert [source.sample(row).messages[0].text for row in (0, 2)] == ["0", "2"]
+    with pytest.raises(RowFault) as caught:
+        source.sample(1)
+    assert str(caught.value) == f"{file}: {fault}"
+
+
+@pytest.mark.parametrize("damage", ["cut", "removed"])
+def test_an_unpacked_table_that_is_damaged(tmp_path, damage):
+    pq.write_table(pa.Table.from_pylist([{"question": "?", "answer": "x"}] * 3), tmp_path / "a.parquet")
+    (source,) = open_sources(TrainSource(path=str(tmp_path / "a.parquet")))
+    source = pickle.loads(pickle.dumps(source))  # as a worker process has it, which opens the copy itself
+    copy = source._copy
+    whole = copy.read_bytes()
+    copy.write_bytes(whole[: len(whole) // 2]) if damage == "cut" else copy.unlink()
+    with pytest.raises(RowFault) as caught:
+        source.sample(1)
+    assert str(caught.value).startswith(f"{tmp_path}/a.parquet: its copy {copy} cannot be read (")
+    assert str(caught.value).endswith("); remove it and start again")
+
+
 def test_a_copy_unpacked_before_a_change_is_not_taken_for_the_new_file(tmp_path):
     for text in ("first", "second"):
         (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress((ROW % text).encode()))
@@ -209,7 +318,18 @@ def test_rows_that_are_not_utf8_are_faults_of_rows(tmp_path):
 
 
 class _Pictures(http.server.BaseHTTPRequestHandler):
+    asked: ClassVar[Counter] = Counter()
+
     def do_GET(self):
+        self.asked[self.path] += 1
+        if self.path.startswith("/busy") and self.asked[self.path] <= int(self.path[-1]):
+            return self.send_error(503)
+        if self.path.startswith("/cut") and self.asked[self.path] <= int(self.path[-1]):
+            return self._send(png(7)[:-20], announced=len(png(7)))
+        if self.path.startswith("/drop") and self.asked[self.path] <= int(self.path[-1]):
+            return None  # the connection closes without an answer
+        if self.path.startswith(("/busy", "/cut", "/drop")):
+            return self._send(png(7))
         if self.path == "/a.png":
             return self._send(png(7))
         if self.path == "/hop":
@@ -232,9 +352,9 @@ class _Pictures(http.server.BaseHTTPRequestHandler):
             return None
         return self.send_error(404)
 
-    def _send(self, body: bytes) -> None:
+    def _send(self, body: bytes, announced: int | None = None) -> None:
         self.send_response(200)
-        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Content-Length", str(announced or len(body)))
         self.end_headers()
         self.wfile.write(body)
 
@@ -273,6 +393,28 @@ def test_web_addresses_are_fetched_only_where_allowed(address):
     )
 
 
+@pytest.mark.parametrize("opened", [open_sources, open_stream])
+def test_a_media_root_on_the_web_asks_for_allow_urls(address, tmp_path, opened):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"image": "a.png", "question": "?", "answer": "x"}))
+    for root in (address, "HTTPS://example.org/pictures", f"simplecache::{address}"):
+        with pytest.raises(ValueError) as caught:
+            opened(TrainSource(path=str(tmp_path / "a.jsonl"), media_root=root))
+        assert str(caught.value) == (
+            f"{tmp_path}/a.jsonl: media_root {root} is a web address, and nothing is downloaded; set allow_urls: true, "
+            "or media_root to a folder"
+        )
+    # By default the root is where the file is. Nobody is asked there before it is allowed.
+    with pytest.raises(ValueError, match=r"^https://nobody.invalid/a.json: media_root https://nobody.invalid is a web"):
+        opened(TrainSource(path="https://nobody.invalid/a.json"))
+    with pytest.raises(ValueError, match=r"is a web address, and nothing is downloaded"):
+        opened(TrainSource(path=str(tmp_path), split="train", media_root=address))
+    found = opened(TrainSource(path=str(tmp_path / "a.jsonl"), media_root=address, allow_urls=True))
+    image = (found[0].sample(0) if isinstance(found, list) else next(found.rows()).sample).messages[0].content[0].image
+    assert image_size(image) == (32, 32)
+    write_tar(tmp_path / "a.tar", [("1.json", (ROW % "a").encode())])
+    assert opened(TrainSource(path=str(tmp_path / "a.tar"), media_root="https://nobody.invalid"))
+
+
 def test_faults_of_downloads(address, monkeypatch):
     monkeypatch.setattr(download, "MAX_BYTES", 200_000)
     monkeypatch.setattr(download, "TIMEOUT_SECONDS", 0.5)
@@ -297,3 +439,45 @@ def test_faults_of_downloads(address, monkeypatch):
                 image_size(ask(url, allow_urls=True))
             assert str(caught.value).startswith(fault), str(caught.value)
             assert "secret" not in str(caught.value)
+
+
+def test_downloads_that_fail_in_passing_are_tried_again(address, monkeypatch):
+    monkeypatch.setattr(download, "PAUSES_SECONDS", (0.0, 0.01))
+    for path in ("/busy2", "/cut2", "/drop2"):
+        assert load_rgb(ask(f"{address}{path}", allow_urls=True)).shape == (3, 32, 32)
+        assert _Pictures.asked[path] == 3
+    for path, fault, asked in (
+        ("/busy9", "cannot be downloaded (HTTP Error 503: Service Unavailable); check the address", 3),
+        ("/cut9", f"ends after {len(png(7)) - 20} of {len(png(7))} bytes; check the address", 3),
+        ("/gone", "cannot be downloaded (HTTP Error 404: Not Found); check the address", 1),
+    ):
+        with pytest.raises(MediaFault) as caught:
+            image_size(ask(f"{address}{path}", allow_urls=True))
+        assert str(caught.value) == f"{address}{path}: {fault}"
+        assert caught.value.passing
+        assert _Pictures.asked[path] == asked
+
+
+def test_other_addresses_are_tried_again_too(monkeypatch):
+    monkeypatch.setattr(download, "PAUSES_SECONDS", (0.0, 0.01))
+    fs, failures = fsspec.filesystem("memory"), []
+    whole = type(fs)._open
+    monkeypatch.setattr(type(fs), "_open", lambda self, *args, **options: failing() or whole(self, *args, **options))
+
+    def failing():
+        if failures:
+            raise failures.pop()
+
+    fs.pipe("/bucket/a.png", png(7))
+    medium = download.Remote("memory://bucket/a.png")
+    failures[:] = [OSError("slow down")] * 2
+    assert medium.fetch() == png(7)
+    for kind, left in ((OSError, 1), (PermissionError, 3)):
+        failures[:] = [kind("slow down")] * 4
+        with pytest.raises(MediaFault) as caught:
+            medium.fetch()
+        assert str(caught.value) == "memory://bucket/a.png: cannot be read (slow down); check the path and media_root"
+        assert caught.value.passing
+        assert len(failures) == left
+    failures.clear()
+    fs.rm("/bucket", recursive=True)

@@ -182,6 +182,24 @@ def test_what_changes_between_reading_and_building_is_left_out(folder, collator,
                                "as it is now")  # fmt: skip
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_stream_whose_file_changes_stops_the_run(folder, collator, tmp_path, workers):
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    changing = loader(tmp_path, collator, window=8, num_workers=workers)
+    steps = iter(changing)
+    next(steps)
+    with (tmp_path / "s-1.jsonl").open("a") as file:
+        file.write("\n")
+    with pytest.raises(
+        ValueError, match=r"s-1.jsonl changed since it was opened \([0-9]+ bytes then, [0-9]+ now\); put"
+    ):
+        list(steps)
+    state = changing.state()
+    with pytest.raises(ValueError, match=r"^resume: the data files changed since the checkpoint"):
+        loader(tmp_path, collator, window=8).load_state_dict(state)
+
+
 def test_dropped_and_shrunk_are_counted(folder, tiny_folder):
     few = {"max_visual_tokens_per_image": 2, "min_visual_tokens_per_image": 1}
     collator = MultimodalCollator.from_pretrained(tiny_folder, **few)

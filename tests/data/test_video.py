@@ -254,6 +254,19 @@ def test_faults_that_decoding_shows(tmp_path):
     assert message(gathered, str(avi), [0], read_header(str(avi))._replace(num_frames=13)) == f"video {avi}: {fault}"
 
 
+def test_a_disk_that_fails_is_not_the_file(tmp_path, monkeypatch):
+    path = write_clip(tmp_path / "a.mp4")
+
+    def fail(*arguments, **options):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(av, "open", fail)
+    with pytest.raises(MediaFault) as caught:
+        read_header(str(path))
+    assert str(caught.value) == f"video {path}: cannot be read (Permission denied); check disk and permissions"
+    assert caught.value.passing
+
+
 def test_bombs_are_refused_by_their_header(tmp_path, monkeypatch):
     path = str(write_clip(tmp_path / "a.mp4", 4))
     monkeypatch.setattr("PIL.Image.MAX_IMAGE_PIXELS", 6000)

@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from qwen3vl_train.data.download import Remote, reaches_web
 from qwen3vl_train.data.faults import RowFault
 from qwen3vl_train.data.formats import Sample
 from qwen3vl_train.data.rows import Find, RowRules
-from qwen3vl_train.data.sources.files import is_url, stamp
+from qwen3vl_train.data.sources.files import explained, is_compressed, is_url, stamp, unpacked
 
 Place = dict[str, int]
 """Where a file is read on, as JSON."""
@@ -95,7 +96,8 @@ class FileSource(ABC):
         self.media_root = None if media_root is None else os.fspath(media_root)
         self.rules = rules or RowRules()
         self.file = Path(self.name).name
-        check_media_root(self.name, self.media_root)
+        self._stamps: dict[str, list[int | str]] = {}
+        check_media_root(self.name, self.media_root, self.rules)
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -112,19 +114,44 @@ class FileSource(ABC):
     def fingerprint(self) -> dict[str, Any]:
         """Return what changes when the content changes, as JSON."""
 
+    def _plain(self) -> str:
+        """Return the file, or a plain copy of a compressed one, for reading at any place. Raises ValueError."""
+        if not is_compressed(self.name):
+            return self.name
+        if not is_url(self.name):
+            with explained(self.name):
+                self._note_stamp(self.name)  # before it is read, so that a change of it while it is read shows too
+        return str(unpacked(self.name))
+
+    def _note_stamp(self, path: str) -> int:
+        """Remember a file as it is now, for `_check_unchanged`. Returns its size. Raises OSError."""
+        self._stamps[path] = stamp(path)
+        return int(self._stamps[path][0])
+
+    def _check_unchanged(self) -> None:
+        """Raise RowFault when a file that was noted is not as it was."""
+        for path, seen in self._stamps.items():
+            check_unchanged(path, seen)
+
     def sample(self, row: int) -> Sample:
         """Return row 0..len-1 as a Sample, named like `train.jsonl:17`. Raises RowFault."""
         raw = self.raw(row)
         return self.rules.sample(raw.row, self.rules.sample_id(self.file, raw.number), self.media_root, raw.find)
 
 
-def check_media_root(name: str, media_root: str | None) -> None:
+def check_media_root(name: str, media_root: str | None, rules: RowRules) -> None:
+    """Raise ValueError for a folder that is not there, and for a web address unless the rules allow those."""
+    if media_root is not None and reaches_web(media_root) and not rules.allow_urls:
+        raise ValueError(
+            f"{name}: media_root {Remote(media_root)} is a web address, and nothing is downloaded; set allow_urls: "
+            "true, or media_root to a folder"
+        )
     if media_root is not None and not is_url(media_root) and not os.path.isdir(media_root):
         raise ValueError(f"{name}: media_root {media_root} is not a folder; check the paths under data")
 
 
-def check_unchanged(path: str, seen: list[int | str]) -> None:
-    """Raise RowFault when a file is not as it was when it was indexed, so that places in it mean nothing any more.
+def check_unchanged(path: str, seen: list[int | str], when: str = "indexed") -> None:
+    """Raise RowFault when a file is not as it was, see `stamp`, so that places in it mean nothing any more.
 
     Of a remote file this is not asked: it would double its requests.
     """
@@ -136,4 +163,6 @@ def check_unchanged(path: str, seen: list[int | str]) -> None:
         now = [error.strerror or str(error)]
     if now != seen:
         what = f"{seen[0]} bytes then, {now[0]} now" if now[0] != seen[0] else "its time differs"
-        raise RowFault(f"{path} changed since it was indexed ({what}); put it back and resume, or start a new run")
+        raise RowFault(
+            f"{path} changed since it was {when} ({what}); put it back and resume, or start a new run", passing=True
+        )

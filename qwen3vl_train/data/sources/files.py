@@ -162,7 +162,8 @@ def unpack_once(path: str, what: Any, write: Callable[[Path], None], ending: str
     that writes; a copy is whole or not there. Raises what `write` raises, and ValueError for a full disk.
     """
     with explained(path):
-        key = json.dumps([path if is_url(path) else os.path.abspath(path), stamp(path), what])
+        seen = stamp(path)
+    key = json.dumps([path if is_url(path) else os.path.abspath(path), seen, what])
     folder = cache_folder() / "unpacked"
     name = hashlib.sha256(key.encode()).hexdigest()[:32] + ending
     copy, lock = folder / name, folder / f"{name}.lock"
@@ -176,6 +177,8 @@ def unpack_once(path: str, what: Any, write: Callable[[Path], None], ending: str
                 aside = folder / f"{name}.{os.getpid()}"
                 try:
                     write(aside)
+                    if stamp(path) != seen:
+                        raise ValueError(f"{path}: changed while it was unpacked; start again once it is whole")
                     os.replace(aside, copy)
                 finally:
                     aside.unlink(missing_ok=True)

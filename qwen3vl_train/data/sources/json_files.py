@@ -12,7 +12,7 @@ import numpy as np
 
 from qwen3vl_train.data.faults import RowFault
 from qwen3vl_train.data.rows import MAX_ROW_BYTES, RowRules, decode_row
-from qwen3vl_train.data.sources.base import FileSource, Place, RawRow, check_unchanged
+from qwen3vl_train.data.sources.base import FileSource, Place, RawRow
 from qwen3vl_train.data.sources.files import (
     DAMAGE,
     damaged,
@@ -22,9 +22,7 @@ from qwen3vl_train.data.sources.files import (
     open_unpacked,
     read_span,
     skip_to,
-    stamp,
     suffix_of,
-    unpacked,
 )
 
 _BLOCK = 1 << 20
@@ -53,31 +51,33 @@ class JsonlSource(FileSource):
     ) -> None:
         """Scan the file once for its rows and its hash. Raises ValueError when it cannot be read."""
         super().__init__(path, media_root, rules)
-        self.plain = str(unpacked(self.name)) if is_compressed(self.name) else self.name
+        self.plain = self._plain()
         starts, lengths, numbers = array("q"), array("q"), array("q")
         digest = hashlib.sha256()
         spans_of = _spans_of(self.plain)
         with open_file(self.plain) as file, explained(self.name):
-            self._stamp = stamp(self.plain)
+            size = self._note_stamp(self.plain)
             for span, _ in spans_of(_Hashed(file, digest), self.name):
                 starts.append(span.start)
                 lengths.append(span.length)
                 numbers.append(span.number)
         self._starts, self._lengths, self._numbers = map(np.asarray, (starts, lengths, numbers))
-        self._fingerprint = {"size": self._stamp[0], "sha256": digest.hexdigest()}
+        self._fingerprint = {"size": size, "sha256": digest.hexdigest()}
 
     def __len__(self) -> int:
         return len(self._starts)
 
     def raw(self, row: int) -> RawRow:
         """Return row 0..len-1 unchecked. Raises RowFault when it is not JSON, too long, or the file has changed."""
-        check_unchanged(self.plain, self._stamp)
+        self._check_unchanged()
         length = int(self._lengths[row])
         _check_length(length)
         try:
             text = read_span(self.plain, int(self._starts[row]), length)
         except OSError as error:
-            raise RowFault(f"{self.name}: cannot be read ({error}); check the disk or the address") from None
+            raise RowFault(
+                f"{self.name}: cannot be read ({error}); check the disk or the address", passing=True
+            ) from None
         return RawRow(decode_row(text, first=int(self._starts[row]) == 0), self.row_number(row), {})
 
     def row_number(self, row: int) -> int:

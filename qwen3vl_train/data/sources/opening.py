@@ -5,7 +5,7 @@ import os
 from qwen3vl_train.config.fields import EvalSource, TrainSource
 from qwen3vl_train.data.boxes import Convention
 from qwen3vl_train.data.rows import RowRules
-from qwen3vl_train.data.sources.base import FileSource, StreamSource
+from qwen3vl_train.data.sources.base import FileSource, StreamSource, check_media_root
 from qwen3vl_train.data.sources.files import find_files, is_url, suffix_of
 from qwen3vl_train.data.sources.hub import HubSource, is_saved_dataset
 from qwen3vl_train.data.sources.json_files import JsonlSource
@@ -40,6 +40,7 @@ def open_sources(entry: Entry) -> list[FileSource]:
     rules = entry_rules(entry)
     if _is_dataset(entry):
         return [HubSource(entry.path, _hub_root(entry), rules, split=entry.split, subset=entry.subset)]
+    _check_web(entry, rules)
     return [_open(path, entry.media_root or _folder(path), rules) for path in find_files(entry.path, ENDINGS)]
 
 
@@ -48,6 +49,7 @@ def open_stream(entry: Entry) -> StreamSource:
     rules = entry_rules(entry)
     if _is_dataset(entry):
         return HubStream(entry.path, _hub_root(entry), rules, split=entry.split, subset=entry.subset)
+    _check_web(entry, rules)
     files = find_files(entry.path, ENDINGS)
     return FileStream(entry.path, files, entry.media_root or _folder(files[0]), rules)
 
@@ -55,6 +57,13 @@ def open_stream(entry: Entry) -> StreamSource:
 def _open(path: str, media_root: str, rules: RowRules) -> FileSource:
     kinds = {".parquet": ParquetSource, ".tar": TarSource}
     return kinds.get(suffix_of(path), JsonlSource)(path, media_root, rules)
+
+
+def _check_web(entry: Entry, rules: RowRules) -> None:
+    """Refuse media on the web that the recipe does not allow, before a file of the entry is asked for there."""
+    root = entry.media_root or _folder(entry.path)
+    if is_url(root) and suffix_of(entry.path) != ".tar":
+        check_media_root(entry.path, root, rules)
 
 
 def _is_dataset(entry: Entry) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 from qwen3vl_train.data.faults import RowFault
 from qwen3vl_train.data.rows import RowRules
 from qwen3vl_train.data.sources.base import FileSource, Place, RawRow
-from qwen3vl_train.data.sources.files import damaged, explained, open_file, stamp, unpack_once
+from qwen3vl_train.data.sources.files import damaged, explained, open_file, unpack_once
 
 _BATCH_ROWS = 64
 """Rows decoded at a time; a batch of pictures of a megabyte each stays below a hundred."""
@@ -31,7 +31,7 @@ class ParquetSource(FileSource):
         """Unpack the file where that was not done before. Raises ValueError when it is damaged."""
         super().__init__(path, media_root, rules)
         with open_file(self.name), explained(self.name):
-            self._fingerprint = {"size": stamp(self.name)[0], "rows": 0, "footer": ""}
+            self._fingerprint = {"size": self._note_stamp(self.name), "rows": 0, "footer": ""}
         columns = sorted(self.rules.columns_read())
         self._copy = unpack_once(self.name, columns, self._unpack, ".arrow")
         self._opened: tuple[Any, list[int]] | None = None
@@ -68,10 +68,19 @@ class ParquetSource(FileSource):
         return ends[-1] if ends else 0
 
     def raw(self, row: int) -> RawRow:
-        """Return row 0..len-1 unchecked. Raises RowFault for values that Python has no form of."""
-        reader, ends = self._batches()
-        number = bisect.bisect_right(ends, row)
-        batch = reader.get_batch(number)
+        """Return row 0..len-1 unchecked. Raises RowFault, also for values that Python has no form of."""
+        import pyarrow as pa
+
+        self._check_unchanged()
+        try:
+            reader, ends = self._batches()
+            number = bisect.bisect_right(ends, row)
+            batch = reader.get_batch(number)
+        except (pa.ArrowException, OSError) as error:
+            raise RowFault(
+                f"{self.name}: its copy {self._copy} cannot be read ({_short(error)}); remove it and start again",
+                passing=True,
+            ) from None
         place = row - (ends[number] - batch.num_rows)
         return RawRow(as_python(batch.slice(place, 1)), row + 1, {})
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from qwen3vl_train.data.faults import RowFault
 from qwen3vl_train.data.rows import RowRules
-from qwen3vl_train.data.sources.base import Place, RawRow, StreamRow, check_media_root
-from qwen3vl_train.data.sources.files import explained, stamp, suffix_of
+from qwen3vl_train.data.sources.base import Place, RawRow, StreamRow, check_media_root, check_unchanged
+from qwen3vl_train.data.sources.files import explained, is_url, stamp, suffix_of
 from qwen3vl_train.data.sources.hub import load_rows, stream_hub
 from qwen3vl_train.data.sources.json_files import stream_json
 from qwen3vl_train.data.sources.parquet import stream_parquet
@@ -21,25 +21,40 @@ class FileStream:
 
     def __init__(self, name: str, files: list[str], media_root: str | None, rules: RowRules) -> None:
         self.name, self.files, self.media_root, self.rules = name, files, media_root, rules
-        check_media_root(name, media_root)
+        if any(suffix_of(file) != ".tar" for file in files):  # the media of a shard are in it
+            check_media_root(name, media_root, rules)
+        self._stamps: dict[str, list[int | str]] = {}
 
     def rows(self, state: dict[str, Any] | None = None) -> Iterator[StreamRow]:
-        """See `StreamSource.rows`."""
+        """See `StreamSource.rows`. Raises ValueError, too, where a local file is not as it was at `fingerprint`, or
+        when it was opened: the places of its rows mean nothing any more.
+        """
         first, place = (state["file"], state["place"]) if state else (0, None)
         for number in range(first, len(self.files)):
             path = self.files[number]
+            seen = None if is_url(path) else self._stamp(path)
             for raw in _stream(path, self.rules, place if number == first else None):
+                if seen is not None:
+                    check_unchanged(path, seen, "opened")
                 root = None if suffix_of(path) == ".tar" else self.media_root
                 yield _checked(raw, self.rules, path, root, {"file": number, "place": raw.place})
+            if seen is not None:  # cut at the end of a row, it would just be shorter
+                check_unchanged(path, seen, "opened")
 
     def fingerprint(self) -> dict[str, Any]:
-        """Return the sizes of the files and a hash of their names without their folders, in order."""
-        sizes = []
-        for path in self.files:
-            with explained(path):
-                sizes.append(stamp(path)[0])
+        """Return sizes of the files, times of the local ones, and a hash of their names without their folders."""
+        stamps = [self._stamp(path) for path in self.files]
+        times = [None if is_url(path) else time for path, (_, time) in zip(self.files, stamps, strict=True)]
         names = json.dumps([os.path.basename(path) for path in self.files])
-        return {"sizes": sizes, "names": hashlib.sha256(names.encode()).hexdigest()}
+        hashed = hashlib.sha256(names.encode()).hexdigest()
+        return {"sizes": [size for size, _ in stamps], "times": times, "names": hashed}
+
+    def _stamp(self, path: str) -> list[int | str]:
+        """Return the stamp of a file as it was when this was first asked."""
+        if path not in self._stamps:
+            with explained(path):
+                self._stamps[path] = stamp(path)
+        return self._stamps[path]
 
 
 class HubStream:
@@ -50,7 +65,7 @@ class HubStream:
     ) -> None:
         self.name, self.media_root, self.rules = name, media_root, rules
         self.split, self.subset = split, subset
-        check_media_root(name, media_root)
+        check_media_root(name, media_root, rules)
 
     def rows(self, state: dict[str, Any] | None = None) -> Iterator[StreamRow]:
         """See `StreamSource.rows`."""

@@ -17,14 +17,14 @@ import numpy as np
 from qwen3vl_train.data.download import MAX_BYTES
 from qwen3vl_train.data.faults import MediaFault, RowFault
 from qwen3vl_train.data.rows import MAX_ROW_BYTES, RowRules, decode_row
-from qwen3vl_train.data.sources.base import FileSource, Place, RawRow, check_unchanged
+from qwen3vl_train.data.shapes import holds_media
+from qwen3vl_train.data.sources.base import FileSource, Place, RawRow
 from qwen3vl_train.data.sources.files import (
     damaged,
     explained,
     is_compressed,
     open_file,
     read_span,
-    stamp,
     unpacked,
 )
 
@@ -67,27 +67,31 @@ class TarSource(FileSource):
         media_root is not looked into: the media of a shard are in it.
         """
         super().__init__(path, None, rules)
-        self.plain = str(unpacked(self.name)) if is_compressed(self.name) else self.name
+        self.plain = self._plain()
         starts, digest = array("q"), hashlib.sha256()
         with open_file(self.plain) as file, explained(self.name):
-            self._stamp = stamp(self.plain)
+            size = self._note_stamp(self.plain)
             for group in _groups(file, self.name, 0):
                 starts.append(group.start)
                 for member in group.members:
                     digest.update(f"{member.name}\0{member.size}\0".encode(errors="backslashreplace"))
         self._starts = np.asarray(starts)
-        self._fingerprint = {"size": self._stamp[0], "members": digest.hexdigest()}
+        self._fingerprint = {"size": size, "members": digest.hexdigest()}
 
     def __len__(self) -> int:
         return len(self._starts)
 
     def raw(self, row: int) -> RawRow:
         """Return row 0..len-1 unchecked. Raises RowFault."""
-        check_unchanged(self.plain, self._stamp)
-        start = int(self._starts[row])
-        with open_file(self.plain) as file:
-            file.seek(start)
-            group = next(_groups(file, self.name, row))
+        self._check_unchanged()
+        try:
+            with open_file(self.plain) as file:
+                file.seek(int(self._starts[row]))
+                group = next(_groups(file, self.name, row), None)
+        except ValueError as error:
+            raise RowFault(str(error), passing=True) from None
+        if group is None:
+            raise RowFault(f"{self.name}: ends before row {row + 1}; copy the shard again", passing=True)
         return _row_of(group, self.plain, row + 1)
 
     def row_number(self, row: int) -> int:
@@ -174,8 +178,7 @@ def _row_of(group: _Group, plain: str, number: int) -> RawRow:
     images = [member.name for member in group.members if member.ending.rpartition(".")[2] in _IMAGES]
     videos = [member.name for member in group.members if member.ending.rpartition(".")[2] in _VIDEOS]
     if isinstance(row, dict):
-        named = any(row.get(key) for key in ("image", "images", "video", "videos"))
-        row = {**found, **({} if named else {"images": images, "videos": videos}), **row}
+        row = {**found, **({} if holds_media(row) else {"images": images, "videos": videos}), **row}
     elif row is None:
         row = {**found, "images": images, "videos": videos}
 
@@ -197,7 +200,9 @@ def _content(member: _Member, plain: str, limit: int) -> bytes:
     try:
         content = read_span(plain, member.start, member.size)
     except OSError as error:
-        raise MediaFault(f"{member.name[:200]}: cannot be read ({error}); check the disk or the address") from None
+        raise MediaFault(
+            f"{member.name[:200]}: cannot be read ({error}); check the disk or the address", passing=True
+        ) from None
     if len(content) != member.size:
         raise MediaFault(f"{member.name[:200]}: the shard ends in it; copy the shard again")
     return content
