@@ -197,11 +197,11 @@ def test_samples_that_break_when_decoded_are_shown_with_their_fault(inspected, t
     picture(256, 256, 0).save(tmp_path / "cut.jpg")
     whole = (tmp_path / "cut.jpg").read_bytes()
     (tmp_path / "cut.jpg").write_bytes(whole[: len(whole) // 2])
-    inspection = inspected([row("a", "b"), row("c", "d", ["cut.jpg"])])
+    inspection = inspected([row("a", "b"), row("c", "d", ["cut.jpg"])], entry={"name": "named"})
     hazard = found(inspection, "undecodable")
     assert (hazard.level, hazard.rows, hazard.evidence) == ("error", ["2"], "1 of 2 samples shown (50%)")
     _, broken = inspection.samples
-    assert (broken["id"], broken["kinds"]) == ("rows.jsonl:2", ["undecodable"])
+    assert (broken["id"], broken["kinds"]) == ("named:rows.jsonl:2", ["undecodable"])
     assert "image cut.jpg: is truncated or damaged" in broken["fault"]
 
 
