@@ -1,4 +1,4 @@
-"""Look before training: python launch/inspect_data.py recipe.yaml [key=value ...] [--out page.html] [--json file]"""
+"""Look before training: python launch/inspect_data.py recipe.yaml [key=value ...] [--out page.html] [--json [file]]"""
 
 import sys
 

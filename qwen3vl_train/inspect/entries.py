@@ -1,15 +1,17 @@
 """The sources of a recipe as they were opened: one entry under data.train or data.eval, with all of its files."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
 
+from qwen3vl_train.data.boxes import NOT_SAID
 from qwen3vl_train.data.faults import Reject
 from qwen3vl_train.data.formats import Sample
 from qwen3vl_train.data.index import Index
-from qwen3vl_train.data.sources import Source
+from qwen3vl_train.data.sources import FileSource, Source
+from qwen3vl_train.inspect.marks import Listed
 
 
 class RowRef(NamedTuple):
@@ -69,6 +71,20 @@ class Entry:
     def sample(self, ref: RowRef) -> Sample:
         """Read one row. Raises RowFault."""
         return self.files[ref.file].source.sample(ref.row)
+
+    def listed(self, ref: RowRef) -> Listed | None:
+        """Return what a row lists under boxes and points; None where there is nothing. Raises RowFault."""
+        source = self.files[ref.file].source
+        if not isinstance(source, FileSource):  # a stream keeps samples only
+            return None
+        raw, rules = source.raw(ref.row), source.rules
+        columns = {kind: rules.columns.get(name, name) for kind, name in (("box", "boxes"), ("point", "points"))}
+        entries = {kind: raw.row.get(column) or [] for kind, column in columns.items()}
+        if not any(entries.values()):
+            return None
+        without = {key: value for key, value in raw.row.items() if key not in {*columns.values(), "bbox"}}
+        unfilled = replace(rules, boxes=NOT_SAID).sample(without, "unfilled", source.media_root, raw.find)
+        return Listed(unfilled, entries)
 
     def visual_tokens(self, ref: RowRef) -> int:
         file = self.files[ref.file]

@@ -37,7 +37,7 @@ class RejectGroup:
 
 @dataclass(frozen=True)
 class Hazard:
-    """Something that looks wrong. kind: one of `hazards.KINDS`. level: 'error' (training stops or learns nonsense),
+    """Something that looks wrong. kind: one of `kinds.KINDS`. level: 'error' (training stops or learns nonsense),
     'warning' or 'note'. source: name, or '' for the whole recipe. evidence: the count in words. rows: the first ones.
     """
 
@@ -72,8 +72,8 @@ class SourceFacts:
 
     dropped: rows left out by data.too_long.     formats: shape of rows -> how many of those examined have it.
     tokens and visual_tokens: of all usable rows. examined: usable rows whose text and media headers were read for all
-    that is counted below it; examined_tokens: their tokens. nothing_to_learn: the first rows in which no token is
-    trained, rejected ones included.
+    that is counted below it; examined_tokens: their tokens. rows_with_boxes: beside a picture. nothing_to_learn: the
+    first rows in which no token is trained, rejected ones included.
     """
 
     name: str
@@ -91,6 +91,7 @@ class SourceFacts:
     examined_tokens: int
     label_tokens: int
     rows_with_images: int
+    rows_with_boxes: int
     images: int
     videos: int
     nothing_to_learn: list[str]
@@ -110,9 +111,10 @@ class SourceFacts:
 
 @dataclass(frozen=True)
 class PackFacts:
-    """The plan of the first epoch and what follows from it. mean_fill: tokens over the room of all packs, 0..1.
+    """The plan of the first epoch and what follows from it; all 0 where no row can be used.
 
-    streamed: the plan is of the rows that were read of each source, and how many steps an epoch has is not known.
+    mean_fill: tokens over the room of all packs, 0..1. streamed: the plan is of the rows that were read of each source,
+    and how many steps an epoch has is not known.
     """
 
     streamed: bool

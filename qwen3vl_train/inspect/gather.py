@@ -5,22 +5,22 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import torch
 
 from qwen3vl_train.config import Recipe
 from qwen3vl_train.data.collate import MultimodalCollator
 from qwen3vl_train.data.faults import Reject
+from qwen3vl_train.data.index import Index
 from qwen3vl_train.data.media import FACTOR
-from qwen3vl_train.dist import Ranks
+from qwen3vl_train.data.sources import FileSource
 from qwen3vl_train.inspect.duplicates import DuplicateFinder
 from qwen3vl_train.inspect.entries import Entry, RowRef, entries_of
 from qwen3vl_train.inspect.facts import SHOWN_ROWS, DuplicateFacts, Facts, Hazard, PackFacts
-from qwen3vl_train.inspect.hazards import recipe_hazards, row_hazards, source_hazards
+from qwen3vl_train.inspect.hazards import box_hazards, make, recipe_hazards, row_hazards, source_hazards
 from qwen3vl_train.inspect.histogram import histogram
 from qwen3vl_train.inspect.samples import choose_rows, view_pack, view_sample
 from qwen3vl_train.inspect.scan import Scan, add_up, look_at
-from qwen3vl_train.inspect.training import Training, open_training
-from qwen3vl_train.train.data import TrainingData, open_data
+from qwen3vl_train.inspect.training import Training, open_held_out, open_training
+from qwen3vl_train.train.data import open_collator
 
 Progress = Callable[[int, int], None]
 """Called with (rows done, rows in all)."""
@@ -41,32 +41,30 @@ def inspect_recipe(
     """Look at all data of a recipe: text and media headers of the rows, pixels of the samples shown.
 
     max_rows: examine no more rows of a source than these, evenly spread; token counts and packs stay those of all.
-    Raises ValueError where the data cannot be opened, or no row of it can be used.
+    Raises ValueError for files that cannot be read; that no row can be used is a finding.
     """
-    data = open_data(recipe, Ranks(0, 1, 0, torch.device("cpu")))
-    training = open_training(recipe, data, max_rows)
-    collate = training.collate
-    entries = open_entries(data, training)
+    collate = open_collator(recipe)
+    training = open_training(recipe, collate, max_rows)
+    entries = name_entries(training, open_held_out(recipe, collate))
     scans = _scan_all(entries, collate, max_rows, progress)
-    packs = _pack_facts(training, recipe, data.num_steps)
+    packs = _pack_facts(training, recipe)
+    samples = [
+        view_sample(entries[ref.entry], ref, scans[ref.entry].kinds_of.get(ref, frozenset()), collate)
+        for ref in choose_rows(entries, scans, num_samples)
+    ]
     facts = Facts(
         recipe.name,
         _model_facts(recipe, collate),
         [scan.facts for scan in scans],
         packs,
-        _judge(entries, scans, packs, recipe),
+        _judge(scans, samples, packs, recipe),
     )
-    samples = []
-    for ref in choose_rows(entries, scans, num_samples):
-        view = view_sample(entries[ref.entry], ref, scans[ref.entry].kinds_of.get(ref, frozenset()), collate)
-        samples += [view] if view is not None else []
-    return Inspection(facts, samples, view_pack(training, recipe.data.max_tokens_per_pack) if num_samples else None)
+    return Inspection(facts, samples, view_pack(training, recipe) if num_samples else None)
 
 
-def open_entries(data: TrainingData, training: Training) -> list[Entry]:
+def name_entries(training: Training, held_out: list[tuple[Index, list[FileSource]]]) -> list[Entry]:
     """Return the entries of a recipe in order, the training ones first, each under a name of its own."""
     entries = entries_of("train", [(training.index, training.sources)], training.weights, 0)
-    held_out = data.files if training.streamed else data.files[1:]
     entries += entries_of("eval", held_out, [1.0], len(entries))
     taken: dict[str, int] = {}
     for entry in entries:
@@ -134,7 +132,7 @@ def _duplicates(finder: DuplicateFinder, entries: list[Entry]) -> list[Duplicate
     ]
 
 
-def _pack_facts(training: Training, recipe: Recipe, num_steps: int) -> PackFacts:
+def _pack_facts(training: Training, recipe: Recipe) -> PackFacts:
     packs = training.packs
     tokens = np.array([int(training.index.tokens[pack].sum()) for pack in packs])
     room = recipe.data.max_tokens_per_pack
@@ -144,8 +142,8 @@ def _pack_facts(training: Training, recipe: Recipe, num_steps: int) -> PackFacts
         packs_per_step=recipe.train.packs_per_step,
         max_tokens_per_pack=room,
         steps_per_epoch=None if training.streamed else -(-len(packs) // recipe.train.packs_per_step),
-        num_steps=num_steps,
-        mean_fill=float(tokens.sum() / (room * len(packs))),
+        num_steps=training.num_steps,
+        mean_fill=float(tokens.sum() / (room * len(packs))) if packs else 0.0,
         histograms={
             "fill_percent": histogram(np.floor(100 * tokens / room)),
             "sequences": histogram(np.array([len(pack) for pack in packs])),
@@ -153,10 +151,14 @@ def _pack_facts(training: Training, recipe: Recipe, num_steps: int) -> PackFacts
     )
 
 
-def _judge(entries: list[Entry], scans: list[Scan], packs: PackFacts, recipe: Recipe) -> list[Hazard]:
+def _judge(scans: list[Scan], samples: list[dict[str, Any]], packs: PackFacts, recipe: Recipe) -> list[Hazard]:
     """Return everything that looks wrong, the worst first."""
     hazards = recipe_hazards([scan.facts for scan in scans], packs, recipe)
-    for entry, scan in zip(entries, scans, strict=True):
-        found = {kind: [entry.label(ref) for ref in refs] for kind, refs in scan.refs_of.items()}
-        hazards += source_hazards(scan.facts, scan.boxes_in_pixels) + row_hazards(scan.facts, found)
+    for scan in scans:
+        shown = [sample for sample in samples if sample["source"] == scan.facts.name]
+        broken = [sample["row"] for sample in shown if sample["fault"]]
+        if broken:
+            hazards.append(make("undecodable", scan.facts.name, len(broken), len(shown), broken))
+        hazards += source_hazards(scan.facts) + box_hazards(scan.facts, scan.boxes)
+        hazards += row_hazards(scan.facts, scan.rows_of)
     return sorted(hazards, key=lambda hazard: ("error", "warning", "note").index(hazard.level))

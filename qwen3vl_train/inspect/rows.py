@@ -12,7 +12,7 @@ from qwen3vl_train.data.encode import lay_out
 from qwen3vl_train.data.formats import Message, Sample, TextPart
 from qwen3vl_train.data.media import FACTOR
 from qwen3vl_train.data.visual import measure
-from qwen3vl_train.inspect.boxes import convention_fault, find_boxes
+from qwen3vl_train.inspect.boxes import BoxEvidence, box_evidence, find_boxes
 
 _SPECIAL = re.compile(r"<\|[A-Za-z_]{2,40}\|>")
 _MEDIA_MARK = re.compile(r"</?(?:image|video|img|box|point)>|<(?:image|video)_?\d{1,4}>")
@@ -26,9 +26,8 @@ class RowFacts:
     """One usable row.
 
     shape: how the row was written, a member of `shapes.SHAPES`. turns: assistant messages. label_tokens: tokens that
-    are trained. sizes: (height, width) of each still. hazards: kinds of `hazards.KINDS` that this row shows. key: equal
-    for rows of equal text and equal media sizes. boxes_in_pixels: whether every box of the row also lies within its
-    only picture's size in pixels, which is below 1000 on both sides; None where nothing can be said.
+    are trained. sizes: (height, width) of each still. hazards: kinds of `kinds.KINDS` that this row shows. key: equal
+    for rows of equal text and equal media sizes. boxes: None where the row has no picture or no box.
     """
 
     shape: str
@@ -38,7 +37,7 @@ class RowFacts:
     videos: int
     hazards: frozenset[str]
     key: bytes
-    boxes_in_pixels: bool | None
+    boxes: BoxEvidence | None
 
 
 def read_row(sample: Sample, visual_tokens: int, collate: MultimodalCollator) -> RowFacts:
@@ -53,17 +52,13 @@ def read_row(sample: Sample, visual_tokens: int, collate: MultimodalCollator) ->
     layout = lay_out([piece for piece in pieces if not isinstance(piece, Slot)], [], collate.tokenizer)
     trained_turns = sum(isinstance(piece, Special) and piece.weight > 0 for piece in pieces)
     boxes = find_boxes("\n".join(message.text for message in sample.messages)) if sizes else []
+    evidence = box_evidence(boxes, sizes[0] if len(media) == 1 else None) if boxes else None
     found = _text_hazards(sample.messages, dialect, trained_turns)
-    box_fault = convention_fault(boxes)
-    if box_fault:
-        found.add(box_fault)
+    if evidence and evidence.fault:
+        found.add(evidence.fault)
     if sizes and not videos:
         kept = visual_tokens * FACTOR**2 / sum(height * width for height, width in sizes)
         found |= {"shrunk"} if kept < _SHRUNK else {"enlarged"} if kept > _ENLARGED else set()
-    in_pixels = None
-    if boxes and not box_fault and len(media) == len(sizes) == 1 and max(sizes[0]) < 1000:
-        height, width = sizes[0]
-        in_pixels = all(box.x2 <= width and box.y2 <= height for box in boxes)
     return RowFacts(
         shape=sample.shape,
         turns=sum(message.role == "assistant" for message in sample.messages),
@@ -72,7 +67,7 @@ def read_row(sample: Sample, visual_tokens: int, collate: MultimodalCollator) ->
         videos=videos,
         hazards=frozenset(found),
         key=_key(sample, media),
-        boxes_in_pixels=in_pixels,
+        boxes=evidence,
     )
 
 

@@ -5,13 +5,13 @@ from itertools import zip_longest
 from typing import Any
 
 from qwen3vl_train.batch import IGNORE_LABEL, PackedBatch
+from qwen3vl_train.config import Recipe
 from qwen3vl_train.data.collate import MultimodalCollator
 from qwen3vl_train.data.encode import EncodedSample
 from qwen3vl_train.data.faults import RowFault
-from qwen3vl_train.data.formats import TextPart
 from qwen3vl_train.data.tokenizer import ChatTokenizer
-from qwen3vl_train.inspect.boxes import convention_fault, find_boxes
 from qwen3vl_train.inspect.entries import Entry, RowRef
+from qwen3vl_train.inspect.marks import find_marks
 from qwen3vl_train.inspect.pictures import view_frames
 from qwen3vl_train.inspect.scan import Scan
 from qwen3vl_train.inspect.training import Training
@@ -35,27 +35,25 @@ def choose_rows(entries: Sequence[Entry], scans: Sequence[Scan], num_samples: in
     return sorted(chosen)
 
 
-def view_sample(entry: Entry, ref: RowRef, kinds: frozenset[str], collate: MultimodalCollator) -> dict[str, Any] | None:
-    """Encode one row as the loader will, and return what there is to show; None where it breaks when decoded.
+def view_sample(entry: Entry, ref: RowRef, kinds: frozenset[str], collate: MultimodalCollator) -> dict[str, Any]:
+    """Encode one row as the loader will, and return what there is to show; of one that breaks then, its fault.
 
     kinds: of the hazards it shows.
     """
+    name = f"{entry.name}:{entry.label(ref)}"
+    view: dict[str, Any] = {"source": entry.name, "role": entry.role, "row": entry.label(ref), "fault": None}
     try:
         sample = entry.sample(ref)
-        encoded = collate.encode(sample)
-    except RowFault:
-        return None
-    media = sum(not isinstance(part, TextPart) for message in sample.messages for part in message.content)
-    # Of several pictures, the text alone does not say whose box it is.
-    boxes = find_boxes("\n".join(message.text for message in sample.messages)) if media == 1 else []
+        name = sample.sample_id
+        encoded, listed = collate.encode(sample), entry.listed(ref)
+    except RowFault as fault:
+        return {**view, "id": name, "fault": str(fault), "kinds": sorted({*kinds, "undecodable"})}
     return {
-        "id": sample.sample_id,
-        "source": entry.name,
-        "role": entry.role,
-        "row": entry.label(ref),
+        **view,
+        "id": name,
         "kinds": sorted(kinds),
         "frames": view_frames(encoded),
-        "boxes": [] if convention_fault(boxes) else [list(box) for box in boxes],
+        "marks": [mark._asdict() for mark in find_marks(sample, listed)],
         **view_tokens(encoded, collate.tokenizer),
     }
 
@@ -99,18 +97,22 @@ def token_texts(ids: Sequence[int], tokenizer: ChatTokenizer) -> list[str]:
     return texts
 
 
-def view_pack(training: Training, max_tokens: int) -> dict[str, Any] | None:
-    """Build one planned pack, if it can be one of several samples, and return where its samples lie."""
-    numbers = next((pack for pack in training.packs if len(pack) > 1), training.packs[0])
+def view_pack(training: Training, recipe: Recipe) -> dict[str, Any] | None:
+    """Build one planned pack, if it can be one of several samples, and return where its samples lie.
+
+    number: of the pack, from 1. None where no row can be used, or all rows of the pack break when decoded.
+    """
+    place = next((place for place, pack in enumerate(training.packs) if len(pack) > 1), 0)
     encoded = []
-    for number in numbers:
+    for number in training.packs[place] if training.packs else []:
         try:
             encoded.append(training.collate.encode(training.sample(number)))
         except RowFault:
             continue
     if not encoded:
         return None
-    return {"max_tokens": max_tokens, "sequences": _sequences(training.collate.pack(encoded))}
+    pack = training.collate.pack(encoded)
+    return {"number": place + 1, "max_tokens": recipe.data.max_tokens_per_pack, "sequences": _sequences(pack)}
 
 
 def _sequences(pack: PackedBatch) -> list[dict[str, Any]]:

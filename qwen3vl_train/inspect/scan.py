@@ -9,24 +9,32 @@ import numpy as np
 
 from qwen3vl_train.data.collate import MultimodalCollator
 from qwen3vl_train.data.faults import Reject, RowFault
+from qwen3vl_train.inspect.boxes import BoxEvidence
 from qwen3vl_train.inspect.entries import Entry, RowRef
 from qwen3vl_train.inspect.facts import SHOWN_ROWS, DuplicateFacts, Histogram, RejectGroup, SourceFacts
 from qwen3vl_train.inspect.histogram import histogram, ratio_histogram
 from qwen3vl_train.inspect.rows import RowFacts, read_row
 
 _NOTHING = "nothing to learn"
+# The faults of `data.video` and `data.formats` that say a clip has no usable rate. All end with these words, which
+# stand behind whatever the data names, so that no name can be taken for them.
+_NO_FRAME_RATE = re.compile(
+    r": frame rate is \S+, not above 0 and at most \d+; write the file again with its rate$"
+    r"|: a list of frames with no times; give one of [a-z_, ]+$"
+    r"|; write a number of frames a second, above 0 and at most \d+$"
+)
 
 
 @dataclass(frozen=True)
 class Scan:
-    """What was found in one entry. refs_of: kind of hazard -> rows; kinds_of: row -> its kinds. boxes_in_pixels: one
-    `RowFacts.boxes_in_pixels` for each row that has one.
+    """What was found in one entry. rows_of: kind of hazard -> the rows that show it, named for a person; kinds_of: row
+    -> its kinds. boxes: of each row that has some.
     """
 
     facts: SourceFacts
-    refs_of: dict[str, list[RowRef]]
+    rows_of: dict[str, list[str]]
     kinds_of: dict[RowRef, frozenset[str]]
-    boxes_in_pixels: list[bool]
+    boxes: list[BoxEvidence]
 
 
 def look_at(entry: Entry, ref: RowRef, collate: MultimodalCollator) -> RowFacts | Reject:
@@ -45,13 +53,17 @@ def add_up(entry: Entry, read: Sequence[tuple[RowRef, RowFacts]], broken: Sequen
         for column in ("tokens", "visual_tokens")
     )
     rejects = [reject for file in entry.files for reject in file.rejects()]
+    of_index = len(rejects)
+    rejects += broken
     num_rows = sum(len(file.source) for file in entry.files)
     untrained = [entry.label(ref) for ref, facts in read if not facts.label_tokens]
     untrained += [entry.label_in(*reject[:2]) for reject in rejects if reject.reason.startswith(_NOTHING)]
-    refs_of: dict[str, list[RowRef]] = {}
+    no_rate = [reject for reject in rejects if _NO_FRAME_RATE.search(reject.reason)]
+    rows_of = {"fps_missing": [entry.label_in(*reject[:2]) for reject in no_rate]}
     for ref, facts in read:
         for kind in facts.hazards:
-            refs_of.setdefault(kind, []).append(ref)
+            rows_of.setdefault(kind, []).append(entry.label(ref))
+    boxes = [facts.boxes for _, facts in read if facts.boxes is not None]
     facts = SourceFacts(
         name=entry.name,
         role=entry.role,
@@ -60,14 +72,15 @@ def add_up(entry: Entry, read: Sequence[tuple[RowRef, RowFacts]], broken: Sequen
         formats=dict(Counter(facts.shape for _, facts in read).most_common()),
         rows=num_rows,
         usable=len(tokens),
-        dropped=num_rows - len(tokens) - len(rejects),
-        rejects=group_rejects(entry, [*rejects, *broken]),
+        dropped=num_rows - len(tokens) - of_index,
+        rejects=group_rejects(entry, rejects),
         tokens=int(tokens.sum()),
         visual_tokens=int(visual_tokens.sum()),
         examined=len(read),
         examined_tokens=sum(entry.tokens(ref) for ref, _ in read),
         label_tokens=sum(facts.label_tokens for _, facts in read),
         rows_with_images=sum(bool(facts.sizes) for _, facts in read),
+        rows_with_boxes=len(boxes),
         images=sum(len(facts.sizes) for _, facts in read),
         videos=sum(facts.videos for _, facts in read),
         nothing_to_learn=untrained[:SHOWN_ROWS],
@@ -76,8 +89,7 @@ def add_up(entry: Entry, read: Sequence[tuple[RowRef, RowFacts]], broken: Sequen
         duplicates=DuplicateFacts(),
     )
     kinds_of = {ref: facts.hazards for ref, facts in read if facts.hazards}
-    asked = [facts.boxes_in_pixels for _, facts in read if facts.boxes_in_pixels is not None]
-    return Scan(facts, refs_of, kinds_of, asked)
+    return Scan(facts, rows_of, kinds_of, boxes)
 
 
 def _histograms(tokens: np.ndarray, visual_tokens: np.ndarray, read: list[RowFacts]) -> dict[str, Histogram]:
@@ -92,12 +104,19 @@ def _histograms(tokens: np.ndarray, visual_tokens: np.ndarray, read: list[RowFac
 
 
 def group_rejects(entry: Entry, rejects: Sequence[Reject]) -> list[RejectGroup]:
-    """Join rejects whose reasons differ only in names, paths and numbers, the most frequent first."""
+    """Join rejects whose reasons differ only in names, paths and numbers, the most frequent first.
+
+    Half a surrogate pair, which may stand in the name of a key, becomes its escape: no terminal takes it.
+    """
     groups: dict[str, list[Reject]] = {}
     for reject in rejects:
-        alike = re.sub(r"'[^']*'|\"[^\"]*\"|\([^)]*\)|(?:image|video) \S+|\S*/\S*|\d+", "*", reject.reason)
+        alike = re.sub(r"'[^']*'|\"[^\"]*\"|\([^)]*\)|(?:image|video) [^:]*(?=: )|\S*/\S*|\d+", "*", reject.reason)
         groups.setdefault(alike, []).append(reject)
     return [
-        RejectGroup(group[0].reason, len(group), [entry.label_in(*reject[:2]) for reject in group[:SHOWN_ROWS]])
+        RejectGroup(
+            group[0].reason.encode("utf-8", "backslashreplace").decode(),
+            len(group),
+            [entry.label_in(*reject[:2]) for reject in group[:SHOWN_ROWS]],
+        )
         for group in sorted(groups.values(), key=len, reverse=True)
     ]

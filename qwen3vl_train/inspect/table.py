@@ -34,6 +34,8 @@ def print_facts(facts: Facts, console: Console) -> None:
 
 
 def _packs_line(packs: PackFacts) -> str:
+    if not packs.packs:
+        return "no packs: no training row can be used"
     fill = f"{100 * packs.mean_fill:.1f}% of {packs.max_tokens_per_pack:,} tokens filled"
     if packs.steps_per_epoch is None:
         return f"{packs.packs:,} packs of the first rows of the streams, {fill}; {packs.num_steps:,} steps in the run"

@@ -3,11 +3,15 @@
 `make test-browser` runs these; they need Debian's chromium and chromium-driver.
 """
 
+import re
 import shutil
 
 import pytest
 import tiny_hazards as rows
+from tiny_hazards import hazards_recipe
+from tiny_runs import picture, row, write_rows
 
+from qwen3vl_train.inspect.gather import inspect_recipe
 from qwen3vl_train.inspect.page import write_page
 
 pytestmark = pytest.mark.browser
@@ -26,7 +30,7 @@ def browser(tmp_path_factory):
     options = webdriver.ChromeOptions()
     options.binary_location = shutil.which("chromium") or "chromium"
     for flag in (
-        "headless", "no-sandbox", "disable-gpu", "no-first-run", "disable-background-networking",
+        "headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking",
         "disable-component-update", "disable-sync", "disable-dev-shm-usage", "window-size=1280,1000",
         f"user-data-dir={tmp_path_factory.mktemp('browser')}",
     ):  # fmt: skip
@@ -51,6 +55,27 @@ def page(browser, file):
     yield browser
     fetched = browser.execute_script("return performance.getEntriesByType('resource').map((entry) => entry.name)")
     assert [name for name in fetched if not name.startswith("data:")] == []
+    assert browser.get_log("browser") == []
+
+
+@pytest.fixture
+def grounded(browser, tiny_folder, tmp_path):
+    """A freshly opened page of one row with a box and a point on each of two pictures, and one on neither."""
+    picture(128, 64, 1).save(tmp_path / "a.png")
+    picture(96, 160, 2).save(tmp_path / "b.png")
+    line = {
+        "image": ["a.png", "b.png"],
+        "question": "<image><image>Where?",
+        "answer": '[{"bbox_2d": <box>, "label": "cup"}, {"bbox_2d": <box>}] <point> <point> [1, 2, 3, 4]',
+        "boxes": [{"box": [0, 0, 96, 80], "image": 1}, {"box": [32, 16, 96, 48], "image": 0}],
+        "points": [{"point": [64, 32], "image": 0}, {"point": [48, 160], "image": 1}],
+        "bbox": "pixel",
+    }
+    write_rows(tmp_path / "train.jsonl", [line])
+    data = {"train": [{"path": str(tmp_path / "train.jsonl")}], "num_workers": 0}
+    write_page(inspect_recipe(hazards_recipe(tiny_folder, tmp_path, data=data)), tmp_path / "page.html")
+    browser.get((tmp_path / "page.html").as_uri())
+    yield browser
     assert browser.get_log("browser") == []
 
 
@@ -97,7 +122,7 @@ def test_data_runs_nothing_and_is_shown_as_it_is(page):
     assert rows.ATTACK in tokens.text.replace("\n", "")
     assert page.title == "Data of looked-at"
     assert find(page, "main script, main img[onerror], .tokens img") == []
-    box = open_sample(page, rows.BOXES).find_element("css selector", ".box text")
+    box = open_sample(page, rows.BOXES).find_element("css selector", ".mark text")
     assert box.get_attribute("textContent") == "<b>cup</b>"
 
 
@@ -180,15 +205,97 @@ def test_arrow_keys_step_through_tokens(page):
     assert find(page, "#tip")[0].text.startswith("token 0,")
 
 
-def test_grid_and_boxes_switch(page):
-    open_sample(page, rows.BOXES)
-    grid, box = find(page, ".sample[open] .grid")[0], find(page, ".sample[open] .box")[0]
-    assert (grid.value_of_css_property("display"), box.value_of_css_property("display")) == ("none", "inline")
-    find(page, "#grid")[0].click()
-    find(page, "#boxes")[0].click()
-    assert (grid.value_of_css_property("display"), box.value_of_css_property("display")) == ("inline", "none")
-    drawn = box.find_element("tag name", "rect")
-    assert [float(drawn.get_attribute(name)) for name in ("x", "y", "width", "height")] == [0.4, 0.5, 2.0, 1.0]
+def lines(path):
+    """The lines of an SVG path of M and H or V, as (direction, place)."""
+    return {(kind, float(x if kind == "V" else y)) for x, y, kind in re.findall(r"M(\S+) (\S+)([HV])", path)}
+
+
+def test_patches_and_tokens_are_drawn_apart(page):
+    open_sample(page, rows.PLAIN)  # 128 x 64 pixels: 8 x 4 patches, 4 x 2 tokens, which are the unit of the drawing
+    layers = find(page, ".sample[open] .grid")
+    assert [layer.is_displayed() for layer in layers] == [True] * 4
+    patches, tokens = (
+        [layer for layer in layers if name in layer.get_attribute("class").split()] for name in ("patch", "token-edge")
+    )
+    wholes, halves = ({("V", x + add) for x in range(4)} | {("H", y + add) for y in range(2)} for add in (0, 0.5))
+    for of, expected in ((tokens, wholes - {("V", 0), ("H", 0)}), (patches, halves)):
+        assert [lines(layer.get_attribute("d")) for layer in of] == [expected] * 2  # dark and light
+    dashes = [{layer.value_of_css_property("stroke-dasharray") for layer in of} for of in (patches, tokens)]
+    assert dashes[1] == {"none"}
+    assert "none" not in dashes[0]
+
+
+def area(element):
+    return [float(element.get_attribute(name)) for name in ("x", "y", "width", "height")]
+
+
+def test_boxes_and_points_are_drawn_on_their_pictures(grounded):
+    first, second = find(grounded, ".sample[open] .overlay")  # 4 x 2 and 3 x 5 tokens
+    assert [area(box) for box in first.find_elements("css selector", ".box rect")] == [[1.0, 0.5, 2.0, 1.0]]
+    assert [area(box) for box in second.find_elements("css selector", ".box rect")] == [[0.0, 0.0, 3.0, 2.5]]
+    assert [text.get_attribute("textContent") for text in second.find_elements("css selector", ".mark text")] == ["cup"]
+    places = [
+        [float(point.get_attribute(name)) for name in ("cx", "cy")]
+        for overlay in (first, second)
+        for point in overlay.find_elements("css selector", ".point .heart")
+    ]
+    assert places == [[2.0, 1.0], [1.5, 5.0]]
+    assert all(mark.is_displayed() for mark in find(grounded, ".sample[open] .mark"))
+    assert "1 box or point is not drawn" in find(grounded, ".sample[open]")[0].text
+
+
+def test_grid_and_marks_switch(grounded):
+    grid, marks = find(grounded, ".sample[open] .grid"), find(grounded, ".sample[open] .mark")
+    find(grounded, "#grid")[0].click()
+    assert not any(line.is_displayed() for line in grid)
+    assert all(mark.is_displayed() for mark in marks)
+    find(grounded, "#marks")[0].click()
+    assert not any(mark.is_displayed() for mark in marks)
+    find(grounded, "#grid")[0].click()
+    find(grounded, "#marks")[0].click()
+    assert all(drawn.is_displayed() for drawn in grid + marks)
+
+
+def test_page_without_a_usable_row(browser, tiny_folder, tmp_path):
+    data = {"train": [{"path": str(write_rows(tmp_path / "train.jsonl", ["not json"]))}], "num_workers": 0}
+    write_page(inspect_recipe(hazards_recipe(tiny_folder, tmp_path, data=data)), tmp_path / "page.html")
+    browser.get((tmp_path / "page.html").as_uri())
+    assert [card.get_attribute("data-kind") for card in shown(browser, "article.warning")] == ["rejects", "no_rows"]
+    assert "not JSON" in shown(browser, ".rejects td:nth-child(2)")[0].text
+    assert find(browser, "#shown")[0].text == "0 of 0 samples"
+    assert "there is no pack" in find(browser, "#packs")[0].text
+    assert browser.get_log("browser") == []
+
+
+def test_sample_that_breaks_shows_its_fault(browser, tiny_folder, tmp_path):
+    picture(256, 256, 0).save(tmp_path / "cut.jpg")
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / "cut.jpg").read_bytes()[:3000])
+    data = {"train": [{"path": str(write_rows(tmp_path / "a.jsonl", [row("a", "b", ["cut.jpg"])]))}], "num_workers": 0}
+    write_page(inspect_recipe(hazards_recipe(tiny_folder, tmp_path, data=data)), tmp_path / "page.html")
+    browser.get((tmp_path / "page.html").as_uri())
+    card = find(browser, ".sample[open]")[0]
+    assert "image cut.jpg: is truncated or damaged" in card.find_element("class name", "fault").text
+    assert [badge.text for badge in card.find_elements("class name", "badge")] == ["undecodable"]
+    assert browser.get_log("browser") == []
+
+
+def test_pack_is_named_and_its_boundaries_are_drawn(page, inspection):
+    pack = inspection.pack
+    assert find(page, "#pack h3")[0].text.startswith(f"Pack {pack['number']} of {inspection.facts.packs.packs}")
+    ends = [sequence["start"] + sequence["length"] for sequence in pack["sequences"]]
+    assert [float(line.get_attribute("x1")) for line in find(page, "#pack .boundary")] == ends
+    lengths = [length for sequence in pack["sequences"] for _, length in sequence["runs"]]
+    assert [float(run.get_attribute("width")) for run in find(page, "#pack .run")] == lengths
+
+
+def test_sources_are_listed_with_their_counts(page, inspection):
+    table = [
+        [cell.text for cell in line.find_elements("tag name", "td")]
+        for line in find(page, "#sources > .scroll tbody tr")
+    ]
+    assert [line[0] for line in table] == [source.name for source in inspection.facts.sources]
+    first = inspection.facts.sources[0]
+    assert table[0][1:7] == ["training × 1", "openai", "1", *(str(first.rows), str(first.usable), str(first.rejected))]
 
 
 @pytest.mark.parametrize("width", [1280, 390])

@@ -6,6 +6,7 @@ from tiny_runs import picture, row
 from qwen3vl_train.data.collate import MultimodalCollator
 from qwen3vl_train.data.encode import Encoder
 from qwen3vl_train.data.formats import parse_sample
+from qwen3vl_train.inspect.boxes import BoxEvidence
 from qwen3vl_train.inspect.rows import read_row
 
 
@@ -70,14 +71,16 @@ def test_pictures_far_from_the_budget(collate, size, kinds):
     assert looked_at(row("What?", "That.", [picture(*size, 0)]), collate).hazards == kinds
 
 
-def test_boxes_that_fit_a_small_picture_in_pixels(collate):
-    small, large = picture(200, 100, 0), picture(1200, 900, 0)
-    inside, outside = "[10, 20, 190, 90]", "[10, 20, 190, 700]"
-    assert looked_at(row("Where?", inside, [small]), collate).boxes_in_pixels is True
-    assert looked_at(row("Where?", outside, [small]), collate).boxes_in_pixels is False
-    assert looked_at(row("Where?", inside, [large]), collate).boxes_in_pixels is None
-    assert looked_at(row("Where?", inside, [small, small]), collate).boxes_in_pixels is None
-    assert looked_at(row("Where?", "there", [small]), collate).boxes_in_pixels is None
+def test_boxes_are_judged_by_the_size_of_the_only_picture(collate):
+    small, large = picture(200, 100, 0), picture(1600, 1200, 0)
+    box = "[10, 20, 190, 90]"
+    assert looked_at(row("Where?", box, [small]), collate).boxes == BoxEvidence(None, in_pixels=True)
+    assert looked_at(row("Where?", box, [large]), collate).boxes == BoxEvidence(None, furthest=pytest.approx(303.2))
+    assert looked_at(row("Where?", box, [small, small]), collate).boxes == BoxEvidence(None)
+    assert looked_at(row("Where?", "there", [small]), collate).boxes is None
+    assert looked_at(row("Where?", box), collate).boxes is None
+    odd = looked_at(row("Where?", "[10, 20, 1900, 90]", [small]), collate)
+    assert (odd.boxes, odd.hazards) == (BoxEvidence("boxes_pixel"), {"boxes_pixel"})
 
 
 def test_key_tells_texts_turns_and_sizes_apart(collate):

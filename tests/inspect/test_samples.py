@@ -108,12 +108,14 @@ def test_half_a_character_is_shown_and_loses_nothing_behind_it(collate):
 
 
 def test_boxes_are_drawn_where_their_picture_and_convention_are_certain(inspection):
-    assert sample_of(inspection, rows.BOXES)["boxes"] == [[100, 250, 600, 750, "<b>cup</b>"]]
-    assert sample_of(inspection, rows.PIXEL)["boxes"] == []
+    (cup,) = sample_of(inspection, rows.BOXES)["marks"]
+    assert cup == {"values": (100, 250, 600, 750), "label": "<b>cup</b>", "medium": 0}
+    assert [mark["medium"] for mark in sample_of(inspection, rows.PIXEL)["marks"]] == [None]
 
 
 def test_shown_pack_is_one_of_several_samples_and_ends_where_they_do(inspection):
     pack = inspection.pack
+    assert 1 <= pack["number"] <= inspection.facts.packs.packs
     assert pack["max_tokens"] == 512
     assert len(pack["sequences"]) > 1
     start = 0
@@ -129,6 +131,16 @@ def test_shown_pack_is_one_of_several_samples_and_ends_where_they_do(inspection)
         assert trained == sum(weight > 0 for weight in sample["weights"])
         assert sequence["last_position"] == [axis[-1] for axis in sample["positions"]]
     assert start <= 512
+
+
+def test_shown_pack_is_the_one_it_is_called(recipe, inspection):
+    from qwen3vl_train.dist import Ranks
+    from qwen3vl_train.train.data import open_data
+
+    data = open_data(recipe, Ranks(0, 1, 0, torch.device("cpu")))
+    places = [data.index.locate(number) for number in data.loader.epoch_packs(0)[inspection.pack["number"] - 1]]
+    names = [data.loader.sources[place].sample(row).sample_id for place, row in places]
+    assert [sequence["id"] for sequence in inspection.pack["sequences"]] == names
 
 
 def test_one_sample_for_each_hazard_comes_first(recipe):

@@ -1,11 +1,41 @@
-"""Streams: their first rows are read and judged as those of indexed files are."""
+"""Rows and packs are those of training; of streams, the first rows are judged as those of indexed files are."""
 
 import pytest
 import tiny_hazards as rows
+import torch
 from tiny_hazards import hazards_recipe
 
+from qwen3vl_train.dist import Ranks
 from qwen3vl_train.inspect.gather import inspect_recipe
 from qwen3vl_train.inspect.page import render_page
+from qwen3vl_train.inspect.training import open_held_out, open_training
+from qwen3vl_train.train.data import open_collator, open_data
+
+
+@pytest.mark.parametrize(
+    ("train", "limits"),
+    [
+        ({"num_epochs": 3, "packs_per_step": 3, "seed": 5}, {}),
+        ({"num_steps": 7}, {"max_tokens_per_pack": 300, "max_sequences_per_pack": 2, "max_patches_per_pack": 64}),
+        (
+            {"num_epochs": 1},
+            {"max_tokens_per_sample": 90, "too_long": "shrink_media", "max_visual_tokens_per_image": 9},
+        ),
+    ],
+)
+def test_packs_and_held_out_files_are_those_that_training_opens(tiny_folder, data_folder, recipe, train, limits):
+    data = {**recipe.data.model_dump(), "max_patches_per_pack": None, **limits}
+    changed = hazards_recipe(tiny_folder, data_folder, data=data, train=train)
+    theirs = open_data(changed, Ranks(0, 1, 0, torch.device("cpu")))
+    collate = open_collator(changed)
+    training = open_training(changed, collate, None)
+    assert training.packs == theirs.loader.epoch_packs(0)
+    assert training.num_steps == theirs.num_steps
+    assert (training.weights, training.index.digest()) == (theirs.loader.weights, theirs.index.digest())
+    held_out = open_held_out(changed, collate)
+    assert [(index.digest(), [file.name for file in files]) for index, files in held_out] == [
+        (index.digest(), [file.name for file in files]) for index, files in theirs.files[1:]
+    ]
 
 
 def streaming(model, folder, **changes):
@@ -56,13 +86,3 @@ def test_reads_one_window_and_no_more(tiny_folder, data_folder):
     assert [one.rows for one in few.facts.sources] == [5, 5, 2]
     fewer = inspect_recipe(streaming(tiny_folder, data_folder), num_samples=0, max_rows=2)
     assert [one.rows for one in fewer.facts.sources] == [2, 2, 2]
-
-
-def test_stream_without_a_usable_row(tiny_folder, data_folder, tmp_path):
-    broken = tmp_path / "broken.jsonl"
-    broken.write_text("no\n" * 3)
-    recipe = streaming(tiny_folder, data_folder, train=[{"path": str(broken), "streaming": True}])
-    with pytest.raises(
-        ValueError, match=r"none of the first 3 rows .* can be used; the first: .*broken.jsonl:1: not JSON"
-    ):
-        inspect_recipe(recipe)

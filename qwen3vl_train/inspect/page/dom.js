@@ -47,6 +47,14 @@ function rowList(rows, total, most = 12) {
   return `${total === 1 ? 'row' : 'rows'} ${rows.slice(0, most).join(', ')}${rest > 0 ? ` and ${count(rest)} more` : ''}`;
 }
 
+// columns: [name, whether it holds numbers]; rows: lists of texts.
+function table(columns, rows) {
+  const line = (tag, texts) => h('tr', null, texts.map((text, place) => h(tag, { class: columns[place][1] && 'number' }, text)));
+  return h('div', { class: 'scroll' }, h('table', null,
+    h('thead', null, line('th', columns.map(([name]) => name))),
+    h('tbody', null, rows.map((row) => line('td', row)))));
+}
+
 // One small box that follows the pointer, or the token that the arrow keys stand on.
 function showTip(lines, x, y) {
   const tip = at('tip');

@@ -1,4 +1,4 @@
-// Summary, warnings, sources and packs: the facts that --json holds, too.
+// Summary, warnings and sources: the facts that --json holds, too.
 
 const LEVELS = { error: '✖ error', warning: '▲ warning', note: '● note' };
 
@@ -20,17 +20,23 @@ function renderHeader(facts) {
 function renderSummary(facts) {
   const sum = (what, role = 'train') => facts.sources.filter((one) => one.role === role).reduce((all, one) => all + one[what], 0);
   const packs = facts.packs, tokens = sum('tokens'), visual = sum('visual_tokens');
-  const held = sum('usable', 'eval');
+  const held = sum('usable', 'eval'), dropped = sum('dropped');
+  const left = [`${count(sum('rejected'))} rejected`, dropped && `${count(dropped)} dropped as too long`, held && `${count(held)} held out`];
   fill(at('summary'),
-    tile(count(sum('usable')), 'training rows', `${plural(sum('rejected'), 'row')} rejected` + (held ? `, ${count(held)} held out` : '')),
+    tile(count(sum('usable')), 'training rows', left.filter(Boolean).join(', ')),
     tile(count(tokens), 'tokens', `${count(tokens - visual)} text, ${count(visual)} visual`),
     tile(percent(sum('label_tokens'), sum('examined_tokens')), 'of tokens trained', `${count(sum('label_tokens'))} label tokens`),
     tile(count(packs.packs), packs.streamed ? 'packs planned' : `${packs.packs === 1 ? 'pack' : 'packs'} an epoch`,
-      `${percent(packs.mean_fill, 1)} filled, up to ${count(packs.max_tokens_per_pack)} tokens` + (packs.streamed ? ', of the first rows of the streams' : '')),
+      `${percent(packs.mean_fill, 1)} of ${count(packs.max_tokens_per_pack)} tokens filled` + (packs.streamed ? ', of the first rows of the streams' : '')),
     packs.streamed
       ? tile(count(packs.num_steps), 'steps in the run', `${plural(packs.packs_per_step, 'pack')} each; an epoch of a stream has no known length`)
       : tile(count(packs.steps_per_epoch), `${packs.steps_per_epoch === 1 ? 'step' : 'steps'} an epoch`,
         `${plural(packs.num_steps, 'step')} in the run, ${plural(packs.packs_per_step, 'pack')} each`));
+}
+
+function verdict(hazards) {
+  const levels = Object.keys(LEVELS).map((level) => [level, hazards.filter((hazard) => hazard.level === level).length]);
+  return levels.filter(([, number]) => number).map(([level, number]) => plural(number, level)).join(', ') || 'No warnings';
 }
 
 // choose: called with a kind of warning, to show its samples. Returns what filters need of each card.
@@ -46,7 +52,7 @@ function renderWarnings(facts, shownKinds, choose) {
       shownKinds.has(hazard.kind) && h('button', { type: 'button', on: { click: () => choose(hazard.kind) } }, 'Show samples')),
   }));
   fill(at('warnings'),
-    h('h2', { id: 'warnings-title' }, cards.length ? plural(cards.length, 'warning') : 'No warnings'),
+    h('h2', { id: 'warnings-title' }, verdict(facts.hazards)),
     cards.length ? h('div', { class: 'cards' }, cards.map((card) => card.element)) : h('p', { class: 'fine' }, '✔ Nothing looks wrong.'));
   return cards;
 }
@@ -55,10 +61,8 @@ function rejectTable(source) {
   if (!source.rejects.length) return null;
   return h('details', { class: 'rejects', open: source.rejects.length < 6 },
     h('summary', null, `${plural(source.rejected, 'row')} rejected, for ${plural(source.rejects.length, 'kind of reason', 'kinds of reasons')}`),
-    h('div', { class: 'scroll' }, h('table', null,
-      h('thead', null, h('tr', null, h('th', null, 'Rows'), h('th', null, 'First reason'), h('th', null, 'Where'))),
-      h('tbody', null, source.rejects.map((group) => h('tr', null,
-        h('td', { class: 'number' }, count(group.count)), h('td', null, group.reason), h('td', null, rowList(group.rows, group.count, 50))))))));
+    table([['Rows', true], ['Reason, of the first'], ['Where']],
+      source.rejects.map((group) => [count(group.count), group.reason, rowList(group.rows, group.count, 50)])));
 }
 
 function duplicateLines(source) {
@@ -74,70 +78,42 @@ function duplicateLines(source) {
 
 function formatText(formats) {
   const names = Object.entries(formats);
-  return names.length === 1 ? names[0][0] : names.map(([name, number]) => `${name} ${count(number)}`).join(', ') || 'no row read';
+  return names.length === 1 ? names[0][0] : names.map(([name, number]) => `${name} ${count(number)}`).join(', ') || '–';
+}
+
+function roleText(facts, source) {
+  if (source.role === 'eval') return 'held out';
+  return facts.packs.streamed ? 'training, first rows' : `training × ${count(source.weight, 3)}`;
+}
+
+function sourceTable(facts) {
+  const numbers = ['Files', 'Rows', 'Usable', 'Rejected', 'Dropped', 'Pictures', 'Videos', 'Tokens', 'Visual', 'Trained'].map((name) => [name, true]);
+  return table([['Source'], ['Role × weight'], ['Row format'], ...numbers], facts.sources.map((source) => [
+    source.name, roleText(facts, source), formatText(source.formats),
+    ...['files', 'rows', 'usable', 'rejected', 'dropped', 'images', 'videos', 'tokens'].map((what) => count(source[what])),
+    percent(source.visual_tokens, source.tokens), percent(source.label_tokens, source.examined_tokens)]));
+}
+
+function sourceCard(facts, source) {
+  const charts = source.histograms;
+  return h('article', { class: 'source', 'data-source': source.name },
+    h('h3', null, source.name, h('span', { class: 'where' }, roleText(facts, source)),
+      source.examined < source.usable && h('span', { class: 'where' }, `${count(source.examined)} of ${count(source.usable)} usable rows examined for all but token counts`)),
+    h('div', { class: 'charts' },
+      histogram('Text tokens', charts.text_tokens, 'row'),
+      histogram('Visual tokens', charts.visual_tokens, 'row'),
+      histogram('Pictures a row', charts.images, 'row'),
+      histogram('Width : height', charts.aspect_ratios, 'picture'),
+      histogram('Answers a row', charts.turns, 'row')),
+    rejectTable(source), duplicateLines(source));
 }
 
 function renderSources(facts) {
-  const cards = facts.sources.map((source) => {
-    const charts = source.histograms;
-    const part = source.examined < source.usable ? ` · ${count(source.examined)} rows examined for all but token counts` : '';
-    return {
-      source: source.name,
-      kinds: facts.hazards.filter((hazard) => hazard.source === source.name).map((hazard) => hazard.kind),
-      element: h('article', { class: 'source', 'data-source': source.name },
-        h('h3', null, source.name, h('span', { class: 'where' }, source.role === 'eval' ? 'held out' : facts.packs.streamed ? 'training, first rows of a stream' : 'training')),
-        h('p', { class: 'evidence' },
-          `${formatText(source.formats)} · ${source.files > 1 ? `${plural(source.files, 'file')} · ` : ''}${plural(source.rows, 'row')}, ${count(source.usable)} usable${source.dropped ? `, ${count(source.dropped)} dropped as too long` : ''} · ${plural(source.images, 'picture')}`,
-          source.videos > 0 && ` · ${plural(source.videos, 'video')}`,
-          ` · ${count(source.tokens)} tokens, ${percent(source.label_tokens, source.examined_tokens)} trained`,
-          source.role === 'train' && ` · weight ${source.weight}`, part),
-        h('div', { class: 'charts' },
-          histogram('Text tokens', charts.text_tokens, 'row'),
-          histogram('Visual tokens', charts.visual_tokens, 'row'),
-          histogram('Pictures a row', charts.images, 'row'),
-          histogram('Width : height', charts.aspect_ratios, 'picture'),
-          histogram('Answers a row', charts.turns, 'row')),
-        rejectTable(source), duplicateLines(source)),
-    };
-  });
-  fill(at('sources'), h('h2', { id: 'sources-title' }, plural(cards.length, 'source')), cards.map((card) => card.element));
+  const cards = facts.sources.map((source) => ({
+    source: source.name,
+    kinds: facts.hazards.filter((hazard) => hazard.source === source.name).map((hazard) => hazard.kind),
+    element: sourceCard(facts, source),
+  }));
+  fill(at('sources'), h('h2', { id: 'sources-title' }, plural(cards.length, 'source')), sourceTable(facts), cards.map((card) => card.element));
   return cards;
-}
-
-const RUN_NAMES = { prompt: 'read, not trained', visual: 'visual', trained: 'trained' };
-
-function packStrip(pack) {
-  const bars = pack.sequences.flatMap((sequence) => {
-    let start = sequence.start;
-    const parts = sequence.runs.map(([kind, length]) => {
-      const title = s('title', null, `${sequence.id}: ${plural(length, 'token')} ${RUN_NAMES[kind]}, from place ${count(start)} of the pack`);
-      const bar = s('rect', { class: `run ${kind}`, x: start, y: 0, width: length, height: 34 }, title);
-      start += length;
-      return bar;
-    });
-    return [...parts, s('line', { class: 'boundary', x1: start, x2: start, y1: -3, y2: 37 })];
-  });
-  const used = pack.sequences.reduce((all, sequence) => all + sequence.length, 0);
-  return h('div', { id: 'pack' },
-    h('h3', null, 'One pack'),
-    h('p', { class: 'evidence' }, `${plural(pack.sequences.length, 'sample')} in one row of ${count(used)} tokens, room for ${count(pack.max_tokens)}. `,
-      'Attention never crosses a boundary, and positions start again at (0, 0, 0) behind each.'),
-    s('svg', { class: 'strip', viewBox: `0 -4 ${pack.max_tokens} 42`, preserveAspectRatio: 'none', role: 'img', 'aria-label': 'samples of a pack, end to end' },
-      s('rect', { class: 'room', x: 0, y: 0, width: pack.max_tokens, height: 34 }), bars),
-    legend(),
-    h('details', null, h('summary', null, 'Samples of this pack'), h('div', { class: 'scroll' }, h('table', null,
-      h('thead', null, h('tr', null, ['Sample', 'First place', 'Tokens', 'Visual', 'Trained', 'Last position (t, h, w)'].map((name) => h('th', null, name)))),
-      h('tbody', null, pack.sequences.map((sequence) => {
-        const of = (kind) => sequence.runs.filter((run) => run[0] === kind).reduce((all, run) => all + run[1], 0);
-        return h('tr', null, h('td', null, sequence.id), [sequence.start, sequence.length, of('visual'), of('trained')].map((value) => h('td', { class: 'number' }, count(value))),
-          h('td', { class: 'number' }, `(${sequence.last_position.join(', ')})`));
-      }))))));
-}
-
-function renderPacks(facts, pack) {
-  const charts = facts.packs.histograms;
-  fill(at('packs'),
-    h('h2', { id: 'packs-title' }, 'Packs'),
-    h('div', { class: 'charts' }, histogram('Fill, percent', charts.fill_percent, 'pack'), histogram('Samples a pack', charts.sequences, 'pack')));
-  if (pack) fill(at('packs'), packStrip(pack));
 }

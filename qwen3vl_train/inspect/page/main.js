@@ -6,14 +6,13 @@ function options(names, all) {
   return [h('option', { value: '' }, all), names.map((name) => h('option', { value: name }, name))];
 }
 
+// Warnings and sources are filtered by source and kind, samples by these and by words.
 function addFilters(sampleCards, otherCards) {
-  const search = h('input', { id: 'search', type: 'search', placeholder: 'Text in samples' });
-  const source = h('select', { id: 'source' }, options(data.facts.sources.map((one) => one.name), 'All sources'));
+  const search = h('input', { id: 'search', type: 'search', placeholder: 'Text in samples', 'aria-label': 'Text in samples' });
+  const source = h('select', { id: 'source', 'aria-label': 'Source' }, options(data.facts.sources.map((one) => one.name), 'All sources'));
   const known = [...new Set([...data.facts.hazards.map((one) => one.kind), ...data.samples.flatMap((one) => one.kinds)])].sort();
-  const kind = h('select', { id: 'kind' }, options(known, 'All warnings'));
+  const kind = h('select', { id: 'kind', 'aria-label': 'Warning' }, options(known, 'All warnings'));
   const shown = h('output', { id: 'shown', 'aria-live': 'polite' });
-  const grid = h('input', { id: 'grid', type: 'checkbox' });
-  const boxes = h('input', { id: 'boxes', type: 'checkbox', checked: true });
 
   const fits = (card) => (!source.value || !card.source || card.source === source.value) && (!kind.value || card.kinds.includes(kind.value));
   const apply = () => {
@@ -28,17 +27,10 @@ function addFilters(sampleCards, otherCards) {
     shown.value = `${matching} of ${plural(sampleCards.length, 'sample')}`;
     at('none').hidden = matching > 0;
   };
-  const overlays = () => {
-    document.body.classList.toggle('with-grid', grid.checked);
-    document.body.classList.toggle('with-boxes', boxes.checked);
-  };
   for (const control of [search, source, kind]) control.addEventListener('input', apply);
-  for (const control of [grid, boxes]) control.addEventListener('input', overlays);
-  fill(at('filters'),
-    h('label', null, 'Search', search), h('label', null, 'Source', source), h('label', null, 'Warning', kind),
-    h('label', { class: 'tick' }, grid, 'Token grid'), h('label', { class: 'tick' }, boxes, 'Boxes'), shown);
+  const links = ['Warnings', 'Sources', 'Packs', 'Samples'].map((name) => h('a', { href: `#${name.toLowerCase()}` }, name));
+  fill(at('filters'), h('span', { class: 'links' }, links), source, kind, search, shown);
   apply();
-  overlays();
   return (chosen) => {
     [kind.value, source.value, search.value] = [chosen, '', ''];
     apply();
@@ -47,20 +39,32 @@ function addFilters(sampleCards, otherCards) {
   };
 }
 
+function addOverlaySwitches() {
+  const ticks = [['grid', 'Patches of 16 × 16 pixels (dotted), 2 × 2 of them a token'], ['marks', 'Boxes and points']].map(([name, text]) => {
+    const box = h('input', { id: name, type: 'checkbox', checked: true });
+    const show = () => document.body.classList.toggle(`with-${name}`, box.checked);
+    box.addEventListener('input', show);
+    show();
+    return h('label', { class: 'tick' }, box, text);
+  });
+  fill(at('overlays'), ticks);
+}
+
 function addThemeSwitch() {
+  const root = document.documentElement;
+  root.dataset.theme = matchMedia('(prefers-color-scheme: dark)').matches ? 'dark' : 'light';
   at('theme').addEventListener('click', () => {
-    const root = document.documentElement;
-    const dark = root.dataset.theme ? root.dataset.theme === 'dark' : matchMedia('(prefers-color-scheme: dark)').matches;
-    root.dataset.theme = dark ? 'light' : 'dark';
+    root.dataset.theme = root.dataset.theme === 'dark' ? 'light' : 'dark';
   });
 }
 
 let choose = () => {};
 renderHeader(data.facts);
+addThemeSwitch();
 renderSummary(data.facts);
 const shownKinds = new Set(data.samples.flatMap((sample) => sample.kinds));
 const warningCards = renderWarnings(data.facts, shownKinds, (kind) => choose(kind));
 const sourceCards = renderSources(data.facts);
-renderPacks(data.facts, data.pack);
+renderPacks(data.facts.packs, data.pack);
 choose = addFilters(renderSamples(data.samples, data.kinds), [...warningCards, ...sourceCards]);
-addThemeSwitch();
+addOverlaySwitches();

@@ -1,4 +1,4 @@
-// Samples: pictures as the model sees them, and every token with its position and whether it is trained.
+// Samples: every token with its position and whether it is trained, beside the pictures as the model sees them.
 
 function legend() {
   const key = (kind, name, meaning) => h('span', null, h('span', { class: `token ${kind}` }, name), ` ${meaning}`);
@@ -9,65 +9,27 @@ function legend() {
     key('special', 'special', 'written by the chat template'));
 }
 
+function positionText(sample, place) {
+  return `(${sample.positions.map((axis) => axis[place]).join(', ')})`;
+}
+
 function tokenTip(sample, place) {
-  const [t, height, w] = sample.positions.map((row) => row[place]);
   const weight = sample.weights[place];
   return [
     `token ${count(place)}, id ${sample.ids[place]}`,
-    `position (t, h, w) = (${t}, ${height}, ${w})`,
+    `position (t, h, w) = ${positionText(sample, place)}`,
     weight ? `trained, weight ${count(weight, 4)}` : 'not trained',
+    !sample.texts[place] && 'goes on with the character before it',
+  ].filter(Boolean);
+}
+
+function slotTip(sample, place, length) {
+  const last = place + length - 1;
+  return [
+    `tokens ${count(place)} to ${count(last)}, id ${sample.ids[place]}`,
+    `positions (t, h, w) from ${positionText(sample, place)} to ${positionText(sample, last)}`,
+    'not trained; the picture tells of each',
   ];
-}
-
-function gridPath(rows, cols) {
-  const lines = [];
-  for (let row = 1; row < rows; row += 1) lines.push(`M0 ${row}H${cols}`);
-  for (let col = 1; col < cols; col += 1) lines.push(`M${col} 0V${rows}`);
-  return lines.join('');
-}
-
-function wide(frame) {
-  return Math.max(frame.width, Math.min(256, 4 * frame.width));
-}
-
-function boxShapes(sample, frame) {
-  const size = (15 * frame.cols) / wide(frame); // of letters: 15 pixels, where one unit is one token
-  return sample.boxes.map(([x1, y1, x2, y2, label]) => {
-    const [x, y] = [(x1 / 1000) * frame.cols, (y1 / 1000) * frame.rows];
-    const [width, height] = [((x2 - x1) / 1000) * frame.cols, ((y2 - y1) / 1000) * frame.rows];
-    return s('g', { class: 'box' }, s('rect', { x, y, width, height }), label && s('text', { x: x + 0.4 * size, y: y + 1.1 * size, 'font-size': size, 'stroke-width': 0.2 * size }, label));
-  });
-}
-
-function frameName(sample, frame) {
-  const media = new Set(sample.frames.map((one) => one.medium)).size;
-  const name = frame.frames > 1 ? `clip ${frame.medium + 1}, first frame of pair ${frame.frame + 1} of ${frame.frames}` : media > 1 ? `picture ${frame.medium + 1}` : 'picture';
-  return `${name}: ${frame.width} × ${frame.height} pixels, ${frame.cols} × ${frame.rows} = ${plural(frame.cols * frame.rows, 'token')}`;
-}
-
-function picture(sample, frame) {
-  const here = s('rect', { class: 'here', width: 1, height: 1, visibility: 'hidden' });
-  const overlay = s('svg', { class: 'overlay', viewBox: `0 0 ${frame.cols} ${frame.rows}`, preserveAspectRatio: 'none', 'aria-hidden': 'true' },
-    s('path', { class: 'grid under', d: gridPath(frame.rows, frame.cols) }),
-    s('path', { class: 'grid over', d: gridPath(frame.rows, frame.cols) }),
-    here, s('g', { class: 'boxes' }, boxShapes(sample, frame)));
-  const view = h('div', { class: 'view' },
-    h('img', { src: frame.src, alt: frameName(sample, frame), class: frame.width < 192 && 'small', loading: 'lazy' }), overlay);
-  view.addEventListener('pointermove', (event) => {
-    const area = overlay.getBoundingClientRect();
-    const col = Math.min(frame.cols - 1, Math.max(0, Math.floor(((event.clientX - area.left) / area.width) * frame.cols)));
-    const row = Math.min(frame.rows - 1, Math.max(0, Math.floor(((event.clientY - area.top) / area.height) * frame.rows)));
-    here.setAttribute('x', col);
-    here.setAttribute('y', row);
-    here.setAttribute('visibility', 'visible');
-    const place = frame.offset + row * frame.cols + col;
-    showTip([`row ${row + 1}, column ${col + 1}`, ...tokenTip(sample, place)], event.clientX, event.clientY);
-  });
-  view.addEventListener('pointerleave', () => {
-    here.setAttribute('visibility', 'hidden');
-    hideTip();
-  });
-  return h('figure', { class: 'picture', vars: { '--wide': `${wide(frame)}px` } }, view, h('figcaption', null, frameName(sample, frame)));
 }
 
 function tokenSpans(sample) {
@@ -95,9 +57,12 @@ function tokenSpans(sample) {
 
 function tokenView(sample) {
   const view = h('div', { class: 'tokens', tabindex: 0, role: 'group', 'aria-label': 'Tokens; arrow keys step through them' }, tokenSpans(sample));
+  const visual = new Map(sample.visual);
   const tell = (span) => {
     const area = span.getBoundingClientRect();
-    showTip(tokenTip(sample, Number(span.dataset.place)), area.left, area.bottom - 14);
+    const place = Number(span.dataset.place);
+    const length = visual.get(place);
+    showTip(length > 1 ? slotTip(sample, place, length) : tokenTip(sample, place), area.left, area.bottom - 14);
   };
   view.addEventListener('pointerover', (event) => {
     const span = event.target.closest('.token');
@@ -127,23 +92,32 @@ function tokenView(sample) {
   return view;
 }
 
+function sampleBody(sample) {
+  if (sample.fault) return [h('p', { class: 'fault' }, `Breaks when it is decoded: ${sample.fault}`)];
+  const undrawn = sample.marks.filter((mark) => mark.medium === null).length;
+  const which = plural(undrawn, 'box or point is', 'boxes or points are');
+  return [
+    sample.frames.length > 0 && h('div', { class: 'pictures', tabindex: 0 }, sample.frames.map((frame) => picture(sample, frame))),
+    undrawn > 0 && h('p', { class: 'evidence' }, `${which} not drawn: the row does not say of which picture, or the numbers cannot be thousandths.`),
+    tokenView(sample)];
+}
+
 function sampleCard(sample, level) {
-  const trained = sample.weights.filter((weight) => weight > 0).length;
-  const visual = sample.visual.reduce((all, [, length]) => all + length, 0);
+  const sum = (list) => list.reduce((all, one) => all + one, 0);
+  const facts = sample.fault ? 'breaks when it is decoded'
+    : `${plural(sample.ids.length, 'token')} · ${count(sum(sample.visual.map(([, length]) => length)))} visual · ${count(sample.weights.filter((weight) => weight > 0).length)} trained`;
   const body = h('div', { class: 'body' });
   const card = h('details', { class: 'sample', 'data-id': sample.id, 'data-source': sample.source },
     h('summary', null,
-      sample.frames.length > 0 && h('img', { class: 'thumb', src: sample.frames[0].src, alt: '' }),
+      !sample.fault && sample.frames.length > 0 && h('img', { class: 'thumb', src: sample.frames[0].src, alt: '', loading: 'lazy', decoding: 'async' }),
       h('span', { class: 'name' }, sample.id),
-      h('span', { class: 'evidence' }, `${plural(sample.ids.length, 'token')} · ${count(visual)} visual · ${count(trained)} trained`),
+      h('span', { class: 'evidence' }, facts),
       sample.kinds.map((kind) => h('span', { class: `badge ${level(kind)}` }, kind))),
     body);
   // A thousand tokens are a thousand elements, so they are made when the card is first opened.
-  const show = () => {
-    if (!card.open || body.childElementCount) return;
-    fill(body, h('div', { class: 'pictures' }, sample.frames.map((frame) => picture(sample, frame))), tokenView(sample));
-  };
-  card.addEventListener('toggle', show);
+  card.addEventListener('toggle', () => {
+    if (card.open && !body.childElementCount) fill(body, sampleBody(sample));
+  });
   return card;
 }
 
@@ -151,12 +125,12 @@ function renderSamples(samples, kinds) {
   const cards = samples.map((sample) => ({
     source: sample.source,
     kinds: sample.kinds,
-    text: `${sample.id}\n${sample.texts.filter((text, place) => text !== '<|image_pad|>').join('')}`.toLowerCase(),
+    text: `${sample.id}\n${sample.fault || sample.texts.filter((text) => text !== '<|image_pad|>' && text !== '<|video_pad|>').join('')}`.toLowerCase(),
     element: sampleCard(sample, (kind) => kinds[kind].level),
   }));
   fill(at('samples'),
     h('h2', { id: 'samples-title' }, 'Samples as the model sees them'), legend(),
-    h('div', { id: 'filters', role: 'search' }),
+    h('p', { id: 'overlays' }),
     cards.map((card) => card.element),
     h('p', { id: 'none', hidden: true }, 'No sample matches.'));
   if (cards.length) cards[0].element.open = true;
