@@ -1,10 +1,12 @@
 """Five steps of one small model under any engine, the same packs in every case, and how two outcomes differ."""
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import tiny_checkpoint
 import tiny_runs
 import torch
@@ -16,9 +18,9 @@ from qwen3vl_train.config import Recipe, recipe_from_dict
 from qwen3vl_train.data.collate import MultimodalCollator
 from qwen3vl_train.dist import Ranks
 from qwen3vl_train.model.flops import FlopsCounter
-from qwen3vl_train.shards import whole
+from qwen3vl_train.shards import put, shape_of, whole
 from qwen3vl_train.train.build import build_engine
-from qwen3vl_train.train.step import train_step
+from qwen3vl_train.train.step import NonFiniteError, StepSums, train_step
 
 FULL = {"method": "full", "train": ["all"]}
 FROZEN_VISION = {"method": "full", "train": ["text", "merger", "deepstack"]}
@@ -102,46 +104,104 @@ def engine_recipe(checkpoint: Path, tune: dict[str, Any], engine: str = "single"
     )
 
 
+class Trainee:
+    """One engine between steps, to look at and to disturb."""
+
+    def __init__(self, rank: int, world_size: int, recipe: Recipe) -> None:
+        self.ranks = Ranks(rank, world_size, rank, torch.device("cpu"))
+        self.recipe = recipe
+        self.model, self.optimizer = build_engine(recipe, self.ranks)
+        self.model.train()
+        self.flops = FlopsCounter.of(self.model, self.model.arch, lambda parameter: shape_of(parameter).numel())
+
+    def step(self, step: int, packs: list[PackedBatch]) -> StepSums:
+        """Train on this rank's share of the packs of all; none at all leaves every rank without one."""
+        mine = SHARES[self.ranks.world_size][step][self.ranks.rank] if packs else []
+        return train_step(
+            self.model,
+            self.optimizer,
+            [packs[place] for place in mine],
+            mine,
+            self.ranks,
+            self.flops,
+            step=step,
+            seed=self.recipe.train.seed,
+            lr_factor=1.0,
+            max_grad_norm=1.0,
+            sources=tiny_runs.sources_of(packs),
+        )
+
+    def steps(self, steps: Steps, first: int, last: int) -> list[float]:
+        return [self.step(step, steps[step]).loss for step in range(first, last)]
+
+    def state(self) -> dict[str, Tensor]:
+        return {name: whole(tensor).clone() for name, tensor in self.optimizer.state_tensors().items()}
+
+    def load(self, state: dict[str, Tensor], num_updates: int) -> None:
+        tensors = self.optimizer.state_tensors()
+        assert tensors.keys() == state.keys()
+        for name, tensor in tensors.items():
+            put(tensor, state[name])
+        self.optimizer.loaded(tensors, num_updates)
+
+
 @dataclass
 class Outcome:
-    """losses and gradient norms of every step; all weights after the last, on rank 0."""
+    """losses and gradient norms (by module group, and 'all') of every step; all weights after the last, on rank 0."""
 
     losses: list[float]
-    norms: list[float]
+    norms: list[dict[str, float]]
     weights: dict[str, Tensor]
 
 
 def run_engine(rank: int, world_size: int, recipe: Recipe, steps: Steps) -> Outcome:
     """Train on the packs of SHARES as the training loop does."""
-    ranks = Ranks(rank, world_size, rank, torch.device("cpu"))
-    model, optimizer = build_engine(recipe, ranks)
-    model.train()
-    flops = FlopsCounter.of(model, model.arch)
-    done = []
-    for step, packs in enumerate(steps):
-        mine = SHARES[world_size][step][rank]
-        done.append(
-            train_step(
-                model,
-                optimizer,
-                [packs[place] for place in mine],
-                mine,
-                ranks,
-                flops,
-                step=step,
-                seed=recipe.train.seed,
-                lr_factor=1.0,
-                max_grad_norm=1.0,
-                sources=tiny_runs.sources_of(packs),
-            )
-        )
-    weights = {name: whole(parameter).detach().clone() for name, parameter in model.named_parameters()}
-    return Outcome([d.loss for d in done], [d.grad_norms["all"] for d in done], weights if rank == 0 else {})
+    trainee = Trainee(rank, world_size, recipe)
+    done = [trainee.step(step, packs) for step, packs in enumerate(steps)]
+    weights = {name: whole(parameter).detach().clone() for name, parameter in trainee.model.named_parameters()}
+    return Outcome([d.loss for d in done], [d.grad_norms for d in done], weights if rank == 0 else {})
+
+
+def poisoned(rank: int, world_size: int, recipes: list[Recipe], steps: Steps) -> list[tuple[str, list[float]]]:
+    """Two good steps, one with a loss that is no number, two more good ones: its message, and the losses of the good.
+
+    Nothing of the bad step is left: no weight or moment has moved, and the good ones go on as if it had not been.
+    """
+    results = []
+    for recipe in recipes:
+        trainee = Trainee(rank, world_size, recipe)
+        losses = trainee.steps(steps, 0, 2)
+        before = trainee.state()
+        bad = [list(packs) for packs in steps]
+        weights = torch.full((bad[2][0].num_tokens,), torch.nan)
+        bad[2][0] = dataclasses.replace(bad[2][0], loss_weights=weights)
+        with pytest.raises(NonFiniteError) as error:
+            trainee.steps(bad, 2, 3)
+        tiny_runs.assert_same_tensors(trainee.state(), before)
+        results.append((str(error.value), losses + trainee.steps(steps, 2, 4)))
+    return results
+
+
+def skipped(rank: int, world_size: int, recipes: list[Recipe], steps: Steps) -> list[list[float]]:
+    """The losses of five steps, and between them one in which no rank has a pack, which moves nothing."""
+    results = []
+    for recipe in recipes:
+        trainee = Trainee(rank, world_size, recipe)
+        losses = trainee.steps(steps, 0, 2)
+        before = trainee.state()
+        nothing = trainee.step(2, [])
+        assert (nothing.loss, nothing.label_tokens, nothing.grad_norms["all"]) == (0.0, 0, 0.0)
+        tiny_runs.assert_same_tensors(trainee.state(), before)
+        results.append(losses + trainee.steps(steps, 2, 5))
+    return results
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Largest relative differences; of weights: over tensors, the norm of the difference against the tensor's norm."""
+    """Largest relative differences. norm: over steps and module groups.
+
+    weight: over tensors, the norm of the difference against the tensor's norm.
+    """
 
     loss: float
     norm: float
@@ -158,8 +218,17 @@ def difference(got: Outcome, expected: Outcome) -> Difference:
         for name, weight in expected.weights.items()
     ]
     assert all(math.isfinite(weight) for weight in weights)
-    return Difference(_relative(got.losses, expected.losses), _relative(got.norms, expected.norms), max(weights))
+    norms = 0.0
+    for of_got, of_expected in zip(got.norms, expected.norms, strict=True):
+        assert of_got.keys() == of_expected.keys()
+        # A group that no pack of the step reaches has a norm of zero, to the bit; then it has no relative difference.
+        silent = [group for group, norm in of_expected.items() if norm == 0.0]
+        assert all(of_got[group] == 0.0 for group in silent), (of_got, of_expected)
+        heard = [group for group in of_expected if group not in silent]
+        norms = max([norms, *(_relative(of_got[group], of_expected[group]) for group in heard)])
+    losses = max(_relative(one, other) for one, other in zip(got.losses, expected.losses, strict=True))
+    return Difference(losses, norms, max(weights))
 
 
-def _relative(got: list[float], expected: list[float]) -> float:
-    return max(abs(one - other) / abs(other) for one, other in zip(got, expected, strict=True))
+def _relative(got: float, expected: float) -> float:
+    return abs(got - expected) / abs(expected)

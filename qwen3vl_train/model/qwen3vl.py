@@ -3,7 +3,7 @@
 T packed tokens, D text hidden, M merged vision rows, V vocabulary.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -69,6 +69,19 @@ class Qwen3VisionEncoder(nn.Module):
         return self.vision(pixel_values, grid_thw, index)
 
 
+class _ZeroOf(torch.autograd.Function):
+    """Zero, and a gradient of zero for each input. Times zero would not do: what is not finite would stay so."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Tensor) -> Tensor:
+        ctx.save_for_backward(*inputs)
+        return inputs[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.zeros_like(tensor) for tensor in ctx.saved_tensors)
+
+
 class Qwen3VLForConditionalGeneration(nn.Module):
     """`model(batch)` for training, `model.logits(batch)` for looking. Plain torch: knows nothing of ranks.
 
@@ -110,7 +123,7 @@ class Qwen3VLForConditionalGeneration(nn.Module):
         )
 
     def _vision_of_nothing(self, like: Tensor) -> Tensor:
-        """A zero that came through the whole vision side: four black patches, times zero.
+        """A zero that came through the whole vision side: four grey patches that lead to nothing.
 
         Ranks that share the vision side's weights or gradients exchange them in every forward and backward pass. A rank
         whose pack holds no image has to take part, or the others wait for ever.
@@ -121,8 +134,8 @@ class Qwen3VLForConditionalGeneration(nn.Module):
         devices = [like.device] if like.is_cuda else []
         with torch.random.fork_rng(devices=devices):  # adapters' dropout here must not shift that of the pack
             vision = self.visual(pixels, grid_thw)
-        merged = [vision.pooler_output, *vision.deepstack_features]
-        return torch.stack([0.0 * rows.sum() for rows in merged]).sum().to(like.dtype)
+        zero: Tensor = _ZeroOf.apply(vision.pooler_output, *vision.deepstack_features)  # type: ignore[assignment]
+        return zero.to(like.dtype)
 
     def forward(self, batch: PackedBatch, losses_R: Tensor | None = None) -> tuple[Tensor, int]:
         """Return (sum of the losses of all labels, float32 scalar; number of labels). Only labelled rows reach the

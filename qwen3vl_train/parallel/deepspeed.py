@@ -12,13 +12,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import HashStore
 from torch.distributed.device_mesh import init_device_mesh
 
 from qwen3vl_train.config import OptimSection
 from qwen3vl_train.dist import Ranks
 from qwen3vl_train.model.groups import group_of
 from qwen3vl_train.model.qwen3vl import Qwen3VLForConditionalGeneration
+from qwen3vl_train.parallel.mesh import ensure_group
 from qwen3vl_train.parallel.optim import MOMENTS, parameter_groups
 from qwen3vl_train.parallel.zero import pieces_of
 from qwen3vl_train.shards import own_rows, whole
@@ -39,9 +39,7 @@ def start_deepspeed(ranks: Ranks) -> None:
         raise ValueError(f"parallel.engine: {what}") from None
     # Without it the first collective on a CPU compiles an operator for a minute; gloo gives the same numbers.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if ranks.device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+    ensure_group(ranks)
     deepspeed.init_distributed()
     # DeepSpeed calls torch's collectives by names that torch has replaced.
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)

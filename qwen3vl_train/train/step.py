@@ -61,7 +61,8 @@ def train_step(
     totals = ranks.sum([float(sum(column)) for column in zip(*counts, strict=True)] if counts else [0.0] * 5)
     num_labels = max(1.0, totals[0])
     # Ranks that share weights or gradients in every pass must run as many of them; who has fewer packs runs empty ones.
-    num_passes = int(ranks.max(float(len(packs)))) if optimizer.lockstep else len(packs)
+    # One at least, also where all packs of the step have broken: ZeRO has gradients after a pass only.
+    num_passes = max(1, int(ranks.max(float(len(packs))))) if optimizer.lockstep else len(packs)
     passes = [*packs, *[empty_pack(model.arch)] * (num_passes - len(packs))]
 
     losses: list[torch.Tensor] = []

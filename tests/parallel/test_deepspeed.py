@@ -1,7 +1,4 @@
-"""ZeRO 1, 2 and 3 train as one process does, and hand their state to other engines and back.
-
-DeepSpeed is imported in the forked ranks alone, where one import serves many cases.
-"""
+"""ZeRO 1, 2 and 3 train as one process does, and hand their state to other engines and back."""
 
 import dataclasses
 import json
@@ -15,18 +12,29 @@ import tiny_runs
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
-from tiny_engines import FULL, LORA, TUNES, Outcome, Steps, difference, engine_recipe, run_engine
+from tiny_engines import (
+    FULL,
+    LORA,
+    TUNES,
+    Outcome,
+    Steps,
+    Trainee,
+    difference,
+    engine_recipe,
+    poisoned,
+    run_engine,
+    skipped,
+)
 from torch import Tensor
 
 from qwen3vl_train.config import Recipe
 from qwen3vl_train.dist import Ranks
-from qwen3vl_train.model.flops import FlopsCounter
 from qwen3vl_train.parallel.deepspeed import start_deepspeed
-from qwen3vl_train.shards import put, whole
+from qwen3vl_train.shards import whole
 from qwen3vl_train.train.build import build_engine, build_model
-from qwen3vl_train.train.step import NonFiniteError, train_step
 from qwen3vl_train.train.tune import report_groups
 
+pytestmark = pytest.mark.usefixtures("zero_at_ease")
 STAGES = (1, 2, 3)
 # Everything in many small parts: no parameter stays gathered, several buckets and sub-groups.
 PARTS = {
@@ -153,55 +161,24 @@ def test_offloaded_state_trains_alike(tune: str, small: Path, parts: str, steps:
         assert max(found.loss, found.norm, found.weight) < 1e-5, of_case
 
 
-class _Trainee:
-    """One engine between steps, to look at and to disturb."""
-
-    def __init__(self, rank: int, world_size: int, recipe: Recipe) -> None:
-        self.ranks = Ranks(rank, world_size, rank, torch.device("cpu"))
-        self.recipe = recipe
-        self.model, self.optimizer = build_engine(recipe, self.ranks)
-        self.model.train()
-
-    def steps(self, steps: Steps, first: int, last: int) -> list[float]:
-        flops = FlopsCounter.of(self.model, self.model.arch)
-        losses = []
-        for step in range(first, last):
-            mine = tiny_engines.SHARES[self.ranks.world_size][step][self.ranks.rank]
-            packs = [steps[step][place] for place in mine]
-            settings = {"step": step, "seed": self.recipe.train.seed, "lr_factor": 1.0, "max_grad_norm": 1.0}
-            sources = tiny_runs.sources_of(steps[step])
-            done = train_step(self.model, self.optimizer, packs, mine, self.ranks, flops, sources=sources, **settings)
-            losses.append(done.loss)
-        return losses
-
-    def state(self) -> dict[str, Tensor]:
-        return {name: whole(tensor).clone() for name, tensor in self.optimizer.state_tensors().items()}
-
-    def load(self, state: dict[str, Tensor], num_updates: int) -> None:
-        tensors = self.optimizer.state_tensors()
-        assert tensors.keys() == state.keys()
-        for name, tensor in tensors.items():
-            put(tensor, state[name])
-        self.optimizer.loaded(tensors, num_updates)
-
-
 def _hand_over(rank: int, world_size: int, recipes: list[Recipe], steps: Steps, state: dict[str, Tensor], done: int):
     """Take the state over `done` steps in, train one more step; returns what came out of both, and the loss."""
     results = []
     for recipe in recipes:
-        trainee = _Trainee(rank, world_size, recipe)
+        trainee = Trainee(rank, world_size, recipe)
         if state:
             trainee.load(state, done)
         taken = trainee.state()
         weights = {name: whole(parameter).detach().clone() for name, parameter in trainee.model.named_parameters()}
         losses = trainee.steps(steps, done, done + 1)
-        results.append((taken, weights, losses, trainee.state()) if rank == 0 else None)
+        after = trainee.state()  # on every rank: it gathers
+        results.append((taken, weights, losses, after) if rank == 0 else None)
     return results
 
 
 @pytest.mark.parametrize("tune", TUNES)
 def test_state_goes_from_fsdp2_through_every_stage_to_one_process(tune: str, small: Path, parts: str, steps: Steps):
-    straight = _Trainee(0, 1, _recipe(small, TUNES[tune]))
+    straight = Trainee(0, 1, _recipe(small, TUNES[tune]))
     expected = straight.steps(steps, 0, 5)
     sharded = _recipe(small, TUNES[tune], "fsdp2")
     ((_, _, losses, state),) = tiny.run_ranks(_hand_over, 2, [sharded], steps, {}, 0)[0]
@@ -213,7 +190,7 @@ def test_state_goes_from_fsdp2_through_every_stage_to_one_process(tune: str, sma
         for name, tensor in state.items():
             if name.startswith("weight/"):
                 assert torch.equal(weights[name.removeprefix("weight/")], tensor), (number, name)
-        alone = _Trainee(0, 1, _recipe(small, TUNES[tune]))
+        alone = Trainee(0, 1, _recipe(small, TUNES[tune]))
         alone.load(after, 2)
         found = [*losses, *more, *alone.steps(steps, 2, 5)]
         assert found == pytest.approx(expected, rel=1e-5), fields[number]
@@ -221,7 +198,7 @@ def test_state_goes_from_fsdp2_through_every_stage_to_one_process(tune: str, sma
 
 def _bfloat16_state(rank: int, world_size: int, recipes: list[Recipe], steps: Steps) -> None:
     for recipe in recipes:
-        first, second = _Trainee(rank, world_size, recipe), _Trainee(rank, world_size, recipe)
+        first, second = Trainee(rank, world_size, recipe), Trainee(rank, world_size, recipe)
         first.steps(steps, 0, 2)
         state = first.state()
         assert all(tensor.dtype == torch.float32 for tensor in state.values())
@@ -236,38 +213,31 @@ def test_a_bfloat16_run_goes_on_to_the_bit(small: Path, steps: Steps):
     tiny.run_ranks(_bfloat16_state, 2, recipes, steps, timeout=120)
 
 
-def _poisoned(rank: int, world_size: int, recipes: list[Recipe], steps: Steps) -> list[tuple[str, list[float]]]:
-    results = []
-    for recipe in recipes:
-        trainee = _Trainee(rank, world_size, recipe)
-        losses = trainee.steps(steps, 0, 2)
-        before = trainee.state()
-        bad = [list(packs) for packs in steps]
-        weights = torch.full((bad[2][0].num_tokens,), torch.nan)
-        bad[2][0] = dataclasses.replace(bad[2][0], loss_weights=weights)
-        with pytest.raises(NonFiniteError) as error:
-            trainee.steps(bad, 2, 3)
-        tiny_runs.assert_same_tensors(trainee.state(), before)
-        # Nothing of the bad step is left: the good ones go on as if it had not been.
-        results.append((str(error.value), losses + trainee.steps(steps, 2, 4)))
-    return results
-
-
 def test_a_step_that_is_not_finite_moves_nothing_and_leaves_nothing(small: Path, steps: Steps):
-    ((message, losses),) = _poisoned(0, 1, [_recipe(small, LORA)], steps)
+    ((message, losses),) = poisoned(0, 1, [_recipe(small, LORA)], steps)
     fields = [{"zero_stage": stage} for stage in STAGES]
     fields += [{"zero_stage": stage, "offload_optimizer": True} for stage in (2, 3)]
     recipes = [_recipe(small, LORA, "deepspeed", **of_case) for of_case in fields]
     # bfloat16 in stage 1 is a class of its own.
     recipes.append(_recipe(small, LORA, "deepspeed", zero_stage=1, dtype="bfloat16"))
-    for of_rank in tiny.run_ranks(_poisoned, 2, recipes, steps, timeout=120):
+    for of_rank in tiny.run_ranks(poisoned, 2, recipes, steps, timeout=120):
         for recipe, (got, more) in zip(recipes, of_rank, strict=True):
             assert got == message
             assert more == pytest.approx(losses, rel=1e-5 if recipe.model.dtype == "float32" else 2e-2)
 
 
+@pytest.mark.parametrize("tune", ["lora", "frozen-vision"])
+def test_a_step_in_which_no_rank_has_a_pack_moves_nothing(tune: str, small: Path, steps: Steps):
+    (expected,) = skipped(0, 1, [_recipe(small, TUNES[tune])], steps)
+    fields = [{"zero_stage": stage} for stage in STAGES] + [{"zero_stage": 1, "dtype": "bfloat16"}]
+    recipes = [_recipe(small, TUNES[tune], "deepspeed", **of_case) for of_case in fields]
+    outcomes = tiny.run_ranks(skipped, 2, recipes, steps, timeout=120)[0]
+    for recipe, losses in zip(recipes, outcomes, strict=True):
+        assert losses == pytest.approx(expected, rel=1e-5 if recipe.model.dtype == "float32" else 2e-2)
+
+
 def _cut_up(rank: int, world_size: int, recipe: Recipe) -> tuple[list, int, int]:
-    trainee = _Trainee(rank, world_size, recipe)
+    trainee = Trainee(rank, world_size, recipe)
     parameters = list(trainee.model.parameters())
     held = sum(parameter.ds_tensor.numel() for parameter in parameters)
     assert all(parameter.numel() == 0 for parameter in parameters)

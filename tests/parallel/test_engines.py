@@ -9,7 +9,7 @@ import tiny
 import tiny_engines
 import torch
 import torch.distributed as dist
-from tiny_engines import FULL, LORA, TUNES, Outcome, Steps, difference, engine_recipe, run_engine
+from tiny_engines import FULL, LORA, TUNES, Outcome, Steps, difference, engine_recipe, poisoned, run_engine, skipped
 from torch.distributed.tensor import DTensor
 
 from qwen3vl_train.config import Recipe
@@ -69,6 +69,28 @@ def test_activation_checkpointing_changes_no_bit(tune: str, kept, small: Path, s
     outcome = run_engine(0, 1, engine_recipe(small, TUNES[tune], activation_checkpointing=kept), steps[:2])
     assert outcome.losses == alone[tune].losses[:2]
     assert outcome.norms == alone[tune].norms[:2]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_step_that_is_not_finite_moves_nothing_and_leaves_nothing(engine: str, small: Path, steps: Steps):
+    """The pack that breaks has no picture, so that with sharded engines the vision side sees its dummy grid."""
+    ((message, losses),) = poisoned(0, 1, [engine_recipe(small, LORA)], steps)
+    world_size, parallel = ENGINES[engine]
+    for ((got, more),) in tiny.run_ranks(poisoned, world_size, [engine_recipe(small, LORA, **parallel)], steps):
+        assert got == message
+        assert "(not finite in text_attn, text_mlp)" in got
+        assert more == pytest.approx(losses, rel=1e-5)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_step_in_which_no_rank_has_a_pack_moves_nothing(engine: str, small: Path, steps: Steps):
+    tunes = [LORA, {"method": "full", "train": ["vision"]}]
+    expected = skipped(0, 1, [engine_recipe(small, tune) for tune in tunes], steps)
+    world_size, parallel = ENGINES[engine]
+    recipes = [engine_recipe(small, tune, **parallel) for tune in tunes]
+    for of_rank in tiny.run_ranks(skipped, world_size, recipes, steps):
+        for losses, wanted in zip(of_rank, expected, strict=True):
+            assert losses == pytest.approx(wanted, rel=1e-5)
 
 
 @pytest.fixture
