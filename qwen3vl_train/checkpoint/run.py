@@ -161,15 +161,14 @@ def _dcp_save(tensors: dict[str, Tensor], folder: Path, group: dist.ProcessGroup
     class Writer(HuggingFaceStorageWriter):
         """Flushes the files, as all of torch's writers do, and sums them: each rank its own, while others do theirs."""
 
-        sums: Sums = {}
-
         def write_data(self, *arguments: Any) -> Any:
             results = super().write_data(*arguments)
             results.wait()
             names = sorted({result.storage_data.relative_path for result in results.value()})
-            self.sums = sum_files(folder.parent, [folder / name for name in names])
+            sums.update(sum_files(folder.parent, [folder / name for name in names]))
             return results
 
+    sums: Sums = {}
     writer = Writer(str(folder), save_distributed=True)
     _hush()
     try:
@@ -177,10 +176,10 @@ def _dcp_save(tensors: dict[str, Tensor], folder: Path, group: dist.ProcessGroup
     except CheckpointException as error:  # not an Exception: it wraps what happened, by rank
         raise next(iter(error.failures.values()))[0] from None
     if group is None:
-        return writer.sums
+        return sums
     gathered: list[Any] | None = [None] * group.size() if group.rank() == 0 else None
-    dist.gather_object(writer.sums, gathered, dst=0, group=group)
-    return {name: entry for sums in gathered or [] for name, entry in sums.items()}
+    dist.gather_object(sums, gathered, dst=0, group=group)
+    return {name: entry for of_rank in gathered or [] for name, entry in of_rank.items()}
 
 
 def _hush() -> None:

@@ -1,7 +1,6 @@
 """Stopping changes nothing: a run that was killed goes on as if it had not been, bit for bit."""
 
 import json
-import re
 import shutil
 from pathlib import Path
 
