@@ -84,7 +84,10 @@ class Watch:
         if failed:
             first_line = str(error).strip().splitlines()[0]
             fault = "gone or late" if "connection" in first_line.lower() else "late"
-            raise LateRankError(f"{self.report(fault)}\n  {first_line}") from error
+            late = LateRankError(f"{self.report(fault)}\n  {first_line}")
+            for note in getattr(error, "__notes__", []):
+                late.add_note(note)
+            raise late from error
 
     def report(self, fault: str = "late") -> str:
         """The last step of every rank, and who is `fault`. Sends nothing to the ranks themselves."""

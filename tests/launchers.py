@@ -5,6 +5,8 @@ import signal
 import socket
 import subprocess
 import sys
+import uuid
+from contextlib import suppress
 from pathlib import Path
 
 import tiny_runs
@@ -44,12 +46,19 @@ def short_recipe(model: Path, task: Path, out: Path, **overrides) -> Path:
     return write_recipe(out / "recipe.yaml", tiny_runs.make_recipe(model, task, out, **values))
 
 
+def start(command: list[str], **more: str) -> subprocess.Popen[str]:
+    """Start in a session of its own, with what it prints in pipes. `end` must be called on it."""
+    process = subprocess.Popen(
+        command, env=environment(**{_MARK: (mark := uuid.uuid4().hex)}, **more), cwd=ROOT, text=True,
+        start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    _marks[process.pid] = mark
+    return process
+
+
 def run(command: list[str], *, timeout: float = 400, **more: str) -> subprocess.CompletedProcess[str]:
     """Run in a session of its own and wait; nothing of it is left behind, whatever happens."""
-    process = subprocess.Popen(
-        command, env=environment(**more), cwd=ROOT, text=True, start_new_session=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
+    process = start(command, **more)
     try:
         out, errors = process.communicate(timeout=timeout)
     finally:
@@ -57,8 +66,28 @@ def run(command: list[str], *, timeout: float = 400, **more: str) -> subprocess.
     return subprocess.CompletedProcess(command, process.returncode, out, errors)
 
 
+# Ranks have sessions of their own, and outlive a torchrun that was killed: what they inherit tells whose they are.
+_MARK = "QWEN3VL_TRAIN_TEST_START"
+_marks: dict[int, str] = {}
+
+
 def end(process: subprocess.Popen) -> None:
-    """Kill a process and what it has started in its session."""
+    """Kill a process that `start` has started, and everything that came of it, in whatever session."""
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    mark = f"{_MARK}={_marks.pop(process.pid)}".encode()
+    while left := [pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if _has(pid, mark)]:
+        for pid in left:  # again until there are none: one may have started another meanwhile
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+    for pipe in (process.stdout, process.stderr):
+        if pipe is not None:
+            pipe.close()
+    process.wait()
+
+
+def _has(pid: int, mark: bytes) -> bool:
+    try:
+        return mark in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    except OSError:  # of another user, or gone meanwhile; a zombie's is empty
+        return False

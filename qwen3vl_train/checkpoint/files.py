@@ -17,6 +17,8 @@ def replacing(folder: Path) -> Iterator[Path]:
     aside = start_aside(folder)
     try:
         yield aside
+        for path in aside.rglob("*"):
+            flush(path)
         finish(aside, folder)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
@@ -38,16 +40,14 @@ def start_aside(folder: Path) -> Path:
 
 
 def finish(aside: Path, folder: Path) -> None:
-    """Flush everything under `aside` to disk and rename it to `folder`."""
-    for file in aside.rglob("*"):
-        if file.is_file():
-            _fsync(file)
-    _fsync(aside)
+    """Rename `aside`, in which everything is flushed, to `folder`, so that a power cut cannot undo it."""
+    flush(aside)
     aside.rename(folder)
-    _fsync(folder.parent)
+    flush(folder.parent)
 
 
-def _fsync(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Let a file's content, or a folder's list of files, reach the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -7,11 +7,15 @@ checkpoints/step-00000200/
 """
 
 import json
+import math
 import shutil
 import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from qwen3vl_train.checkpoint.files import flush
 
 MANIFEST = "checkpoint.json"
 BLOCK = 2**24
@@ -44,14 +48,22 @@ def latest_checkpoint(run_dir: Path) -> Path | None:
     return folders[-1] if folders else None
 
 
-def write_manifest(folder: Path, record: dict[str, Any]) -> None:
-    """Write the manifest of a folder whose other files are complete: their sizes and CRC-32."""
-    files = {
-        str(file.relative_to(folder)): {"bytes": file.stat().st_size, "crc32": _crc32(file)}
-        for file in sorted(folder.rglob("*"))
-        if file.is_file()
+Sums = dict[str, dict[str, int]]
+"""Of files, by name within their checkpoint: `bytes`, and `crc32` of their content."""
+
+
+def sum_files(folder: Path, files: Iterable[Path]) -> Sums:
+    """Size and checksum of finished files in a checkpoint's folder."""
+    return {
+        file.relative_to(folder).as_posix(): {"bytes": file.stat().st_size, "crc32": _crc32(file)} for file in files
     }
-    (folder / MANIFEST).write_text(json.dumps({**record, "files": files}, indent=1), encoding="utf-8")
+
+
+def write_manifest(folder: Path, record: dict[str, Any], sums: Sums) -> None:
+    """Write the manifest of a folder whose other files are complete and flushed. sums: of all of these files."""
+    content = json.dumps({**record, "files": dict(sorted(sums.items()))}, indent=1)
+    (folder / MANIFEST).write_text(content, encoding="utf-8")
+    flush(folder / MANIFEST)
 
 
 def _crc32(file: Path) -> int:
@@ -77,11 +89,15 @@ def read_record(folder: Path, *, checksums: bool = False) -> dict[str, Any]:
         raise ValueError(f"{manifest}: has no {', '.join(sorted(missing))}; remove this checkpoint")
     for name, (size, crc32) in files.items():
         file = folder / name
-        got = file.stat().st_size if file.is_file() else None
+        try:
+            got = file.stat().st_size if file.is_file() else None
+            same = got == size and (not checksums or _crc32(file) == crc32)
+        except OSError as error:  # a disk that gives up within a file
+            raise ValueError(f"{file}: cannot be read ({error.strerror}); remove this checkpoint") from None
         if got != size:
             state = "missing" if got is None else f"{got} bytes, written with {size}"
             raise ValueError(f"{file}: {state}; remove this checkpoint")
-        if checksums and _crc32(file) != crc32:
+        if not same:
             raise ValueError(f"{file}: its checksum is not the one it was written with; remove this checkpoint")
     return record
 
@@ -118,7 +134,8 @@ def set_aside_newer(run_dir: Path, chosen: Path | None) -> None:
 def prune(run_dir: Path, policy: KeepPolicy) -> None:
     """Remove the checkpoints that the policy does not keep.
 
-    Each is renamed first: what a kill leaves half removed is no checkpoint any more, and goes the next time.
+    Each is renamed first: what a kill leaves half removed is no checkpoint any more, and goes the next time. Raises
+    OSError where the disk refuses.
     """
     folders = whole_checkpoints(run_dir)
     kept = set(folders[-policy.keep_last :])
@@ -131,14 +148,18 @@ def prune(run_dir: Path, policy: KeepPolicy) -> None:
             kept.add(min(judged, key=lambda folder: judged[folder]))
     for folder in folders:
         if folder not in kept:
-            folder.rename(folder.with_name(f".{folder.name}.removed"))
+            target = folder.with_name(f".{folder.name}.removed")
+            if target.exists():  # of the same step done before; a rename onto it would fail for good
+                shutil.rmtree(target)
+            folder.rename(target)
     for removed in (run_dir / "checkpoints").glob(".step-*.removed"):
         shutil.rmtree(removed)
 
 
 def _loss(folder: Path, name: str) -> float | None:
-    """The loss of a checkpoint on a held-out set; None where it was not evaluated, or is damaged."""
+    """The loss of a checkpoint on a held-out set; None where it was not evaluated, is damaged, or has no finite one."""
     try:
-        return read_record(folder).get("eval", {}).get(name)
+        loss = read_record(folder).get("eval", {}).get(name)
     except ValueError:
         return None
+    return loss if loss is not None and math.isfinite(loss) else None

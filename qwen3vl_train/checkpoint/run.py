@@ -9,12 +9,12 @@ the step waits only until its tensors are copied.
 
 import logging
 import shutil
-import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -23,12 +23,14 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from qwen3vl_train.checkpoint.files import finish, start_aside
+from qwen3vl_train.checkpoint.files import finish, flush, start_aside
 from qwen3vl_train.checkpoint.manifest import (
     KeepPolicy,
+    Sums,
     checkpoint_folder,
     latest_checkpoint,
     prune,
+    sum_files,
     write_manifest,
 )
 from qwen3vl_train.dist import Ranks
@@ -38,29 +40,47 @@ class CheckpointWriter:
     """Writes one checkpoint at a time beside the training.
 
     Every rank has one and calls its methods at the same steps. A with-block: whatever ends it, a write under way is let
-    finish, so that the checkpoint it makes is there for the next start.
+    finish, so that the checkpoint it makes is there for the next start; if that write failed, the error that ends the
+    block carries a note of it. timeout_seconds: how long ranks wait for each other while they write. tell: where to say
+    what went wrong without harm.
     """
 
-    def __init__(self, run_dir: Path, ranks: Ranks, policy: KeepPolicy) -> None:
-        self._run_dir, self._ranks, self._policy = run_dir, ranks, policy
-        # Its messages go between threads of their own, so they must not share a group with those of the training.
-        self._group: Any = dist.new_group(backend="gloo") if ranks.world_size > 1 else None
+    def __init__(
+        self,
+        run_dir: Path,
+        ranks: Ranks,
+        policy: KeepPolicy,
+        *,
+        timeout_seconds: float = 1800.0,
+        tell: Callable[[str], None] = print,
+    ) -> None:
+        self._run_dir, self._ranks, self._policy, self._tell = run_dir, ranks, policy, tell
+        self._group: Any = None
+        if ranks.world_size > 1:
+            # Its messages go between threads of their own, so they must not share a group with those of the training.
+            self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
 
     def __enter__(self) -> "CheckpointWriter":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._thread.shutdown(wait=True)
+        fault = self._pending.exception() if self._pending else None
+        if fault is not None:
+            if error is None:
+                raise fault
+            error.add_note(str(fault))
 
-    def start(self, step: int, tensors: dict[str, Tensor], record: dict[str, Any]) -> float:
-        """Copy the tensors and begin to write them; returns the seconds that the caller waited.
+    def start(self, step: int, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
+        """Copy the tensors and begin to write them.
 
         tensors: pieces of sharded tensors from every rank, or whole ones, which rank 0 writes alone. A checkpoint still
-        being written is waited for first. Raises RuntimeError where that one failed.
+        being written is waited for first. Raises RuntimeError, on all ranks, where that one failed.
         """
-        started = time.perf_counter()
         self.wait()
         folder = checkpoint_folder(self._run_dir, step)
         try:
@@ -71,21 +91,25 @@ class CheckpointWriter:
         if sharded or self._ranks.is_main:
             staged = {name: _copied(tensor) for name, tensor in tensors.items()}
             self._pending = self._thread.submit(self._write, staged, sharded, aside, folder, {"step": step, **record})
-        return time.perf_counter() - started
 
     def _write(
         self, staged: dict[str, Tensor], sharded: bool, aside: Path, folder: Path, record: dict[str, Any]
     ) -> None:
         try:
-            _dcp_save(staged, aside / "state", self._group if sharded else None)
+            sums = _dcp_save(staged, aside / "state", self._group if sharded else None)
             if self._ranks.is_main:
-                write_manifest(aside, record)
+                write_manifest(aside, record, sums)
+                flush(aside / "state")
                 finish(aside, folder)
-                prune(self._run_dir, self._policy)
         except (OSError, SafetensorError) as error:
             if self._ranks.is_main:
                 shutil.rmtree(aside, ignore_errors=True)
             raise RuntimeError(self._refused(folder, error)) from error
+        if self._ranks.is_main:
+            try:
+                prune(self._run_dir, self._policy)
+            except OSError as error:  # the new one is whole: no reason to end the run
+                self._tell(f"an older checkpoint could not be removed ({error}); it is tried again after the next save")
 
     def _refused(self, folder: Path, error: Exception) -> str:
         try:
@@ -96,14 +120,20 @@ class CheckpointWriter:
         return f"{folder}: could not be saved ({error}); make room, then {then}"
 
     def failed(self) -> bool:
-        """Whether the write that was under way has ended in an error, which `wait` raises."""
+        """Whether this rank's part in the write under way has ended in an error, which `wait` raises on all ranks."""
         return self._pending is not None and self._pending.done() and self._pending.exception() is not None
 
     def wait(self) -> None:
-        """Wait until everything started is on disk. Raises RuntimeError where the disk refused (full, read-only)."""
-        if self._pending is not None:
-            pending, self._pending = self._pending, None
-            pending.result()
+        """Wait until everything started is on disk, by whichever rank. Every rank must call it.
+
+        Raises RuntimeError, the same on all ranks, where the disk refused one of them (full, read-only).
+        """
+        error = self._pending.exception() if self._pending else None
+        fault = None if error is None else str(error) if isinstance(error, RuntimeError) else repr(error)
+        faults = [told for told in self._ranks.gather(fault) if told is not None]
+        self._pending = None
+        if faults:
+            raise RuntimeError(faults[0]) from error
 
 
 def _start(folder: Path) -> Path:
@@ -119,32 +149,46 @@ def _copied(tensor: Tensor) -> Tensor:
     return tensor.detach().clone() if tensor.device.type == "cpu" else tensor.detach().to("cpu", copy=True)
 
 
-def _dcp_save(tensors: dict[str, Tensor], folder: Path, group: dist.ProcessGroup | None) -> None:
+def _dcp_save(tensors: dict[str, Tensor], folder: Path, group: dist.ProcessGroup | None) -> Sums:
+    """Write this rank's pieces, or without a group all there is; returns, on rank 0, the sums of all ranks' files.
+
+    Where the disk refuses one rank, all raise its error.
+    """
     from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
     from torch.distributed.checkpoint.state_dict_saver import save
 
-    folder.mkdir(exist_ok=True)
-    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    class Writer(HuggingFaceStorageWriter):
+        """Flushes the files, as all of torch's writers do, and sums them: each rank its own, while others do theirs."""
+
+        def write_data(self, *arguments: Any) -> Any:
+            results = super().write_data(*arguments)
+            results.wait()
+            names = sorted({result.storage_data.relative_path for result in results.value()})
+            sums.update(sum_files(folder.parent, [folder / name for name in names]))
+            return results
+
+    sums: Sums = {}
+    writer = Writer(str(folder), save_distributed=True)
+    _hush()
     try:
-        with _quiet():
-            save(dict(tensors), storage_writer=writer, process_group=group, no_dist=group is None)
+        save(dict(tensors), storage_writer=writer, process_group=group, no_dist=group is None)
     except CheckpointException as error:  # not an Exception: it wraps what happened, by rank
         raise next(iter(error.failures.values()))[0] from None
+    if group is None:
+        return sums
+    gathered: list[Any] | None = [None] * group.size() if group.rank() == 0 else None
+    dist.gather_object(sums, gathered, dst=0, group=group)
+    return {name: entry for of_rank in gathered or [] for name, entry in of_rank.items()}
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """torch warns of saving in a single process, which is what is meant here."""
-    logger = logging.getLogger("torch.distributed.checkpoint")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*single process.*")
-            yield
-    finally:
-        logger.setLevel(level)
+def _hush() -> None:
+    """torch warns of saving in a single process, which is what is meant here.
+
+    For good, not for the time of a save: `warnings.catch_warnings` in one thread would undo what others change.
+    """
+    logging.getLogger("torch.distributed.checkpoint").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message=".*assuming the intent is to .* in a single process")
 
 
 def load_checkpoint(folder: Path, tensors: dict[str, Tensor]) -> None:
@@ -162,8 +206,8 @@ def load_checkpoint(folder: Path, tensors: dict[str, Tensor]) -> None:
     if wrong:
         raise ValueError(f"{folder}: holds another set of trained tensors, e.g. {wrong[0]}; was `tune` changed?")
     sharded = any(isinstance(tensor, DTensor) for tensor in tensors.values())
-    with _quiet():
-        load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(folder / "state")), no_dist=not sharded)
+    _hush()
+    load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(folder / "state")), no_dist=not sharded)
 
 
 def _stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
@@ -187,6 +231,6 @@ def read_tensors(folder: Path, prefix: str = "") -> dict[str, Tensor]:
 
     shapes = {name: shape for name, shape in _stored_shapes(folder).items() if name.startswith(prefix)}
     tensors: dict[str, Any] = {name: torch.empty(shape) for name, shape in shapes.items()}
-    with _quiet():
-        load(tensors, storage_reader=HuggingFaceStorageReader(str(folder / "state")), no_dist=True)
+    _hush()
+    load(tensors, storage_reader=HuggingFaceStorageReader(str(folder / "state")), no_dist=True)
     return tensors

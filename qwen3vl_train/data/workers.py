@@ -1,10 +1,16 @@
 """Worker processes: work is handed out as they get free, results come back in the order of the items."""
 
+import os
+import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+# What schedulers and launchers send to a whole process group or job when the run is to stop.
+_STOPS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 def in_workers(
@@ -23,7 +29,7 @@ def in_workers(
         sampler=_Items(items),  # type: ignore[arg-type]  (any iterable will do)
         num_workers=num_workers,
         collate_fn=_as_is,
-        worker_init_fn=_one_thread,
+        worker_init_fn=_start_worker,
         pin_memory=pin_memory,
         generator=torch.Generator(),  # else the loader draws from, and moves, torch's global stream
     )
@@ -43,7 +49,7 @@ def from_worker(make: Callable[[Any], Iterator[Any]], argument: Any, *, in_proce
         num_workers=1,
         prefetch_factor=1,
         collate_fn=_as_is,
-        worker_init_fn=_one_thread,
+        worker_init_fn=_start_worker,
         generator=torch.Generator(),
     )
     return _unwrapped(loader)
@@ -57,7 +63,13 @@ class _Failed:
 
 
 def _unwrapped(results: Iterable[Any]) -> Iterator[Any]:
-    for result in results:
+    # Workers begin with the signals blocked, or one that comes while they start would still reach them.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)
+    try:
+        coming = iter(results)  # starts them
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    for result in coming:
         if isinstance(result, _Failed):
             raise ValueError(result.message)
         yield result
@@ -97,5 +109,21 @@ def _as_is(result: Any) -> Any:
     return result
 
 
-def _one_thread(worker: int) -> None:
+def _start_worker(worker: int) -> None:
+    """One thread, and deaf to a stop: it is for the rank, which needs its workers until its step is done and saved.
+
+    Only the parent's own SIGTERM ends a worker (torch sends it to one that does not leave by itself). A handler does
+    not learn who sent a signal, so the signals are blocked and a thread takes them. Workers of a parent that is gone
+    leave by torch's own watch.
+    """
     torch.set_num_threads(1)
+    signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)
+    threading.Thread(target=_obey_the_parent, name="signals", daemon=True).start()
+
+
+def _obey_the_parent() -> None:
+    parent = os.getppid()
+    while True:
+        received = signal.sigwaitinfo(_STOPS)
+        if received.si_signo == signal.SIGTERM and received.si_pid == parent:
+            os._exit(0)

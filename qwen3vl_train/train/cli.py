@@ -33,7 +33,9 @@ def run_or_explain(work: Callable[[], object]) -> int:
         if os.environ.get("QWEN3VL_TRACEBACK"):
             raise
         rank = f"[rank {os.environ['RANK']}] " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
-        print(f"{rank}error: {error}\n(QWEN3VL_TRACEBACK=1 shows where)", file=sys.stderr, flush=True)
+        # Notes: what went wrong beside it, such as a checkpoint that could not be written.
+        told = "\n".join([str(error), *getattr(error, "__notes__", [])])
+        print(f"{rank}error: {told}\n(QWEN3VL_TRACEBACK=1 shows where)", file=sys.stderr, flush=True)
         return 2 if isinstance(error, ValueError) else 1
     finally:
         stop_ranks()

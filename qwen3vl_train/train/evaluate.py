@@ -1,6 +1,6 @@
 """Held-out loss, and answers generated from the model beside the answers expected."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -21,18 +21,24 @@ class EvalLoss:
 
 @torch.no_grad()
 def evaluate_loss(
-    model: Qwen3VLForConditionalGeneration, packs: Iterable[PackedBatch], ranks: Ranks, *, lockstep: bool
+    model: Qwen3VLForConditionalGeneration,
+    packs: Iterable[PackedBatch],
+    ranks: Ranks,
+    *,
+    lockstep: bool,
+    each: Callable[[], None] = lambda: None,
 ) -> EvalLoss:
     """Mean loss over held-out packs, each rank with its share. Dropout is off meanwhile. Every rank must call it.
 
     lockstep: ranks that have run out of packs go on with empty ones until all have, because the model's weights are
-    sharded.
+    sharded. each: called before every pack.
     """
     was_training = model.training
     model.eval()
     loss, labels = 0.0, 0
     remaining = iter(packs)
     while True:
+        each()
         batch = next(remaining, None)
         more = ranks.max(float(batch is not None)) > 0 if lockstep else batch is not None
         if not more:

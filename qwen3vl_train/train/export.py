@@ -5,11 +5,14 @@ A PEFT adapter, or a whole checkpoint, loaded back into stock transformers befor
 
 import json
 import shutil
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -76,28 +79,43 @@ def export_run(run: Path, out: Path, *, merge: bool) -> Exported:
     return Exported(out, "adapter" if as_adapter else "checkpoint", step, num_tensors, difference)
 
 
-def export_while_training(recipe: Recipe, model: Qwen3VLForConditionalGeneration, out: Path, ranks: Ranks) -> None:
+def export_while_training(recipe: Recipe, model: Qwen3VLForConditionalGeneration, out: Path, ranks: Ranks) -> float:
     """Write the adapter, or the whole checkpoint of a full run, in Hugging Face form from the running model.
 
     Sharded weights are gathered tensor by tensor; rank 0 writes. What stands there from a step done before is replaced.
-    Not compared with transformers: `export_run` is. Every rank must call it.
+    Not compared with transformers: `export_run` is. Every rank must call it. Returns the seconds it took. Raises
+    RuntimeError, on all ranks, where it cannot be written.
     """
+    started = time.perf_counter()
     if isinstance(recipe.tune, LoraTune):
         members = adapter_tensors(model, to_huggingface)
     else:
         members = dict(model.named_parameters())
     gathered = ((name, whole(tensor).detach()) for name, tensor in members.items())
-    if not ranks.is_main:
-        for _ in gathered:
-            pass
-        return
+    fault: Exception | None = None
+    if ranks.is_main:
+        try:
+            _write_gathered(recipe, gathered, {name: shape_of(tensor).numel() for name, tensor in members.items()}, out)
+        except (OSError, SafetensorError, ValueError, RuntimeError) as error:
+            fault = error
+    for _ in gathered:  # the other ranks take part in every gather, and rank 0 in those that it did not come to
+        pass
+    told = ranks.gather(None if fault is None else str(fault))[0]
+    if told is not None:
+        raise RuntimeError(
+            f"{out}: could not be written ({told}); make room or set checkpoint.export_every_steps: null, then start "
+            "the run again; launch/export.py writes the same later"
+        ) from fault
+    return time.perf_counter() - started
+
+
+def _write_gathered(recipe: Recipe, gathered: Iterator[tuple[str, Tensor]], sizes: dict[str, int], out: Path) -> None:
     collate = open_collator(recipe)
     shutil.rmtree(out, ignore_errors=True)
     with replacing(out) as folder:
         if isinstance(recipe.tune, LoraTune):
             _write_adapter(recipe, dict(gathered), folder, collate)
         else:
-            sizes = {name: tensor.numel() for name, tensor in members.items()}
             limits, clips = _media_settings(collate)
             path, dtype = recipe.model.path, DTYPES[recipe.model.dtype]
             write_huggingface(

@@ -13,6 +13,7 @@ from qwen3vl_train.dist import Ranks, start_ranks
 from qwen3vl_train.model.flops import FlopsCounter
 from qwen3vl_train.model.qwen3vl import Qwen3VLForConditionalGeneration
 from qwen3vl_train.shards import shape_of
+from qwen3vl_train.train.agree import check_same_folder, check_same_weights
 from qwen3vl_train.train.build import build_engine, check_replicas
 from qwen3vl_train.train.data import TrainingData, open_data
 from qwen3vl_train.train.evaluate import evaluate_loss
@@ -49,6 +50,8 @@ def _train(recipe: Recipe, ranks: Ranks, watch: Watch) -> Path:
         torch.use_deterministic_algorithms(recipe.train.deterministic)  # imports torch's compiler, seconds of start-up
     # Rank 0 looks at the folder for all, so that none sees it a moment earlier or later than the others.
     folder, checkpoint, damaged = ranks.from_main(lambda: open_run_folder(recipe))
+    check_same_folder(folder, ranks)
+    check_same_weights(recipe.model.path, ranks)
     record = read_record(checkpoint) if checkpoint else None
     step = record["step"] if record else 0
     updates = record["updates"] if record else 0  # a step without a label is none
@@ -57,9 +60,10 @@ def _train(recipe: Recipe, ranks: Ranks, watch: Watch) -> Path:
     data.check_rejects()
     # Behind the check: what broke before a stop counts on, but does not keep a run from going on once it is mended.
     data.add_rejects([Reject(*fields) for fields in record["rejects"]] if record else [])
-
+    watch.beat(step)
     model, optimizer = build_engine(recipe, ranks)
     model.train()
+    watch.beat(step)
     if checkpoint:
         load_checkpoint(checkpoint, state := optimizer.state_tensors())
         optimizer.loaded(state, num_updates=updates)
@@ -74,9 +78,19 @@ def _train(recipe: Recipe, ranks: Ranks, watch: Watch) -> Path:
     watch.beat(step)
     with (
         rank_log(folder, ranks) as out,
-        Recorder(recipe, folder, ranks, out, num_steps=data.num_steps, start_step=step) as recorder,
+        Recorder(
+            recipe,
+            folder,
+            ranks,
+            out,
+            num_steps=data.num_steps,
+            start_step=step,
+            wandb_run_id=record.get("wandb_run_id") if record else None,
+        ) as recorder,
         StopSignals() as stop,
-        CheckpointWriter(folder, ranks, policy) as writer,
+        CheckpointWriter(
+            folder, ranks, policy, timeout_seconds=recipe.parallel.timeout_seconds, tell=recorder.line
+        ) as writer,
     ):
         for line in start_report(recipe, ranks, model, data, folder, step, damaged):
             recorder.line(line)
@@ -136,15 +150,15 @@ def _train(recipe: Recipe, ranks: Ranks, watch: Watch) -> Path:
             recorder.step(tally, sums.grad_norms)
             stall = 0.0
             watch.beat(step)
-            stopping = stop.requested(ranks)
+            stopping, refused = _urgent(stop, writer, ranks)
+            if refused:
+                writer.wait()
             last = step == data.num_steps
             losses: dict[str, float] = {}
             if last or (_every(recipe.eval.every_steps, step) and not stopping):
-                losses, rejected = _evaluate(model, data, ranks, recorder, step, lockstep=optimizer.lockstep)
+                losses, rejected = _evaluate(model, data, ranks, recorder, watch, step, lockstep=optimizer.lockstep)
                 broken += rejected
             recorder.rejected(broken)
-            if writer.failed():
-                writer.wait()
             if last or stopping or _every(keep.every_steps, step):
                 state = {
                     "loader": packs.state,
@@ -153,21 +167,35 @@ def _train(recipe: Recipe, ranks: Ranks, watch: Watch) -> Path:
                     "eval": losses,
                     "engine": recipe.parallel.engine,
                     "world_size": ranks.world_size,
+                    "wandb_run_id": recorder.wandb_run_id,
                     "versions": versions(),
                 }
-                stall = writer.start(step, optimizer.state_tensors(), state)
-            if _every(keep.export_every_steps, step):
-                export_while_training(recipe, model, folder / "export" / f"step-{step:08d}", ranks)
+                asked = time.perf_counter()
+                writer.start(step, optimizer.state_tensors(), state)
+                stall = time.perf_counter() - asked
             if stopping and not last:
                 writer.wait()
-                ranks.barrier()
                 raise StopRequest(f"{folder}: asked to stop, saved after step {step}; start it again to go on")
+            if _every(keep.export_every_steps, step):
+                if stopping:
+                    writer.wait()  # what cannot be made again comes first
+                out_folder = folder / "export" / f"step-{step:08d}"
+                seconds = export_while_training(recipe, model, out_folder, ranks)
+                recorder.line(f"export step {step}: written in {seconds:.1f} s, {out_folder}")
             if broken:  # after the checkpoint: what has been trained is kept
                 writer.wait()
                 data.check_rejects()
         writer.wait()
-        ranks.barrier()
     return folder
+
+
+def _urgent(stop: StopSignals, writer: CheckpointWriter, ranks: Ranks) -> tuple[bool, bool]:
+    """Whether any rank was asked to stop, and whether a checkpoint could not be written; the same answer on all ranks.
+
+    One message for both, after every step. A checkpoint that failed ends the run either way.
+    """
+    most = ranks.max(2.0 if writer.failed() else float(stop.received))
+    return most == 1.0, most == 2.0
 
 
 def _evaluate(
@@ -175,6 +203,7 @@ def _evaluate(
     data: TrainingData,
     ranks: Ranks,
     recorder: Recorder,
+    watch: Watch,
     step: int,
     *,
     lockstep: bool,
@@ -185,7 +214,7 @@ def _evaluate(
     for name, open_packs in data.evals.items():
         started = time.perf_counter()
         rejected: list[Reject] = []
-        result = evaluate_loss(model, open_packs(rejected), ranks, lockstep=lockstep)
+        result = evaluate_loss(model, open_packs(rejected), ranks, lockstep=lockstep, each=lambda: watch.beat(step))
         recorder.evaluation(step, name, result, time.perf_counter() - started)
         broken += data.share_rejects(rejected, ranks)
         losses[name] = result.loss

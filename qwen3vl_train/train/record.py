@@ -14,20 +14,33 @@ from qwen3vl_train.dist import Ranks
 from qwen3vl_train.train.evaluate import EvalLoss
 from qwen3vl_train.train.metrics import MetricsLog, StepTally, device_peak_flops, peak_memory_gib, step_metrics
 from qwen3vl_train.train.run_folder import REJECTED_FILE, RejectLog
+from qwen3vl_train.train.stop import STOPPED, StopRequest
 from qwen3vl_train.train.track import Console, open_tracker
 
 
 class Recorder:
-    """Opened once a run, as a with-block; an exception that leaves the block marks the tracked run as failed."""
+    """Opened once a run, as a with-block; an exception that leaves the block marks the tracked run as failed, a
+    StopRequest as one that will go on.
+
+    wandb_run_id: of the run that goes on, as its checkpoint has it.
+    """
 
     def __init__(
-        self, recipe: Recipe, folder: Path, ranks: Ranks, out: TextIO, *, num_steps: int, start_step: int
+        self,
+        recipe: Recipe,
+        folder: Path,
+        ranks: Ranks,
+        out: TextIO,
+        *,
+        num_steps: int,
+        start_step: int,
+        wandb_run_id: str | None = None,
     ) -> None:
         self._folder, self._ranks = folder, ranks
         self._peak_flops = device_peak_flops(ranks.device)
         self._metrics = MetricsLog(folder / "metrics.jsonl") if ranks.is_main else None
         self._rejects = RejectLog(folder / REJECTED_FILE, writes=ranks.is_main)
-        self._tracker = open_tracker(recipe, folder, ranks.rank)
+        self._tracker = open_tracker(recipe, folder, ranks.rank, wandb_run_id)
         self._console = Console(num_steps, start_step=start_step, file=out)
 
     def __enter__(self) -> "Recorder":
@@ -39,7 +52,15 @@ class Recorder:
         self._console.close()
         if self._metrics:
             self._metrics.close()
-        self._tracker.finish(0 if error is None else 1)
+        if isinstance(error, StopRequest):
+            self._tracker.finish(STOPPED)
+        else:
+            self._tracker.finish(0 if error is None else 1)
+
+    @property
+    def wandb_run_id(self) -> str | None:
+        """What a checkpoint keeps so that the run goes on as the same W&B run; None where there is none."""
+        return self._tracker.run_id
 
     def line(self, text: str) -> None:
         self._console.line(text)

@@ -43,7 +43,7 @@ def restore_run(folder: Path, *, dtype: torch.dtype, device: torch.device | str 
 
     All weights, the trained float32 masters and the frozen ones, are rounded to the dtype the run computed in before
     they are cast to `dtype`, so that what is looked at or exported is the function that was trained. Raises ValueError
-    where the folder holds no run or no checkpoint.
+    where the folder holds no run or no checkpoint, or the newest is not whole to the last byte.
     """
     if not is_run_folder(folder):
         raise ValueError(f"{folder}: not a run folder (no {RECIPE_FILE}); give runs/<name>")
@@ -51,7 +51,7 @@ def restore_run(folder: Path, *, dtype: torch.dtype, device: torch.device | str 
     checkpoint = latest_checkpoint(folder)
     if checkpoint is None:
         raise ValueError(f"{folder}: has no checkpoint yet; wait for checkpoint.every_steps, or let the run end")
-    record = read_record(checkpoint)
+    record = read_record(checkpoint, checksums=True)
     model = build_model(recipe, device=device, dtype=dtype)
     trained_as = torch.bfloat16 if recipe.model.dtype == "bfloat16" else torch.float32
     round_weights(model, trained_as)

@@ -1,4 +1,5 @@
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from qwen3vl_train.checkpoint.manifest import (
     prune,
     read_record,
     set_aside_newer,
+    sum_files,
     whole_checkpoints,
     write_manifest,
 )
@@ -25,7 +27,8 @@ def _make(run: Path, step: int, **record: Any) -> Path:
     (folder / "state").mkdir(parents=True)
     for shard in (1, 2):
         (folder / "state" / f"shard-{shard}.safetensors").write_bytes(bytes([step, shard]) * 500)
-    write_manifest(folder, {"step": step, "updates": 0, "loader": {}, "rejects": [], **record})
+    sums = sum_files(folder, (folder / "state").iterdir())
+    write_manifest(folder, {"step": step, "updates": 0, "loader": {}, "rejects": [], **record}, sums)
     return folder
 
 
@@ -114,6 +117,23 @@ def test_only_the_checksums_show_an_altered_bit(tmp_path):
         read_record(folder, checksums=True)
 
 
+def test_a_checkpoint_that_the_disk_does_not_give_back_is_passed_over(tmp_path, monkeypatch):
+    good, bad = _make(tmp_path, 2), _make(tmp_path, 4)
+    read = manifest._crc32
+
+    def fail(file: Path) -> int:
+        if file.is_relative_to(bad):
+            raise OSError(5, "Input/output error")
+        return read(file)
+
+    monkeypatch.setattr(manifest, "_crc32", fail)
+    file = bad / "state" / "shard-1.safetensors"
+    assert choose_checkpoint(tmp_path) == (
+        good,
+        [f"{file}: cannot be read (Input/output error); remove this checkpoint"],
+    )
+
+
 def test_where_none_is_whole_all_reasons_are_given(tmp_path):
     older, newer = _cut(_make(tmp_path, 2)), _missing(_make(tmp_path, 4))
     with pytest.raises(ValueError) as fault:
@@ -146,13 +166,15 @@ def test_nothing_is_set_aside_of_a_run_that_starts(tmp_path):
         (KeepPolicy(1, keep_best="held"), [2, 7]),
         (KeepPolicy(2, keep_every=5, keep_best="held"), [2, 5, 6, 7]),
         (KeepPolicy(1, keep_best="unknown"), [7]),
+        (KeepPolicy(1, keep_best="exploded"), [2, 7]),
     ],
     ids=str,
 )
 def test_what_is_kept(tmp_path, policy, kept):
     losses = {1: 3.0, 2: 1.5, 4: 2.0, 6: 1.6}  # not every checkpoint was evaluated
     for step in range(1, 8):
-        _make(tmp_path, step, eval={"held": losses[step]} if step in losses else {})
+        exploded = {1: math.nan, 2: 9.0, 3: -math.inf, 4: math.inf, 5: 10.0}.get(step, math.nan)
+        _make(tmp_path, step, eval={"held": losses[step], "exploded": exploded} if step in losses else {})
     prune(tmp_path, policy)
     assert _steps(tmp_path) == kept
     assert sorted(folder.name for folder in (tmp_path / "checkpoints").iterdir()) == [
@@ -166,6 +188,15 @@ def test_a_damaged_checkpoint_is_not_the_best(tmp_path):
     _no_json(checkpoint_folder(tmp_path, 2))
     prune(tmp_path, KeepPolicy(1, keep_best="held"))
     assert _steps(tmp_path) == [1, 3]
+
+
+def test_what_was_left_of_the_same_step_is_no_obstacle(tmp_path):
+    left = _make(tmp_path, 1)
+    left.rename(left.with_name(".step-00000001.removed"))
+    _make(tmp_path, 1)  # the run went back and has done it again
+    _make(tmp_path, 2)
+    prune(tmp_path, KeepPolicy(1))
+    assert [folder.name for folder in (tmp_path / "checkpoints").iterdir()] == ["step-00000002"]
 
 
 def test_a_kill_while_removing_leaves_no_half_checkpoint(tmp_path):

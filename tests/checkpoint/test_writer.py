@@ -4,6 +4,8 @@ import multiprocessing
 import os
 import resource
 import threading
+import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import gettempdir
@@ -16,13 +18,15 @@ import tiny_runs
 import torch
 from tiny_engines import FULL, LORA, SHARES, Steps, engine_recipe
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 
+from qwen3vl_train.checkpoint import manifest, run
 from qwen3vl_train.checkpoint.manifest import KeepPolicy, checkpoint_folder, latest_checkpoint, read_record
 from qwen3vl_train.checkpoint.run import CheckpointWriter, load_checkpoint, read_tensors
 from qwen3vl_train.config import Recipe
 from qwen3vl_train.dist import Ranks
 from qwen3vl_train.model.flops import FlopsCounter
-from qwen3vl_train.shards import whole
+from qwen3vl_train.shards import own_rows, whole
 from qwen3vl_train.train.build import build_engine
 from qwen3vl_train.train.step import train_step
 
@@ -163,8 +167,9 @@ def test_what_is_written_is_the_state_when_it_was_started(tmp_path: Path):
 def test_a_checkpoint_appears_when_it_is_whole(tmp_path: Path):
     with CheckpointWriter(tmp_path, tiny_runs.ALONE, KEEP) as writer:
         gate = _hold(writer)
-        seconds = writer.start(5, _state(), RECORD)
-        assert seconds < 5  # the caller does not wait for the thread, which would take 30
+        started = time.monotonic()
+        writer.start(5, _state(), RECORD)
+        assert time.monotonic() - started < 5  # the caller does not wait for the thread, which would take 30
         assert [folder.name for folder in (tmp_path / "checkpoints").iterdir()] == [".step-00000005.partial"]
         assert latest_checkpoint(tmp_path) is None
         gate.set()
@@ -177,7 +182,9 @@ def test_the_next_one_waits_for_the_last(tmp_path: Path):
         gate = _hold(writer)
         writer.start(1, _state(1.0), RECORD)
         threading.Timer(0.5, gate.set).start()
-        assert writer.start(2, _state(2.0), RECORD) > 0.4
+        started = time.monotonic()
+        writer.start(2, _state(2.0), RECORD)
+        assert time.monotonic() - started > 0.4
         assert latest_checkpoint(tmp_path) == checkpoint_folder(tmp_path, 1)
     assert latest_checkpoint(tmp_path) == checkpoint_folder(tmp_path, 2)  # leaving the block let it end
 
@@ -243,6 +250,157 @@ def test_without_a_checkpoint_before_the_message_says_so(tmp_path: Path):
         writer.start(1, _state(), RECORD)
     assert str(fault.value).startswith(f"{checkpoint_folder(tmp_path, 1)}: could not be saved ([Errno ")
     assert str(fault.value).endswith("; make room, then the run starts again, it has no checkpoint")
+
+
+def test_an_older_checkpoint_that_cannot_be_removed_does_not_end_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    told: list[str] = []
+    remove = manifest.shutil.rmtree
+
+    def refuse(path: Path, **options: Any) -> None:
+        if path.name.endswith(".removed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        remove(path, **options)
+
+    with CheckpointWriter(tmp_path, tiny_runs.ALONE, KeepPolicy(1), tell=told.append) as writer:
+        for step in (1, 2, 3):
+            monkeypatch.setattr(manifest.shutil, "rmtree", refuse if step == 2 else remove)
+            writer.start(step, _state(), RECORD)
+            writer.wait()
+    assert len(told) == 1
+    assert told[0].startswith("an older checkpoint could not be removed ([Errno 13] Permission denied: ")
+    assert told[0].endswith("); it is tried again after the next save")
+    assert [folder.name for folder in (tmp_path / "checkpoints").iterdir()] == ["step-00000003"]
+
+
+def test_a_failed_write_is_not_lost_behind_another_error(tmp_path: Path):
+    (run := tmp_path / "run").mkdir()
+
+    def refuse() -> None:
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(KeyError) as caught, CheckpointWriter(run, tiny_runs.ALONE, KEEP) as writer:  # noqa: PT012
+        writer._write = lambda *_: refuse()
+        writer.start(1, _state(), RECORD)
+        raise KeyError("elsewhere")
+    assert caught.value.__notes__ == ["[Errno 28] No space left on device"]
+
+
+def test_saving_leaves_the_warnings_of_other_threads_alone(tmp_path: Path):
+    class Mine(UserWarning):
+        pass
+
+    with warnings.catch_warnings(), CheckpointWriter(tmp_path, tiny_runs.ALONE, KEEP) as writer:
+        warnings.simplefilter("default")
+        gate, started = threading.Event(), threading.Event()
+        original = run.sum_files
+
+        def sum_late(*arguments: Any) -> Any:
+            started.set()
+            gate.wait(30)
+            return original(*arguments)
+
+        run.sum_files = sum_late
+        try:
+            writer.start(1, _state(), RECORD)
+            assert started.wait(30)
+            warnings.simplefilter("error", Mine)  # while the other thread is within its save
+            gate.set()
+            writer.wait()
+        finally:
+            run.sum_files = original
+        with pytest.raises(Mine):
+            warnings.warn("heard", Mine, stacklevel=1)
+
+
+def _rows(ranks: Ranks) -> dict[str, Tensor]:
+    """Sharded tensors, of which each rank holds and writes half."""
+    mesh = init_device_mesh("cpu", (ranks.world_size,))
+    return {name: own_rows(tensor, mesh) for name, tensor in _state().items()}
+
+
+def _each_its_own(rank: int, world_size: int, folder: Path) -> dict[str, list[str]]:
+    ranks = Ranks(rank, world_size, rank, torch.device("cpu"))
+    seen: dict[str, list[str]] = {"summed": [], "flushed": []}
+    crc32, fsync = manifest._crc32, os.fsync
+
+    def note_sum(file: Path) -> int:
+        seen["summed"].append(file.name)
+        return crc32(file)
+
+    def note_flush(descriptor: int) -> None:
+        seen["flushed"].append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        fsync(descriptor)
+
+    manifest._crc32, os.fsync = note_sum, note_flush
+    with CheckpointWriter(folder, ranks, KEEP) as writer:
+        writer.start(1, _rows(ranks), RECORD)
+        writer.wait()
+    return seen
+
+
+def test_each_rank_sums_and_flushes_its_own_files(tmp_path: Path):
+    first, second = tiny.run_ranks(_each_its_own, 2, tmp_path)
+    names = sorted(read_record(checkpoint_folder(tmp_path, 1), checksums=True)["files"])
+    assert [f"state/{name}" for name in first["summed"] + second["summed"]] == names
+    assert len(names) == 2
+    aside = ".step-00000001.partial"
+    assert first["flushed"] == [first["summed"][0], "checkpoint.json", "state", aside, "checkpoints"]
+    assert second["flushed"] == second["summed"]
+    tiny_runs.assert_same_tensors(read_tensors(checkpoint_folder(tmp_path, 1)), _state())
+
+
+def _no_room(*_: Any, **__: Any) -> None:
+    raise OSError(28, "No space left on device")
+
+
+def _refused_behind_the_start(rank: int, world_size: int, folder: Path, victim: int, place: str) -> list[Any]:
+    ranks = Ranks(rank, world_size, rank, torch.device("cpu"))
+    with CheckpointWriter(folder, ranks, KEEP) as writer:
+        tensors = _state() if place == "whole" else _rows(ranks)
+        if rank == victim and place == "rename":
+            run.finish = _no_room
+        elif rank == victim and place == "folder":
+            run.Path.mkdir = _no_room  # type: ignore[method-assign]
+        elif rank == victim:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
+        writer.start(1, tensors, RECORD)
+        with pytest.raises(RuntimeError) as fault:
+            writer.wait()
+        return [str(fault.value), writer.failed()]
+
+
+@pytest.mark.parametrize(
+    ("victim", "place"), [(0, "whole"), (0, "pieces"), (1, "pieces"), (0, "rename"), (1, "folder")]
+)
+def test_all_ranks_learn_that_one_could_not_write(tmp_path: Path, victim: int, place: str):
+    """Its pieces, the folder for them, or, on rank 0 alone, whole tensors or what comes behind all pieces."""
+    first, second = tiny.run_ranks(_refused_behind_the_start, 2, tmp_path, victim, place)
+    assert first == second
+    folder = checkpoint_folder(tmp_path, 1)
+    assert first[0].startswith(f"{folder}: could not be saved (")
+    assert not any((tmp_path / "checkpoints").iterdir())
+
+
+def _one_writes_late(rank: int, world_size: int, folder: Path) -> float:
+    ranks = Ranks(rank, world_size, rank, torch.device("cpu"))
+    with CheckpointWriter(folder, ranks, KEEP, timeout_seconds=2.0) as writer:
+        rows = _rows(ranks)
+        if rank == 1:
+            writer._thread.submit(time.sleep, 8.0)
+        writer.start(1, rows, RECORD)
+        started = time.monotonic()
+        assert writer._pending is not None
+        writer._pending.exception()
+        took = time.monotonic() - started
+        with pytest.raises(RuntimeError):
+            writer.wait()
+        return took
+
+
+def test_a_rank_that_does_not_come_to_write_is_waited_for_as_long_as_the_run_says(tmp_path: Path):
+    assert 1.0 < tiny.run_ranks(_one_writes_late, 2, tmp_path)[0] < 7.0
 
 
 def _refused_on_ranks(rank: int, world_size: int, run: Path) -> str:

@@ -10,7 +10,12 @@ from pathlib import Path
 
 import launchers
 import pytest
+import tiny
 import tiny_runs
+
+from qwen3vl_train.checkpoint.manifest import checkpoint_folder, latest_checkpoint
+from qwen3vl_train.config import Recipe, load_recipe
+from qwen3vl_train.train.loop import train
 
 SLOW_STEPS = """
 import os, sys, time
@@ -84,6 +89,65 @@ def test_a_rank_later_than_the_timeout_ends_the_run_with_its_name(tiny_folder: P
     assert tiny_runs.losses(tmp_path / "run")[1:], "the steps before are on disk"
 
 
+STOPPABLE = """
+import os, sys, time
+from pathlib import Path
+from qwen3vl_train.train import loop
+from qwen3vl_train.train.cli import sft
+
+folder, train_step = Path(sys.argv[2]), loop.train_step
+
+def marked(*args, **kwargs):
+    if kwargs["step"] == 2 and not (folder / "stopped").exists():
+        (folder / f"within-{os.environ['RANK']}").touch()
+        while not (folder / "stopped").exists():
+            time.sleep(0.02)
+        time.sleep(0.5)  # a signal is on its way to the whole process group
+    return train_step(*args, **kwargs)
+
+loop.train_step = marked
+if __name__ == "__main__":
+    code = sft([sys.argv[1]])
+    (folder / f"code-{os.environ['RANK']}").write_text(str(code))
+    sys.exit(code)
+"""
+
+
+def _train(rank: int, world_size: int, recipe: Recipe) -> None:
+    train(recipe)
+
+
+def test_a_stop_under_torchrun_saves_and_the_run_goes_on_later(tiny_folder: Path, task: Path, tmp_path: Path):
+    """torchrun hands SIGTERM on to the process groups of its ranks, in which the loader's workers are too."""
+    case = {"train__num_steps": 5, "data__num_workers": 2, "tune": tiny_runs.LORA}
+    (script := tmp_path / "stoppable.py").write_text(STOPPABLE)
+    recipe = launchers.short_recipe(tiny_folder, task, tmp_path, **case)
+    command = [*launchers.TORCHRUN, "--monitor-interval", "0.1", "--master-port", launchers.free_port()]
+    agent = launchers.start([*command, str(script), str(recipe), str(tmp_path)])
+    try:
+        deadline = time.monotonic() + 240
+        while not all((tmp_path / f"within-{rank}").exists() for rank in (0, 1)):
+            assert agent.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        agent.send_signal(signal.SIGTERM)
+        (tmp_path / "stopped").touch()
+        out, errors = agent.communicate(timeout=60)
+    finally:
+        launchers.end(agent)
+    codes = [(tmp_path / f"code-{rank}").read_text() for rank in (0, 1)]
+    assert codes == ["75", "75"], errors
+    assert agent.returncode == 1, "torchrun keeps the ranks' code to itself"
+    run = tmp_path / "run"
+    assert f"{run}: asked to stop, saved after step 3; start it again to go on" in out
+    assert latest_checkpoint(run) == checkpoint_folder(run, 3)
+    tiny.run_ranks(_train, 2, load_recipe(recipe))
+    tiny.run_ranks(_train, 2, load_recipe(launchers.short_recipe(tiny_folder, task, tmp_path / "straight", **case)))
+    assert _rows(run) == [1, 2, 3, 4, 5]
+    assert tiny_runs.losses(run) == tiny_runs.losses(tmp_path / "straight" / "run")
+    tiny_runs.assert_same_tensors(tiny_runs.final_tensors(run), tiny_runs.final_tensors(tmp_path / "straight" / "run"))
+
+
 def _agent(port: str, recipe: Path, script: Path) -> subprocess.Popen:
     """One machine of two: torchrun with one rank, meeting the other at a port of this host."""
     command = [
@@ -94,9 +158,7 @@ def _agent(port: str, recipe: Path, script: Path) -> subprocess.Popen:
         str(script), str(recipe),
     ]  # fmt: skip
     # As docs/scaling.md says: without this variable, torch 2.13 never lets a new agent take the place of a lost one.
-    environment = launchers.environment(TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
-    return subprocess.Popen(command, env=environment, cwd=launchers.ROOT, start_new_session=True,
-                            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+    return launchers.start(command, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
 
 
 def _rows(run: Path) -> list[int]:

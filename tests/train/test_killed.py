@@ -4,13 +4,13 @@ import json
 import os
 import random
 import signal
-import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import launchers
 import pytest
 import tiny
 import tiny_engines
@@ -18,14 +18,12 @@ import tiny_runs
 from tiny_runs import in_child, kill_self, losses
 
 from qwen3vl_train.checkpoint import files, manifest, run
-from qwen3vl_train.checkpoint.manifest import latest_checkpoint
-from qwen3vl_train.config import Recipe, save_recipe
+from qwen3vl_train.checkpoint.manifest import checkpoint_folder, latest_checkpoint
+from qwen3vl_train.config import Recipe, run_dir, save_recipe
 from qwen3vl_train.data import loader
 from qwen3vl_train.train import loop
 from qwen3vl_train.train.loop import train
 from qwen3vl_train.train.metrics import read_metrics
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +77,18 @@ def _fourth(path: Path, *_) -> bool:
     return "step-00000004" in str(path)
 
 
+def _wait_for_the_one_before() -> None:
+    """Let step 2 be on disk before the run goes on: on a busy machine a kill soon after it would come too early."""
+    start = run.CheckpointWriter.start
+
+    def start_and_wait(writer: run.CheckpointWriter, step: int, *arguments) -> None:
+        start(writer, step, *arguments)
+        if step == 2:
+            writer.wait()
+
+    run.CheckpointWriter.start = start_and_wait
+
+
 def _kill_before_the_save() -> None:
     _replaced(run.CheckpointWriter, "start", before=True, when=lambda writer, step, *_: step == 4)
 
@@ -129,6 +139,7 @@ def test_killed_at_a_stage_of_the_save(small: Path, task: Path, tmp_path: Path, 
     recipe = _recipe(small, task, tmp_path)
 
     def work() -> None:
+        _wait_for_the_one_before()
         stage()
         train(recipe)
 
@@ -147,6 +158,7 @@ def test_a_worker_that_dies_ends_the_run_which_can_go_on(small: Path, task: Path
     recipe = _recipe(small, task, tmp_path, data__num_workers=1)
 
     def work() -> None:
+        _wait_for_the_one_before()
         _kill_in_the_loader()  # workers inherit it: the process that reads is the worker, and it dies
         with pytest.raises(RuntimeError, match="worker"):
             train(recipe)
@@ -194,6 +206,8 @@ def take_or_die(*arguments, step, **options):
     rank = os.environ["RANK"]
     mark = folder / f"killed-{rank}"
     if step == 3 and rank in victims and not mark.exists():
+        while not (folder / "run" / "checkpoints" / "step-00000002").exists():
+            time.sleep(0.02)
         mark.write_text(str(time.time()))
         os.kill(os.getpid(), signal.SIGKILL)
     sums = take(*arguments, step=step, **options)
@@ -220,15 +234,14 @@ def straight_on_two(small: Path, many: Path, tmp_path_factory: pytest.TempPathFa
     return {engine: losses(out / engine / "run") for engine in ("ddp", "fsdp2")}
 
 
-def _ranks_recipe(small: Path, many: Path, out: Path, engine: str, **overrides) -> Recipe:
+def _ranks_recipe(small: Path, many: Path, out: Path, engine: str = "single", **overrides) -> Recipe:
     return _recipe(
         small,
         many,
         out,
         data={"train": [{"path": str(many / "many.jsonl")}], "max_tokens_per_pack": 72, "num_workers": 0},
         train={"num_epochs": 1, "packs_per_step": 4},
-        parallel={"engine": engine},
-        **overrides,
+        **{"parallel": {"engine": engine}, **overrides},
     )
 
 
@@ -244,8 +257,7 @@ def test_torchrun_brings_killed_ranks_back(
         *("--monitor-interval", "0.1", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"),
         *(str(tmp_path / "driver.py"), str(tmp_path / "recipe.yaml"), str(tmp_path), victims),
     ]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    done = launchers.run(command, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
     for victim in victims.split(","):
         assert (tmp_path / f"killed-{victim}").is_file()
@@ -256,11 +268,60 @@ def test_torchrun_brings_killed_ranks_back(
     assert losses(tmp_path / "run") == straight_on_two[engine]
 
 
+def _wait_for_checkpoint(recipe: Recipe, step: int) -> None:
+    deadline = time.monotonic() + 60
+    while not checkpoint_folder(run_dir(recipe), step).exists():
+        assert time.monotonic() < deadline, f"no checkpoint of step {step}"
+        time.sleep(0.02)
+
+
+SHARDED = {
+    "fsdp2": (2, {"engine": "fsdp2"}),
+    "hsdp": (4, {"engine": "fsdp2", "replicate": 2}),
+}
+
+
+def _dies_in_a_sharded_save(rank: int, world_size: int, recipe: Recipe, victim: int) -> None:
+    """The victim has written its pieces of step 4 and tells nobody."""
+    if rank == victim:
+        sum_files = run.sum_files
+
+        def sum_or_die(folder: Path, pieces):
+            pieces = list(pieces)
+            if "step-00000004" in str(folder):
+                assert all(file.stat().st_size for file in pieces)
+                kill_self()
+            return sum_files(folder, pieces)
+
+        run.sum_files = sum_or_die
+    train(recipe)
+
+
+@pytest.mark.parametrize("case", SHARDED.values(), ids=SHARDED)
+def test_a_rank_killed_within_a_sharded_save_changes_nothing(small: Path, many: Path, tmp_path: Path, case):
+    world_size, parallel = case
+
+    def recipe(out: str) -> Recipe:
+        return _ranks_recipe(small, many, tmp_path / out, parallel=parallel)
+
+    tiny.run_ranks(_train, world_size, recipe("straight"), timeout=120)
+    with pytest.raises(tiny.RankFailure, match="rank 1 died without a word, exit code -9"):
+        tiny.run_ranks(_dies_in_a_sharded_save, world_size, recipe("killed"), 1, timeout=120)
+    killed = tmp_path / "killed" / "run"
+    assert latest_checkpoint(killed) == checkpoint_folder(killed, 2)
+    assert (killed / "checkpoints" / ".step-00000004.partial").is_dir()
+    tiny.run_ranks(_train, world_size, recipe("killed"), timeout=120)
+    assert losses(killed) == losses(tmp_path / "straight" / "run")
+    expected = tiny_runs.final_tensors(tmp_path / "straight" / "run")
+    tiny_runs.assert_same_tensors(tiny_runs.final_tensors(killed), expected)
+
+
 def _logging_samples(rank: int, world_size: int, recipe: Recipe, log: Path, die_at: int | None) -> None:
     take = loop.train_step
 
     def take_and_log(model, optimizer, packs, *arguments, step: int, **options):
         if step + 1 == die_at:
+            _wait_for_checkpoint(recipe, 2)
             kill_self()
         sums = take(model, optimizer, packs, *arguments, step=step, **options)
         with (log / f"{world_size}-{rank}.jsonl").open("a") as file:

@@ -33,10 +33,9 @@ def _killed_after(step: int, recipe: Recipe) -> int:
     def work() -> None:
         append, start = MetricsLog.append, CheckpointWriter.start
 
-        def start_and_wait(writer: CheckpointWriter, *arguments) -> float:
-            seconds = start(writer, *arguments)
+        def start_and_wait(writer: CheckpointWriter, *arguments) -> None:
+            start(writer, *arguments)
             writer.wait()
-            return seconds
 
         def append_and_die(log: MetricsLog, row: dict) -> None:
             append(log, row)
@@ -69,14 +68,14 @@ def test_a_run_killed_while_saving_goes_on_from_the_checkpoint_before(tiny_folde
     run = tmp_path / "killed" / "run"
 
     def work() -> None:
-        flush = files._fsync
+        flush = files.flush
 
         def flush_or_die(path: Path) -> None:
             flush(path)
             if "step-00000004" in str(path):
                 kill_self()
 
-        files._fsync = flush_or_die
+        files.flush = flush_or_die
         train(recipe)
 
     assert in_child(work) == -9

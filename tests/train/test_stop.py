@@ -1,8 +1,11 @@
 """A signal lets the run finish its step, save, and end with a code that says: start me again."""
 
+import multiprocessing
 import os
 import signal
 import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,10 +13,12 @@ import pytest
 import tiny
 import tiny_engines
 import tiny_runs
+import torch
 from tiny_runs import in_child, losses
 
 from qwen3vl_train.checkpoint.manifest import latest_checkpoint
 from qwen3vl_train.config import Recipe, save_recipe
+from qwen3vl_train.dist import Ranks
 from qwen3vl_train.train import loop
 from qwen3vl_train.train.cli import sft
 from qwen3vl_train.train.loop import train
@@ -79,6 +84,42 @@ def test_a_second_signal_ends_the_run_at_once(small: Path, task: Path, tmp_path:
     assert latest_checkpoint(tmp_path / "run") is None
 
 
+def test_a_stop_comes_before_an_export(small: Path, task: Path, tmp_path: Path):
+    recipe = tiny_runs.make_recipe(small, task, tmp_path, checkpoint={"export_every_steps": 2}, tune=tiny_runs.LORA)
+
+    def work() -> None:
+        _within_step(2, _send(signal.SIGTERM))
+        with pytest.raises(StopRequest):
+            train(recipe)
+
+    assert in_child(work) == 0
+    assert latest_checkpoint(tmp_path / "run") == tmp_path / "run" / "checkpoints" / "step-00000002"
+    assert not (tmp_path / "run" / "export").exists()
+
+
+def _waits_for_nobody(rank: int, world_size: int, ready: Path) -> None:
+    ranks = Ranks(rank, world_size, rank, torch.device("cpu"))
+    if rank == 0:
+        with StopSignals():
+            ready.write_text(str(os.getpid()))
+            ranks.barrier()
+    while not ready.exists():
+        time.sleep(0.02)
+    time.sleep(0.5)  # until the other is in its barrier
+    pid = int(ready.read_text())
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        os.kill(pid, number)
+        time.sleep(0.5)
+    while True:
+        time.sleep(1)
+
+
+def test_a_second_signal_ends_a_rank_that_waits_for_another_one(tmp_path: Path):
+    """Within torch's C++ no Python handler runs."""
+    with pytest.raises(tiny.RankFailure, match=f"rank 0 died without a word, exit code {128 + signal.SIGUSR1}$"):
+        tiny.run_ranks(_waits_for_nobody, 2, tmp_path / "ready", timeout=20)
+
+
 def test_a_signal_in_the_last_step_changes_nothing(small: Path, task: Path, tmp_path: Path):
     recipe = tiny_runs.make_recipe(small, task, tmp_path, train__num_steps=2)
 
@@ -111,9 +152,15 @@ def test_the_handlers_that_were_there_come_back():
     before = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     try:
         with StopSignals() as stop:
-            assert not stop.requested(tiny_runs.ALONE)
+            assert not stop.received
             os.kill(os.getpid(), signal.SIGUSR1)
-            assert stop.requested(tiny_runs.ALONE)
+            assert stop.received
+            worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,), daemon=True)
+            worker.start()  # holds open what it inherits
+        worker.kill()
+        worker.join()
         assert signal.getsignal(signal.SIGUSR1) is signal.SIG_IGN
+        assert signal.set_wakeup_fd(-1) == -1
+        assert "signals" not in [thread.name for thread in threading.enumerate()]
     finally:
         signal.signal(signal.SIGUSR1, before)

@@ -1,6 +1,10 @@
 """What a run does beside its steps: saving, keeping the best, writing for others, determinism."""
 
 import json
+import re
+import resource
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,13 +15,17 @@ import torch
 from safetensors.torch import load_file
 
 from qwen3vl_train.checkpoint.hf import load_qwen3_vl_model
-from qwen3vl_train.checkpoint.manifest import checkpoint_folder, read_record
+from qwen3vl_train.checkpoint.manifest import checkpoint_folder, latest_checkpoint, read_record
 from qwen3vl_train.checkpoint.names import to_huggingface
-from qwen3vl_train.checkpoint.run import read_tensors
-from qwen3vl_train.config import Recipe
+from qwen3vl_train.checkpoint.run import CheckpointWriter, read_tensors
+from qwen3vl_train.config import Recipe, run_dir
+from qwen3vl_train.dist import Ranks
+from qwen3vl_train.parallel.optim import MasterAdamW
+from qwen3vl_train.train import loop
 from qwen3vl_train.train.export import export_run
 from qwen3vl_train.train.loop import train
 from qwen3vl_train.train.metrics import read_metrics
+from qwen3vl_train.watch import Watch
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +41,27 @@ def test_the_wait_for_a_checkpoint_is_in_the_metrics_of_the_next_step(small: Pat
     run = train(tiny_runs.make_recipe(small, task, tmp_path))
     stalls = [row["checkpoint_stall_seconds"] for row in read_metrics(run / "metrics.jsonl")]
     assert [stall > 0 for stall in stalls] == [False, False, True, False, True, False]
+
+
+def test_what_the_optimizer_takes_to_give_its_state_is_part_of_the_wait(
+    small: Path, task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    give = MasterAdamW.state_tensors
+    monkeypatch.setattr(MasterAdamW, "state_tensors", lambda optimizer: time.sleep(0.4) or give(optimizer))
+    run = train(tiny_runs.make_recipe(small, task, tmp_path, train__num_steps=3))
+    assert read_metrics(run / "metrics.jsonl")[2]["checkpoint_stall_seconds"] > 0.4
+
+
+def test_an_evaluation_is_heard_of_at_every_pack(
+    small: Path, task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Else a long one would be told as a rank that is late."""
+    heard: list[int] = []
+    monkeypatch.setattr(Watch, "beat", lambda watch, step: heard.append(step))
+    case = {"data__eval": [{"path": str(task / "eval.jsonl"), "name": "held"}], "data__max_tokens_per_pack": 64}
+    train(tiny_runs.make_recipe(small, task, tmp_path / "held", train__num_steps=1, **case))
+    assert heard[:3] == [0, 0, 0]  # the data, the model, the start
+    assert heard[3:].count(1) > 3  # the step, and packs of four rows
 
 
 def test_the_manifest_says_who_wrote_it_and_what_for(small: Path, task: Path, tmp_path: Path):
@@ -63,12 +92,98 @@ def test_the_best_checkpoint_stays_behind_the_newest(small: Path, task: Path, tm
     assert kept == sorted({best, 3, 6})
 
 
+# ---- what one rank alone meets ends the run on all of them
+
+
+def _disk_is_full() -> None:
+    """No file of this process grows beyond 50 kB from now on."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+
+
+def _wait_until(true: Callable[[], bool], seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline, f"not so after {seconds} seconds"
+        time.sleep(0.02)
+
+
+def _fills_up(rank: int, world_size: int, recipe: Recipe, victim: int) -> str:
+    take, start = loop.train_step, CheckpointWriter.start
+    writers: list[CheckpointWriter] = []
+
+    def take_and_fill(*arguments, step: int, **options):
+        if step == 3 and rank == victim:
+            _wait_until(lambda: latest_checkpoint(run_dir(recipe)) is not None)
+            _disk_is_full()
+        if step == 4 and rank == victim:
+            _wait_until(writers[-1].failed)
+        return take(*arguments, step=step, **options)
+
+    def note_and_start(writer: CheckpointWriter, *arguments) -> None:
+        writers.append(writer)
+        start(writer, *arguments)
+
+    loop.train_step, CheckpointWriter.start = take_and_fill, note_and_start
+    with pytest.raises(RuntimeError) as fault:
+        train(recipe)
+    return str(fault.value)
+
+
+@pytest.mark.parametrize(("engine", "victim", "num_steps"), [("ddp", 0, 8), ("ddp", 0, 4), ("fsdp2", 1, 8)], ids=str)
+def test_all_ranks_end_when_one_cannot_save(
+    small: Path, task: Path, tmp_path: Path, engine: str, victim: int, num_steps: int
+):
+    """Under ddp rank 0 writes alone. With four steps the write that fails is the last one."""
+    recipe = tiny_runs.make_recipe(
+        small, task, tmp_path, parallel={"engine": engine}, train__num_steps=num_steps, checkpoint__every_steps=2
+    )
+    first, second = tiny.run_ranks(_fills_up, 2, recipe, victim)
+    assert first == second
+    run = tmp_path / "run"
+    assert first.startswith(f"{checkpoint_folder(run, 4)}: could not be saved (")
+    assert first.endswith(f"; make room, then the run goes on from {checkpoint_folder(run, 2)}, which is whole")
+    assert len(read_metrics(run / "metrics.jsonl")) == min(5, num_steps), "the step after the one that was refused"
+
+
+def _cannot_export(rank: int, world_size: int, recipe: Recipe) -> str:
+    export = loop.export_while_training
+
+    def fill_and_export(recipe: Recipe, model, out: Path, ranks: Ranks) -> float:
+        if rank == 0 and recipe.parallel.engine == "ddp":
+            _disk_is_full()
+        elif rank == 0:
+            out.parent.write_text("a file: the folder cannot be made, and not one weight is asked for")
+        return export(recipe, model, out, ranks)
+
+    loop.export_while_training = fill_and_export
+    with pytest.raises(RuntimeError) as fault:
+        train(recipe)
+    return str(fault.value)
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_all_ranks_end_when_the_form_for_others_cannot_be_written(small: Path, task: Path, tmp_path: Path, engine: str):
+    case = {"checkpoint": {"export_every_steps": 2}, "train__num_steps": 3, "parallel": {"engine": engine}}
+    first, second = tiny.run_ranks(_cannot_export, 2, tiny_runs.make_recipe(small, task, tmp_path, **case))
+    assert first == second
+    out = tmp_path / "run" / "export" / "step-00000002"
+    assert first.startswith(f"{out}: could not be written (")
+    assert ("File too large" if engine == "ddp" else "File exists") in first
+    assert first.endswith(
+        "); make room or set checkpoint.export_every_steps: null, then start the run again; launch/export.py writes "
+        "the same later"
+    )
+    assert out.parent.is_file() or not any(out.parent.iterdir())
+
+
 EXPORTS = {"full": tiny_runs.FULL, "lora": tiny_runs.LORA}
 
 
 @pytest.mark.parametrize("engine", ["single", "fsdp2"])
 @pytest.mark.parametrize("tune", EXPORTS)
-def test_the_form_for_others_is_written_while_training(small: Path, task: Path, tmp_path: Path, engine: str, tune: str):
+def test_the_form_for_others_is_written_while_training(
+    small: Path, task: Path, tmp_path: Path, capfd: pytest.CaptureFixture, engine: str, tune: str
+):
     case = {"tune": EXPORTS[tune], "checkpoint": {"every_steps": 2, "export_every_steps": 2}, "train__num_steps": 3}
     recipe = tiny_runs.make_recipe(small, task, tmp_path / "out", parallel={"engine": engine}, **case)
     if engine == "single":
@@ -92,6 +207,7 @@ def test_the_form_for_others_is_written_while_training(small: Path, task: Path, 
             key = f"base_model.model.{to_huggingface(module)}.lora_{part.replace('.default', '')}"
             assert torch.equal(adapter[key], weight)
     assert (written / "tokenizer.json").is_file()
+    assert re.search(rf"^export step 2: written in \d+\.\d s, {written}$", capfd.readouterr().out, re.MULTILINE)
 
 
 def test_an_export_of_a_step_done_again_is_replaced(small: Path, task: Path, tmp_path: Path):
@@ -117,6 +233,16 @@ def test_what_was_written_while_training_is_what_export_writes(small: Path, task
     assert sorted(file.name for file in written.iterdir()) == names
     for name in names:
         assert (written / name).read_bytes() == (tmp_path / "export" / name).read_bytes(), name
+
+
+def test_an_altered_checkpoint_is_not_exported(small: Path, task: Path, tmp_path: Path):
+    run = train(tiny_runs.make_recipe(small, task, tmp_path, tune=tiny_runs.LORA, train__num_steps=1))
+    (file,) = (checkpoint_folder(run, 1) / "state").iterdir()
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=f"^{file}: its checksum is not the one it was written with"):
+        export_run(run, tmp_path / "export", merge=False)
 
 
 def test_deterministic_kernels_are_asked_for(small: Path, task: Path, tmp_path: Path):
