@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import numpy
 import torch
 import torch.distributed as torch_dist
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 T = TypeVar("T")
 
@@ -118,7 +119,7 @@ def _has_store_of_torchrun() -> bool:
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
-def _store_of_this_start(rank: int, world_size: int, timeout: timedelta) -> torch_dist.Store:
+def _store_of_this_start(rank: int, world_size: int, timeout: timedelta) -> Store:
     """torchrun's store under a name that the ranks of this start have agreed on.
 
     torchrun keeps one store over its restarts, and torch (2.13) looks there for the addresses of the other ranks under
@@ -126,13 +127,13 @@ def _store_of_this_start(rank: int, world_size: int, timeout: timedelta) -> torc
     0 invents a name and every rank a token; only a list with its own token tells a rank that a name is not an old one.
     """
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = torch_dist.TCPStore(address, port, world_size, is_master=False, timeout=timeout)
+    store = TCPStore(address, port, world_size, is_master=False, timeout=timeout)
     token = uuid.uuid4().hex
     if rank == 0:
         store.set("start", token)
         tokens = [store.get(f"{token}/{other}").decode() for other in range(1, world_size)]
         store.set(f"{token}/all", " ".join(tokens))
-        return torch_dist.PrefixStore(token, store)
+        return PrefixStore(token, store)
     deadline = time.monotonic() + timeout.total_seconds()
     while time.monotonic() < deadline:
         name = store.get("start").decode()
@@ -142,7 +143,7 @@ def _store_of_this_start(rank: int, world_size: int, timeout: timedelta) -> torc
         except torch_dist.DistStoreError:
             continue
         if store.get(f"{name}/all").decode().split()[rank - 1 : rank] == [token]:
-            return torch_dist.PrefixStore(name, store)
+            return PrefixStore(name, store)
         time.sleep(0.1)
     raise RuntimeError(f"rank {rank}: rank 0 did not start within {timeout.total_seconds():.0f} s; look for its error")
 
