@@ -189,6 +189,9 @@ def test_pictures_that_a_data_set_keeps_on_the_hub_are_fetched_there(tmp_path, r
         assert str(caught.value).startswith(fault)
     allowed = TrainSource(path=str(tmp_path / "rows"), split="train", allow_urls=True)
     assert open_sources(allowed)[0].sample(3).messages[0].content[0].image == Remote(paths[3])
+    elsewhere = TrainSource(path=str(tmp_path / "rows"), split="train", media_root="memory://bucket")
+    found = [open_sources(elsewhere)[0].sample(row).messages[0].content[0].image for row in (0, 2)]
+    assert found == [Remote(paths[0]), Remote("memory://bucket/c.png")]
     # A row of a plain file may say what it likes.
     (tmp_path / "a.jsonl").write_text(json.dumps({"question": "?", "answer": "x", "image": paths[0]}))
     (plain,) = open_sources(TrainSource(path=str(tmp_path / "a.jsonl")))
