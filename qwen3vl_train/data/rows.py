@@ -22,7 +22,8 @@ MAX_MEDIA = 4096
 """Of a row. At 64 tokens, the least that the released checkpoints give an image, more do not fit in 262,144 places."""
 
 Find = Callable[[str], Any]
-"""Returns the medium of a name inside the archive that the row came from. Raises MediaFault."""
+"""Returns what a name in a row of an archive or a data set stands for: its medium, or a path under media_root. Raises
+MediaFault."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class RowRules:
     def sample(self, row: Any, sample_id: str, media_root: str | None = None, find: Find | None = None) -> Sample:
         """Return the row as a Sample that has something to learn. Raises RowFault.
 
-        find: where its media are, if not under media_root, which may be a folder or an fsspec URL.
+        find: where its media are, if not under media_root, which may be a folder or an fsspec URL; see `Find`.
         """
         if not isinstance(row, dict):
             raise RowFault(_no_object(row))
@@ -82,9 +83,8 @@ class RowRules:
                 return value
             if self.allow_urls and is_web_address(value):
                 return Remote(value)
-            if find is not None:
-                return find(value)
-            return value if root is None else _under_url(root, value)
+            found = value if find is None else find(value)
+            return _under_url(root, found) if root is not None and isinstance(found, str) else found
 
         if find is None and root is None and not self.allow_urls:
             return sample

@@ -1,8 +1,10 @@
 """Every kind of file gives its rows by number and as a stream, from any row on; damage is named with file and row."""
 
+import io
 import json
 import os
 import pickle
+import zipfile
 from pathlib import Path
 
 import datasets
@@ -10,12 +12,15 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fsspec.registry import _registry as registry
 from tiny_files import KINDS, NUM_ROWS, ROW, png, talks, texts, write_all, write_tar
 
 from qwen3vl_train.config.fields import TrainSource
 from qwen3vl_train.data.collate import MultimodalCollator
+from qwen3vl_train.data.download import Remote
 from qwen3vl_train.data.faults import MediaFault, RowFault
 from qwen3vl_train.data.index import LengthRule, build_index
+from qwen3vl_train.data.media import load_rgb
 from qwen3vl_train.data.rows import shapes_line
 from qwen3vl_train.data.sources import JsonlSource, open_sources, open_stream
 from qwen3vl_train.data.sources import json_files as json_module
@@ -140,6 +145,58 @@ def test_the_hub_library_reads_folders_by_split_and_leaves_pictures_encoded(file
         ValueError, match=r"^no/such: |^no/such \(no folder here, so a name on the Hugging Face hub\): "
     ):
         open_sources(TrainSource(path="no/such", split="train"))
+
+
+class Hub(type(fsspec.filesystem("memory"))):
+    """The hub's file system, but in this process."""
+
+    protocol = "hf"
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return super()._strip_protocol(path.replace("hf://", "memory://"))
+
+
+def test_pictures_that_a_data_set_keeps_on_the_hub_are_fetched_there(tmp_path, remote, monkeypatch):
+    monkeypatch.setitem(registry, "hf", Hub)
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as packed:
+        packed.writestr("b.png", png(2))
+    remote.pipe({"/bucket/me@main/a.png": png(1), "/bucket/me@main/b.zip": out.getvalue()})
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "c.png").write_bytes(png(3))
+    paths = [
+        "hf://bucket/me@main/a.png", "zip://b.png::hf://bucket/me@main/b.zip", "c.png", "https://nobody.invalid/d.png",
+        "file:///etc/passwd::hf://bucket/me@main/a.png", "s3://bucket/a.png", "hf://bucket/none.png",
+    ]  # fmt: skip
+    rows = [{"question": "?", "answer": "x", "image": {"bytes": None, "path": path}} for path in paths]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows" / "train-0.parquet")
+    entry = TrainSource(path=str(tmp_path / "rows"), split="train")
+    (source,) = open_sources(entry)
+    samples = [source.sample(row) for row in range(len(rows))]
+    assert [row.sample for row in open_stream(entry).rows()] == samples
+    images = [(sample.messages[0].content[0].image, sample.media_root) for sample in samples]
+    assert [int(load_rgb(*image)[0, 0, 0]) for image in images[:3]] == [1, 2, 3]
+    for image, fault in zip(images[3:], (
+        "image https://nobody.invalid/d.png: is a https URL and nothing is downloaded; give a local path or set "
+        "allow_urls: true",
+        "image file:///etc/passwd::hf://bucket/me@main/a.png: is a file URL and nothing is downloaded; give a local ",
+        "image s3://bucket/a.png: is a s3 URL and nothing is downloaded; give a local path",
+        "hf://bucket/none.png: cannot be read (",
+    ), strict=True):  # fmt: skip
+        with pytest.raises(MediaFault) as caught:
+            load_rgb(*image)
+        assert str(caught.value).startswith(fault)
+    allowed = TrainSource(path=str(tmp_path / "rows"), split="train", allow_urls=True)
+    assert open_sources(allowed)[0].sample(3).messages[0].content[0].image == Remote(paths[3])
+    elsewhere = TrainSource(path=str(tmp_path / "rows"), split="train", media_root="memory://bucket")
+    found = [open_sources(elsewhere)[0].sample(row).messages[0].content[0].image for row in (0, 2)]
+    assert found == [Remote(paths[0]), Remote("memory://bucket/c.png")]
+    # A row of a plain file may say what it likes.
+    (tmp_path / "a.jsonl").write_text(json.dumps({"question": "?", "answer": "x", "image": paths[0]}))
+    (plain,) = open_sources(TrainSource(path=str(tmp_path / "a.jsonl")))
+    with pytest.raises(MediaFault, match=r"is a hf URL and nothing is downloaded"):
+        load_rgb(plain.sample(0).messages[0].content[0].image, str(tmp_path))
 
 
 def test_rows_are_lines_and_blank_ones_are_skipped(tmp_path):

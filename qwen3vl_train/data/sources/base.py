@@ -73,7 +73,7 @@ class StreamSource(Protocol):
 class RawRow(NamedTuple):
     """A row as a file holds it, or its fault. place: where the file goes on behind it. number: for people.
 
-    find: where its media are, of an archive.
+    find: where its media are, of an archive or a data set.
     """
 
     row: Any

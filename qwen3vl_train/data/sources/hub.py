@@ -4,8 +4,23 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+from qwen3vl_train.data.download import Remote
 from qwen3vl_train.data.rows import RowRules
 from qwen3vl_train.data.sources.base import FileSource, RawRow
+
+_HUB = "hf://"
+_ARCHIVES = ("zip://", "tar://", "gzip://", "bz2://", "xz://", "zstd://", "lz4://")
+
+
+def find_on_hub(path: str) -> str | Remote:
+    """Return what a path in a data set stands for.
+
+    A data set that is streamed from the hub leaves its pictures there: `hf://datasets/owner/name@main/a.png`, or
+    `zip://a.png::hf://...` in an archive. Other paths are looked for under media_root.
+    """
+    *inner, outer = path.split("::")
+    stored = outer.startswith(_HUB) and all(part.startswith(_ARCHIVES) for part in inner)
+    return Remote(path) if stored else path
 
 
 def is_saved_dataset(path: str) -> bool:
@@ -64,7 +79,7 @@ class HubSource(FileSource):
         """Return row 0..len-1 unchecked. Raises RowFault for values that Python has no form of."""
         from qwen3vl_train.data.sources.parquet import as_python
 
-        return RawRow(as_python(self._rows[row]), row + 1, {})
+        return RawRow(as_python(self._rows[row]), row + 1, {}, find_on_hub)
 
     def row_number(self, row: int) -> int:
         return row + 1

@@ -10,7 +10,7 @@ from qwen3vl_train.data.faults import RowFault
 from qwen3vl_train.data.rows import RowRules
 from qwen3vl_train.data.sources.base import Place, RawRow, StreamRow, check_media_root, check_unchanged
 from qwen3vl_train.data.sources.files import explained, is_url, stamp, suffix_of
-from qwen3vl_train.data.sources.hub import load_rows, stream_hub
+from qwen3vl_train.data.sources.hub import find_on_hub, load_rows, stream_hub
 from qwen3vl_train.data.sources.json_files import stream_json
 from qwen3vl_train.data.sources.parquet import stream_parquet
 from qwen3vl_train.data.sources.tar import stream_tar
@@ -73,7 +73,7 @@ class HubStream:
         rows = load_rows(self.name, self.split, self.subset, streaming=True).decode(False)
         done, place = (state["row"], state["place"]) if state else (0, None)
         for number, (row, behind) in enumerate(stream_hub(rows, place), start=done + 1):
-            raw = RawRow(row, number, {})
+            raw = RawRow(row, number, {}, find_on_hub)
             yield _checked(raw, self.rules, self.name, self.media_root, {"row": number, "place": behind})
 
     def fingerprint(self) -> dict[str, Any]:
