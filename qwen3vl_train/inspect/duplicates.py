@@ -10,10 +10,11 @@ from qwen3vl_train.data.faults import RowFault
 from qwen3vl_train.data.formats import ImagePart, Sample, TextPart
 from qwen3vl_train.data.media import ImageSource, decode_data_uri, find_file
 from qwen3vl_train.inspect.entries import Entry, RowRef
+from qwen3vl_train.inspect.facts import SHOWN_ROWS, DuplicateFacts
 
 
 class DuplicateFinder:
-    """Takes rows one by one, then gives the groups of equal ones. Keeps 16 bytes and a reference for each row."""
+    """Takes rows one by one, then says which are equal. Keeps 16 bytes and a reference for each row."""
 
     def __init__(self, entries: list[Entry]) -> None:
         self._entries = entries
@@ -25,7 +26,7 @@ class DuplicateFinder:
         if self._first.setdefault(key, ref) is not ref:
             self._more.setdefault(key, []).append(ref)
 
-    def groups(self) -> Iterator[list[RowRef]]:
+    def _groups(self) -> Iterator[list[RowRef]]:
         """Yield rows of equal content, in the order they were added in. Rows whose media went away are left out."""
         for key, refs in self._more.items():
             equal: dict[bytes, list[RowRef]] = {}
@@ -36,6 +37,29 @@ class DuplicateFinder:
                     continue
                 equal.setdefault(digest, []).append(ref)
             yield from (group for group in equal.values() if len(group) > 1)
+
+    def facts(self) -> list[DuplicateFacts]:
+        """Return what repeats in each entry. Rows were added in the order of the entries, the training ones first."""
+        repeats: list[list[tuple[str, str]]] = [[] for _ in self._entries]
+        leaks: list[list[tuple[str, str]]] = [[] for _ in self._entries]
+
+        def full_name(ref: RowRef) -> str:
+            source = self._entries[ref.entry].files[ref.file].source
+            return f"{source.name}:{source.row_number(ref.row)}"
+
+        for group in self._groups():
+            first_of: dict[str, RowRef] = {}
+            for ref in group:
+                entry = self._entries[ref.entry]
+                first = first_of.setdefault(entry.role, ref)
+                if first is not ref:
+                    repeats[ref.entry].append((entry.label(ref), full_name(first)))
+                if entry.role == "eval" and "train" in first_of:
+                    leaks[ref.entry].append((entry.label(ref), full_name(first_of["train"])))
+        return [
+            DuplicateFacts(len(same), same[:SHOWN_ROWS], len(leaked), leaked[:SHOWN_ROWS])
+            for same, leaked in zip(repeats, leaks, strict=True)
+        ]
 
 
 def _media_digest(sample: Sample) -> bytes:

@@ -24,11 +24,12 @@ class RowRef(NamedTuple):
 
 @dataclass(frozen=True)
 class IndexedFile:
-    """One file: source `place` of `index`."""
+    """One file: source `place` of `index`. rejects: its rows that the index could not use."""
 
     source: Source
     index: Index
     place: int
+    rejects: list[Reject]
 
     @property
     def first(self) -> int:
@@ -38,9 +39,6 @@ class IndexedFile:
     def usable(self) -> np.ndarray:
         """Return the numbers of its usable rows in the index."""
         return self.index.usable(self.place)
-
-    def rejects(self) -> list[Reject]:
-        return [reject for reject in self.index.rejects if reject.file == self.source.name]
 
 
 @dataclass
@@ -113,10 +111,24 @@ def entries_of(
     entries: list[Entry] = []
     last = None
     for index, sources in indexed:
+        rejects = _rejects_of(index, sources)
         for place, source in enumerate(sources):
             if source.rules is not last:
                 name = source.rules.label or source.name
                 entries.append(Entry(first + len(entries), name, role, weights[place]))
                 last = source.rules
-            entries[-1].files.append(IndexedFile(source, index, place))
+            entries[-1].files.append(IndexedFile(source, index, place, rejects[place]))
     return entries
+
+
+def _rejects_of(index: Index, sources: Sequence[Source]) -> list[list[Reject]]:
+    """Return the rejects of each source. They name a file, which the recipe may list twice, under two sets of rules."""
+    by_file: dict[str, dict[int, Reject]] = {}
+    for reject in index.rejects:
+        by_file.setdefault(reject.file, {})[reject.row] = reject
+    found = []
+    for place, source in enumerate(sources):
+        start, end = index.starts[place], index.starts[place + 1]
+        unusable = {source.row_number(row) for row in np.flatnonzero(index.tokens[start:end] == 0).tolist()}
+        found.append([reject for row, reject in by_file.get(source.name, {}).items() if row in unusable])
+    return found

@@ -1,10 +1,8 @@
 """Open the data of a recipe as training does, and collect everything that can be said of it."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
-
-import numpy as np
 
 from qwen3vl_train.config import Recipe
 from qwen3vl_train.data.collate import MultimodalCollator
@@ -13,11 +11,11 @@ from qwen3vl_train.data.index import Index
 from qwen3vl_train.data.media import FACTOR
 from qwen3vl_train.data.sources import FileSource
 from qwen3vl_train.inspect.duplicates import DuplicateFinder
-from qwen3vl_train.inspect.entries import Entry, RowRef, entries_of
-from qwen3vl_train.inspect.facts import SHOWN_ROWS, DuplicateFacts, Facts, Hazard, PackFacts
+from qwen3vl_train.inspect.entries import Entry, entries_of
+from qwen3vl_train.inspect.facts import Facts, Hazard, PackFacts
 from qwen3vl_train.inspect.hazards import box_hazards, make, recipe_hazards, row_hazards, source_hazards
-from qwen3vl_train.inspect.histogram import histogram
-from qwen3vl_train.inspect.samples import choose_rows, view_pack, view_sample
+from qwen3vl_train.inspect.packs import pack_facts, view_pack
+from qwen3vl_train.inspect.samples import choose_rows, view_sample
 from qwen3vl_train.inspect.scan import Scan, add_up, look_at
 from qwen3vl_train.inspect.training import Training, open_held_out, open_training
 from qwen3vl_train.train.data import open_collator
@@ -47,7 +45,7 @@ def inspect_recipe(
     training = open_training(recipe, collate, max_rows)
     entries = name_entries(training, open_held_out(recipe, collate))
     scans = _scan_all(entries, collate, max_rows, progress)
-    packs = _pack_facts(training, recipe)
+    packs = pack_facts(training, recipe)
     samples = [
         view_sample(entries[ref.entry], ref, scans[ref.entry].kinds_of.get(ref, frozenset()), collate)
         for ref in choose_rows(entries, scans, num_samples)
@@ -104,51 +102,9 @@ def _scan_all(
             if progress is not None:
                 progress(done, total)
         scans.append(add_up(entry, read, broken))
-    found = _duplicates(finder, entries)
-    return [replace(scan, facts=replace(scan.facts, duplicates=same)) for scan, same in zip(scans, found, strict=True)]
-
-
-def _duplicates(finder: DuplicateFinder, entries: list[Entry]) -> list[DuplicateFacts]:
-    """Return what repeats in each entry. Rows were added in the order of the entries, training before held-out ones."""
-    repeats: list[list[tuple[str, str]]] = [[] for _ in entries]
-    leaks: list[list[tuple[str, str]]] = [[] for _ in entries]
-
-    def full_name(ref: RowRef) -> str:
-        source = entries[ref.entry].files[ref.file].source
-        return f"{source.name}:{source.row_number(ref.row)}"
-
-    for group in finder.groups():
-        first_of: dict[str, RowRef] = {}
-        for ref in group:
-            entry = entries[ref.entry]
-            first = first_of.setdefault(entry.role, ref)
-            if first is not ref:
-                repeats[ref.entry].append((entry.label(ref), full_name(first)))
-            if entry.role == "eval" and "train" in first_of:
-                leaks[ref.entry].append((entry.label(ref), full_name(first_of["train"])))
-    return [
-        DuplicateFacts(len(same), same[:SHOWN_ROWS], len(leaked), leaked[:SHOWN_ROWS])
-        for same, leaked in zip(repeats, leaks, strict=True)
-    ]
-
-
-def _pack_facts(training: Training, recipe: Recipe) -> PackFacts:
-    packs = training.packs
-    tokens = np.array([int(training.index.tokens[pack].sum()) for pack in packs])
-    room = recipe.data.max_tokens_per_pack
-    return PackFacts(
-        streamed=training.streamed,
-        packs=len(packs),
-        packs_per_step=recipe.train.packs_per_step,
-        max_tokens_per_pack=room,
-        steps_per_epoch=None if training.streamed else -(-len(packs) // recipe.train.packs_per_step),
-        num_steps=training.num_steps,
-        mean_fill=float(tokens.sum() / (room * len(packs))) if packs else 0.0,
-        histograms={
-            "fill_percent": histogram(np.floor(100 * tokens / room)),
-            "sequences": histogram(np.array([len(pack) for pack in packs])),
-        },
-    )
+    for scan, same in zip(scans, finder.facts(), strict=True):
+        scan.facts.duplicates = same
+    return scans
 
 
 def _judge(scans: list[Scan], samples: list[dict[str, Any]], packs: PackFacts, recipe: Recipe) -> list[Hazard]:

@@ -34,7 +34,7 @@ def render_page(inspection: Inspection) -> str:
         "facts": inspection.facts.to_json(),
         "samples": inspection.samples,
         "pack": inspection.pack,
-        "kinds": {kind: {"level": told.level, "hazard": told.hazard} for kind, told in KINDS.items()},
+        "kinds": {kind: told.hazard for kind, told in KINDS.items()},
     }
     return Template(_part("page.html")).substitute(
         title=html.escape(f"Data of {inspection.facts.recipe}"),

@@ -4,8 +4,7 @@ from collections.abc import Sequence
 from itertools import zip_longest
 from typing import Any
 
-from qwen3vl_train.batch import IGNORE_LABEL, PackedBatch
-from qwen3vl_train.config import Recipe
+from qwen3vl_train.batch import IGNORE_LABEL
 from qwen3vl_train.data.collate import MultimodalCollator
 from qwen3vl_train.data.encode import EncodedSample
 from qwen3vl_train.data.faults import RowFault
@@ -14,7 +13,6 @@ from qwen3vl_train.inspect.entries import Entry, RowRef
 from qwen3vl_train.inspect.marks import find_marks
 from qwen3vl_train.inspect.pictures import view_frames
 from qwen3vl_train.inspect.scan import Scan
-from qwen3vl_train.inspect.training import Training
 
 _LONGEST_CHARACTER = 4  # tokens: a byte each
 
@@ -95,40 +93,3 @@ def token_texts(ids: Sequence[int], tokenizer: ChatTokenizer) -> list[str]:
         texts += [text, *[""] * (end - start - 1)]
         start = end
     return texts
-
-
-def view_pack(training: Training, recipe: Recipe) -> dict[str, Any] | None:
-    """Build one planned pack, if it can be one of several samples, and return where its samples lie.
-
-    number: of the pack, from 1. None where no row can be used, or all rows of the pack break when decoded.
-    """
-    place = next((place for place, pack in enumerate(training.packs) if len(pack) > 1), 0)
-    encoded = []
-    for number in training.packs[place] if training.packs else []:
-        try:
-            encoded.append(training.collate.encode(training.sample(number)))
-        except RowFault:
-            continue
-    if not encoded:
-        return None
-    pack = training.collate.pack(encoded)
-    return {"number": place + 1, "max_tokens": recipe.data.max_tokens_per_pack, "sequences": _sequences(pack)}
-
-
-def _sequences(pack: PackedBatch) -> list[dict[str, Any]]:
-    sequences, start = [], 0
-    for name, length in zip(pack.sample_ids, pack.segments.lengths, strict=True):
-        span = slice(start, start + length)
-        trained = (pack.labels[span] != IGNORE_LABEL).roll(1).tolist()
-        visual = pack.visual_pos_mask[span].tolist()
-        runs: list[list[Any]] = []  # [kind, length], in order
-        for is_visual, is_trained in zip(visual, trained, strict=True):
-            kind = "visual" if is_visual else "trained" if is_trained else "prompt"
-            if runs and runs[-1][0] == kind:
-                runs[-1][1] += 1
-            else:
-                runs.append([kind, 1])
-        last = pack.positions[:, start + length - 1].tolist()
-        sequences.append({"id": name, "start": start, "length": length, "runs": runs, "last_position": last})
-        start += length
-    return sequences

@@ -52,7 +52,7 @@ def add_up(entry: Entry, read: Sequence[tuple[RowRef, RowFacts]], broken: Sequen
         np.concatenate([getattr(file.index, column)[file.usable()] for file in entry.files])
         for column in ("tokens", "visual_tokens")
     )
-    rejects = [reject for file in entry.files for reject in file.rejects()]
+    rejects = [reject for file in entry.files for reject in file.rejects]
     of_index = len(rejects)
     rejects += broken
     num_rows = sum(len(file.source) for file in entry.files)
@@ -73,7 +73,7 @@ def add_up(entry: Entry, read: Sequence[tuple[RowRef, RowFacts]], broken: Sequen
         rows=num_rows,
         usable=len(tokens),
         dropped=num_rows - len(tokens) - of_index,
-        rejects=group_rejects(entry, rejects),
+        rejects=_group_rejects(entry, rejects),
         tokens=int(tokens.sum()),
         visual_tokens=int(visual_tokens.sum()),
         examined=len(read),
@@ -103,7 +103,7 @@ def _histograms(tokens: np.ndarray, visual_tokens: np.ndarray, read: list[RowFac
     }
 
 
-def group_rejects(entry: Entry, rejects: Sequence[Reject]) -> list[RejectGroup]:
+def _group_rejects(entry: Entry, rejects: Sequence[Reject]) -> list[RejectGroup]:
     """Join rejects whose reasons differ only in names, paths and numbers, the most frequent first.
 
     Half a surrogate pair, which may stand in the name of a key, becomes its escape: no terminal takes it.

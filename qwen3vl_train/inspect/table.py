@@ -46,19 +46,29 @@ def _packs_line(packs: PackFacts) -> str:
 
 
 def _rows_table(sources: list[SourceFacts]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("source", overflow="fold")
-    for heading in ("format", "rows", "rejected", "no label", "repeats", "trained", "pictures"):
+    """One line for each source; of what no source has any, there is no column."""
+    table = Table(box=box.SIMPLE_HEAD, padding=0)
+    table.add_column("source", overflow="fold", min_width=12)
+    table.add_column("format", overflow="fold")
+    counts = {
+        "rows": [source.rows for source in sources],
+        "rejected": [source.rejected for source in sources],
+        "dropped": [source.dropped for source in sources],
+        "no label": [source.num_nothing_to_learn for source in sources],
+        "repeats": [source.duplicates.count for source in sources],
+        "pictures": [source.images for source in sources],
+        "videos": [source.videos for source in sources],
+    }
+    counts = {name: column for name, column in counts.items() if name == "rows" or any(column)}
+    for heading in (*counts, "trained"):
         table.add_column(heading, justify="right", no_wrap=True)
-    for source in sources:
+    for place, source in enumerate(sources):
         trained = source.label_tokens / source.examined_tokens if source.examined_tokens else 0.0
-        counts = (source.rows, source.rejected, source.num_nothing_to_learn, source.duplicates.count)
         table.add_row(
-            escape(f"{source.name} ({source.role})"),
+            escape(source.name + (" (held out)" if source.role == "eval" else "")),
             " ".join(source.formats),
-            *(f"{count:,}" for count in counts),
+            *(f"{column[place]:,}" for column in counts.values()),
             f"{100 * trained:.1f}%",
-            f"{source.images:,}",
         )
     return table
 

@@ -12,6 +12,7 @@ from tiny_hazards import hazards_recipe
 from tiny_runs import picture, row, write_rows
 
 from qwen3vl_train.inspect.gather import inspect_recipe
+from qwen3vl_train.inspect.kinds import KINDS
 from qwen3vl_train.inspect.page import write_page
 
 pytestmark = pytest.mark.browser
@@ -174,6 +175,14 @@ def test_button_of_a_warning_shows_its_samples(page):
     card.find_element("tag name", "button").click()
     assert [one.get_attribute("data-id") for one in shown(page, ".sample[open]")] == [f"train.jsonl:{rows.EMPTY}"]
     assert shown(page, ".sample .tokens")
+
+
+def test_badges_have_the_level_and_the_words_of_their_warning(page):
+    badge = open_sample(page, rows.PIXEL).find_element("class name", "badge")
+    assert badge.get_attribute("class").split() == ["badge", "error"]
+    assert badge.get_attribute("title") == KINDS["boxes_pixel"].hazard
+    # One picture of twelve is no warning of the source.
+    assert open_sample(page, rows.ENLARGED).find_element("class name", "badge").get_attribute("class") == "badge note"
 
 
 def test_pointer_tells_positions(page, inspection):

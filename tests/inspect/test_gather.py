@@ -173,3 +173,13 @@ def test_sources_of_one_name_are_told_apart(tiny_folder, data_folder):
     found = inspect_recipe(hazards_recipe(tiny_folder, data_folder, data=data))
     assert [source.name for source in found.facts.sources] == ["same", "same (2)"]
     assert {sample["source"] for sample in found.samples} == {"same", "same (2)"}
+
+
+def test_rejects_of_a_file_that_is_listed_twice_are_those_of_each_entry(tiny_folder, tmp_path):
+    rows = [row("a", "b"), "not json", {"q": "a", "a": "b"}, {"q": "c", "a": "d"}]
+    path = str(write_rows(tmp_path / "rows.jsonl", rows))
+    columns = {"path": path, "name": "columns", "columns": {"question": "q", "answer": "a"}}
+    data = {"train": [{"path": path}, columns, {**columns, "name": "again"}], "num_workers": 0}
+    found = inspect_recipe(hazards_recipe(tiny_folder, tmp_path, data=data), num_samples=0).facts.sources
+    assert [(source.usable, source.rejected, source.dropped) for source in found] == [(1, 3, 0), (3, 1, 0), (3, 1, 0)]
+    assert [row for group in found[1].rejects for row in group.rows] == ["2"]

@@ -19,7 +19,7 @@ def marks_of(tmp_path):
 
     def find(row, listed=True, **settings):
         (source,) = open_sources(TrainSource(path=str(write_rows(tmp_path / "rows.jsonl", [row])), **settings))
-        entry = Entry(0, "rows", "train", 1.0, [IndexedFile(source, None, 0)])
+        entry = Entry(0, "rows", "train", 1.0, [IndexedFile(source, None, 0, [])])
         ref = RowRef(0, 0, 0)
         return [tuple(mark) for mark in find_marks(entry.sample(ref), entry.listed(ref) if listed else None)]
 

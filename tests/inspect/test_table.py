@@ -27,10 +27,19 @@ def test_names_sources_rejects_packs_and_hazards(inspection):
     assert f"{training.median:,.0f}/{training.p95:,.0f}/{training.maximum:,.0f}" in text
 
 
+def test_columns_without_a_count_are_left_out(inspection):
+    whole, *_ = printed(inspection.facts, width=160).split("median/95th")
+    assert all(heading in whole for heading in ("rejected", "no label", "repeats", "pictures"))
+    assert not any(heading in whole for heading in ("videos", "dropped"))
+    clips = replace(inspection.facts.sources[1], videos=4321, dropped=17)
+    text = printed(replace(inspection.facts, sources=[clips]), width=160)
+    assert all(word in text for word in ("videos", "4,321", "dropped", "17"))
+    assert "pictures" not in text.split("source", 2)[1]
+
+
 def test_brackets_in_data_are_text(inspection):
     source = replace(inspection.facts.sources[0], name="[red]odd[/] name")
     text = printed(replace(inspection.facts, sources=[source]), width=200)
-    assert "[red]odd[/] name (train)" in text
     assert text.count("[red]odd[/] name") == 2 + len(source.rejects)  # both tables, and each reason
 
 

@@ -66,5 +66,5 @@ const shownKinds = new Set(data.samples.flatMap((sample) => sample.kinds));
 const warningCards = renderWarnings(data.facts, shownKinds, (kind) => choose(kind));
 const sourceCards = renderSources(data.facts);
 renderPacks(data.facts.packs, data.pack);
-choose = addFilters(renderSamples(data.samples, data.kinds), [...warningCards, ...sourceCards]);
+choose = addFilters(renderSamples(data.samples, data.facts.hazards, data.kinds), [...warningCards, ...sourceCards]);
 addOverlaySwitches();

@@ -102,7 +102,8 @@ function sampleBody(sample) {
     tokenView(sample)];
 }
 
-function sampleCard(sample, level) {
+// badge: called with a kind of warning.
+function sampleCard(sample, badge) {
   const sum = (list) => list.reduce((all, one) => all + one, 0);
   const facts = sample.fault ? 'breaks when it is decoded'
     : `${plural(sample.ids.length, 'token')} · ${count(sum(sample.visual.map(([, length]) => length)))} visual · ${count(sample.weights.filter((weight) => weight > 0).length)} trained`;
@@ -112,7 +113,7 @@ function sampleCard(sample, level) {
       !sample.fault && sample.frames.length > 0 && h('img', { class: 'thumb', src: sample.frames[0].src, alt: '', loading: 'lazy', decoding: 'async' }),
       h('span', { class: 'name' }, sample.id),
       h('span', { class: 'evidence' }, facts),
-      sample.kinds.map((kind) => h('span', { class: `badge ${level(kind)}` }, kind))),
+      sample.kinds.map(badge)),
     body);
   // A thousand tokens are a thousand elements, so they are made when the card is first opened.
   card.addEventListener('toggle', () => {
@@ -121,12 +122,15 @@ function sampleCard(sample, level) {
   return card;
 }
 
-function renderSamples(samples, kinds) {
+// A kind that too few rows show to be a warning is a note. kinds: what each means.
+function renderSamples(samples, hazards, kinds) {
+  const level = (sample, kind) => (hazards.find((hazard) => hazard.kind === kind && hazard.source === sample.source) || { level: 'note' }).level;
+  const badge = (sample, kind) => h('span', { class: `badge ${level(sample, kind)}`, title: kinds[kind] }, kind);
   const cards = samples.map((sample) => ({
     source: sample.source,
     kinds: sample.kinds,
     text: `${sample.id}\n${sample.fault || sample.texts.filter((text) => text !== '<|image_pad|>' && text !== '<|video_pad|>').join('')}`.toLowerCase(),
-    element: sampleCard(sample, (kind) => kinds[kind].level),
+    element: sampleCard(sample, (kind) => badge(sample, kind)),
   }));
   fill(at('samples'),
     h('h2', { id: 'samples-title' }, 'Samples as the model sees them'), legend(),
