@@ -7,12 +7,14 @@ from pathlib import Path
 import pytest
 import tiny
 import tiny_engines
+import tiny_runs
 import torch
 from safetensors.torch import load_file, save_file
 
 from qwen3vl_train.dist import Ranks
 from qwen3vl_train.train import agree
 from qwen3vl_train.train.agree import check_same_folder, check_same_weights
+from qwen3vl_train.train.loop import train
 
 CPU = torch.device("cpu")
 HOST = socket.gethostname()
@@ -67,8 +69,28 @@ def test_a_rank_with_other_weights_is_named_on_all(tmp_path: Path):
     told = tiny.run_ranks(_compare, 2, [one, tmp_path / "same"])
     assert told == [None, None]
     told = tiny.run_ranks(_compare, 3, [one, tmp_path / "other", one])
-    ending = f"rank 1 on {HOST} has other weights there than rank 0 on {HOST}; copy one model folder to all machines, or share it"
+    ending = (
+        f"rank 1 on {HOST} has other weights there than rank 0 on {HOST}; copy one model folder to all machines, or "
+        "share it"
+    )
     assert [message.partition(": ")[2] for message in told] == [ending] * 3
     told = tiny.run_ranks(_compare, 2, [one, tmp_path / "none"])
     assert told[0] == told[1]
     assert told[0].startswith(f"rank 1 on {HOST}: {tmp_path / 'none'}: missing model.safetensors")
+
+
+def _train_apart(rank: int, world_size: int, models: list[Path], outs: list[Path], task: Path) -> str:
+    agree.LOOK_SECONDS = 1.0
+    with pytest.raises(ValueError) as fault:
+        train(tiny_runs.make_recipe(models[rank], task, outs[rank], parallel={"engine": "ddp"}))
+    return str(fault.value)
+
+
+def test_a_run_begins_with_both(tmp_path: Path, task: Path):
+    model, none = tiny_engines.write_small_checkpoint(tmp_path / "model"), tmp_path / "none"
+    none.mkdir()
+    told = tiny.run_ranks(_train_apart, 2, [model, model], [tmp_path / "a", tmp_path / "b"], task)
+    assert all("is not seen by rank 1" in message for message in told)
+    told = tiny.run_ranks(_train_apart, 2, [model, none], [tmp_path / "a", tmp_path / "a"], task)
+    assert all(message.startswith(f"rank 1 on {HOST}: {none}") for message in told)
+    assert not list((tmp_path / "a").iterdir()), "nothing is made before"
