@@ -116,6 +116,19 @@ def _fails(rank: int, world_size: int) -> str:
         return f"{type(error).__name__}: {error}"
 
 
+def _fails_with_a_note(rank: int, world_size: int) -> list[str]:
+    fault = RuntimeError("Connection closed by peer")
+    fault.add_note("step-00000004: could not be saved")
+    with pytest.raises(LateRankError) as caught, Watch(Ranks(rank, world_size, rank, CPU), 60.0):
+        raise fault
+    torch.distributed.barrier()  # rank 0 keeps what the other one reads
+    return caught.value.__notes__
+
+
+def test_what_was_noted_on_a_fault_is_not_lost():
+    assert tiny.run_ranks(_fails_with_a_note, 2) == [["step-00000004: could not be saved"]] * 2
+
+
 def test_a_fault_that_is_no_timeout_stays_as_it_is():
     assert tiny.run_ranks(_fails, 2) == ["RuntimeError: disk full"] * 2
 

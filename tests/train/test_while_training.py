@@ -3,6 +3,8 @@
 import json
 import re
 import resource
+import shutil
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,10 +23,13 @@ from qwen3vl_train.checkpoint.run import CheckpointWriter, read_tensors
 from qwen3vl_train.config import Recipe, run_dir
 from qwen3vl_train.dist import Ranks
 from qwen3vl_train.parallel.optim import MasterAdamW
-from qwen3vl_train.train import loop
+from qwen3vl_train.train import loop, record
 from qwen3vl_train.train.export import export_run
 from qwen3vl_train.train.loop import train
 from qwen3vl_train.train.metrics import read_metrics
+from qwen3vl_train.train.record import Recorder
+from qwen3vl_train.train.stop import StopRequest
+from qwen3vl_train.train.track import SilentTracker
 from qwen3vl_train.watch import Watch
 
 
@@ -75,6 +80,35 @@ def test_the_manifest_says_who_wrote_it_and_what_for(small: Path, task: Path, tm
     assert len(second["files"]) == 2, "a file of each rank"
     logged = {row["step"]: row["loss"] for row in map(json.loads, (run / "eval.jsonl").read_text().splitlines())}
     assert (second["eval"], third["eval"]) == ({"held": logged[2]}, {"held": logged[3]})
+
+
+def test_the_id_of_the_tracked_run_is_in_the_checkpoint(
+    small: Path, task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    given: list[str | None] = []
+
+    def track(recipe: Recipe, folder: Path, rank: int, run_id: str | None) -> SilentTracker:
+        given.append(run_id)
+        return SilentTracker(run_id or "abc123")
+
+    monkeypatch.setattr(record, "open_tracker", track)
+    recipe = tiny_runs.make_recipe(small, task, tmp_path, train__num_steps=2, checkpoint__every_steps=1)
+    run = train(recipe)
+    assert read_record(checkpoint_folder(run, 1))["wandb_run_id"] == "abc123"
+    shutil.rmtree(checkpoint_folder(run, 2))
+    train(recipe)
+    assert given == [None, "abc123"]
+    assert read_record(checkpoint_folder(run, 2))["wandb_run_id"] == "abc123"
+
+
+def test_a_stop_is_no_failure_to_the_tracker(small: Path, task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    codes: list[int] = []
+    monkeypatch.setattr(SilentTracker, "finish", lambda tracker, code=0: codes.append(code))
+    recipe = tiny_runs.make_recipe(small, task, tmp_path)
+    for error in (None, StopRequest("saved"), RuntimeError("broke")):
+        recorder = Recorder(recipe, tmp_path, tiny_runs.ALONE, sys.stdout, num_steps=1, start_step=0)
+        recorder.__exit__(type(error) if error else None, error, None)
+    assert codes == [0, 75, 1]
 
 
 def test_the_best_checkpoint_stays_behind_the_newest(small: Path, task: Path, tmp_path: Path):
