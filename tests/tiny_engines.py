@@ -32,24 +32,24 @@ LORA = {
 }
 TUNES = {"full": FULL, "lora": LORA, "frozen-vision": FROZEN_VISION}
 
-# Pictures in each pack of each step. One step has none at all, the last one is short.
+# Pictures in each pack of each step. One step has none at all, the last ones are short.
 _PICTURES = [
     [[(64, 64)], [], [(96, 64), (64, 64)], []],
-    [[], [], [], []],
-    [[], [], [], [(64, 128)]],
-    [[(64, 64)], [(64, 96)], [(128, 64)], [(64, 64)]],
-    [[], [], [(64, 64)]],
+    [[], [], []],
+    [[], [(64, 128)]],
+    [[(128, 64)], [(64, 64)]],
+    [[], [(64, 64)]],
 ]
 # Which rank takes which packs: uneven, with ranks that get no picture and ranks that get no pack.
 SHARES: dict[int, list[list[list[int]]]] = {
-    1: [[[0, 1, 2, 3]], [[0, 1, 2, 3]], [[0, 1, 2, 3]], [[0, 1, 2, 3]], [[0, 1, 2]]],
-    2: [[[0, 2], [1, 3]], [[0], [1, 2, 3]], [[0, 1, 2], [3]], [[0, 1], [2, 3]], [[0, 1, 2], []]],
+    1: [[[0, 1, 2, 3]], [[0, 1, 2]], [[0, 1]], [[0, 1]], [[0, 1]]],
+    2: [[[0, 2], [1, 3]], [[0], [1, 2]], [[0], [1]], [[0], [1]], [[0, 1], []]],
     4: [
         [[0], [1], [2], [3]],
-        [[0, 1], [], [2], [3]],
-        [[0], [1, 2], [3], []],
-        [[0], [1], [2], [3]],
-        [[], [0], [1], [2]],
+        [[0, 1], [], [2], []],
+        [[0], [], [], [1]],
+        [[], [0], [1], []],
+        [[], [0], [], [1]],
     ],
 }
 Steps = list[list[PackedBatch]]

@@ -36,9 +36,13 @@ from qwen3vl_train.train.tune import report_groups
 
 pytestmark = pytest.mark.usefixtures("zero_at_ease")
 STAGES = (1, 2, 3)
+# Before it lets a parameter go, stage 3 looks this far ahead for its next use. With DeepSpeed's 1e9 that is, for every
+# module, all that is left of a tiny model: a quarter of the time of these tests.
+NEAR = {"stage3_max_reuse_distance": 1000}
 # Everything in many small parts: no parameter stays gathered, several buckets and sub-groups.
 PARTS = {
     "zero_optimization": {
+        **NEAR,
         "reduce_bucket_size": 5000,
         "allgather_bucket_size": 5000,
         "sub_group_size": 20_000,
@@ -48,7 +52,12 @@ PARTS = {
 }
 
 
-def _recipe(checkpoint: Path, tune: dict, engine: str = "single", **fields) -> Recipe:
+def _recipe(checkpoint: Path, tune: dict, engine: str = "single", *, parts: bool = False, **fields) -> Recipe:
+    """parts: cut up as PARTS says."""
+    if engine == "deepspeed":
+        file = checkpoint.parent / f"parts-{parts}.json"
+        file.write_text(json.dumps(PARTS if parts else {"zero_optimization": NEAR}))
+        fields["deepspeed_config"] = str(file)
     # Stage 3 adds gradients in another order. In a LoRA B, which starts at zero, one element has a gradient as small as
     # Adam's eps, and Adam's division makes steps of its rounding: 3e-5 of the tensor at an eps of 1e-6, 7e-6 at 1e-5,
     # 2e-6 at 1e-4, while the norms of the gradients differ by no more than 6e-8 in any.
@@ -58,13 +67,6 @@ def _recipe(checkpoint: Path, tune: dict, engine: str = "single", **fields) -> R
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_engines.write_small_checkpoint(tmp_path_factory.mktemp("small") / "model")
-
-
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory: pytest.TempPathFactory) -> str:
-    file = tmp_path_factory.mktemp("json") / "parts.json"
-    file.write_text(json.dumps(PARTS))
-    return str(file)
 
 
 @pytest.fixture(scope="module")
@@ -84,15 +86,22 @@ def _on_ranks(recipes: list[Recipe], steps: Steps, world_size: int = 2) -> list[
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_stage_trains_as_one_process_does(stage: int, small: Path, parts: str, steps: Steps):
+def test_a_stage_trains_as_one_process_does(stage: int, small: Path, steps: Steps):
     alone = {name: run_engine(0, 1, _recipe(small, tune), steps) for name, tune in TUNES.items()}
-    cases = [(tune, kept, file) for tune in TUNES for kept, file in (("none", None), ("full", parts))]
+    cases = [(tune, kept) for tune in TUNES for kept in ("none", "full")]
     recipes = [
-        _recipe(small, TUNES[tune], "deepspeed", zero_stage=stage, activation_checkpointing=kept, deepspeed_config=file)
-        for tune, kept, file in cases
+        _recipe(
+            small,
+            TUNES[tune],
+            "deepspeed",
+            zero_stage=stage,
+            activation_checkpointing=kept,
+            parts=kept == "full",
+        )
+        for tune, kept in cases
     ]
     wrong = []
-    for (tune, kept, _), outcome in zip(cases, _on_ranks(recipes, steps), strict=True):
+    for (tune, kept), outcome in zip(cases, _on_ranks(recipes, steps), strict=True):
         found = difference(outcome, alone[tune])
         print(f"zero {stage} {tune:14} {kept:5} {found}")
         # Float32 sums in another order: 1e-7 seen in losses, 2e-6 in weights. A missing pack shows at 1e-2.
@@ -101,20 +110,15 @@ def test_a_stage_trains_as_one_process_does(stage: int, small: Path, parts: str,
     assert not wrong, "\n".join([f"stage {stage} differs from one process", *wrong])
 
 
-def test_four_ranks_an_untied_head_and_dora(tmp_path: Path, parts: str):
+def test_four_ranks_an_untied_head_and_dora(tmp_path: Path):
     untied = tiny_engines.write_small_checkpoint(tmp_path / "untied", tie_word_embeddings=False)
-    steps = tiny_engines.make_steps(untied)[:3]
-    tunes = [FULL, {**LORA, "dora": True}]
-    expected = [run_engine(0, 1, _recipe(untied, tune), steps) for tune in tunes]
-    recipes = [
-        _recipe(untied, tune, "deepspeed", zero_stage=stage, deepspeed_config=parts)
-        for tune in tunes
-        for stage in (2, 3)
-    ]
-    outcomes = _on_ranks(recipes, steps, world_size=4)
-    for place, outcome in enumerate(outcomes):
-        found = difference(outcome, expected[place // 2])
-        assert max(found.loss, found.norm, found.weight) < 1e-5, recipes[place].parallel
+    steps = tiny_engines.make_steps(untied)[:2]
+    cases = [(FULL, 2), ({**LORA, "dora": True}, 3)]
+    expected = [run_engine(0, 1, _recipe(untied, tune), steps) for tune, _ in cases]
+    recipes = [_recipe(untied, tune, "deepspeed", zero_stage=stage, parts=True) for tune, stage in cases]
+    for (_, stage), outcome, alone in zip(cases, _on_ranks(recipes, steps, world_size=4), expected, strict=True):
+        found = difference(outcome, alone)
+        assert max(found.loss, found.norm, found.weight) < 1e-5, stage
 
 
 def _length(tensors: dict[str, Tensor]) -> float:
@@ -123,19 +127,18 @@ def _length(tensors: dict[str, Tensor]) -> float:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_bfloat16_trains_as_in_one_process(stage: int, small: Path, steps: Steps):
+    cases = [("full", False), ("lora", False), ("frozen-vision", False), ("frozen-vision", True)]
     recipes = [
-        _recipe(small, tune, "deepspeed", zero_stage=stage, dtype="bfloat16", offload_optimizer=offload)
-        for tune in TUNES.values()
-        for offload in (False, True)
+        _recipe(small, TUNES[tune], "deepspeed", zero_stage=stage, dtype="bfloat16", offload_optimizer=offload)
+        for tune, offload in cases
     ]
-    outcomes = _on_ranks(recipes, steps)
-    for place, (tune, outcome) in enumerate(zip([tune for tune in TUNES for _ in range(2)], outcomes, strict=True)):
+    for (tune, offload), outcome in zip(cases, _on_ranks(recipes, steps), strict=True):
         alone = _recipe(small, TUNES[tune], dtype="bfloat16")
         start, expected = run_engine(0, 1, alone, []).weights, run_engine(0, 1, alone, steps)
         apart = {name: outcome.weights[name].float() - weight.float() for name, weight in expected.weights.items()}
         if stage < 3 or tune == "frozen-vision":
             # Gradients are summed and applied in float32 on both sides; the rounded weights come out the same.
-            assert outcome.losses == expected.losses, recipes[place].parallel
+            assert outcome.losses == expected.losses, (tune, offload)
             assert _length(apart) == 0.0
             continue
         # Where a vision block feeds the next block and a DeepStack merger, autograd adds three bfloat16 gradients, and
@@ -146,19 +149,20 @@ def test_bfloat16_trains_as_in_one_process(stage: int, small: Path, steps: Steps
         assert _length(apart) < 0.08 * _length(moved)
 
 
-@pytest.mark.parametrize("tune", ["full", "lora"])
-def test_offloaded_state_trains_alike(tune: str, small: Path, parts: str, steps: Steps):
-    expected = run_engine(0, 1, _recipe(small, TUNES[tune]), steps)
-    fields = [
-        {"zero_stage": 1, "offload_optimizer": True},
-        {"zero_stage": 2, "offload_optimizer": True, "deepspeed_config": parts},
-        {"zero_stage": 3, "offload_optimizer": True, "offload_parameters": True, "deepspeed_config": parts},
-        {"zero_stage": 3, "offload_parameters": True},
+def test_offloaded_state_trains_alike(small: Path, steps: Steps):
+    expected = {tune: run_engine(0, 1, _recipe(small, TUNES[tune]), steps) for tune in ("full", "lora")}
+    everything = {"zero_stage": 3, "offload_optimizer": True, "offload_parameters": True, "parts": True}
+    cases = [
+        ("full", {"zero_stage": 1, "offload_optimizer": True}),
+        ("lora", {"zero_stage": 2, "offload_optimizer": True, "parts": True}),
+        ("full", {"zero_stage": 3, "offload_parameters": True}),
+        ("full", everything),
+        ("lora", everything),
     ]
-    recipes = [_recipe(small, TUNES[tune], "deepspeed", **of_case) for of_case in fields]
-    for of_case, outcome in zip(fields, _on_ranks(recipes, steps), strict=True):
-        found = difference(outcome, expected)
-        assert max(found.loss, found.norm, found.weight) < 1e-5, of_case
+    recipes = [_recipe(small, TUNES[tune], "deepspeed", **fields) for tune, fields in cases]
+    for (tune, fields), outcome in zip(cases, _on_ranks(recipes, steps), strict=True):
+        found = difference(outcome, expected[tune])
+        assert max(found.loss, found.norm, found.weight) < 1e-5, (tune, fields)
 
 
 def _hand_over(rank: int, world_size: int, recipes: list[Recipe], steps: Steps, state: dict[str, Tensor], done: int):
@@ -177,12 +181,12 @@ def _hand_over(rank: int, world_size: int, recipes: list[Recipe], steps: Steps, 
 
 
 @pytest.mark.parametrize("tune", TUNES)
-def test_state_goes_from_fsdp2_through_every_stage_to_one_process(tune: str, small: Path, parts: str, steps: Steps):
+def test_state_goes_from_fsdp2_through_every_stage_to_one_process(tune: str, small: Path, steps: Steps):
     straight = Trainee(0, 1, _recipe(small, TUNES[tune]))
     expected = straight.steps(steps, 0, 5)
     sharded = _recipe(small, TUNES[tune], "fsdp2")
     ((_, _, losses, state),) = tiny.run_ranks(_hand_over, 2, [sharded], steps, {}, 0)[0]
-    fields = [{"zero_stage": stage} for stage in STAGES] + [{"zero_stage": 3, "deepspeed_config": parts}]
+    fields = [{"zero_stage": stage} for stage in STAGES] + [{"zero_stage": 3, "parts": True}]
     recipes = [_recipe(small, TUNES[tune], "deepspeed", **of_case) for of_case in fields]
     for number, of_case in enumerate(tiny.run_ranks(_hand_over, 2, recipes, steps, state, 1, timeout=120)[0]):
         taken, weights, more, after = of_case
@@ -214,23 +218,22 @@ def test_a_bfloat16_run_goes_on_to_the_bit(small: Path, steps: Steps):
 
 
 def test_a_step_that_is_not_finite_moves_nothing_and_leaves_nothing(small: Path, steps: Steps):
-    ((message, losses),) = poisoned(0, 1, [_recipe(small, LORA)], steps)
+    ((message, losses),) = poisoned(0, 1, [_recipe(small, FULL)], steps)
     fields = [{"zero_stage": stage} for stage in STAGES]
     fields += [{"zero_stage": stage, "offload_optimizer": True} for stage in (2, 3)]
-    recipes = [_recipe(small, LORA, "deepspeed", **of_case) for of_case in fields]
     # bfloat16 in stage 1 is a class of its own.
-    recipes.append(_recipe(small, LORA, "deepspeed", zero_stage=1, dtype="bfloat16"))
+    fields.append({"zero_stage": 1, "dtype": "bfloat16"})
+    recipes = [_recipe(small, FULL, "deepspeed", **of_case) for of_case in fields]
     for of_rank in tiny.run_ranks(poisoned, 2, recipes, steps, timeout=120):
         for recipe, (got, more) in zip(recipes, of_rank, strict=True):
             assert got == message
             assert more == pytest.approx(losses, rel=1e-5 if recipe.model.dtype == "float32" else 2e-2)
 
 
-@pytest.mark.parametrize("tune", ["lora", "frozen-vision"])
-def test_a_step_in_which_no_rank_has_a_pack_moves_nothing(tune: str, small: Path, steps: Steps):
-    (expected,) = skipped(0, 1, [_recipe(small, TUNES[tune])], steps)
+def test_a_step_in_which_no_rank_has_a_pack_moves_nothing(small: Path, steps: Steps):
+    (expected,) = skipped(0, 1, [_recipe(small, FULL)], steps)
     fields = [{"zero_stage": stage} for stage in STAGES] + [{"zero_stage": 1, "dtype": "bfloat16"}]
-    recipes = [_recipe(small, TUNES[tune], "deepspeed", **of_case) for of_case in fields]
+    recipes = [_recipe(small, FULL, "deepspeed", **of_case) for of_case in fields]
     outcomes = tiny.run_ranks(skipped, 2, recipes, steps, timeout=120)[0]
     for recipe, losses in zip(recipes, outcomes, strict=True):
         assert losses == pytest.approx(expected, rel=1e-5 if recipe.model.dtype == "float32" else 2e-2)
@@ -244,8 +247,8 @@ def _cut_up(rank: int, world_size: int, recipe: Recipe) -> tuple[list, int, int]
     return report_groups(trainee.model, recipe), held, len(parameters)
 
 
-def test_stage_3_holds_a_share_of_the_model_and_reports_all_of_it(small: Path, parts: str):
-    recipe = _recipe(small, LORA, "deepspeed", zero_stage=3, deepspeed_config=parts)
+def test_stage_3_holds_a_share_of_the_model_and_reports_all_of_it(small: Path):
+    recipe = _recipe(small, LORA, "deepspeed", zero_stage=3, parts=True)
     model = build_model(recipe, device="cpu")
     total = sum(parameter.numel() for parameter in model.parameters())
     for groups, held, num_parameters in tiny.run_ranks(_cut_up, 2, recipe):
