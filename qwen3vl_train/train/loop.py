@@ -20,7 +20,7 @@ from qwen3vl_train.train.metrics import StepTally
 from qwen3vl_train.train.rank_log import rank_log
 from qwen3vl_train.train.record import Recorder
 from qwen3vl_train.train.report import start_report
-from qwen3vl_train.train.run_folder import REJECTED_FILE, RejectLog, claim_run_folder, open_run_folder, versions
+from qwen3vl_train.train.run_folder import REJECTED_FILE, claim_run_folder, open_run_folder, restart_rejects, versions
 from qwen3vl_train.train.schedule import lr_factor
 from qwen3vl_train.train.step import train_step
 from qwen3vl_train.train.stop import StopRequest, StopSignals
@@ -50,10 +50,13 @@ def _train(recipe: Recipe, ranks: Ranks, watch: Watch) -> Path:
     record = read_record(checkpoint) if checkpoint else None
     step = record["step"] if record else 0
     data = open_data(recipe, ranks, loader_state=record["loader"] if record else None)
-    RejectLog(folder / REJECTED_FILE, writes=ranks.is_main, fresh=not checkpoint).add(data.rejects)
+    saved = record["rejects"] if record else {"listed": 0, "of_streams": 0}
+    listed = ranks.from_main(
+        lambda: restart_rejects(folder / REJECTED_FILE, data.found_rejects(), num_saved=saved["listed"])
+    )
     data.check_rejects()
     # Behind the check: what broke before a stop counts on, but does not keep a run from going on once it is mended.
-    data.add_rejects([Reject(*fields) for fields in record["rejects"]] if record else [])
+    data.load_rejects(saved, listed)
 
     model, optimizer = build_engine(recipe, ranks)
     model.train()
@@ -78,8 +81,7 @@ def _train(recipe: Recipe, ranks: Ranks, watch: Watch) -> Path:
         batches = iter(data.loader)
         while step < data.num_steps:
             started = time.perf_counter()
-            packs = next(batches)
-            waited = time.perf_counter() - started
+            packs, waited = data.take(batches, ranks)
             factor = lr_factor(
                 step, num_steps=data.num_steps, warmup_steps=recipe.optim.warmup_steps, schedule=recipe.optim.schedule
             )
@@ -105,7 +107,7 @@ def _train(recipe: Recipe, ranks: Ranks, watch: Watch) -> Path:
             )
             if checked:
                 recorder.line(checked)
-            broken = data.share_rejects(packs.rejected, ranks)
+            broken = data.add_rejects(packs.rejected)
             tally = StepTally(
                 step=step,
                 epoch=packs.epoch,
@@ -140,7 +142,7 @@ def _train(recipe: Recipe, ranks: Ranks, watch: Watch) -> Path:
             if last or stopping or _every(keep.every_steps, step):
                 state = {
                     "loader": packs.state,
-                    "rejects": data.rejects,
+                    "rejects": data.rejects_state(),
                     "eval": losses,
                     "engine": recipe.parallel.engine,
                     "world_size": ranks.world_size,
