@@ -18,7 +18,7 @@ from typing import Any
 
 import torch.distributed as torch_dist
 
-from qwen3vl_train.dist import Ranks
+from qwen3vl_train.dist import BEATS, Ranks, await_main
 
 _PACKAGE = Path(__file__).parent
 # What gloo, NCCL, the store and torch's debug wrapper say of a rank that does not answer.
@@ -46,6 +46,8 @@ class RankState:
 class Watch:
     """A with-block around the training loop. `beat(step)` after every step; costs the loop nothing.
 
+    While rank 0 beats (`Ranks.beat`), nobody is late.
+
     Turns an error of a collective into LateRankError. Where there is no exception (NCCL ends the process from a thread
     of its own) ranks 0 and 1 tell the same at nine tenths of the timeout, by `tell`. It stops no rank that goes on.
     """
@@ -55,6 +57,7 @@ class Watch:
         self._interval = min(10.0, timeout_seconds / 10)
         self._thread_id = threading.get_ident()  # of the training thread, which need not be the main one (Ray)
         self._step, self._since, self._told = 0, time.monotonic(), False
+        self._beats = 0
         self._done = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -118,8 +121,11 @@ class Watch:
             told = {"step": self._step, "place": place, "waits": waits, "time": time.time()}
             try:
                 self._store.set(f"watch/{self._ranks.rank}", json.dumps(told))
+                beats = self._store.add(BEATS, 0)
             except RuntimeError:
                 return  # the store went with rank 0; the main thread meets the same fault and tells it
+            if beats != self._beats:  # rank 0 is at work that the others wait for
+                self._beats, self._since = beats, time.monotonic()
             told_at, told_step = time.monotonic(), self._step
             late = time.monotonic() - self._since > TELL_AT * self._timeout
             if late and not self._told and self._ranks.rank < 2:  # two tell it: one may be the one that hangs
@@ -138,7 +144,7 @@ def where(frame: FrameType | None) -> tuple[str, bool]:
     place, waits = "", False
     while frame is not None:
         code = frame.f_code
-        if "/torch/distributed/" in code.co_filename:
+        if "/torch/distributed/" in code.co_filename or code is await_main.__code__:
             waits = True
         file = Path(code.co_filename)
         if not place and file.is_relative_to(_PACKAGE) and file.name != "dist.py":

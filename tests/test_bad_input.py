@@ -325,8 +325,12 @@ def test_a_file_with_nothing_to_learn_from(answer, values, tmp_path):
             f"  - {path}:1: nothing to learn: no assistant message is trained; add an answer or take out loss: false",
         ],
     )
+    run = tmp_path / "out" / "run"
+    assert [file.name for file in run.iterdir()] == ["rejected.jsonl"]
+    assert [(row["file"], row["row"]) for row in _rejected(run)] == [(str(path), 1)]
     path.write_text("")
     assert answer(values) == (2, f"{path}: nothing to learn from, none of 0 rows can be used; mend the rows")
+    assert list(run.iterdir()) == []
 
 
 def test_data_files_that_are_not_there(answer, values, task, tmp_path):

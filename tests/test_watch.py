@@ -10,7 +10,7 @@ import pytest
 import tiny
 import torch
 
-from qwen3vl_train.dist import NCCL_SETTINGS, Ranks, start_ranks, stop_ranks
+from qwen3vl_train.dist import NCCL_SETTINGS, Ranks, await_main, start_ranks, stop_ranks
 from qwen3vl_train.watch import LateRankError, RankState, Watch, describe, where
 
 CPU = torch.device("cpu")
@@ -59,6 +59,19 @@ def state(rank: int, step: int, *, waits: bool = True, place: str = "parallel/dd
     return RankState(rank, step, place, waits, silent)
 
 
+def _indexes(rank: int, world_size: int) -> list[str]:
+    told: list[str] = []
+    with Watch(ranks := Ranks(rank, world_size, rank, CPU), timeout_seconds=2, tell=told.append):
+        for _ in range(20):
+            time.sleep(0.2)
+            ranks.beat()
+    return told
+
+
+def test_nobody_is_late_while_rank_0_goes_on_with_its_work():
+    assert tiny.run_ranks(_indexes, 2) == [[], []]
+
+
 def test_many_ranks_make_a_short_report():
     states = [state(rank, 7, waits=rank != 700, place="data/loader.py:88 take" if rank == 700 else "step.py:9 run")
               for rank in range(1024)]  # fmt: skip
@@ -101,6 +114,18 @@ def test_a_place_is_the_innermost_line_of_the_package():
     with pytest.raises(Stop) as caught:
         ranks.from_main(look)  # a frame of dist.py, which says nothing: everything goes through it
     assert caught.value.args == ("", False)
+
+
+def test_a_rank_that_waits_for_work_of_rank_0_is_seen_to_wait():
+    class Store:
+        timeout = timedelta(seconds=9)
+
+        def check(self, keys: list[str]) -> bool:
+            raise LookupError(*where(sys._getframe()))
+
+    with pytest.raises(LookupError) as caught:
+        await_main(Store(), "done")
+    assert caught.value.args == ("", True)
 
 
 def test_errors_of_other_kinds_and_runs_of_one_pass_through():

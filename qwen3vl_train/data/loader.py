@@ -1,145 +1,27 @@
-"""Steps of packs for one rank: a plan is dealt to ranks, and worker processes build what is dealt to this one.
+"""The loader of data that is indexed: plans epochs from costs, and evaluation files.
 
 What makes which pack and step depends on the data, the seed and the budgets, never on ranks, workers or timing. So a
 position is a few numbers, and a run goes on exactly where it was, also on another number of ranks.
 """
 
 import math
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from qwen3vl_train.batch import PackedBatch
 from qwen3vl_train.data.collate import MultimodalCollator
 from qwen3vl_train.data.faults import Reject, RowFault
 from qwen3vl_train.data.formats import Sample
 from qwen3vl_train.data.index import Index
-from qwen3vl_train.data.plan import CostModel, PackLimits, arrange, plan_packs, random_stream, share
-from qwen3vl_train.data.shipping import Shipment
+from qwen3vl_train.data.plan import CostModel, PackLimits, arrange, plan_packs, random_stream
 from qwen3vl_train.data.sources import Source
 from qwen3vl_train.data.stamps import local_files, stamp_of
-from qwen3vl_train.data.workers import in_workers
+from qwen3vl_train.data.steps import PackResult, PlanMark, PlannedStep, StepPacks, build_packs, deal_steps
 
 WINDOW = 8192
 """Rows of an index that are planned together: enough that almost no pack has room left over."""
-
-
-class PackResult(NamedTuple):
-    """What becomes of one planned pack; pack is None when every row of it turned out broken."""
-
-    pack: PackedBatch | None
-    rejected: list[Reject]
-
-
-Build = Callable[[Any], PackResult]
-"""Makes a pack of what the plan says of it. Sent to worker processes."""
-
-
-def build_packs(
-    build: Build, planned: Iterable[Any], num_workers: int, *, pin_memory: bool = False
-) -> Iterator[PackResult]:
-    """Yield what `build` makes of each planned pack, in order, see `in_workers`; packs come through shared memory."""
-    if not num_workers:
-        for result in map(build, planned):
-            yield result._replace(pack=result.pack.pin_memory()) if pin_memory and result.pack else result
-        return
-    for shipped, rejected in in_workers(_Ship(build), planned, num_workers, pin_memory=pin_memory):
-        yield PackResult(shipped.unpack() if shipped else None, rejected)
-
-
-class _Ship:
-    def __init__(self, build: Build) -> None:
-        self.build = build
-
-    def __call__(self, planned: Any) -> tuple[Shipment | None, list[Reject]]:
-        pack, rejected = self.build(planned)
-        return Shipment.of(pack) if pack else None, rejected
-
-
-@dataclass(frozen=True)
-class StepPacks:
-    """The packs of one step that this rank trains on.
-
-    packs may be empty: a short last step has fewer packs than ranks, or all rows of a pack were broken.
-    pack_numbers: place of each pack among the packs of the step over all ranks. num_packs: planned packs of the step
-    over all ranks. epoch: counted from 0. rejected: rows of this rank that broke when decoded, and, on rank 0, rows of
-    a stream that cannot be used. state: where the loader stands AFTER this step, as JSON, the same on every rank; save
-    it with what the step has trained. num_shrunk: media in the step, over all ranks, that a budget made smaller.
-    num_seen, num_dropped: rows looked at since the run began, and those of them left out by `too_long: drop`.
-
-    Which source a sample is of is in its name: `rows.source_of(name)` for each of `PackedBatch.sample_ids`.
-    """
-
-    packs: list[PackedBatch]
-    pack_numbers: list[int]
-    num_packs: int
-    epoch: int
-    rejected: list[Reject]
-    state: dict[str, Any]
-    num_shrunk: int = 0
-    num_seen: int = 0
-    num_dropped: int = 0
-
-
-@dataclass
-class PlannedStep:
-    """One step of all ranks. packs: what `build` is given for each; work: of each, by which they are dealt to ranks.
-
-    See StepPacks for the other fields.
-    """
-
-    packs: list[Any]
-    work: list[int]
-    epoch: int
-    state: dict[str, Any]
-    num_shrunk: int
-    num_seen: int
-    num_dropped: int
-    rejected: list[Reject] = field(default_factory=list)
-
-
-def deal_steps(
-    steps: Iterator[PlannedStep],
-    build: Build,
-    *,
-    rank: int,
-    world_size: int,
-    num_workers: int,
-    pin_memory: bool,
-) -> Iterator[StepPacks]:
-    """Yield the steps with this rank's packs built, a few packs ahead of time in worker processes.
-
-    The plan is walked once, by whatever asks for the next pack to build; a step without a pack of this rank takes its
-    turn there too, as a pack to build of nothing.
-    """
-    planned: deque[tuple[PlannedStep, list[int]]] = deque()
-
-    def to_build() -> Iterator[Any]:
-        for step in steps:
-            mine = share(step.work, world_size)[rank]
-            packs, step.packs = step.packs, []
-            planned.append((step, mine))
-            yield from [packs[number] for number in mine] or [()]
-
-    results = build_packs(build, to_build(), num_workers, pin_memory=pin_memory)
-    for result in results:
-        step, mine = planned.popleft()
-        of_step = [result, *(next(results) for _ in mine[1:])] if mine else []
-        built = [(number, pack) for number, (pack, _) in zip(mine, of_step, strict=True) if pack is not None]
-        yield StepPacks(
-            packs=[pack for _, pack in built],
-            pack_numbers=[number for number, _ in built],
-            num_packs=len(step.work),
-            epoch=step.epoch,
-            rejected=[reject for _, rejected in of_step for reject in rejected] + (step.rejected if rank == 0 else []),
-            state=step.state,
-            num_shrunk=step.num_shrunk,
-            num_seen=step.num_seen,
-            num_dropped=step.num_dropped,
-        )
 
 
 class BuildRows:
@@ -243,8 +125,8 @@ class TrainLoader:
         """Prepare; nothing is read until iteration.
 
         sources_with_weights: weight 1 is every row once an epoch, 2 twice, 0.5 another random half each epoch.
-        Exactly one of num_epochs and num_steps ends the run. packs_per_step counts the packs of all ranks. Raises
-        ValueError for settings out of range and for data that holds no step.
+        Exactly one of num_epochs and num_steps ends the run. packs_per_step counts the packs of all ranks. An index
+        without a usable row makes a run of no steps. Raises ValueError for settings out of range.
         """
         self.sources = [source for source, _ in sources_with_weights]
         self.weights = [float(weight) for _, weight in sources_with_weights]
@@ -252,17 +134,16 @@ class TrainLoader:
         assert np.diff(index.starts).tolist() == lengths, f"index of other sources: {index.starts}, rows {lengths}"
         check_weights(sources_with_weights)
         check_run(packs_per_step, num_epochs, num_steps)
-        if not index.num_usable:
-            raise ValueError("data.train: no usable row; mend the rows that rejected.jsonl lists")
         self.index, self.collator, self.limits, self.window = index, collator, limits, window
         self.packs_per_step, self.seed = packs_per_step, seed
         self.rank, self.world_size, self.num_workers, self.pin_memory = rank, world_size, num_workers, pin_memory
-        self.num_epochs, self._num_steps = num_epochs, num_steps
+        self.num_epochs, self._num_steps = num_epochs, num_steps if index.num_usable else 0
         self.cost_model = cost_model or CostModel()
         self.work = self.cost_model.work(index.tokens, index.patches, index.patch_pairs)
         self._position = _Position(0, 0, 0)
         self._planned: tuple[int, list[list[int]]] = (-1, [])
-        self._fingerprint = {
+        self._epoch_lengths: dict[int, int] = {}  # in steps
+        self.fingerprint: dict[str, Any] = {
             "sources": [source.fingerprint() for source in self.sources],
             "weights": self.weights,
             "costs": index.digest(),
@@ -278,34 +159,53 @@ class TrainLoader:
         return self.limits.tokens
 
     @property
+    def epoch(self) -> int:
+        """The epoch of the last step yielded, counted from 0."""
+        return self._position.epoch
+
+    @property
     def num_steps(self) -> int:
-        """Steps of the whole run, from its beginning. With num_epochs, plans every epoch once."""
+        """Steps of the whole run, from its beginning. With num_epochs, plans every epoch whose length is not known."""
         if self._num_steps is None:
-            assert self.num_epochs is not None
-            self._num_steps = sum(self._steps_of(epoch) for epoch in range(self.num_epochs))
+            self._num_steps = sum(self._lengths())
         return self._num_steps
 
-    def _steps_of(self, epoch: int) -> int:
-        return math.ceil(len(self.epoch_packs(epoch)) / self.packs_per_step)
+    def _lengths(self) -> list[int]:
+        """Return the steps of each epoch; of none where num_steps ends the run, which need not be known ahead."""
+        epochs = range(self.num_epochs or 0)
+        # The epoch that is trained next comes last: the plan of the last one is kept.
+        for epoch in sorted(set(epochs) - self._epoch_lengths.keys(), key=lambda epoch: (epoch == self.epoch, epoch)):
+            self._epoch_lengths[epoch] = math.ceil(len(self.epoch_packs(epoch)) / self.packs_per_step)
+        return [self._epoch_lengths[epoch] for epoch in epochs]
 
     def epoch_packs(self, epoch: int) -> list[list[int]]:
-        """Return the planned packs of an epoch as lists of row numbers, all ranks and steps in order."""
+        """Return the packs of an epoch as lists of row numbers, all ranks and steps in order; keeps the last."""
         if self._planned[0] != epoch:
-            order = self._epoch_order(epoch)
-            packs: list[list[int]] = []
-            for number, start in enumerate(range(0, len(order), self.window)):
-                rows = order[start : start + self.window]
-                tokens, patches, work = self.index.tokens[rows], self.index.patches[rows], self.work[rows]
-                found = plan_packs(tokens, patches, work, self.limits)
-                places = arrange(
-                    [int(work[pack].sum()) for pack in found],
-                    packs_per_step=self.packs_per_step,
-                    lead=-len(packs) % self.packs_per_step,
-                    seed=(self.seed, epoch, 1, number),
-                )
-                packs += [rows[found[place]].tolist() for place in places]
-            self._planned = (epoch, packs)
+            self._planned = (epoch, list(self._plan(epoch)))
         return self._planned[1]
+
+    def _plan(self, epoch: int) -> Iterator[list[int]]:
+        """Yield the packs of an epoch, planned window by window as they are asked for."""
+        order = self._epoch_order(epoch)
+        done = 0
+        for number, start in enumerate(range(0, len(order), self.window)):
+            rows = order[start : start + self.window]
+            tokens, patches, work = self.index.tokens[rows], self.index.patches[rows], self.work[rows]
+            found = plan_packs(tokens, patches, work, self.limits)
+            places = arrange(
+                [int(work[pack].sum()) for pack in found],
+                packs_per_step=self.packs_per_step,
+                lead=-done % self.packs_per_step,
+                seed=(self.seed, epoch, 1, number),
+            )
+            yield from (rows[found[place]].tolist() for place in places)
+            done += len(places)
+
+    def _steps_of(self, epoch: int) -> Iterator[list[list[int]]]:
+        """Yield the packs of each step of an epoch, from the plan that is kept if it is this epoch's."""
+        packs = iter(self._planned[1]) if self._planned[0] == epoch else self._plan(epoch)
+        while step := list(islice(packs, self.packs_per_step)):
+            yield step
 
     def _epoch_order(self, epoch: int) -> np.ndarray:
         """Return the rows of an epoch, shuffled: each usable row as often as its source's weight says."""
@@ -321,7 +221,11 @@ class TrainLoader:
 
     def state(self) -> dict[str, Any]:
         """Return the position of the next step to be yielded, as JSON."""
-        return {**self._position._asdict(), "fingerprint": self._fingerprint}
+        return self._state(self._position)
+
+    def _state(self, position: _Position) -> dict[str, Any]:
+        # With the lengths of the epochs, so that a run that goes on need not plan all of them again.
+        return {**position._asdict(), "epoch_lengths": self._lengths(), "fingerprint": self.fingerprint}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on behind the step whose `StepPacks.state` this is; call it before iterating.
@@ -329,22 +233,26 @@ class TrainLoader:
         Rank and world size may differ from those of the run that saved it. Raises ValueError that names what of the
         data or the plan is not as it was.
         """
-        check_fingerprint(state["fingerprint"], self._fingerprint)
+        check_fingerprint(state["fingerprint"], self.fingerprint)
+        self._epoch_lengths.update(enumerate(state["epoch_lengths"]))
+        self._stand_at(state)
+
+    def _stand_at(self, state: dict[str, Any]) -> None:
         self._position = _Position(state["epoch"], state["step_in_epoch"], state["steps_done"])
 
     def _steps(self, start: _Position) -> Iterator[PlannedStep]:
         """Yield the steps from a position to the end of the run."""
         epoch, step, done = start
         while done < self.num_steps:
-            packs = self.epoch_packs(epoch)
-            while step * self.packs_per_step < len(packs) and done < self.num_steps:
-                of_step = packs[step * self.packs_per_step : (step + 1) * self.packs_per_step]
+            for of_step in islice(self._steps_of(epoch), step, step + self.num_steps - done):
                 step, done = step + 1, done + 1
+                position = _Position(epoch, step, done)
                 yield PlannedStep(
                     of_step,
                     [int(self.work[pack].sum()) for pack in of_step],
                     epoch,
-                    {**_Position(epoch, step, done)._asdict(), "fingerprint": self._fingerprint},
+                    self._state(position),
+                    PlanMark.of(position._asdict(), of_step),
                     num_shrunk=sum(int(self.index.num_shrunk[pack].sum()) for pack in of_step),
                     num_seen=self.index.num_rows,
                     num_dropped=self.index.num_dropped,
@@ -362,7 +270,7 @@ class TrainLoader:
             pin_memory=self.pin_memory,
         )
         for step in steps:
-            self._position = _Position(step.state["epoch"], step.state["step_in_epoch"], step.state["steps_done"])
+            self._stand_at(step.state)
             yield step
 
 

@@ -200,6 +200,11 @@ def share(work: Sequence[int], world_size: int) -> list[list[int]]:
     return [sorted(numbers) for numbers in shares]
 
 
+def rank_loads(work: Sequence[int], shares: Sequence[Sequence[int]]) -> list[int]:
+    """Return the work of each rank. work: of each pack of a step. shares: of the ranks, as `share` deals them."""
+    return [sum(work[number] for number in numbers) for numbers in shares]
+
+
 class PlanFigures(NamedTuple):
     """fill: tokens in the packs / tokens they could hold. balance: (work of the busiest rank) / (mean of all ranks),
     over whole steps, weighted by work: how much longer they take than with even ranks. worst_balance: of one step.
@@ -217,7 +222,7 @@ def plan_figures(
     busiest, mean = [], []
     for first in range(0, len(work) - packs_per_step + 1, packs_per_step):
         of_step = work[first : first + packs_per_step]
-        loads = [sum(of_step[number] for number in numbers) for numbers in share(of_step, world_size)]
+        loads = rank_loads(of_step, share(of_step, world_size))
         busiest.append(max(loads))
         mean.append(sum(loads) / world_size)
     fill = sum(tokens) / (max_tokens * len(tokens)) if tokens else 0.0

@@ -1,132 +1,38 @@
 """The training loader of sources that come row after row and need not say how many rows they have.
 
 A window of rows is read, looked at and packed, then the next. Memory holds a few windows, however long the stream. A
-position is where its window begins and how many packs of it are used up: going on reads that window again. Every rank
-looks at all rows (text and headers only) and plans alike, so that nothing depends on the number of ranks.
+position is where its window begins and how many packs of it are used up: going on reads that window again.
+
+Rank 0 looks at the rows (text and headers only) and leaves what it found for the others, which read the rows alone. So
+all hold the same plan whatever a rank may fail to read; and every rank plans all packs, so that nothing depends on the
+number of ranks.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from itertools import count
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from qwen3vl_train.data.collate import MultimodalCollator
-from qwen3vl_train.data.encode import EncodedSample, SampleCost
+from qwen3vl_train.data.encode import EncodedSample
 from qwen3vl_train.data.faults import Reject, RowFault
-from qwen3vl_train.data.formats import Sample, TextPart
 from qwen3vl_train.data.index import LengthRule
-from qwen3vl_train.data.loader import (
-    PackResult,
-    PlannedStep,
-    StepPacks,
-    changed_media,
-    check_fingerprint,
-    check_run,
-    check_weights,
-    deal_steps,
-)
+from qwen3vl_train.data.loader import changed_media, check_fingerprint, check_run, check_weights
 from qwen3vl_train.data.mixture import Cursor, Mixture, Part
 from qwen3vl_train.data.plan import CostModel, PackLimits, arrange, plan_packs
 from qwen3vl_train.data.stamps import stamp_of
+from qwen3vl_train.data.steps import PackResult, PlanMark, PlannedStep, StepPacks, deal_steps
+from qwen3vl_train.data.windows import PIECES_AHEAD, Scanner, StreamedRow, Window, follow
 from qwen3vl_train.data.workers import from_worker
 
-_MAX_BYTES = 512 << 20
-"""Of media inside the rows of one window, which are held in memory; the window ends early."""
 
+class Board(Protocol):
+    """Notes that rank 0 leaves for the other ranks, as JSON; `read` waits for a note that is not written yet."""
 
-class StreamedRow(NamedTuple):
-    """A row as it was when it was looked at. file, number: for people. tokens, stamp: see `_BuildSamples`."""
+    def write(self, key: str, note: Any) -> None: ...
 
-    sample: Sample
-    file: str
-    number: int
-    tokens: int
-    stamp: int
-
-
-@dataclass
-class Window:
-    """Neighbouring rows of the stream. costs: int64 (fields of SampleCost, usable rows).
-
-    behind: cursor of the first row behind it, in the next epoch where ends_epoch. num_rows: of them all.
-    """
-
-    epoch: int
-    rows: list[StreamedRow] = field(default_factory=list)
-    costs: list[SampleCost] = field(default_factory=list)
-    rejects: list[Reject] = field(default_factory=list)
-    num_rows: int = 0
-    num_dropped: int = 0
-    behind: Cursor = field(default_factory=dict)
-    ends_epoch: bool = False
-
-
-class Scanner:
-    """Reads windows from a cursor on, for ever."""
-
-    def __init__(self, mixture: Mixture, collator: MultimodalCollator, rule: LengthRule, window: int) -> None:
-        self.mixture, self.collator, self.rule, self.window = mixture, collator, rule, window
-
-    def windows(self, cursor: Cursor) -> Iterator[Window]:
-        """Yield windows; they end with their epoch. Raises ValueError when an epoch holds no usable row."""
-        num_usable, whole_epoch = 0, cursor == self.mixture.start(cursor["epoch"])
-        seen: list[Reject] = []
-        num_rows = 0
-        while True:
-            window = self._read(cursor)
-            num_usable += len(window.rows)
-            num_rows += window.num_rows
-            seen = (seen + window.rejects)[:3]
-            if window.ends_epoch:
-                if whole_epoch and not num_usable:
-                    names = ", ".join(part.name for part in self.mixture.parts)
-                    shown = "".join(f"\n  - {reject}" for reject in seen)
-                    raise ValueError(
-                        f"{names}: nothing to learn from, none of {num_rows} rows can be used; mend the rows{shown}"
-                    )
-                num_usable, num_rows, whole_epoch = 0, 0, True
-            yield window
-            cursor = window.behind
-
-    def _read(self, cursor: Cursor) -> Window:
-        window = Window(cursor["epoch"], behind=cursor)
-        num_bytes = 0
-        for behind, row in self.mixture.rows(cursor):
-            window.behind = behind
-            window.num_rows += 1
-            try:
-                if isinstance(row.sample, RowFault):
-                    raise row.sample
-                cost = self.rule.admit(row.sample, self.collator)
-            except RowFault as fault:
-                window.rejects.append(Reject(row.file, row.row_number, str(fault)))
-            else:
-                if cost is None:
-                    window.num_dropped += 1
-                else:
-                    stamp = stamp_of(row.sample)
-                    window.rows.append(StreamedRow(row.sample, row.file, row.row_number, cost.tokens, stamp))
-                    window.costs.append(cost)
-                    num_bytes += _inline_bytes(row.sample)
-            if window.num_rows == self.window or num_bytes > _MAX_BYTES:
-                return window
-        window.behind, window.ends_epoch = self.mixture.start(cursor["epoch"] + 1), True
-        return window
-
-
-def _inline_bytes(sample: Sample) -> int:
-    """Return how much memory the media take that lie inside a row."""
-    parts = [part for message in sample.messages for part in message.content if not isinstance(part, TextPart)]
-    return sum(_size(getattr(part, "image", None) or getattr(part, "video", None)) for part in parts)
-
-
-def _size(medium: Any) -> int:
-    if isinstance(medium, bytes | str):
-        return len(medium)
-    if isinstance(medium, list | tuple):
-        return sum(_size(item) for item in medium)
-    return 3 * medium.width * medium.height if hasattr(medium, "width") else 0
+    def read(self, key: str) -> Any: ...
 
 
 class _BuildSamples:
@@ -140,6 +46,8 @@ class _BuildSamples:
         rejected: list[Reject] = []
         for row in rows:
             try:
+                if isinstance(row.sample, RowFault):
+                    raise row.sample
                 made = self.collator.encode(row.sample)
                 if made.input_ids.numel() != row.tokens or stamp_of(row.sample) != row.stamp:
                     raise RowFault(changed_media(row.sample, "read"))
@@ -154,7 +62,8 @@ class _Position(NamedTuple):
     """The next step begins behind the first `taken` packs of the window at `cursor`.
 
     lead: packs of this window that complete the last step of the window before, see `arrange`. num_seen, num_dropped:
-    rows before this window since the run began.
+    rows before this window since the run began. left_out, mark: what was found of this window, where some of it is
+    used up (`Window`): read again, it must give the same plan, whatever can be read by then.
     """
 
     cursor: Cursor
@@ -163,6 +72,8 @@ class _Position(NamedTuple):
     steps_done: int
     num_seen: int
     num_dropped: int
+    left_out: list[int]
+    mark: int
 
 
 class StreamLoader:
@@ -185,11 +96,14 @@ class StreamLoader:
         window: int = 2048,
         cost_model: CostModel | None = None,
         pin_memory: bool = False,
+        board: Board | None = None,
     ) -> None:
         """Prepare; nothing is read until iteration.
 
         window: rows that are planned together. Exactly one of num_epochs and num_steps ends the run. With workers, one
-        more process reads the stream. Raises ValueError for settings out of range.
+        more process reads the stream. board: by which rank 0 tells the others what it found; every rank must iterate as
+        often as rank 0 does, with as many workers. Without one a rank looks at the rows itself, and has the same steps
+        only while every rank can read every row. Raises ValueError for settings out of range.
         """
         check_weights([(part, part.weight) for part in parts])
         check_run(packs_per_step, num_epochs, num_steps)
@@ -201,13 +115,14 @@ class StreamLoader:
         self.num_steps = num_steps
         """Steps of the whole run, from its beginning; None where num_epochs ends it: a stream does not say."""
         self.window = window
+        self._board, self._num_rounds = board, 0
         self.cost_model = cost_model or CostModel()
         mixture = Mixture(parts, seed)
         self._scanner = Scanner(mixture, collator, rule, window)
-        self._position = _Position(mixture.start(), 0, 0, 0, 0, 0)
+        self._position = _Position(mixture.start(), 0, 0, 0, 0, 0, [], 0)
         self.num_seen = 0
         """Rows looked at for the steps yielded so far, since the run began."""
-        self._fingerprint = {
+        self.fingerprint: dict[str, Any] = {
             "sources": [part.reader.source.fingerprint() for part in parts],
             "weights": [part.weight for part in parts],
             "encoder": [collator.fingerprint(), list(rule)],
@@ -227,7 +142,7 @@ class StreamLoader:
         return self._state(self._position, self.num_seen)
 
     def _state(self, position: _Position, seen: int) -> dict[str, Any]:
-        return {**position._asdict(), "seen": seen, "fingerprint": self._fingerprint}
+        return {**position._asdict(), "seen": seen, "fingerprint": self.fingerprint}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on behind the step whose `StepPacks.state` this is; call it before iterating.
@@ -235,7 +150,7 @@ class StreamLoader:
         Rank and world size may differ from those of the run that saved it. Raises ValueError that names what of the
         data or the plan is not as it was.
         """
-        check_fingerprint(state["fingerprint"], self._fingerprint)
+        check_fingerprint(state["fingerprint"], self.fingerprint)
         self._stand_at(state)
 
     def _stand_at(self, state: dict[str, Any]) -> None:
@@ -262,7 +177,10 @@ class StreamLoader:
         rejected: list[Reject] = []
         if self._ends(position):
             return
-        for window in from_worker(self._scanner.windows, position.cursor, in_process=self.num_workers == 0):
+        for window in self._windows(position.cursor, position.left_out):
+            if position.taken:
+                _check_same_again(window, position)
+            position = position._replace(left_out=window.left_out, mark=window.mark())
             packs = self._plan(window, position)
             # A position inside the window is behind a step that has told of the window's rejects.
             rejected += window.rejects if not position.taken else []
@@ -276,14 +194,26 @@ class StreamLoader:
                     if self._ends(position):
                         return
             short = window.ends_epoch and bool(begun)
-            position = _Position(
-                window.behind, 0 if short else -len(begun) % self.packs_per_step, 0, position.steps_done + short, *seen
-            )
+            lead = 0 if short else -len(begun) % self.packs_per_step
+            position = _Position(window.behind, lead, 0, position.steps_done + short, *seen, [], 0)
             if short:
                 yield self._step(begun, window.epoch, position, seen, rejected)
                 begun, rejected = [], []
             if self._ends(position):
                 return
+
+    def _windows(self, cursor: Cursor, left_out: list[int]) -> Iterator[Window]:
+        """Yield the windows from a cursor on, the same on every rank."""
+        in_process = self.num_workers == 0
+        if self._board is None or self.world_size == 1:
+            return from_worker(self._scanner.windows, (cursor, left_out), in_process=in_process)
+        self._num_rounds += 1
+        keys = (f"{self._num_rounds}/{number}" for number in count())
+        if self.rank == 0:
+            windows = from_worker(self._scanner.windows, (cursor, left_out), in_process=in_process)
+            return _post(windows, self._board, keys)
+        pieces = from_worker(self._scanner.pieces, cursor, in_process=in_process, ahead=PIECES_AHEAD)
+        return follow(_posted(self._board, keys), pieces)
 
     def _ends(self, position: _Position) -> bool:
         if self.num_steps is not None:
@@ -321,11 +251,14 @@ class StreamLoader:
         seen: tuple[int, int],
         rejected: list[Reject],
     ) -> PlannedStep:
+        state = self._state(position, seen[0])
+        names = [[(row.file.rpartition("/")[2], row.number, row.tokens) for row in pack.rows] for pack in packs]
         return PlannedStep(
             packs=[pack.rows for pack in packs],
             work=[pack.work for pack in packs],
             epoch=epoch,
-            state=self._state(position, seen[0]),
+            state=state,
+            mark=PlanMark.of({**state, "fingerprint": None}, names),
             num_shrunk=sum(pack.num_shrunk for pack in packs),
             num_seen=seen[0],
             num_dropped=seen[1],
@@ -337,3 +270,33 @@ class _PlannedPack(NamedTuple):
     rows: list[StreamedRow]
     work: int
     num_shrunk: int
+
+
+def _check_same_again(window: Window, position: _Position) -> None:
+    """Raise ValueError where a window of which packs were trained is not as it was then."""
+    if window.mark() != position.mark:
+        lost = window.rejects[0] if window.rejects else "the token counts of its rows differ"
+        raise ValueError(
+            f"resume: the stretch of the stream that the run stopped in is not what it was: {lost}; put it back, or "
+            "start a new run"
+        )
+
+
+def _post(windows: Iterator[Window], board: Board, keys: Iterator[str]) -> Iterator[Window]:
+    """Leave what was found of each window for the other ranks, and how reading ends where it fails."""
+    for key in keys:
+        try:
+            window = next(windows)
+        except Exception as error:  # whatever it is, the others wait for it
+            board.write(key, {"fault": str(error), "mend": isinstance(error, ValueError)})
+            raise
+        board.write(key, window.outcome())
+        yield window
+
+
+def _posted(board: Board, keys: Iterator[str]) -> Iterator[dict[str, Any]]:
+    for key in keys:
+        note = board.read(key)
+        if "fault" in note:
+            raise (ValueError if note["mend"] else RuntimeError)(note["fault"])
+        yield note

@@ -36,8 +36,10 @@ def in_workers(
     return _unwrapped(loader)
 
 
-def from_worker(make: Callable[[Any], Iterator[Any]], argument: Any, *, in_process: bool) -> Iterator[Any]:
-    """Yield what make(argument) yields, made in one worker process a single item ahead, or in this one.
+def from_worker(
+    make: Callable[[Any], Iterator[Any]], argument: Any, *, in_process: bool, ahead: int = 1
+) -> Iterator[Any]:
+    """Yield what make(argument) yields, made in one worker process so many items ahead, or in this one.
 
     Raises RuntimeError when the worker dies, and the ValueError that `make` raises.
     """
@@ -47,7 +49,7 @@ def from_worker(make: Callable[[Any], Iterator[Any]], argument: Any, *, in_proce
         _Make(make, argument),
         batch_size=None,
         num_workers=1,
-        prefetch_factor=1,
+        prefetch_factor=ahead,
         collate_fn=_as_is,
         worker_init_fn=_start_worker,
         generator=torch.Generator(),

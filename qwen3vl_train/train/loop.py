@@ -1,5 +1,6 @@
 """`train(recipe)`: builds model, data and optimizer, then loops. The loop's whole state is the step."""
 
+import os
 import time
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from qwen3vl_train.train.metrics import StepTally
 from qwen3vl_train.train.rank_log import rank_log
 from qwen3vl_train.train.record import Recorder
 from qwen3vl_train.train.report import start_report
-from qwen3vl_train.train.run_folder import REJECTED_FILE, RejectLog, claim_run_folder, open_run_folder, versions
+from qwen3vl_train.train.run_folder import REJECTED_FILE, claim_run_folder, open_run_folder, restart_rejects, versions
 from qwen3vl_train.train.schedule import lr_factor
 from qwen3vl_train.train.sources import source_names
 from qwen3vl_train.train.step import train_step
@@ -46,6 +47,8 @@ def train(recipe: Recipe) -> Path:
 
 def _train(recipe: Recipe, ranks: Ranks, watch: Watch) -> Path:
     check_world_size(recipe, ranks.world_size)
+    if recipe.train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at its first product and needs it
     if recipe.train.deterministic != torch.are_deterministic_algorithms_enabled():
         torch.use_deterministic_algorithms(recipe.train.deterministic)  # imports torch's compiler, seconds of start-up
     # Rank 0 looks at the folder for all, so that none sees it a moment earlier or later than the others.
@@ -56,10 +59,13 @@ def _train(recipe: Recipe, ranks: Ranks, watch: Watch) -> Path:
     step = record["step"] if record else 0
     updates = record["updates"] if record else 0  # a step without a label is none
     data = open_data(recipe, ranks, loader_state=record["loader"] if record else None)
-    RejectLog(folder / REJECTED_FILE, writes=ranks.is_main, fresh=not checkpoint).add(data.rejects)
+    saved = record["rejects"] if record else {"listed": 0, "of_streams": 0}
+    listed = ranks.from_main(
+        lambda: restart_rejects(folder / REJECTED_FILE, data.found_rejects(), num_saved=saved["listed"])
+    )
     data.check_rejects()
     # Behind the check: what broke before a stop counts on, but does not keep a run from going on once it is mended.
-    data.add_rejects([Reject(*fields) for fields in record["rejects"]] if record else [])
+    data.load_rejects(saved, listed)
     watch.beat(step)
     model, optimizer = build_engine(recipe, ranks)
     model.train()
@@ -97,8 +103,7 @@ def _train(recipe: Recipe, ranks: Ranks, watch: Watch) -> Path:
         batches = iter(data.loader)
         while step < data.num_steps:
             started = time.perf_counter()
-            packs = next(batches)
-            waited = time.perf_counter() - started
+            packs, waited = data.take(batches, ranks)
             factor = lr_factor(
                 step, num_steps=data.num_steps, warmup_steps=recipe.optim.warmup_steps, schedule=recipe.optim.schedule
             )
@@ -126,7 +131,7 @@ def _train(recipe: Recipe, ranks: Ranks, watch: Watch) -> Path:
             )
             if checked:
                 recorder.line(checked)
-            broken = data.share_rejects(packs.rejected, ranks)
+            broken = data.add_rejects(packs.rejected)
             tally = StepTally(
                 step=step,
                 epoch=packs.epoch,
@@ -145,6 +150,7 @@ def _train(recipe: Recipe, ranks: Ranks, watch: Watch) -> Path:
                 checkpoint_stall_seconds=stall,
                 dropped=packs.num_dropped,
                 shrunk=packs.num_shrunk,
+                rank_balance=packs.balance,
                 sources=sums.sources,
             )
             recorder.step(tally, sums.grad_norms)
@@ -163,7 +169,7 @@ def _train(recipe: Recipe, ranks: Ranks, watch: Watch) -> Path:
                 state = {
                     "loader": packs.state,
                     "updates": updates,
-                    "rejects": data.rejects,
+                    "rejects": data.rejects_state(),
                     "eval": losses,
                     "engine": recipe.parallel.engine,
                     "world_size": ranks.world_size,

@@ -44,8 +44,8 @@ class StepTally:
     flops: useful FLOPs of the step, None where not counted. seconds: wall time of the whole step;
     data_wait_seconds: the part of it in which this rank waited for packs. rejected: rows refused since the run began,
     dropped: rows left out since then by data.too_long. shrunk: media of this step that a budget made smaller.
-    checkpoint_stall_seconds: how long the step before this one was held up by its checkpoint. sources: loss and label
-    tokens of each data set.
+    checkpoint_stall_seconds: how long the step before this one was held up by its checkpoint. rank_balance: planned work
+    of the busiest rank / mean of all. sources: loss and label tokens of each data set.
     """
 
     step: int
@@ -65,6 +65,7 @@ class StepTally:
     dropped: int
     shrunk: int
     checkpoint_stall_seconds: float = 0.0
+    rank_balance: float = 1.0
     sources: dict[str, SourceLoss] = field(default_factory=dict)
 
 
@@ -92,6 +93,7 @@ def step_metrics(
         "patches": tally.patches,
         "tokens_per_second": tally.tokens / seconds,
         "pack_efficiency": tally.tokens / max(tally.capacity, 1),
+        "rank_balance": tally.rank_balance,
         "data_wait_fraction": tally.data_wait_seconds / seconds,
         "mfu": mfu,
         "peak_memory_gib": peak_memory_gib,

@@ -148,7 +148,10 @@ def test_num_steps_runs_through_as_many_epochs_as_it_takes(source, collator, ind
     train = loader(source, collator, index, num_epochs=None, num_steps=11)
     steps = list(train)
     assert len(steps) == train.num_steps == 11
-    assert ids_of(steps)[:8] == ids_of(islice(loader(source, collator, index, num_epochs=9), 8))
+    of_epochs = list(islice(loader(source, collator, index, num_epochs=9), 8))
+    # But for the lengths of the epochs: of a run that does not end with one they are not known, nor asked for.
+    assert [told[:-1] for told in ids_of(steps)[:8]] == [told[:-1] for told in ids_of(of_epochs)]
+    assert [step.mark for step in steps[:8]] == [step.mark for step in of_epochs]
     train = loader(source, collator, index, num_epochs=None, num_steps=11)
     train.load_state_dict(steps[6].state)
     assert ids_of(train) == ids_of(steps[7:])

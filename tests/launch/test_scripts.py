@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 METRICS = {
     "step", "epoch", "loss", "grad_norm", "lr", "tokens", "label_tokens", "visual_tokens", "patches",
     "tokens_per_second", "pack_efficiency", "data_wait_fraction", "mfu", "peak_memory_gib", "seconds", "rejected",
-    "dropped", "shrunk", "checkpoint_stall_seconds", "sources",
+    "dropped", "shrunk", "checkpoint_stall_seconds", "rank_balance", "sources",
 }  # fmt: skip
 
 
