@@ -44,8 +44,8 @@ class StepTally:
     flops: useful FLOPs of the step, None where not counted. seconds: wall time of the whole step;
     data_wait_seconds: the part of it in which this rank waited for packs. rejected: rows refused since the run began,
     dropped: rows left out since then by data.too_long. shrunk: media of this step that a budget made smaller.
-    checkpoint_stall_seconds: how long the step before this one was held up by its checkpoint. rank_balance: planned work
-    of the busiest rank / mean of all. sources: loss and label tokens of each data set.
+    checkpoint_stall_seconds: how long the step before this one was held up by its checkpoint. rank_balance: planned
+    work of the busiest rank / mean of all. sources: loss and label tokens of each data set.
     """
 
     step: int

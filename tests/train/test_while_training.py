@@ -1,6 +1,7 @@
 """What a run does beside its steps: saving, keeping the best, writing for others, determinism."""
 
 import json
+import os
 import re
 import resource
 import shutil
@@ -288,6 +289,7 @@ def test_deterministic_kernels_are_asked_for(small: Path, task: Path, tmp_path: 
         )
         exact = train(recipe)
         assert torch.are_deterministic_algorithms_enabled()
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
         assert tiny_runs.losses(exact) == pytest.approx(tiny_runs.losses(plain), rel=1e-6)
     finally:
         torch.use_deterministic_algorithms(False)
