@@ -23,7 +23,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--num-workers", type=int, default=1, help="ranks, each with one GPU")
     parser.add_argument("--cpu", action="store_true", help="workers without a GPU")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()  # overrides may stand behind options, as the first line says
     recipe = load_recipe(arguments.recipe, arguments.overrides)
 
     from ray.train import FailureConfig, RunConfig, ScalingConfig  # type: ignore[import-not-found]  # an extra

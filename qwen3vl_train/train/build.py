@@ -3,6 +3,7 @@
 Built without memory, tuned, sharded, and only then filled, each rank with its own part.
 """
 
+import os
 import zlib
 from functools import partial
 from typing import Any
@@ -35,6 +36,9 @@ def build_engine(recipe: Recipe, ranks: Ranks) -> tuple[Qwen3VLForConditionalGen
 
     Raises ValueError for what is wrong with the model folder, the targets, or the numbers of ranks.
     """
+    if recipe.train.deterministic:
+        # cuBLAS is deterministic with a workspace of its own only, and reads its size at its first multiplication.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     if recipe.parallel.engine == "fsdp2":
         mesh = build_mesh(recipe.parallel, ranks)
         model = build_model(recipe, device=ranks.device, mesh=mesh)

@@ -61,6 +61,22 @@ def test_the_jobset_fits_its_schema_and_its_numbers_agree():
     assert mounted == {volume["name"] for volume in job["template"]["spec"]["volumes"]}
 
 
+def test_the_job_that_the_jobset_makes_is_one_to_kubernetes_itself():
+    """With the whole schema of Kubernetes, where `pip install kubernetes-validate` (111 MB) has brought it."""
+    kubernetes = pytest.importorskip("kubernetes_validate")
+    (node,) = read("jobset.yaml")["spec"]["replicatedJobs"]
+    job = {
+        "apiVersion": "batch/v1",
+        "kind": "Job",
+        "metadata": {"name": node["name"]},
+        "spec": node["template"]["spec"],
+    }
+    kubernetes.validate(job, "1.33", strict=True)
+    job["spec"]["template"]["spec"]["containers"][0]["imagee"] = "misspelt"
+    with pytest.raises(kubernetes.ValidationError, match="imagee"):
+        kubernetes.validate(job, "1.33", strict=True)
+
+
 def test_the_skypilot_file_fits_its_schema():
     task = read("sky.yaml")
     jsonschema.validate(task, schemas.SKY)
@@ -106,6 +122,17 @@ def test_the_ray_script_calls_train_and_imports_ray_only_when_it_runs(tmp_path: 
     )
     assert asked.returncode == 0, asked.stderr
     assert "--num-workers" in asked.stdout
+    behind = [sys.executable, str(file), str(tmp_path / "none.yaml"), "--num-workers", "2", "train.num_steps=1"]
+    assert "unrecognized arguments" not in launchers.run(behind).stderr
+
+
+def test_a_ray_worker_trains(tiny_folder: Path, task: Path, tmp_path: Path):
+    pytest.importorskip("ray.train.torch")
+    recipe = launchers.short_recipe(tiny_folder, task, tmp_path)
+    command = [sys.executable, str(CLUSTER / "ray_train.py"), str(recipe), "--cpu", "train.num_steps=1"]
+    done = launchers.run(command, PYTHONPATH=os.pathsep.join([str(launchers.ROOT), *sys.path]))
+    assert done.returncode == 0, done.stderr
+    assert len(tiny_runs.losses(tmp_path / "run")) == 1
 
 
 def _imported(node: ast.Import | ast.ImportFrom) -> list[str]:

@@ -1,5 +1,6 @@
 """Every engine trains as one process does: the same losses and the same weights, whatever each rank has to do."""
 
+import os
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -7,12 +8,13 @@ from pathlib import Path
 import pytest
 import tiny
 import tiny_engines
+import tiny_runs
 import torch
 import torch.distributed as dist
 from tiny_engines import FULL, LORA, TUNES, Outcome, Steps, difference, engine_recipe, poisoned, run_engine, skipped
 from torch.distributed.tensor import DTensor
 
-from qwen3vl_train.config import Recipe
+from qwen3vl_train.config import Recipe, recipe_from_dict
 from qwen3vl_train.dist import Ranks
 from qwen3vl_train.train.build import build_engine
 from qwen3vl_train.train.evaluate import EvalLoss, evaluate_loss
@@ -139,12 +141,14 @@ def _dtypes(rank: int, world_size: int, recipe: Recipe, steps: Steps) -> tuple[s
     return frozen, trained, run_engine(rank, world_size, recipe, steps)
 
 
+@pytest.mark.parametrize("engine", ["fsdp2", "hsdp"])
 @pytest.mark.parametrize("tune", TUNES)
-def test_bfloat16_over_shards_trains_as_bfloat16_in_one_process(tune: str, small: Path, steps: Steps):
+def test_bfloat16_over_shards_trains_as_bfloat16_in_one_process(tune: str, engine: str, small: Path, steps: Steps):
     recipe = engine_recipe(small, TUNES[tune], dtype="bfloat16")
     start, expected = run_engine(0, 1, recipe, []).weights, run_engine(0, 1, recipe, steps)
-    sharded = engine_recipe(small, TUNES[tune], "fsdp2", dtype="bfloat16")
-    frozen, trained, outcome = tiny.run_ranks(_dtypes, 2, sharded, steps)[0]
+    world_size, parallel = ENGINES[engine]
+    sharded = engine_recipe(small, TUNES[tune], dtype="bfloat16", **parallel)
+    frozen, trained, outcome = tiny.run_ranks(_dtypes, world_size, sharded, steps, timeout=240)[0]
     assert trained == {torch.float32}
     assert frozen == (set() if tune == "full" else {torch.bfloat16})
     # One process holds its masters rounded.
@@ -162,6 +166,47 @@ def test_bfloat16_over_shards_trains_as_bfloat16_in_one_process(tune: str, small
 
 def _length(tensors: dict[str, torch.Tensor]) -> float:
     return sum(tensor.square().sum().item() for tensor in tensors.values()) ** 0.5
+
+
+def test_weights_that_stay_gathered_and_gradients_that_travel_in_bfloat16(small: Path, steps: Steps, alone):
+    fields = [{"reshard_after_forward": False}, {"reduce_dtype": "bfloat16"}]
+    recipes = [engine_recipe(small, FULL, "fsdp2", **of_case) for of_case in fields]
+    gathered, rounded = tiny.run_ranks(_run_all, 2, recipes, steps, timeout=240)[0]
+    found = difference(gathered, alone["full"])
+    assert max(found.loss, found.norm, found.weight) < 1e-5
+    found = difference(rounded, alone["full"])
+    print(f"fsdp2 reduce_dtype bfloat16 {found}")
+    # bfloat16 rounds to 1/256 either way; a sum of two ranks' gradients is rounded before it and after.
+    assert 1e-4 < found.norm < 1e-2
+    assert found.loss < 1e-2
+
+
+def _refused(rank: int, world_size: int, recipe: Recipe) -> str:
+    with pytest.raises(ValueError) as error:
+        build_engine(recipe, Ranks(rank, world_size, rank, torch.device("cpu")))
+    return str(error.value)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to offload from")
+def test_weights_cannot_wait_on_the_host_where_there_is_no_gpu(small: Path):
+    recipe = engine_recipe(small, FULL, "fsdp2", cpu_offload=True)
+    message = "parallel.cpu_offload: true, but there is no GPU here, weights are on the CPU; leave it out"
+    assert tiny.run_ranks(_refused, 2, recipe) == [message] * 2
+
+
+def test_a_deterministic_run_gives_cublas_the_workspace_it_needs(small: Path, monkeypatch: pytest.MonkeyPatch):
+    recipe = engine_recipe(small, LORA)
+    values = recipe.to_dict()
+    values["train"]["deterministic"] = True
+    exact = recipe_from_dict(values)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    build_engine(exact, tiny_runs.ALONE)
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8", "what the user has set stays"
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    build_engine(recipe, tiny_runs.ALONE)
+    assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+    build_engine(exact, tiny_runs.ALONE)
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
 
 
 def test_an_untied_head_and_dora_over_shards(tmp_path: Path):
