@@ -1,6 +1,5 @@
 """`train(recipe)`: builds model, data and optimizer, then loops. The loop's whole state is the step."""
 
-import os
 import time
 from pathlib import Path
 
@@ -47,8 +46,6 @@ def train(recipe: Recipe) -> Path:
 
 def _train(recipe: Recipe, ranks: Ranks, watch: Watch) -> Path:
     check_world_size(recipe, ranks.world_size)
-    if recipe.train.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at its first product and needs it
     if recipe.train.deterministic != torch.are_deterministic_algorithms_enabled():
         torch.use_deterministic_algorithms(recipe.train.deterministic)  # imports torch's compiler, seconds of start-up
     # Rank 0 looks at the folder for all, so that none sees it a moment earlier or later than the others.
