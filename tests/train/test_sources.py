@@ -82,13 +82,15 @@ def test_each_data_set_is_a_curve_of_the_tracker(tiny_folder: Path, task: Path, 
     logged: list[dict] = []
 
     class Tracker:
+        run_id = None
+
         def log(self, metrics: dict, step: int) -> None:
             logged.append(metrics)
 
         def finish(self, exit_code: int = 0) -> None:
             pass
 
-    monkeypatch.setattr(record, "open_tracker", lambda *_: Tracker())
+    monkeypatch.setattr(record, "open_tracker", lambda *_, **__: Tracker())
     mixture = [_named(task, "first"), _named(task, "second")]
     run = train(tiny_runs.make_recipe(tiny_folder, task, tmp_path, data__train=mixture, train__num_steps=2))
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
