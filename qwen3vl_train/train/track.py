@@ -60,7 +60,7 @@ class WandbTracker:
         from wandb.errors import Error as WandbError
 
         run_dir.mkdir(parents=True, exist_ok=True)
-        self.run_id = _run_id(run_dir, run_id)
+        self.run_id: str | None = _run_id(run_dir, run_id)
         online = recipe.track.wandb == "online"
         if online and not _has_login(wandb.setup().settings.base_url):
             raise ValueError(_NO_LOGIN.format(what="no W&B login found"))
