@@ -46,11 +46,11 @@ def short_recipe(model: Path, task: Path, out: Path, **overrides) -> Path:
     return write_recipe(out / "recipe.yaml", tiny_runs.make_recipe(model, task, out, **values))
 
 
-def start(command: list[str], **more: str) -> subprocess.Popen[str]:
-    """Start in a session of its own, with what it prints in pipes. `end` must be called on it."""
+def start(command: list[str], *, output: int = subprocess.PIPE, **more: str) -> subprocess.Popen[str]:
+    """Start in a session of its own. `end` must be called on it. output: where what it prints goes."""
     process = subprocess.Popen(
         command, env=environment(**{_MARK: (mark := uuid.uuid4().hex)}, **more), cwd=ROOT, text=True,
-        start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        start_new_session=True, stdout=output, stderr=output,
     )  # fmt: skip
     _marks[process.pid] = mark
     return process

@@ -158,7 +158,7 @@ def _agent(port: str, recipe: Path, script: Path) -> subprocess.Popen:
         str(script), str(recipe),
     ]  # fmt: skip
     # As docs/scaling.md says: without this variable, torch 2.13 never lets a new agent take the place of a lost one.
-    return launchers.start(command, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
+    return launchers.start(command, output=subprocess.DEVNULL, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
 
 
 def _rows(run: Path) -> list[int]:
