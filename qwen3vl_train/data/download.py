@@ -1,6 +1,8 @@
 """Media that are not on this machine's disk: web addresses where the recipe allows them, and remote media folders."""
 
 import re
+import socket
+import ssl
 import time
 from dataclasses import dataclass
 from urllib.parse import urlsplit
@@ -98,11 +100,19 @@ def _over_http(url: str, deadline: float) -> bytes:
     except (OSError, ValueError, http.client.HTTPException) as error:
         if isinstance(error, MediaFault):
             raise
-        known = (
-            isinstance(error, ValueError | http.client.InvalidURL) or getattr(error, "code", 503) not in _NOW_AND_THEN
-        )
-        kind = MediaFault if known else _Unsteady
+        kind = _Unsteady if _may_pass(error) else MediaFault
         raise kind(f"cannot be downloaded ({error}); check the address") from None
+
+
+def _may_pass(error: Exception) -> bool:
+    """Say whether a download may succeed a second later. Lists of links hold many to hosts that are long gone."""
+    import http.client
+
+    cause = getattr(error, "reason", error)
+    if isinstance(cause, socket.gaierror):
+        return cause.errno == socket.EAI_AGAIN
+    lasting = isinstance(error, ValueError | http.client.InvalidURL) or isinstance(cause, ssl.SSLCertVerificationError)
+    return not lasting and getattr(error, "code", 503) in _NOW_AND_THEN
 
 
 def _through_fsspec(url: str, deadline: float) -> bytes:

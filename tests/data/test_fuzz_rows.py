@@ -186,7 +186,7 @@ KEYS = st.sampled_from([
     "role", "content", "from", "value", "type", "text", "image", "images", "video", "videos", "image_url", "url",
     "bytes", "path", "loss", "loss_weight", "tool_calls", "function", "name", "arguments", "tools", "system",
     "reasoning_content", "boxes", "points", "box", "point", "bbox", "bbox_layout", "data_path", "messages",
-    "conversations", "question", "answer", "fps", "timestamps",
+    "conversations", "question", "answer", "fps", "timestamps", "frames", "sample_fps",
 ])  # fmt: skip
 JUNK = st.recursive(
     SCALARS, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(KEYS, inner, max_size=5), max_leaves=12

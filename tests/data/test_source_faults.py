@@ -458,6 +458,23 @@ def test_downloads_that_fail_in_passing_are_tried_again(address, monkeypatch):
         assert _Pictures.asked[path] == asked
 
 
+def test_a_host_that_is_no_more_is_asked_for_once(monkeypatch):
+    monkeypatch.setattr(download, "PAUSES_SECONDS", (0.0, 0.01))
+    for number, tries in ((socket.EAI_NONAME, 1), (socket.EAI_AGAIN, 3)):
+        asked = []
+
+        def resolve(*arguments, number=number, asked=asked, **options):
+            asked.append(arguments)
+            raise socket.gaierror(number, "not known")
+
+        monkeypatch.setattr(socket, "getaddrinfo", resolve)
+        with pytest.raises(
+            MediaFault, match=r"^http://nobody.invalid/a.png: cannot be downloaded \(.*not known.*\); check"
+        ):
+            download.Remote("http://nobody.invalid/a.png").fetch()
+        assert len(asked) == tries
+
+
 def test_other_addresses_are_tried_again_too(monkeypatch):
     monkeypatch.setattr(download, "PAUSES_SECONDS", (0.0, 0.01))
     fs, failures = fsspec.filesystem("memory"), []
