@@ -23,6 +23,7 @@ def _train(rank: int, world_size: int, recipe: Recipe) -> str:
     return str(train(recipe))
 
 
+@pytest.mark.usefixtures("zero_at_ease")
 @pytest.mark.parametrize("path", SHARDED, ids=lambda path: path.stem)
 def test_a_recipe_runs_three_steps_on_two_ranks(path: Path, tiny_folder: Path, task: Path, tmp_path: Path):
     values: dict[str, Any] = load_recipe(str(path)).to_dict()
