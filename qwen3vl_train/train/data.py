@@ -253,7 +253,7 @@ def open_data(recipe: Recipe, ranks: Ranks, *, loader_state: dict[str, Any] | No
         return ranks.from_main(lambda: look_on_main(sources))
 
     loader, index = _make_loader(recipe, ranks, opened, look_at)
-    # That of a data set in a cache of `datasets` holds the time of its files, which machines do not share.
+    # Where it is made of the times of files, machines with copies of their own do not share it.
     loader.fingerprint = ranks.from_main(lambda: loader.fingerprint)
     if loader_state is not None:
         loader.load_state_dict(loader_state)
@@ -303,8 +303,11 @@ class _Opened:
 
 
 def _content(source: FileSource | StreamSource) -> dict[str, Any]:
+    """Return what a source holds, without the times of files, which machines with copies of their own do not share."""
     rows = {"rows": len(source)} if isinstance(source, FileSource) else {}
-    return rows if isinstance(source, HubSource) else {**rows, **source.fingerprint()}
+    if isinstance(source, HubSource):  # its fingerprint is made of a time
+        return rows
+    return {**rows, **{key: value for key, value in source.fingerprint().items() if key != "times"}}
 
 
 def _open(recipe: Recipe) -> _Opened:
