@@ -20,7 +20,7 @@ _NOTHING = "nothing to learn"
 # stand behind whatever the data names, so that no name can be taken for them.
 _NO_FRAME_RATE = re.compile(
     r": frame rate is \S+, not above 0 and at most \d+; write the file again with its rate$"
-    r"|: a list of frames with no times; give one of [a-z_, ]+$"
+    r"|: a list of frames with no times; give one of [a-z_, ]+, as in \{[^}]+\}$"
     r"|; write a number of frames a second, above 0 and at most \d+$"
 )
 

@@ -121,14 +121,19 @@ def test_a_run_that_meets_a_full_disk_goes_on_once_there_is_room(tiny_folder, ta
     run = tmp_path / "full" / "run"
 
     def train_until_the_disk_is_full() -> None:
-        append = MetricsLog.append
+        append, start = MetricsLog.append, CheckpointWriter.start
+
+        def start_and_wait(writer: CheckpointWriter, step: int, *arguments) -> None:
+            start(writer, step, *arguments)
+            if step == 2:  # the first is whole before the disk is full
+                writer.wait()
 
         def append_and_fill(log: MetricsLog, row: dict) -> None:
             append(log, row)
             if row["step"] == 3:  # between the first checkpoint and the second; one takes 19 MB
                 _limit_files(1_000_000)
 
-        MetricsLog.append = append_and_fill
+        MetricsLog.append, CheckpointWriter.start = append_and_fill, start_and_wait
         with pytest.raises(RuntimeError, match=r"step-00000004: could not be saved \(.*\); make room, then the run"):
             train(recipe)
 
