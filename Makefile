@@ -1,5 +1,6 @@
 # make quickstart   install and run the main job on real scans, a few minutes on two CPU cores
 # make test         install and run all tests
+# make test-browser install and run the tests that need Debian's chromium and chromium-driver
 # make lint         ruff and pyright
 PYTHON ?= python3
 BIN := .venv/bin
@@ -9,7 +10,7 @@ export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE := 1
 export WANDB_MODE := offline
 
-.PHONY: install quickstart test soak lint clean
+.PHONY: install quickstart test test-browser soak lint clean
 
 install: .venv/.installed
 
@@ -22,7 +23,11 @@ quickstart: install
 	OMP_NUM_THREADS=2 $(BIN)/python data/quickstart.py
 
 test: install
-	OMP_NUM_THREADS=1 TORCH_DISTRIBUTED_DEBUG=DETAIL $(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow'
+	OMP_NUM_THREADS=1 TORCH_DISTRIBUTED_DEBUG=DETAIL $(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow and not browser'
+
+test-browser: install
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[browser]'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m browser
 
 soak: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow

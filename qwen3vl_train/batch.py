@@ -16,7 +16,9 @@ IGNORE_LABEL = -100
 
 
 class VisionSlice(NamedTuple):
-    """One medium inside one sequence: tokens `offset .. offset+length` take merged rows `row .. row+length`.
+    """One image, or one frame pair of a clip, inside one sequence.
+
+    Its tokens `offset .. offset+length` take the merged rows `row .. row+length`.
 
     offset: first placeholder token, counted from the start of its own sequence.
     length: number of placeholder tokens (merged rows).
@@ -168,7 +170,8 @@ class PackedBatch:
     input_ids (T,) int64; positions (3, T) int64, M-RoPE, restarting in every sequence; sequence_lengths (S,) int64;
     labels (T,) int64, the NEXT token to predict at each place, -100 where none; loss_weights (T,) float32 or None;
     pixel_values (P, 768) uint8 where the pack holds stills only (a still repeats its one frame, so it travels once),
-    (P, 1536) uint8 otherwise; grid_thw (N, 3) int64; vision_slices_per_seq: S lists of VisionSlice;
+    (P, 1536) uint8 otherwise, stills with their frame twice; grid_thw (N, 3) int64, one row for an image (time 1) and
+    one for a clip (time: frame pairs); vision_slices_per_seq: S lists of VisionSlice;
     visual_pos_mask (T,) bool. Derived from these by `PackedBatch.of`, never on the device:
     segments (text attention), vision (VisionIndex), visual_rows and feature_rows (M,), label_rows (R,), num_labels.
     sample_ids: names of the samples, for messages about this pack.

@@ -5,7 +5,7 @@
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # Before torch is imported: OpenMP reads its variables once. More threads only fight each other on a small machine, and
@@ -25,8 +25,15 @@ import pytest  # noqa: E402
 import tiny  # noqa: E402
 import tiny_checkpoint  # noqa: E402
 import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cache_of_this_session(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What the package unpacks or works out once goes to a folder of its own, never to the user's."""
+    os.environ["QWEN3VL_TRAIN_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="session")
@@ -70,3 +77,20 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import tiny_runs  # imports the package, which tests of other parts need not wait for
 
     return tiny_runs.write_task(tmp_path_factory.mktemp("task") / "task")
+
+
+@pytest.fixture(scope="module")
+def zero_at_ease() -> Iterator[None]:
+    """What makes hundreds of ZeRO steps bearable: one import for all ranks, and collectives that are not compared.
+
+    At its import DeepSpeed asks a compiler about each of its operators, seconds for every forked rank. And ZeRO sends
+    every small tensor by itself: comparing it between the ranks first, as TORCH_DISTRIBUTED_DEBUG=DETAIL does, triples
+    the time in the kernel. A test that needs the comparison switches it on.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DS_ACCELERATOR", "cpu")
+        import deepspeed  # noqa: F401
+
+        dist.set_debug_level(dist.DebugLevel.OFF)
+        yield
+        dist.set_debug_level_from_env()

@@ -184,12 +184,16 @@ def _spoil(folder: Path, task: Path) -> list[tuple[int, str]]:
     bomb = f"more than {Image.MAX_IMAGE_PIXELS} pixels, Pillow's limit against decompression bombs; shrink the file"
     faults: list[tuple[Any, str]] = [
         ('{"messages": [', "not JSON (Expecting value: line 1 column 15 (char 14)); write one object a line"),
-        ({"text": "?"}, 'no messages; write {"messages": [{"role": ..., "content": ...}, ...]}'),
+        (
+            {"text": "?"},
+            'no messages, no conversations and no answer among its keys (text); write {"messages": [{"role": ..., '
+            '"content": ...}, ...]} or name its columns under columns',
+        ),
         ({"messages": []}, "messages is empty; write at least a question and an answer"),
         ({"messages": [{**ask, "role": "bot"}]}, f"{where}: unknown role 'bot'; use system, user, assistant, tool"),
         (
             {"messages": [{**ask, "content": [{"type": "audio", "audio": "a.wav"}]}]},
-            f"{part}: unknown content type 'audio'; use text or image",
+            f"{part}: unknown content type 'audio'; use text, image or video",
         ),
         (
             {"messages": [ask]},
@@ -214,8 +218,8 @@ def _spoil(folder: Path, task: Path) -> list[tuple[int, str]]:
         ),
         (
             tiny_runs.row("a b " * 60, "!"),
-            "sample of {tokens} tokens (0 visual) is longer than a pack of 96; raise data.max_tokens_per_pack or lower "
-            "data.max_visual_tokens_per_image",
+            "sample of {tokens} tokens (0 visual) is longer than data.max_tokens_per_pack 96; raise it, lower "
+            "data.max_visual_tokens_per_image, or set data.too_long to drop or shrink_media",
         ),
         (
             tiny_runs.row("?", "!", ["images/text.png"]),
@@ -321,8 +325,12 @@ def test_a_file_with_nothing_to_learn_from(answer, values, tmp_path):
             f"  - {path}:1: nothing to learn: no assistant message is trained; add an answer or take out loss: false",
         ],
     )
+    run = tmp_path / "out" / "run"
+    assert [file.name for file in run.iterdir()] == ["rejected.jsonl"]
+    assert [(row["file"], row["row"]) for row in _rejected(run)] == [(str(path), 1)]
     path.write_text("")
     assert answer(values) == (2, f"{path}: nothing to learn from, none of 0 rows can be used; mend the rows")
+    assert list(run.iterdir()) == []
 
 
 def test_data_files_that_are_not_there(answer, values, task, tmp_path):

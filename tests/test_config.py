@@ -57,7 +57,7 @@ def test_defaults(write):
     assert recipe.to_dict() == {
         "name": "small",
         "output_dir": "runs",
-        "model": {"path": "some/model", "dtype": "bfloat16"},
+        "model": {"path": "some/model", "dtype": "bfloat16", "video_markup": "bare"},
         "tune": {
             "method": "lora",
             "rank": 16,
@@ -68,11 +68,38 @@ def test_defaults(write):
             "dora": False,
         },
         "data": {
-            "train": [{"path": "a.jsonl", "media_root": None, "weight": 1.0}],
+            "train": [
+                {
+                    "path": "a.jsonl",
+                    "media_root": None,
+                    "name": None,
+                    "format": "auto",
+                    "columns": {},
+                    "split": None,
+                    "subset": None,
+                    "train_on": "all",
+                    "bbox": None,
+                    "bbox_layout": "xyxy",
+                    "allow_urls": False,
+                    "weight": 1.0,
+                    "streaming": False,
+                    "num_rows": None,
+                }
+            ],
             "eval": [],
             "max_tokens_per_pack": 8192,
+            "max_patches_per_pack": None,
+            "max_sequences_per_pack": None,
+            "max_tokens_per_sample": None,
+            "too_long": "reject",
             "max_visual_tokens_per_image": None,
             "min_visual_tokens_per_image": None,
+            "max_visual_tokens_per_video": None,
+            "max_visual_tokens_per_sample": None,
+            "fps": None,
+            "min_frames": None,
+            "max_frames": None,
+            "stream_window": 2048,
             "num_workers": 4,
             "max_rejected_fraction": 0.01,
         },
@@ -93,10 +120,30 @@ def test_defaults(write):
             "num_epochs": 1,
             "packs_per_step": 8,
             "seed": 0,
-            "activation_checkpointing": "none",
+            "activation_checkpointing": {"vision": "none", "text": "none"},
+            "deterministic": False,
         },
-        "parallel": {"engine": "ddp"},
-        "checkpoint": {"every_steps": 200, "keep_last": 2, "resume": "auto"},
+        "parallel": {
+            "engine": "ddp",
+            "timeout_seconds": 1800.0,
+            "replicate": 1,
+            "shard": None,
+            "reduce_dtype": "float32",
+            "reshard_after_forward": "auto",
+            "cpu_offload": False,
+            "zero_stage": 2,
+            "deepspeed_config": None,
+            "offload_optimizer": False,
+            "offload_parameters": False,
+        },
+        "checkpoint": {
+            "every_steps": 200,
+            "keep_last": 2,
+            "keep_every_steps": None,
+            "keep_best": None,
+            "export_every_steps": None,
+            "resume": "auto",
+        },
         "eval": {"every_steps": 200},
         "track": {"wandb": "offline", "project": "qwen3vl"},
     }
@@ -139,7 +186,82 @@ def test_an_empty_mapping_lists_what_is_missing(write):
         ("train: {num_steps: 3.0}", "train.num_steps: got 3.0, expected an integer"),
         ("train: {num_steps: 1_000}", "train.num_steps: got '1_000', expected an integer"),
         ("train: {num_epochs: null}", "train.num_steps: missing, and train.num_epochs is null; give one of them"),
-        ("parallel: {engine: fsdp2}", "parallel.engine: got 'fsdp2'; use single or ddp"),
+        ("parallel: {engine: fsdp}", "parallel.engine: got 'fsdp'; use single, ddp, fsdp2 or deepspeed"),
+        ("parallel: {engine: fsdp2, shard: 0}", "parallel.shard: got 0, expected at least 1"),
+        ("parallel: {engine: fsdp2, replicate: 0}", "parallel.replicate: got 0, expected at least 1"),
+        ("parallel: {timeout_seconds: 0}", "parallel.timeout_seconds: got 0, expected more than 0.0"),
+        (
+            "parallel: {engine: fsdp2, reshard_after_forward: never}",
+            "parallel.reshard_after_forward: got 'never'; use auto, true or false",
+        ),
+        (
+            "parallel: {engine: fsdp2, reduce_dtype: float16}",
+            "parallel.reduce_dtype: got 'float16'; use float32 or bfloat16",
+        ),
+        ("parallel: {engine: deepspeed, zero_stage: 0}", "parallel.zero_stage: got 0; use 1, 2 or 3"),
+        (
+            "parallel: {replicate: 2}",
+            "parallel.replicate: 2, but parallel.engine is ddp; it is for fsdp2, leave it out",
+        ),
+        (
+            "parallel: {engine: single, shard: 4}",
+            "parallel.shard: 4, but parallel.engine is single; it is for fsdp2, leave it out",
+        ),
+        (
+            "parallel: {reduce_dtype: bfloat16}",
+            "parallel.reduce_dtype: bfloat16, but parallel.engine is ddp; it is for fsdp2 and deepspeed, leave it out",
+        ),
+        (
+            "parallel: {engine: deepspeed, reshard_after_forward: false}",
+            "parallel.reshard_after_forward: false, but parallel.engine is deepspeed; it is for fsdp2, leave it out",
+        ),
+        (
+            "parallel: {engine: deepspeed, cpu_offload: true}",
+            "parallel.cpu_offload: true, but parallel.engine is deepspeed; it is for fsdp2, leave it out",
+        ),
+        (
+            "parallel: {engine: fsdp2, zero_stage: 3}",
+            "parallel.zero_stage: 3, but parallel.engine is fsdp2; it is for deepspeed, leave it out",
+        ),
+        (
+            "parallel: {deepspeed_config: zero.json}",
+            "parallel.deepspeed_config: zero.json, but parallel.engine is ddp; it is for deepspeed, leave it out",
+        ),
+        (
+            "parallel: {engine: fsdp2, offload_optimizer: true}",
+            "parallel.offload_optimizer: true, but parallel.engine is fsdp2; it is for deepspeed, leave it out",
+        ),
+        (
+            "parallel: {engine: deepspeed, offload_parameters: true}",
+            "parallel.offload_parameters: true, but stage 2 does not cut up parameters; set parallel.zero_stage to 3",
+        ),
+        (
+            "train: {activation_checkpointing: some}",
+            "train.activation_checkpointing: got 'some'; use none, full or selective, "
+            "or a section with vision and text",
+        ),
+        (
+            "train: {activation_checkpointing: {vision: some}}",
+            "train.activation_checkpointing.vision: got 'some'; use none, full or selective",
+        ),
+        (
+            "train: {activation_checkpointing: {vison: full}}",
+            "train.activation_checkpointing.vison: unknown key; did you mean train.activation_checkpointing.vision?",
+        ),
+        (
+            "train: {activation_checkpointing: true}",
+            "train.activation_checkpointing: got true, expected a section of keys",
+        ),
+        ("train: {deterministic: 1}", "train.deterministic: got 1, expected true or false"),
+        (
+            "checkpoint: {keep_every: 5}",
+            "checkpoint.keep_every: unknown key; did you mean checkpoint.keep_every_steps?",
+        ),
+        ("checkpoint: {export_every_steps: 0}", "checkpoint.export_every_steps: got 0, expected at least 1"),
+        (
+            "checkpoint: {keep_best: held_out}",
+            "checkpoint.keep_best: 'held_out' is no held-out set; name a held-out file in data.eval",
+        ),
         ("parallel:", "parallel: got nothing, expected a section of keys; fill it or leave it out"),
         ("eval: 5", "eval: got 5, expected a section of keys"),
         ("checkpoint: {keep_last: 0}", "checkpoint.keep_last: got 0, expected at least 1"),
@@ -314,6 +436,25 @@ def test_rules_between_fields_show_beside_other_errors(write):
     ]
 
 
+def test_limits_of_video_are_checked_each_and_against_each_other(write):
+    wrong = "fps: 0, min_frames: 1, max_frames: 2.5, max_visual_tokens_per_video: 0, max_visual_tokens_per_sample: -3"
+    assert errors_of(write(SMALL.replace("a.jsonl}]", f"a.jsonl}}], {wrong}"))) == [
+        "data.max_visual_tokens_per_video: got 0, expected at least 1",
+        "data.max_visual_tokens_per_sample: got -3, expected at least 1",
+        "data.fps: got 0, expected more than 0.0",
+        "data.min_frames: got 1, expected at least 2",
+        "data.max_frames: got 2.5, expected an integer",
+    ]
+    crossed = "min_frames: 9, max_frames: 8, min_visual_tokens_per_image: 70, max_visual_tokens_per_sample: 64"
+    assert errors_of(write(SMALL.replace("a.jsonl}]", f"a.jsonl}}], {crossed}"))) == [
+        "data.min_visual_tokens_per_image: 70 is more than data.max_visual_tokens_per_sample 64; lower it",
+        "data.min_frames: 9 is more than data.max_frames 8; lower it",
+    ]
+    assert errors_of(write(SMALL.replace("some/model", "some/model, video_markup: both"))) == [
+        "model.video_markup: got 'both'; use bare or wrapped"
+    ]
+
+
 def test_a_wrong_target_does_not_blame_the_learning_rates(write):
     path = write(SMALL.replace("lora}", "lora, targets: merger}") + "optim: {merger_lr: 1e-5}\n")
     assert errors_of(path) == ["tune.targets: got 'merger', expected a list"]
@@ -394,3 +535,90 @@ def test_json_loads_with_tabs_and_escapes(write):
     )
     recipe = load_recipe(write(text, "small.json"))
     assert (recipe.model.path, recipe.optim.lr) == ("图😀/m", 1e-5)
+
+
+@pytest.mark.parametrize("word", ["none", "full", "selective"])
+def test_one_word_sets_activation_checkpointing_of_both_towers(word):
+    kept = small(train={"activation_checkpointing": word}).train.activation_checkpointing
+    assert (kept.vision, kept.text) == (word, word)
+
+
+def test_activation_checkpointing_of_each_tower_apart():
+    kept = small(train={"activation_checkpointing": {"text": "full"}}).train.activation_checkpointing
+    assert (kept.vision, kept.text) == ("none", "full")
+    recipe = load_recipe(RECIPES[0], ["train.activation_checkpointing.vision=selective"])
+    assert recipe.train.activation_checkpointing.vision == "selective"
+
+
+@pytest.mark.parametrize(
+    "parallel",
+    [
+        {"engine": "fsdp2", "replicate": 2, "shard": 4, "reduce_dtype": "bfloat16", "reshard_after_forward": False},
+        {"engine": "fsdp2", "cpu_offload": True, "reshard_after_forward": True},
+        {"engine": "deepspeed", "zero_stage": 3, "offload_optimizer": True, "offload_parameters": True},
+        {"engine": "deepspeed", "zero_stage": 1, "reduce_dtype": "bfloat16", "deepspeed_config": "zero.json"},
+    ],
+    ids=str,
+)
+def test_fields_of_an_engine_are_taken_with_it_and_survive_the_run_folder(parallel):
+    recipe = small(parallel=parallel)
+    assert {name: recipe.to_dict()["parallel"][name] for name in parallel} == parallel
+    assert recipe_from_dict(recipe.to_dict()) == recipe
+
+
+def test_the_best_checkpoint_is_judged_by_a_held_out_set_that_is_there():
+    data = {"train": [{"path": "a.jsonl"}], "eval": [{"path": "dir/held.jsonl"}, {"path": "b.jsonl", "name": "other"}]}
+    for name in ("held", "other"):
+        assert small(data=data, checkpoint={"keep_best": name}).checkpoint.keep_best == name
+    with pytest.raises(RecipeError, match=r"checkpoint.keep_best: 'b' is no held-out set; use held or other$"):
+        small(data=data, checkpoint={"keep_best": "b"})
+
+
+@pytest.mark.parametrize(("saves", "looks"), [(100, 200), (300, 200), (200, None)])
+def test_the_best_checkpoint_is_sought_among_evaluated_ones(saves, looks):
+    data = {"train": [{"path": "a.jsonl"}], "eval": [{"path": "held.jsonl"}]}
+    checkpoint = {"keep_best": "held", "every_steps": saves}
+    with pytest.raises(RecipeError) as caught:
+        small(data=data, checkpoint=checkpoint, eval={"every_steps": looks})
+    assert caught.value.errors == [
+        f"checkpoint.keep_best: checkpoints every {saves} steps are not evaluated, with eval.every_steps "
+        f"{looks or 'null'}; make checkpoint.every_steps a multiple of it"
+    ]
+    small(data=data, checkpoint=checkpoint, eval={"every_steps": 50})
+
+
+def test_rules_of_the_engine_show_beside_other_errors(write):
+    assert errors_of(write(SMALL + "parallel: {engine: ddp, shard: 2}\noptim: {lr: x}\n")) == [
+        "optim.lr: got 'x', expected a number",
+        "parallel.shard: 2, but parallel.engine is ddp; it is for fsdp2, leave it out",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("data", "errors"),
+    [
+        (
+            "{train: [{path: a}], max_tokens_per_sample: 9000}",
+            ["data.max_tokens_per_sample: 9000 is more than data.max_tokens_per_pack 8192; lower it"],
+        ),
+        (
+            "{train: [{path: a, streaming: true}]}",
+            ["train.num_steps: missing; a source with streaming does not say how long an epoch is"],
+        ),
+        (
+            "{train: [{path: a, num_rows: 5}]}",
+            ["data.train.0: num_rows without streaming: the rows of other sources are counted; take it out"],
+        ),
+        ("{train: [{path: a}], too_long: cut}", ["data.too_long: got 'cut'; use drop, reject or shrink_media"]),
+        (
+            "{train: [{path: a}], max_patches_per_pack: 0, max_sequences_per_pack: 0, stream_window: 0}",
+            [
+                "data.max_patches_per_pack: got 0, expected at least 1",
+                "data.max_sequences_per_pack: got 0, expected at least 1",
+                "data.stream_window: got 0, expected at least 1",
+            ],
+        ),
+    ],
+)
+def test_budgets_and_streams(write, data, errors):
+    assert errors_of(write(f"name: small\nmodel: {{path: x}}\ntune: {{method: lora}}\ndata: {data}\n")) == errors

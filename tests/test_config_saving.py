@@ -77,10 +77,15 @@ def test_differences_name_what_changes_training():
         "tune.dora: false there, true here",
         "optim.lr: 0.0001 there, 2e-05 here",
         "optim.max_grad_norm: 1.0 there, null here",
-        "data.train.1.path: absent there, b.jsonl here",
-        "data.train.1.media_root: absent there, null here",
-        "data.train.1.weight: absent there, 1.0 here",
-    ]
+        *(
+            f"data.train.1.{field}: absent there, {value} here"
+            for field, value in {
+                "path": "b.jsonl", "media_root": "null", "name": "null", "format": "auto",
+                "split": "null", "subset": "null", "train_on": "all", "bbox": "null", "bbox_layout": "xyxy",
+                "allow_urls": "false", "weight": "1.0", "streaming": "false", "num_rows": "null",
+            }.items()
+        ),
+    ]  # fmt: skip
     assert recipe_differences(here, here) == []
 
 

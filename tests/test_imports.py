@@ -17,13 +17,18 @@ BELOW = {
     "batch": set(),
     "dist": set(),
     "groups": set(),
+    "shards": set(),
+    "watch": {"dist"},
     "config": {"groups"},
     "model": {"arch", "batch", "groups"},
     "data": {"arch", "batch", "config"},
-    "parallel": {"arch", "batch", "config", "dist", "groups", "model"},
-    "checkpoint": {"arch", "batch", "config", "dist", "groups", "model"},
-    "train": {"arch", "batch", "checkpoint", "config", "data", "dist", "groups", "model", "parallel"},
-}
+    "parallel": {"arch", "batch", "config", "dist", "groups", "model", "shards"},
+    "checkpoint": {"arch", "batch", "config", "dist", "groups", "model", "shards"},
+    "train": {
+        "arch", "batch", "checkpoint", "config", "data", "dist", "groups", "model", "parallel", "shards", "watch",
+    },
+    "inspect": {"arch", "batch", "checkpoint", "config", "data", "dist", "groups", "train"},
+}  # fmt: skip
 # The package itself re-exports these, when they are asked for.
 FRONT = {"checkpoint", "data", "model"}
 # Slow to import or optional, so never at the top of a module.

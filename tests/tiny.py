@@ -4,6 +4,7 @@ Nothing here imports the package: what it is compared against must not lean on i
 """
 
 import faulthandler
+import gc
 import json
 import multiprocessing
 import os
@@ -273,6 +274,7 @@ def _rank_main(
     if os.path.exists("/sys/class/net/lo"):
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # a host name that does not resolve must not fail the tests
     torch.set_num_threads(1)
+    gc.freeze()  # DeepSpeed collects garbage often; going through all that was inherited takes seconds each time
     with open(f"{scratch}/stack-{rank}", "w") as stack:
         faulthandler.dump_traceback_later(0.9 * timeout, file=stack)
         try:
@@ -315,3 +317,8 @@ def _results(waiting: dict[Connection, tuple[int, Any]], scratch: Path, deadline
             _, report, rank = min(failures)  # the others mostly report that this one hung up on them
             raise RankFailure(f"rank {rank} failed:\n{report}")
     return [results[rank] for rank in sorted(results)]
+
+
+def checkpoint_all(model, mode: str = "full") -> None:
+    for block in [*model.visual.vision.blocks, *model.language_model.model.layers]:
+        block.checkpointing = mode

@@ -10,21 +10,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from PIL import Image
 from torch import Tensor
 
 from qwen3vl_train.batch import PackedBatch
-from qwen3vl_train.checkpoint.hf import load_qwen3_vl_model
-from qwen3vl_train.checkpoint.run import latest_checkpoint, read_tensors
+from qwen3vl_train.checkpoint.manifest import latest_checkpoint
+from qwen3vl_train.checkpoint.run import read_tensors
 from qwen3vl_train.config import Recipe, recipe_from_dict
 from qwen3vl_train.data.collate import MultimodalCollator
+from qwen3vl_train.data.rows import source_of
 from qwen3vl_train.data.sources import JsonlSource
 from qwen3vl_train.dist import Ranks
 from qwen3vl_train.model.flops import FlopsCounter
+from qwen3vl_train.parallel.ddp import Replicated
+from qwen3vl_train.parallel.optim import MasterAdamW
+from qwen3vl_train.train.build import build_model
 from qwen3vl_train.train.metrics import read_metrics
-from qwen3vl_train.train.optim import MasterAdamW
 from qwen3vl_train.train.step import StepSums, train_step
-from qwen3vl_train.train.tune import apply_tuning
 
 ALONE = Ranks(0, 1, 0, torch.device("cpu"))
 TEXT_ONLY, ONE_IMAGE, TWO_IMAGES = 4, 0, 5  # rows of the task
@@ -112,15 +115,21 @@ def make_recipe(model: Path, task: Path, out: Path, **overrides: Any) -> Recipe:
     return recipe_from_dict(recipe_values(model, task, out, **overrides))
 
 
+def sources_of(packs: list[PackedBatch], ranks: Ranks = ALONE) -> list[str]:
+    """Names of the data sets that the packs of all ranks are of."""
+    mine = [source_of(name) for pack in packs for name in pack.sample_ids]
+    return sorted({name for names in ranks.gather(mine) for name in names})
+
+
 class Trainee:
     """A model with its optimizer, set up as `train` does."""
 
     def __init__(self, folder: Path, *, dtype: torch.dtype = torch.float32, **overrides):
         recipe = make_recipe(folder, folder, folder, **{"optim__eps": 1e-6, **overrides})
-        self.model = load_qwen3_vl_model(folder, dtype=dtype)
-        apply_tuning(self.model, recipe)
+        self.model = build_model(recipe, device="cpu", dtype=dtype)
         self.model.train()
-        self.optimizer = MasterAdamW(self.model, recipe.optim)
+        world_size = dist.get_world_size() if dist.is_initialized() else 1
+        self.optimizer = MasterAdamW(self.model, recipe.optim, Replicated(world_size))
 
     def step(
         self, packs: list[PackedBatch], numbers: list[int] | None = None, ranks: Ranks = ALONE, **options
@@ -128,6 +137,7 @@ class Trainee:
         """One step at the full learning rate, unclipped unless options say otherwise."""
         flops = FlopsCounter.of(self.model, self.model.arch)
         options = {"step": 0, "seed": 0, "lr_factor": 1.0, "max_grad_norm": None, **options}
+        options.setdefault("sources", sources_of(packs, ranks))
         numbers = list(range(len(packs))) if numbers is None else numbers
         return train_step(self.model, self.optimizer, packs, numbers, ranks, flops, **options)
 

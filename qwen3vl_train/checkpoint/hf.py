@@ -5,7 +5,8 @@ Read into our module tree, and written so that transformers, peft and vLLM load 
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from torch import Tensor, nn
 from qwen3vl_train.arch import Qwen3VLArch, published_config, read_config
 from qwen3vl_train.checkpoint.files import replacing
 from qwen3vl_train.checkpoint.names import from_huggingface, to_huggingface
+from qwen3vl_train.model.lora import base_name, is_adapter
 from qwen3vl_train.model.qwen3vl import Qwen3VLForConditionalGeneration
+from qwen3vl_train.shards import local, place_of
 
 # What a served model needs beside its weights; carried along when present.
 COMPANION_FILES = (
@@ -35,6 +38,7 @@ COMPANION_FILES = (
     "generation_config.json",
 )
 MAX_SHARD_BYTES = 5 * 10**9
+_LOOK_BYTES = 1024
 
 
 class WeightFiles:
@@ -78,15 +82,38 @@ class WeightFiles:
             raise ValueError(f"{self.folder}: missing {', '.join(missing)}; give a folder with all safetensors files")
         return files
 
-    def read(self, names: list[str]) -> Iterator[tuple[str, Tensor]]:
-        """Yield (name, tensor) for each name, file by file; the tensor maps the file and is to be copied from."""
+    def read(self, places: Mapping[str, tuple[slice, ...]]) -> Iterator[tuple[str, Tensor]]:
+        """Yield (name, piece) for each name and the part of its tensor that is asked for, file by file.
+
+        Only that part is read; the piece maps the file and is to be copied from.
+        """
         by_file: dict[Path, list[str]] = {}
-        for name in names:
+        for name in places:
             by_file.setdefault(self._places[name][0], []).append(name)
         for file, members in by_file.items():
             with _open(file) as handle:
                 for name in members:
-                    yield name, handle.get_tensor(self._places[name][1])
+                    yield name, handle.get_slice(self._places[name][1])[places[name]]
+
+    def fingerprint(self) -> int:
+        """A checksum of names, sizes, headers, and a little of every tensor, so that it costs no time.
+
+        Another fine-tuning of the same model gives another one; a change in few elements may not.
+        """
+        checksum = 0
+        for file in self._files():
+            checksum = zlib.crc32(f"{file.name} {file.stat().st_size}".encode(), checksum)
+            with file.open("rb") as content:
+                length = content.read(8)
+                header = content.read(int.from_bytes(length, "little"))
+                checksum = zlib.crc32(header, checksum)
+                for name, entry in json.loads(header).items():
+                    if name != "__metadata__":
+                        start, end = entry["data_offsets"]
+                        place = max(start, (start + end - _LOOK_BYTES) // 2)
+                        content.seek(8 + len(header) + place)
+                        checksum = zlib.crc32(content.read(min(_LOOK_BYTES, end - place)), checksum)
+        return checksum
 
 
 def _open(file: Path) -> Any:
@@ -132,14 +159,22 @@ def check_weights(model: nn.Module, files: WeightFiles) -> None:
         )
 
 
-def materialize(model: nn.Module, *, dtype: torch.dtype, device: torch.device | str) -> None:
-    """Give a model built on the meta device uninitialised memory; a tied head stays tied."""
+def materialize(model: nn.Module, device: torch.device | str) -> None:
+    """Give a model on the meta device memory of its dtypes, of a sharded one this rank's part.
+
+    A tied head stays tied.
+    """
+    owners = [
+        (module, name, parameter)
+        for module in model.modules()
+        for name, parameter in module.named_parameters(recurse=False)
+    ]
+    model.to_empty(device=device)
     made: dict[nn.Parameter, nn.Parameter] = {}
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if parameter not in made:
-                made[parameter] = nn.Parameter(torch.empty(parameter.shape, dtype=dtype, device=device))
-            setattr(module, name, made[parameter])
+    for module, name, meta in owners:
+        first = made.setdefault(meta, getattr(module, name))
+        if getattr(module, name) is not first:
+            setattr(module, name, first)
 
 
 def load_qwen3_vl_model(
@@ -163,29 +198,50 @@ def load_qwen3_vl_model(
         model = Qwen3VLForConditionalGeneration(arch)
     files = WeightFiles(model_path)
     check_weights(model, files)
-    materialize(model, dtype=dtype, device=device)
-    load_weights(model, files)
+    materialize(model.to(dtype), device)
+    read_weights(model, files)
     return model
 
 
 @torch.no_grad()
-def load_weights(model: nn.Module, files: WeightFiles) -> None:
-    """Copy every stored weight into the model's parameters.
+def read_weights(model: nn.Module, files: WeightFiles) -> None:
+    """Read every stored weight into the model; of a sharded parameter this rank's rows only. Adapters are left alone.
 
     Raises ValueError where a stored tied head differs from its embedding.
     """
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    stored = [name for name in parameters if name in files.shapes]
+    parameters = {
+        base_name(name): parameter
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if not is_adapter(name)
+    }
     seen: set[nn.Parameter] = set()
-    for name, tensor in files.read(stored):
+    for name, piece in files.read({name: place_of(parameters[name]) for name in parameters if name in files.shapes}):
         parameter = parameters[name]
-        if parameter in seen and not torch.equal(parameter, tensor.to(parameter)):
-            raise ValueError(
-                f"{files.folder}: tie_word_embeddings is true, but lm_head.weight differs from embed_tokens.weight; "
-                "set tie_word_embeddings to false in config.json if the head was trained apart"
-            )
+        target = local(parameter)
+        if parameter in seen and not torch.equal(target, piece.to(target)):
+            raise _not_tied(files)
         seen.add(parameter)
-        parameter.copy_(tensor)
+        target.copy_(piece)
+
+
+def check_tied(model: nn.Module, files: WeightFiles) -> None:
+    """What `read_weights` checks of a tied head that is stored all the same, for a model that has no memory yet."""
+    names: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(base_name(name))
+    for tied in names.values():
+        stored = [name for name in tied if name in files.shapes]
+        if len(stored) > 1:
+            first, *others = dict(files.read({name: tuple(map(slice, files.shapes[name])) for name in stored})).values()
+            if not all(torch.equal(first, other) for other in others):
+                raise _not_tied(files)
+
+
+def _not_tied(files: WeightFiles) -> ValueError:
+    return ValueError(
+        f"{files.folder}: tie_word_embeddings is true, but lm_head.weight differs from embed_tokens.weight; "
+        "set tie_word_embeddings to false in config.json if the head was trained apart"
+    )
 
 
 def save_huggingface(
@@ -200,45 +256,57 @@ def save_huggingface(
     """`write_huggingface` into a folder that appears whole or not at all. Raises ValueError when `out` exists."""
     with replacing(Path(out)) as folder:
         write_huggingface(
-            weights, folder, source=source, dtype=dtype, pixel_limits=pixel_limits, max_shard_bytes=max_shard_bytes
+            weights.items(),
+            {name: tensor.numel() for name, tensor in weights.items()},
+            folder,
+            source=source,
+            dtype=dtype,
+            pixel_limits=pixel_limits,
+            max_shard_bytes=max_shard_bytes,
         )
 
 
 def write_huggingface(
-    weights: Mapping[str, Tensor],
+    weights: Iterable[tuple[str, Tensor]],
+    sizes: Mapping[str, int],
     folder: Path,
     *,
     source: str | Path,
     dtype: torch.dtype,
     pixel_limits: tuple[int, int] | None = None,
+    clip_settings: Mapping[str, Any] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Write a checkpoint that stock transformers loads: shards, index, published config, companion files.
 
-    weights: our names; a tied head is given once, as the embedding. source: the folder whose config and tokenizer files
-    go along. pixel_limits: (min, max) pixels per image that were used in training; written into the preprocessor files.
+    weights: our names; a tied head is given once, as the embedding. They may come one by one: no more than one file's
+    are held. sizes: their numbers of elements, in the same order. source: the folder whose config and tokenizer files
+    go along. pixel_limits, clip_settings: what was used in training, see `copy_companions`.
     """
-    shards = _shards(weights, dtype, max_shard_bytes)
+    shards = _shards(sizes, dtype, max_shard_bytes)
     weight_map: dict[str, str] = {}
+    coming = iter(weights)
     for number, names in enumerate(shards, start=1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {to_huggingface(name): weights[name].detach().to("cpu", dtype).contiguous() for name in names}
+        tensors = {}
+        for name, (given, tensor) in zip(names, coming, strict=False):
+            assert name == given, f"{given} came where {name} was announced"
+            tensors[to_huggingface(name)] = tensor.detach().to("cpu", dtype).contiguous()
         save_file(tensors, folder / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, file)
     if len(shards) > 1:
-        total = sum(tensor.numel() for tensor in weights.values()) * dtype.itemsize
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        index = {"metadata": {"total_size": sum(sizes.values()) * dtype.itemsize}, "weight_map": weight_map}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
     config = published_config(read_config(source), dtype=str(dtype).removeprefix("torch."))
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    copy_companions(source, folder, pixel_limits)
+    copy_companions(source, folder, pixel_limits, clip_settings)
 
 
-def _shards(weights: Mapping[str, Tensor], dtype: torch.dtype, max_bytes: int) -> list[list[str]]:
+def _shards(sizes: Mapping[str, int], dtype: torch.dtype, max_bytes: int) -> list[list[str]]:
     shards: list[list[str]] = [[]]
     filled = 0
-    for name, tensor in weights.items():
-        size = tensor.numel() * dtype.itemsize
+    for name, elements in sizes.items():
+        size = elements * dtype.itemsize
         if shards[-1] and filled + size > max_bytes:
             shards.append([])
             filled = 0
@@ -247,21 +315,39 @@ def _shards(weights: Mapping[str, Tensor], dtype: torch.dtype, max_bytes: int) -
     return shards
 
 
-def copy_companions(source: str | Path, folder: Path, pixel_limits: tuple[int, int] | None) -> None:
-    """Copy tokenizer, template, preprocessor and generation files; write the pixel limits that were used into them."""
+def copy_companions(
+    source: str | Path,
+    folder: Path,
+    pixel_limits: tuple[int, int] | None = None,
+    clip_settings: Mapping[str, Any] | None = None,
+) -> None:
+    """Copy tokenizer, template, preprocessor and generation files; write into them what was used in training.
+
+    pixel_limits: (min, max) pixels of an image. clip_settings: keys of the video preprocessor, `size` among them.
+    """
     for name in COMPANION_FILES:
         if (file := Path(source) / name).is_file():
             shutil.copyfile(file, folder / name)
-    if pixel_limits is None:
-        return
-    for name, section in (("preprocessor_config.json", None), ("processor_config.json", "image_processor")):
+    if pixel_limits is not None:
+        size = {"shortest_edge": pixel_limits[0], "longest_edge": pixel_limits[1]}
+        _put_settings(folder, "preprocessor_config.json", "image_processor", {"size": size})
+    if clip_settings is not None:
+        _put_settings(folder, "video_preprocessor_config.json", "video_processor", clip_settings)
+
+
+def _put_settings(folder: Path, own_file: str, section: str, settings: Mapping[str, Any]) -> None:
+    """Write settings into the files that hold them: one of their own, and a section of processor_config.json."""
+    old_names = {"min_pixels": "shortest_edge", "max_pixels": "longest_edge"}
+    for name, part_name in ((own_file, None), ("processor_config.json", section)):
         file = folder / name
         if not file.is_file():
             continue
         content = json.loads(file.read_text(encoding="utf-8"))
-        part = content.get(section, {}) if section else content
-        part["size"] = {"shortest_edge": pixel_limits[0], "longest_edge": pixel_limits[1]}
-        for old, value in zip(("min_pixels", "max_pixels"), pixel_limits, strict=True):
+        part = content if part_name is None else content.get(part_name)
+        if not isinstance(part, dict):
+            continue
+        part.update(settings)
+        for old, new in old_names.items():
             if part.get(old) is not None:
-                part[old] = value
+                part[old] = settings["size"][new]
         file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -5,7 +5,7 @@ this file; a field added here needs nothing there.
 """
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic.functional_validators import AfterValidator
@@ -75,8 +75,13 @@ class Section(BaseModel):
 
 
 class ModelSection(Section):
+    """video_markup: how a clip is written into the text. bare: as Qwen's own code and transformers up to 5.9 do;
+    wrapped: with one more pair of vision marks around it, as transformers 5.10 to 5.23 do. Train what will serve.
+    """
+
     path: Text
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    video_markup: Literal["bare", "wrapped"] = "bare"
 
 
 class LoraTune(Section):
@@ -118,30 +123,85 @@ class FullTune(Section):
 Tune = Annotated[LoraTune | FullTune, Field(discriminator="method")]
 
 
-class EvalSource(Section):
-    """One file of samples. media_root: folder that image paths are relative to; null: the folder of the file."""
+Column = Literal["question", "answer", "system", "reasoning", "image", "video", "boxes", "points"]
+
+
+class RowsSection(Section):
+    """Rows of one data set. path: a file, a pattern, a folder or an fsspec URL of them (JSON, JSONL, Parquet, tar).
+
+    split: read it with Hugging Face `datasets` instead, as a folder or a name on the hub. media_root: folder or URL
+    that media paths are relative to; null: the folder of the file. columns: our name -> that of the rows' column.
+    bbox, bbox_layout: how the rows' boxes are given. name: of its loss curve.
+    """
 
     path: Text
     media_root: Text | None = None
     name: Annotated[str, AfterValidator(_check_name)] | None = None
+    format: Literal["auto", "openai", "sharegpt", "columns"] = "auto"
+    columns: dict[Column, Text] = {}
+    split: Text | None = None
+    subset: Text | None = None
+    train_on: Literal["all", "last"] = "all"
+    bbox: Literal["pixel", "unit", "per_mille"] | None = None
+    bbox_layout: Literal["xyxy", "xywh"] = "xyxy"
+    allow_urls: bool = False
+
+    @model_validator(mode="after")
+    def _subset_of_split(self) -> "RowsSection":
+        if self.subset is not None and self.split is None:
+            raise _refuse("subset without split, which says that `datasets` reads the path; add split: train")
+        return self
 
 
-class TrainSource(Section):
-    """One file of samples. weight: how often it is drawn, relative to its size (1.0: every row once an epoch)."""
+class EvalSource(RowsSection):
+    """Rows that are held out."""
 
-    path: Text
-    media_root: Text | None = None
+
+class TrainSource(RowsSection):
+    """weight: how often it is drawn, relative to its size (1.0: every row once an epoch).
+
+    streaming: rows are read one after the other and never indexed; then train.num_steps must say how long to train.
+    num_rows: how many a stream has, roughly; with that of every stream, sources are mixed evenly over the epoch.
+    """
+
     weight: Positive = 1.0
+    streaming: bool = False
+    num_rows: Count | None = None
+
+    @model_validator(mode="after")
+    def _rows_of_stream(self) -> "TrainSource":
+        if self.num_rows is not None and not self.streaming:
+            raise _refuse("num_rows without streaming: the rows of other sources are counted; take it out")
+        return self
 
 
 class DataSection(Section):
-    """Visual-token limits of null are the checkpoint's own; one visual token is 32 x 32 pixels."""
+    """Visual-token limits and the sampling of clips are the checkpoint's own where they are null.
+
+    One visual token is 32 x 32 pixels of an image, or of two neighbouring frames of a clip. fps: frames taken a second
+    of a clip, at least min_frames and at most max_frames or all it has. max_visual_tokens_per_video bounds the whole
+    clip; max_visual_tokens_per_sample shrinks all images and clips of a sample alike.
+
+    Packs keep to every max_..._per_pack; null is no limit. max_tokens_per_sample: null is that of a pack. too_long: a
+    longer sample is left out (drop), listed as a fault of the data (reject), or has its media shrunk until it fits.
+    stream_window: rows of a stream that are packed together, and held in memory.
+    """
 
     train: list[TrainSource] = Field(min_length=1)
     eval: list[EvalSource] = []
     max_tokens_per_pack: Count = 8192
+    max_patches_per_pack: Count | None = None
+    max_sequences_per_pack: Count | None = None
+    max_tokens_per_sample: Count | None = None
+    too_long: Literal["drop", "reject", "shrink_media"] = "reject"
     max_visual_tokens_per_image: Count | None = None
     min_visual_tokens_per_image: Count | None = None
+    max_visual_tokens_per_video: Count | None = None
+    max_visual_tokens_per_sample: Count | None = None
+    fps: Annotated[float, Field(gt=0.0, le=1000.0)] | None = None
+    min_frames: Annotated[int, Field(ge=2)] | None = None
+    max_frames: Annotated[int, Field(ge=2)] | None = None
+    stream_window: Count = 2048
     num_workers: Annotated[int, Field(ge=0)] = 4
     max_rejected_fraction: Annotated[float, Field(ge=0.0, le=1.0)] = 0.01
 
@@ -168,23 +228,76 @@ class OptimSection(Section):
         return self.lr if rate is None else rate
 
 
+Checkpointing = Literal["none", "full", "selective"]
+
+
+class CheckpointingSection(Section):
+    """Activation checkpointing of the two towers, apart.
+
+    selective keeps the results of matrix products and attention.
+    """
+
+    vision: Checkpointing = "none"
+    text: Checkpointing = "none"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_word_for_both(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        if value not in get_args(Checkpointing):
+            raise _refuse(f"got {value!r}; use none, full or selective, or a section with vision and text")
+        return {"vision": value, "text": value}
+
+
 class TrainSection(Section):
-    """packs_per_step counts the packs of all ranks together. num_steps wins over num_epochs where both are given."""
+    """packs_per_step counts the packs of all ranks together. num_steps wins over num_epochs where both are given.
+
+    activation_checkpointing: one word for both towers, or {vision: ..., text: ...}. deterministic: only kernels that
+    give the same bits every time; slower on a GPU.
+    """
 
     num_steps: Count | None = None
     num_epochs: Count | None = 1
     packs_per_step: Count = 8
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    activation_checkpointing: Literal["none", "full"] = "none"
+    activation_checkpointing: CheckpointingSection = CheckpointingSection()
+    deterministic: bool = False
 
 
 class ParallelSection(Section):
-    engine: Literal["single", "ddp"] = "ddp"
+    """How the ranks share one model; the results are the same. See docs/scaling.md for which to take.
+
+    timeout_seconds: how long a collective waits for the last rank before the run ends and names it.
+    replicate, shard: of fsdp2, copies of the model and pieces of each (null: all ranks); more than one copy is HSDP.
+    reshard_after_forward: of fsdp2, free gathered weights after each forward pass; auto keeps them where they are
+    small. zero_stage, deepspeed_config, offload_optimizer, offload_parameters: of deepspeed. deepspeed_config: a JSON
+    file of the user's own, taken whole; what it says against the recipe is an error.
+    """
+
+    engine: Literal["single", "ddp", "fsdp2", "deepspeed"] = "ddp"
+    timeout_seconds: Positive = 1800.0
+    replicate: Count = 1
+    shard: Count | None = None
+    reduce_dtype: Literal["float32", "bfloat16"] = "float32"
+    reshard_after_forward: Literal["auto", True, False] = "auto"
+    cpu_offload: bool = False
+    zero_stage: Literal[1, 2, 3] = 2
+    deepspeed_config: Text | None = None
+    offload_optimizer: bool = False
+    offload_parameters: bool = False
 
 
 class CheckpointSection(Section):
+    """keep_every_steps: checkpoints at multiples of it stay for good. keep_best: name of a held-out set; the checkpoint
+    with its lowest loss stays. export_every_steps: also write the Hugging Face form, to `export/` in the run folder.
+    """
+
     every_steps: Count | None = 200
     keep_last: Count = 2
+    keep_every_steps: Count | None = None
+    keep_best: Text | None = None
+    export_every_steps: Count | None = None
     resume: Literal["auto", "never"] = "auto"
 
 
@@ -214,7 +327,9 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _fields_agree(self) -> "Recipe":
-        conflicts = field_conflicts(self.tune, self.data, self.optim, self.train)
+        conflicts = field_conflicts(
+            self.tune, self.data, self.optim, self.train, self.parallel, self.checkpoint, self.eval
+        )
         if conflicts:
             raise _refuse("; ".join(f"{key}: {message}" for key, message in conflicts))
         return self

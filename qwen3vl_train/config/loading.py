@@ -6,7 +6,16 @@ from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from qwen3vl_train.config.fields import DataSection, OptimSection, Recipe, TrainSection, Tune
+from qwen3vl_train.config.fields import (
+    CheckpointSection,
+    DataSection,
+    EvalSection,
+    OptimSection,
+    ParallelSection,
+    Recipe,
+    TrainSection,
+    Tune,
+)
 from qwen3vl_train.config.names import unknown_key_message
 from qwen3vl_train.config.rules import RecipeError, field_conflicts
 from qwen3vl_train.config.yaml12 import read_yaml, shown
@@ -18,6 +27,9 @@ _JUDGED: dict[str, TypeAdapter] = {
     "data": TypeAdapter(DataSection),
     "optim": TypeAdapter(OptimSection),
     "train": TypeAdapter(TrainSection),
+    "parallel": TypeAdapter(ParallelSection),
+    "checkpoint": TypeAdapter(CheckpointSection),
+    "eval": TypeAdapter(EvalSection),
 }
 _EXPECTED = {
     "int_type": "an integer",
@@ -170,7 +182,7 @@ def _explain(detail: Any, values: dict[str, Any]) -> list[Fault]:
     if kind == "union_tag_invalid":
         return [("tune.method", f"got {shown(got.get('method'))}; use lora or full")]
     if kind == "literal_error":
-        choices = context["expected"].replace("'", "")
+        choices = context["expected"].replace("'", "").replace("True", "true").replace("False", "false")
         return [(key, f"got {shown(got)}; use {choices}")]
     if kind in ("too_short", "too_long"):
         return [(key, f"got {len(got)} entries, expected at {'least' if kind == 'too_short' else 'most'} "

@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from qwen3vl_train.data.faults import RowFault
-from qwen3vl_train.data.formats import ImagePart, Message, TextPart
-from qwen3vl_train.data.tokenizer import IMAGE_PAD, TURN_END, TURN_START, VISION_END, VISION_START
+from qwen3vl_train.data.formats import ImagePart, Message, TextPart, VideoPart
+from qwen3vl_train.data.tokenizer import IMAGE_PAD, TURN_END, TURN_START, VIDEO_PAD, VISION_END, VISION_START
 
 
 class Special(NamedTuple):
@@ -30,7 +30,7 @@ class Text(NamedTuple):
 class Slot(NamedTuple):
     """Where a medium stands, with the markup around it still to be written. where: `messages[0].content[1]`."""
 
-    part: ImagePart
+    part: ImagePart | VideoPart
     where: str
 
 
@@ -56,17 +56,32 @@ _TOOLS_FOOT = (
 )
 
 
-def markup(slot: Slot, num_tokens: int) -> list[Piece]:
-    """Write out the slot of an image that takes num_tokens placeholders."""
-    return [Special(VISION_START), Pad(IMAGE_PAD, num_tokens), Special(VISION_END)]
+def markup(slot: Slot, num_tokens: int, times: Sequence[float] = (), *, wrapped: bool = False) -> list[Piece]:
+    """Write out a slot. num_tokens: placeholders of an image or of each frame pair of a clip; times: of the pairs.
+
+    A clip reads `<0.3 seconds>`, then the pair between vision marks like an image, and so on. wrapped: with one more
+    pair of marks around the whole clip, as transformers 5.10 to 5.23 write it; 4.57 to 5.9 and Qwen's own code do not.
+    """
+    if isinstance(slot.part, ImagePart):
+        return [Special(VISION_START), Pad(IMAGE_PAD, num_tokens), Special(VISION_END)]
+    pieces: list[Piece] = []
+    for time in times:
+        pieces += [
+            Text(f"<{time:.1f} seconds>"),
+            Special(VISION_START),
+            Pad(VIDEO_PAD, num_tokens),
+            Special(VISION_END),
+        ]
+    return [Special(VISION_START), *pieces, Special(VISION_END)] if wrapped else pieces
 
 
 def as_text(pieces: Sequence[Piece]) -> str:
-    """Return the text the checkpoint's template makes of the same messages (one placeholder for an image)."""
+    """Return the text the checkpoint's template makes of the same messages (one placeholder for an image or clip)."""
     words = []
     for piece in pieces:
         if isinstance(piece, Slot):
-            words.append(as_text(markup(piece, 1)))
+            pad = IMAGE_PAD if isinstance(piece.part, ImagePart) else VIDEO_PAD
+            words.append(VISION_START + pad + VISION_END)
         elif isinstance(piece, Pad):
             words.append(piece.name * piece.count)
         else:
@@ -74,7 +89,8 @@ def as_text(pieces: Sequence[Piece]) -> str:
     return "".join(words)
 
 
-def _json(value: Any) -> str:
+def as_json(value: Any) -> str:
+    """Write tools and arguments of calls as the template does."""
     return json.dumps(value, ensure_ascii=False)
 
 
@@ -89,7 +105,7 @@ def _calls(message: Message, has_content: bool) -> str:
     """Render the tool calls of an assistant message as the text that follows its content."""
     words = []
     for number, call in enumerate(message.tool_calls):
-        arguments = call.arguments if isinstance(call.arguments, str) else _json(call.arguments)
+        arguments = call.arguments if isinstance(call.arguments, str) else as_json(call.arguments)
         gap = "\n" if number or has_content else ""
         words.append(f'{gap}<tool_call>\n{{"name": "{call.name}", "arguments": {arguments}}}\n</tool_call>')
     return "".join(words)
@@ -103,7 +119,7 @@ def _system(messages: Sequence[Message], tools: Sequence[Any]) -> list[Piece]:
     text = own.text if own else ""
     if tools:
         gap = "\n\n" if own else ""
-        text += gap + _TOOLS_HEAD + "".join("\n" + _json(tool) for tool in tools) + _TOOLS_FOOT
+        text += gap + _TOOLS_HEAD + "".join("\n" + as_json(tool) for tool in tools) + _TOOLS_FOOT
     return [*_turn("system", [Text(text)])]
 
 

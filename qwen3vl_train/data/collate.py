@@ -1,7 +1,7 @@
 """Samples -> one `PackedBatch`, for one checkpoint: its tokenizer, its template, its pixel limits."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +9,13 @@ import torch
 
 from qwen3vl_train.arch import Qwen3VLArch
 from qwen3vl_train.batch import IGNORE_LABEL, PackedBatch, VisionSlice
+from qwen3vl_train.data.budgets import Budgets, Grid
 from qwen3vl_train.data.chat import DIALECTS
-from qwen3vl_train.data.encode import EncodedSample, Encoder, Grid, SampleCost
+from qwen3vl_train.data.encode import EncodedSample, Encoder, SampleCost, joined_patches
 from qwen3vl_train.data.faults import RowFault
 from qwen3vl_train.data.formats import Sample, parse_sample
-from qwen3vl_train.data.media import MERGE, PATCH
-from qwen3vl_train.data.processor import budget, read_image_limits
+from qwen3vl_train.data.media import MERGE
+from qwen3vl_train.data.processor import budget, clip_rules, read_clip_rules, read_image_limits
 from qwen3vl_train.data.template import check_template, find_template
 from qwen3vl_train.data.tokenizer import ChatTokenizer
 
@@ -36,21 +37,46 @@ class MultimodalCollator:
         *,
         max_visual_tokens_per_image: int | None = None,
         min_visual_tokens_per_image: int | None = None,
+        max_visual_tokens_per_video: int | None = None,
+        max_visual_tokens_per_sample: int | None = None,
+        shrink_to_tokens: int | None = None,
+        shrink_to_patches: int | None = None,
+        fps: float | None = None,
+        min_frames: int | None = None,
+        max_frames: int | None = None,
+        video_markup: str = "bare",
     ) -> "MultimodalCollator":
         """Read config, tokenizer, chat template and preprocessor settings of a local checkpoint.
 
-        The budgets count visual tokens (32x32 pixels each) and default to the checkpoint's own limits. Raises
-        ValueError for files that are missing, contradict each other, or ask for what Qwen3-VL does not do.
+        The budgets count visual tokens (32x32 pixels of an image, or of a pair of frames) and, like the sampling of
+        clips, default to the checkpoint's own. shrink_to_tokens, shrink_to_patches: the media of a sample that has more
+        of them, text included, are shrunk until it has not. video_markup: 'bare' or 'wrapped', see `chat.markup`.
+        Raises ValueError for files that are missing, contradict each other, or ask for what Qwen3-VL does not do.
         """
         arch = Qwen3VLArch.from_pretrained(path)
         tokenizer = ChatTokenizer.from_pretrained(path, arch)
         dialect = check_template(*find_template(path))
         limits = budget(read_image_limits(path, arch), min_visual_tokens_per_image, max_visual_tokens_per_image)
-        return cls(Encoder(tokenizer, dialect, *limits), position_table_side=arch.vision.position_table_side)
+        rules = read_clip_rules(path, arch)
+        if rules is not None:
+            rules = clip_rules(rules, fps, min_frames, max_frames, max_visual_tokens_per_video)
+        if max_visual_tokens_per_sample is not None and max_visual_tokens_per_sample < 1:
+            raise ValueError(f"data.max_visual_tokens_per_sample: got {max_visual_tokens_per_sample}; use at least 1")
+        if video_markup not in ("bare", "wrapped"):
+            raise ValueError(f"model.video_markup: got {video_markup!r}; use bare or wrapped")
+        budgets = Budgets(*limits, clips=rules, max_tokens_per_sample=max_visual_tokens_per_sample)
+        wrapped = video_markup == "wrapped"
+        encoder = Encoder(tokenizer, dialect, budgets, wrapped, shrink_to_tokens, shrink_to_patches)
+        return cls(encoder, position_table_side=arch.vision.position_table_side)
 
     @property
     def tokenizer(self) -> ChatTokenizer:
         return self.encoder.tokenizer
+
+    def fingerprint(self) -> dict[str, str]:
+        """Return what changes with the template, the tokenizer or a budget, as JSON."""
+        settings = {field.name: getattr(self.encoder, field.name) for field in fields(self.encoder)}
+        return {name: self.tokenizer.digest if name == "tokenizer" else repr(value) for name, value in settings.items()}
 
     def __call__(self, samples: Sequence[RawSample]) -> PackedBatch:
         """Pack all samples into one batch, in their order. A sample is {"messages": [...]} or a Sample.
@@ -98,7 +124,7 @@ class MultimodalCollator:
             sequence_lengths=[sample.input_ids.numel() for sample in samples],
             labels=torch.cat([sample.labels for sample in samples]),
             loss_weights=_joined_weights(samples),
-            pixel_values=torch.cat([sample.patches for sample in samples]).reshape(-1, 3 * PATCH * PATCH),
+            pixel_values=joined_patches([sample.patches for sample in samples]),
             grid_thw=grids,
             vision_slices_per_seq=slices,
             position_table_side=self.position_table_side,

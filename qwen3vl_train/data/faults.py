@@ -1,10 +1,26 @@
 """What can be wrong with one row of data, and how it is written down."""
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from qwen3vl_train.data.formats import Sample
 
 
 class RowFault(ValueError):
-    """One row cannot be used. The message says what was found and what to do; it does not name file and row."""
+    """One row cannot be used. The message says what was found and what to do; it does not name file and row.
+
+    passing: it follows from the machine and not from the data, such as a server that does not answer or a disk that
+    fails, so that the row may be sound at the next look. sample: the row as far as it was understood, if it was.
+    """
+
+    def __init__(self, message: str, *, passing: bool = False) -> None:
+        super().__init__(message)
+        self.passing = passing
+        self.sample: Sample | None = None
+
+    def at(self, where: str) -> "RowFault":
+        """Return the same fault with the place before it."""
+        return type(self)(f"{where}: {self}", passing=self.passing)
 
 
 class MediaFault(RowFault):

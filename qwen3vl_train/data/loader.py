@@ -1,49 +1,96 @@
-"""The training loader: plans every epoch from costs, deals packs to ranks, builds them in worker processes, resumes.
+"""The loader of data that is indexed: plans epochs from costs, and evaluation files.
 
-What makes which pack and step depends on the data, the seed and the budgets, never on ranks, workers or timing. So the
-position is three numbers, and a run goes on exactly where it was, also on another number of ranks.
+What makes which pack and step depends on the data, the seed and the budgets, never on ranks, workers or timing. So a
+position is a few numbers, and a run goes on exactly where it was, also on another number of ranks.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
-from torch.utils.data import DataLoader, Dataset
 
-from qwen3vl_train.batch import PackedBatch
 from qwen3vl_train.data.collate import MultimodalCollator
 from qwen3vl_train.data.faults import Reject, RowFault
+from qwen3vl_train.data.formats import Sample
 from qwen3vl_train.data.index import Index
-from qwen3vl_train.data.plan import CostModel, plan_packs, random_stream, share
+from qwen3vl_train.data.plan import CostModel, PackLimits, arrange, plan_packs, random_stream
 from qwen3vl_train.data.sources import Source
+from qwen3vl_train.data.stamps import local_files, stamp_of
+from qwen3vl_train.data.steps import PackResult, PlanMark, PlannedStep, StepPacks, build_packs, deal_steps
+
+WINDOW = 8192
+"""Rows of an index that are planned together: enough that almost no pack has room left over."""
 
 
-class PackResult(NamedTuple):
-    """What a worker makes of one planned pack; pack is None when every row of it turned out broken."""
+class BuildRows:
+    """Builds packs from row numbers of an index, in a worker process or in this one."""
 
-    pack: PackedBatch | None
-    rejected: list[Reject]
+    def __init__(self, sources: Sequence[Source], collator: MultimodalCollator, index: Index) -> None:
+        self.sources, self.collator, self.index = sources, collator, index
+
+    def __call__(self, rows: Sequence[int]) -> PackResult:
+        encoded, rejected = [], []
+        for number in rows:
+            place, row = self.index.locate(number)
+            source = self.sources[place]
+            try:
+                sample = source.sample(row)
+                self._check_unchanged(sample, number)
+                made = self.collator.encode(sample)
+                if made.input_ids.numel() != self.index.tokens[number]:
+                    raise RowFault(
+                        f"sample has {made.input_ids.numel()} tokens but had {self.index.tokens[number]} when it was "
+                        "indexed; its row or its media changed since, start again"
+                    )
+            except RowFault as fault:
+                rejected.append(Reject(source.name, source.row_number(row), str(fault)))
+            else:
+                encoded.append(made)
+        return PackResult(self.collator.pack(encoded) if encoded else None, rejected)
+
+    def _check_unchanged(self, sample: Sample, number: int) -> None:
+        if stamp_of(sample) != self.index.stamps[number]:
+            raise RowFault(changed_media(sample, "indexed"))
 
 
-@dataclass(frozen=True)
-class StepPacks:
-    """The packs of one step that this rank trains on.
+def changed_media(sample: Sample, when: str) -> str:
+    """Say that a media file of a sample is not as it was."""
+    paths = local_files(sample)
+    named = ", ".join(paths[:3]) + (f" or {len(paths) - 3} more" if len(paths) > 3 else "")
+    return (
+        f"size or time of {named} is not what it was when the row was {when}; the row is left out, start again to take "
+        "it as it is now"
+    )
 
-    packs may be empty: a short last step has fewer packs than ranks, or all rows of a pack were broken.
-    pack_numbers: place of each pack among the packs of the step over all ranks. num_packs: planned packs of the step
-    over all ranks. epoch: counted from 0. rejected: rows of this rank that broke when decoded. state: where the loader
-    stands AFTER this step, as JSON, the same on every rank; save it with what the step has trained.
-    """
 
-    packs: list[PackedBatch]
-    pack_numbers: list[int]
-    num_packs: int
-    epoch: int
-    rejected: list[Reject]
-    state: dict[str, Any]
+def check_run(packs_per_step: int, num_epochs: int | None, num_steps: int | None) -> None:
+    """Raise ValueError for a length of the run or of a step that is none."""
+    if packs_per_step < 1:
+        raise ValueError(f"train.packs_per_step: got {packs_per_step}; use at least 1")
+    if (num_epochs is None) == (num_steps is None):
+        raise ValueError(f"train: num_epochs is {num_epochs} and num_steps is {num_steps}; give one of them")
+    if (num_epochs or num_steps or 0) < 1:
+        raise ValueError(f"train: num_epochs is {num_epochs} and num_steps is {num_steps}; use at least 1")
+
+
+def check_weights(sources_with_weights: Sequence[tuple[Any, float]]) -> None:
+    for source, weight in sources_with_weights:
+        if not (math.isfinite(weight) and weight > 0):
+            raise ValueError(f"data.train: {source.name}: weight is {weight}; use a number above 0")
+
+
+def check_fingerprint(theirs: dict[str, Any], ours: dict[str, Any]) -> None:
+    """Raise ValueError that names what of the data or the plan is not as it was when a state was saved."""
+    changed = [key for key, value in ours.items() if theirs.get(key) != value]
+    if changed:
+        what = {"sources": "the data files", "costs": "the rows' token counts", "encoder": "the template or a budget"}
+        names = ", ".join(what.get(key, f"{key} ({theirs.get(key)} then, {ours[key]} now)") for key in changed)
+        raise ValueError(
+            f"resume: {names} changed since the checkpoint, so the run cannot go on exactly; put them back or start a "
+            "new run"
+        )
 
 
 class _Position(NamedTuple):
@@ -52,57 +99,6 @@ class _Position(NamedTuple):
     epoch: int
     step_in_epoch: int
     steps_done: int
-
-
-class _PackDataset(Dataset):
-    """Builds packs from row numbers, in a worker process or in this one."""
-
-    def __init__(self, sources: Sequence[Source], collator: MultimodalCollator, index: Index) -> None:
-        self.sources, self.collator, self.index = sources, collator, index
-
-    def __getitem__(self, rows: Sequence[int]) -> PackResult:
-        encoded, rejected = [], []
-        for number in rows:
-            place, row = self.index.locate(number)
-            source = self.sources[place]
-            try:
-                sample = self.collator.encode(source.sample(row))
-                if sample.input_ids.numel() != self.index.tokens[number]:
-                    raise RowFault(
-                        f"sample has {sample.input_ids.numel()} tokens but had {self.index.tokens[number]} when it was "
-                        "indexed; its row or its images changed since, start again"
-                    )
-            except RowFault as fault:
-                rejected.append(Reject(source.name, source.row_number(row), str(fault)))
-            else:
-                encoded.append(sample)
-        return PackResult(self.collator.pack(encoded) if encoded else None, rejected)
-
-
-def _one_thread(worker: int) -> None:
-    torch.set_num_threads(1)
-
-
-def _build(dataset: _PackDataset, rows: "_Rows", num_workers: int, pin_memory: bool) -> DataLoader:
-    """Start the workers. Results come in the order asked for; a worker that dies raises RuntimeError here."""
-    return DataLoader(
-        dataset,
-        batch_size=None,
-        sampler=rows,  # type: ignore[arg-type]  (an iterable of row lists: each is one item)
-        num_workers=num_workers,
-        worker_init_fn=_one_thread,
-        pin_memory=pin_memory,
-    )
-
-
-class _Rows:
-    """The rows of the packs to come, in order; the DataLoader asks for them a little ahead of time."""
-
-    def __init__(self, make: Callable[..., Iterator[tuple[int, ...]]], *arguments: Any) -> None:
-        self.make, self.arguments = make, arguments
-
-    def __iter__(self) -> Iterator[tuple[int, ...]]:
-        return self.make(*self.arguments)
 
 
 class TrainLoader:
@@ -115,77 +111,101 @@ class TrainLoader:
         index: Index,
         *,
         packs_per_step: int,
-        max_tokens_per_pack: int,
+        limits: PackLimits,
         seed: int,
         rank: int = 0,
         world_size: int = 1,
         num_workers: int = 0,
         num_epochs: int | None = None,
         num_steps: int | None = None,
-        window: int = 2048,
+        window: int = WINDOW,
         cost_model: CostModel | None = None,
         pin_memory: bool = False,
     ) -> None:
         """Prepare; nothing is read until iteration.
 
         sources_with_weights: weight 1 is every row once an epoch, 2 twice, 0.5 another random half each epoch.
-        Exactly one of num_epochs and num_steps ends the run. packs_per_step counts the packs of all ranks. Raises
-        ValueError for settings out of range and for data that holds no step.
+        Exactly one of num_epochs and num_steps ends the run. packs_per_step counts the packs of all ranks. An index
+        without a usable row makes a run of no steps. Raises ValueError for settings out of range.
         """
         self.sources = [source for source, _ in sources_with_weights]
         self.weights = [float(weight) for _, weight in sources_with_weights]
-        self._check(index, packs_per_step, num_epochs, num_steps)
-        self.index, self.collator = index, collator
-        self.packs_per_step, self.max_tokens, self.seed, self.window = packs_per_step, max_tokens_per_pack, seed, window
+        lengths = [len(source) for source in self.sources]
+        assert np.diff(index.starts).tolist() == lengths, f"index of other sources: {index.starts}, rows {lengths}"
+        check_weights(sources_with_weights)
+        check_run(packs_per_step, num_epochs, num_steps)
+        self.index, self.collator, self.limits, self.window = index, collator, limits, window
+        self.packs_per_step, self.seed = packs_per_step, seed
         self.rank, self.world_size, self.num_workers, self.pin_memory = rank, world_size, num_workers, pin_memory
-        self.num_epochs, self._num_steps = num_epochs, num_steps
+        self.num_epochs, self._num_steps = num_epochs, num_steps if index.num_usable else 0
         self.cost_model = cost_model or CostModel()
+        self.work = self.cost_model.work(index.tokens, index.patches, index.patch_pairs)
         self._position = _Position(0, 0, 0)
         self._planned: tuple[int, list[list[int]]] = (-1, [])
-        self._fingerprint = {
+        self._epoch_lengths: dict[int, int] = {}  # in steps
+        self.fingerprint: dict[str, Any] = {
             "sources": [source.fingerprint() for source in self.sources],
             "weights": self.weights,
             "costs": index.digest(),
             "seed": seed,
-            "max_tokens_per_pack": max_tokens_per_pack,
+            "limits": repr(limits),
             "packs_per_step": packs_per_step,
             "window": window,
+            "cost_model": repr(self.cost_model),
         }
 
-    def _check(self, index: Index, packs_per_step: int, num_epochs: int | None, num_steps: int | None) -> None:
-        lengths = [len(source) for source in self.sources]
-        assert np.diff(index.starts).tolist() == lengths, f"index of other sources: {index.starts}, rows {lengths}"
-        for source, weight in zip(self.sources, self.weights, strict=True):
-            if not (math.isfinite(weight) and weight > 0):
-                raise ValueError(f"data.train: {source.name}: weight is {weight}; use a number above 0")
-        if packs_per_step < 1:
-            raise ValueError(f"train.packs_per_step: got {packs_per_step}; use at least 1")
-        if (num_epochs is None) == (num_steps is None):
-            raise ValueError(f"train: num_epochs is {num_epochs} and num_steps is {num_steps}; give one of them")
-        if (num_epochs or num_steps or 0) < 1:
-            raise ValueError(f"train: num_epochs is {num_epochs} and num_steps is {num_steps}; use at least 1")
-        if not index.num_usable:
-            raise ValueError("data.train: no usable row; mend the rows that rejected.jsonl lists")
+    @property
+    def max_tokens(self) -> int:
+        return self.limits.tokens
+
+    @property
+    def epoch(self) -> int:
+        """The epoch of the last step yielded, counted from 0."""
+        return self._position.epoch
 
     @property
     def num_steps(self) -> int:
-        """Steps of the whole run, from its beginning. With num_epochs, plans every epoch once."""
+        """Steps of the whole run, from its beginning. With num_epochs, plans every epoch whose length is not known."""
         if self._num_steps is None:
-            assert self.num_epochs is not None
-            self._num_steps = sum(self._steps_of(epoch) for epoch in range(self.num_epochs))
+            self._num_steps = sum(self._lengths())
         return self._num_steps
 
-    def _steps_of(self, epoch: int) -> int:
-        return math.ceil(len(self.epoch_packs(epoch)) / self.packs_per_step)
+    def _lengths(self) -> list[int]:
+        """Return the steps of each epoch; of none where num_steps ends the run, which need not be known ahead."""
+        epochs = range(self.num_epochs or 0)
+        # The epoch that is trained next comes last: the plan of the last one is kept.
+        for epoch in sorted(set(epochs) - self._epoch_lengths.keys(), key=lambda epoch: (epoch == self.epoch, epoch)):
+            self._epoch_lengths[epoch] = math.ceil(len(self.epoch_packs(epoch)) / self.packs_per_step)
+        return [self._epoch_lengths[epoch] for epoch in epochs]
 
     def epoch_packs(self, epoch: int) -> list[list[int]]:
-        """Return the planned packs of an epoch as lists of row numbers, all ranks and steps in order."""
+        """Return the packs of an epoch as lists of row numbers, all ranks and steps in order; keeps the last."""
         if self._planned[0] != epoch:
-            order = self._epoch_order(epoch)
-            seed = (self.seed, epoch, 1)
-            packs = plan_packs(self.index.tokens, order, max_tokens=self.max_tokens, window=self.window, seed=seed)
-            self._planned = (epoch, packs)
+            self._planned = (epoch, list(self._plan(epoch)))
         return self._planned[1]
+
+    def _plan(self, epoch: int) -> Iterator[list[int]]:
+        """Yield the packs of an epoch, planned window by window as they are asked for."""
+        order = self._epoch_order(epoch)
+        done = 0
+        for number, start in enumerate(range(0, len(order), self.window)):
+            rows = order[start : start + self.window]
+            tokens, patches, work = self.index.tokens[rows], self.index.patches[rows], self.work[rows]
+            found = plan_packs(tokens, patches, work, self.limits)
+            places = arrange(
+                [int(work[pack].sum()) for pack in found],
+                packs_per_step=self.packs_per_step,
+                lead=-done % self.packs_per_step,
+                seed=(self.seed, epoch, 1, number),
+            )
+            yield from (rows[found[place]].tolist() for place in places)
+            done += len(places)
+
+    def _steps_of(self, epoch: int) -> Iterator[list[list[int]]]:
+        """Yield the packs of each step of an epoch, from the plan that is kept if it is this epoch's."""
+        packs = iter(self._planned[1]) if self._planned[0] == epoch else self._plan(epoch)
+        while step := list(islice(packs, self.packs_per_step)):
+            yield step
 
     def _epoch_order(self, epoch: int) -> np.ndarray:
         """Return the rows of an epoch, shuffled: each usable row as often as its source's weight says."""
@@ -201,7 +221,11 @@ class TrainLoader:
 
     def state(self) -> dict[str, Any]:
         """Return the position of the next step to be yielded, as JSON."""
-        return {**self._position._asdict(), "fingerprint": self._fingerprint}
+        return self._state(self._position)
+
+    def _state(self, position: _Position) -> dict[str, Any]:
+        # With the lengths of the epochs, so that a run that goes on need not plan all of them again.
+        return {**position._asdict(), "epoch_lengths": self._lengths(), "fingerprint": self.fingerprint}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on behind the step whose `StepPacks.state` this is; call it before iterating.
@@ -209,56 +233,45 @@ class TrainLoader:
         Rank and world size may differ from those of the run that saved it. Raises ValueError that names what of the
         data or the plan is not as it was.
         """
-        theirs = state["fingerprint"]
-        changed = [key for key, value in self._fingerprint.items() if theirs.get(key) != value]
-        if changed:
-            what = {"sources": "the data files", "costs": "the rows' token counts"}
-            names = ", ".join(
-                what.get(key, f"{key} ({theirs.get(key)} then, {self._fingerprint[key]} now)") for key in changed
-            )
-            raise ValueError(
-                f"resume: {names} changed since the checkpoint, so the run cannot go on exactly; put them back or "
-                "start a new run"
-            )
+        check_fingerprint(state["fingerprint"], self.fingerprint)
+        self._epoch_lengths.update(enumerate(state["epoch_lengths"]))
+        self._stand_at(state)
+
+    def _stand_at(self, state: dict[str, Any]) -> None:
         self._position = _Position(state["epoch"], state["step_in_epoch"], state["steps_done"])
 
-    def _steps(self, start: _Position) -> Iterator[tuple[_Position, list[list[int]]]]:
-        """Yield (position behind the step, its packs over all ranks) from a position to the end of the run."""
+    def _steps(self, start: _Position) -> Iterator[PlannedStep]:
+        """Yield the steps from a position to the end of the run."""
         epoch, step, done = start
         while done < self.num_steps:
-            packs = self.epoch_packs(epoch)
-            while step * self.packs_per_step < len(packs) and done < self.num_steps:
-                of_step = packs[step * self.packs_per_step : (step + 1) * self.packs_per_step]
+            for of_step in islice(self._steps_of(epoch), step, step + self.num_steps - done):
                 step, done = step + 1, done + 1
-                yield _Position(epoch, step, done), of_step
+                position = _Position(epoch, step, done)
+                yield PlannedStep(
+                    of_step,
+                    [int(self.work[pack].sum()) for pack in of_step],
+                    epoch,
+                    self._state(position),
+                    PlanMark.of(position._asdict(), of_step),
+                    num_shrunk=sum(int(self.index.num_shrunk[pack].sum()) for pack in of_step),
+                    num_seen=self.index.num_rows,
+                    num_dropped=self.index.num_dropped,
+                )
             epoch, step = epoch + 1, 0
-
-    def _rows(self, start: _Position) -> Iterator[tuple[int, ...]]:
-        """Yield the rows of each pack of this rank."""
-        for _, packs in self._steps(start):
-            for number in self._share(packs):
-                yield tuple(packs[number])
-
-    def _share(self, packs: list[list[int]]) -> list[int]:
-        index = self.index
-        costs = [self.cost_model.cost(index.tokens[p], index.patches[p], index.patch_pairs[p]) for p in packs]
-        return share(costs, self.world_size)[self.rank]
 
     def __iter__(self) -> Iterator[StepPacks]:
         """Yield the steps from the position on; the position moves as steps are yielded."""
-        start = self._position
-        dataset = _PackDataset(self.sources, self.collator, self.index)
-        results = iter(_build(dataset, _Rows(self._rows, start), self.num_workers, self.pin_memory))
-        for position, packs in self._steps(start):
-            numbers, built, rejected = [], [], []
-            for number in self._share(packs):
-                pack, broken = next(results)
-                rejected += broken
-                if pack is not None:
-                    numbers.append(number)
-                    built.append(pack)
-            self._position = position
-            yield StepPacks(built, numbers, len(packs), position.epoch, rejected, self.state())
+        steps = deal_steps(
+            self._steps(self._position),
+            BuildRows(self.sources, self.collator, self.index),
+            rank=self.rank,
+            world_size=self.world_size,
+            num_workers=self.num_workers,
+            pin_memory=self.pin_memory,
+        )
+        for step in steps:
+            self._stand_at(step.state)
+            yield step
 
 
 def eval_packs(
@@ -266,7 +279,7 @@ def eval_packs(
     collator: MultimodalCollator,
     index: Index,
     *,
-    max_tokens: int,
+    limits: PackLimits,
     rank: int = 0,
     world_size: int = 1,
     num_workers: int = 0,
@@ -275,14 +288,13 @@ def eval_packs(
 
     index: of this source alone. Ranks may get different numbers of packs.
     """
+    sizes, capacities = limits.sizes(index.tokens, index.patches)
     packs: list[list[int]] = []
-    room = 0
+    room = np.zeros_like(capacities)
     for number in index.usable(0).tolist():
-        tokens = int(index.tokens[number])
-        if not packs or tokens > room:
+        if not packs or (sizes[number] > room).any():
             packs.append([])
-            room = max_tokens
+            room = capacities.copy()
         packs[-1].append(number)
-        room -= tokens
-    mine = _Rows(iter, [tuple(rows) for rows in packs[rank::world_size]])
-    yield from _build(_PackDataset([source], collator, index), mine, num_workers, pin_memory=False)
+        room -= sizes[number]
+    yield from build_packs(BuildRows([source], collator, index), packs[rank::world_size], num_workers)

@@ -1,15 +1,17 @@
 """Find images, read their sizes from the header alone, decode them, and cut them into patches as Qwen3-VL does.
 
-Everything a row of data may name goes through `open_image`; nothing here reaches for the network, and only the common
-raster formats are opened (some of Pillow's others start outside programs).
+Everything a row of data may name goes through `open_image`; only what the recipe allows to be fetched (a `Remote`) is
+reached over the network, and only the common raster formats are opened (some of Pillow's others start programs).
 """
 
 import base64
 import binascii
 import contextlib
+import errno
 import math
 import os
 import re
+import stat
 import struct
 import zlib
 from collections.abc import Iterator
@@ -23,10 +25,11 @@ import torch.nn.functional as F
 from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
+from qwen3vl_train.data.download import Remote, is_web_address
 from qwen3vl_train.data.faults import MediaFault
 
-ImageSource = str | bytes | Image.Image
-"""A path, a `data:` URI, the bytes of an encoded image, or a PIL image."""
+ImageSource = str | bytes | Image.Image | Remote
+"""A path, a `data:` URI, the bytes of an encoded image, a PIL image, or something to be fetched."""
 
 PATCH = 16
 MERGE = 2
@@ -40,28 +43,34 @@ _DAMAGE = (
 )  # fmt: skip
 """What Pillow's readers raise on damaged input; seen in its sources and by feeding them damaged files."""
 
+_STRIP_ROWS = 64
+_NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
 
-def name_of(source: ImageSource) -> str:
-    """Name a source in messages: its path (shortened), or what kind of object it is."""
+
+def name_of(source: ImageSource, kind: str = "image") -> str:
+    """Name a source in messages: its path (shortened), or what kind of object it is. kind: 'image' or 'video'."""
     if isinstance(source, str):
-        return "data URI" if source.startswith("data:") else f"image {source[:200]}{'...' * (len(source) > 200)}"
+        return "data URI" if source.startswith("data:") else f"{kind} {source[:200]}{'...' * (len(source) > 200)}"
     if isinstance(source, bytes):
-        return f"image of {len(source)} bytes"
+        return f"{kind} of {len(source)} bytes"
+    if isinstance(source, Remote):
+        return f"{kind} {source}"
     return f"PIL image of {source.width}x{source.height}"
 
 
-def locate(path: str, media_root: str | os.PathLike[str] | None) -> str:
+def locate(path: str, media_root: str | os.PathLike[str] | None, kind: str = "image") -> str:
     """Return the real path of a media file.
 
     With a media_root, relative paths start there and nothing outside it is reached, be it by `..`, by an absolute
     path or through a symbolic link. Without one, any local path will do. Raises MediaFault.
     """
-    name = name_of(path)
+    name = name_of(path, kind)
     scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", path)
     if scheme:
-        raise MediaFault(f"{name}: is a {scheme[1]} URL and nothing is downloaded; give a local path")
+        remedy = " or set allow_urls: true" if is_web_address(path) else ""
+        raise MediaFault(f"{name}: is a {scheme[1]} URL and nothing is downloaded; give a local path{remedy}")
     if "\0" in path or not path:
-        raise MediaFault(f"{name}: is not a path; give the path of an image file")
+        raise MediaFault(f"{name}: is not a path; give the path of a file")
     if media_root is None:
         return os.path.realpath(path)
     root = os.path.realpath(media_root)
@@ -77,28 +86,43 @@ def open_image(source: ImageSource, media_root: str | os.PathLike[str] | None = 
     if isinstance(source, Image.Image):
         return source
     if isinstance(source, str) and source.startswith("data:"):
-        source = _data_uri(source)
+        source = decode_data_uri(source)
+    elif isinstance(source, Remote):
+        source = source.fetch()
     if isinstance(source, bytes):
         if not source:
             raise MediaFault(f"{name}: is empty; give the bytes of an image file")
         return _identify(BytesIO(source), name)
-    path = locate(source, media_root)
-    if not os.path.isfile(path):
-        found = "is not a file" if os.path.exists(path) else "no such file"
-        raise MediaFault(f"{name}: {found} ({path}); check the path and media_root")
-    if os.path.getsize(path) == 0:
+    return _identify(find_file(source, media_root), name)
+
+
+def find_file(path: str, media_root: str | os.PathLike[str] | None, kind: str = "image") -> str:
+    """Return the real path of a media file that exists and is not empty. Raises MediaFault, as `locate` does."""
+    name, real = name_of(path, kind), locate(path, media_root, kind)
+    try:
+        status = os.stat(real)
+    except OSError as error:
+        if error.errno not in _NOT_THERE:
+            raise _unreadable(name, error, "damaged") from None
+        raise MediaFault(f"{name}: no such file ({real}); check the path and media_root") from None
+    if not stat.S_ISREG(status.st_mode):
+        raise MediaFault(f"{name}: is not a file ({real}); check the path and media_root")
+    if status.st_size == 0:
         raise MediaFault(f"{name}: is empty (0 bytes); copy the file again")
-    return _identify(path, name)
+    return real
 
 
-def _data_uri(uri: str) -> bytes:
+def decode_data_uri(uri: str, kind: str = "image") -> bytes:
+    """Return the bytes that a base64 data URI holds. Raises MediaFault."""
     header, comma, body = uri.partition(",")
     if not comma or not header.endswith(";base64"):
-        raise MediaFault("data URI: is not base64; write data:image/png;base64,...")
+        raise MediaFault(
+            f"data URI: is not base64; write data:{'image/png' if kind == 'image' else 'video/mp4'};base64,..."
+        )
     try:
         return base64.b64decode(body, validate=True)
     except (binascii.Error, ValueError) as error:
-        raise MediaFault(f"data URI: is not base64 ({error}); encode the image again") from None
+        raise MediaFault(f"data URI: is not base64 ({error}); encode the {kind} again") from None
 
 
 @cache
@@ -112,16 +136,21 @@ def _identify(file: str | IO[bytes], name: str) -> Image.Image:
         image = Image.open(file, formats=_readable())
     except Image.UnidentifiedImageError:
         raise MediaFault(f"{name}: is not an image of a known kind ({', '.join(_readable())}); convert it") from None
-    except PermissionError:
-        raise MediaFault(f"{name}: may not be read; check its permissions") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise _too_large(name, _declared_size(file) or str(error)) from None
     except _DAMAGE as error:
-        raise MediaFault(f"{name}: is damaged ({error}); replace the file") from None
+        raise _unreadable(name, error, "damaged") from None
     if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
         image.close()
         raise _too_large(name, f"{image.width}x{image.height}")
     return image
+
+
+def _unreadable(name: str, error: BaseException, what: str) -> MediaFault:
+    """Tell a disk or its permissions, whose errors have a number, from what is in a file."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return MediaFault(f"{name}: cannot be read ({error.strerror}); check disk and permissions", passing=True)
+    return MediaFault(f"{name}: is {what} ({error}); replace the file")
 
 
 def _too_large(name: str, size: str) -> MediaFault:
@@ -160,7 +189,7 @@ def _reading(source: ImageSource, media_root: str | os.PathLike[str] | None) -> 
     except MediaFault:
         raise
     except _DAMAGE as error:
-        raise MediaFault(f"{name}: is truncated or damaged ({error}); replace it") from None
+        raise _unreadable(name, error, "truncated or damaged") from None
     finally:
         if image is not source:
             image.close()
@@ -207,12 +236,27 @@ def load_rgb(source: ImageSource, media_root: str | os.PathLike[str] | None = No
     transformers' Qwen2VLImageProcessor does. Grey, palette and CMYK images convert. Of an animation: the first frame.
     """
     with _reading(source, media_root) as image:
-        upright = image if image is source else ImageOps.exif_transpose(image)
-        if "A" in upright.getbands() or upright.info.get("transparency") is not None:
-            upright = upright.convert("RGBA")
-            white = Image.new("RGBA", upright.size, (255, 255, 255, 255))
-            upright = Image.alpha_composite(white, upright)
-        return torch.from_numpy(np.array(upright.convert("RGB"))).permute(2, 0, 1)
+        if image is not source:
+            ImageOps.exif_transpose(image, in_place=True)
+        if "A" in image.getbands() or image.info.get("transparency") is not None:
+            white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+            rgb = Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+        else:
+            rgb = image if image.mode == "RGB" else image.convert("RGB")
+        return torch.from_numpy(_pixels(rgb)).permute(2, 0, 1)
+
+
+def _pixels(rgb: Image.Image) -> np.ndarray:
+    """Copy an RGB image to uint8 (H, W, 3), a few rows at a time.
+
+    In one go Pillow makes two more copies of the whole on the way; to get the memory for every copy that is spared here
+    and in `load_rgb` takes longer than to decode a JPEG.
+    """
+    pixels_HWC = np.empty((rgb.height, rgb.width, 3), dtype=np.uint8)
+    for top in range(0, rgb.height, _STRIP_ROWS):
+        bottom = min(top + _STRIP_ROWS, rgb.height)
+        pixels_HWC[top:bottom] = np.asarray(rgb.crop((0, top, rgb.width, bottom)))
+    return pixels_HWC
 
 
 def smart_resize(height: int, width: int, *, factor: int = FACTOR, min_pixels: int, max_pixels: int) -> tuple[int, int]:

@@ -11,6 +11,7 @@ _TOOLS = [{"type": "function", "function": {"name": "f", "description": "é <b>"
 _ASK = {"role": "user", "content": "Hi"}
 _KIND = [{"type": "text", "text": "Be"}, {"type": "text", "text": " kind"}]
 _PICTURE = {"type": "image", "image": "a.png"}
+_CLIP = {"type": "video", "video": "a.mp4"}
 _CALLS = [
     {"type": "function", "function": {"name": "f", "arguments": {"x": "é", "n": [1, None]}}},
     {"name": "g", "arguments": '{"raw": 1}'},
@@ -31,6 +32,10 @@ _COMMON: dict[str, dict[str, Any]] = {
     "pictures": {
         "messages": [{"role": "user", "content": [_PICTURE, {"type": "text", "text": "a"}, _PICTURE, _PICTURE,
                                                   {"type": "text", "text": "b"}]}, {"role": "assistant", "content": ""}]
+    },
+    "clips": {
+        "messages": [{"role": "user", "content": [{"text": "a"}, _CLIP, _PICTURE, {"video": "b.mp4"}, {"text": "b"}]},
+                     {"role": "assistant", "content": "c"}]
     },
     "picture by url": {
         "messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "a.png"}}, {"text": "?"}]}]

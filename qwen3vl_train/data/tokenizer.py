@@ -1,6 +1,9 @@
 """The checkpoint's tokenizer, with one rule of our own: text that somebody typed never becomes a special token."""
 
+import hashlib
 import json
+import unicodedata
+from functools import cached_property
 from pathlib import Path
 
 from tokenizers import Tokenizer, processors
@@ -15,6 +18,28 @@ VISION_END = "<|vision_end|>"
 IMAGE_PAD = "<|image_pad|>"
 VIDEO_PAD = "<|video_pad|>"
 SPECIAL_TOKENS = (END_OF_TEXT, TURN_START, TURN_END, VISION_START, VISION_END, IMAGE_PAD, VIDEO_PAD)
+
+_REMEMBERED, _REMEMBERED_TEXTS = 16, 1024
+"""Characters and number of texts whose count is kept: role names and line ends stand in every sample."""
+
+_KINDS = "a0 .é"
+"""One of each kind of character that `fewest` tells apart: letters, digits, blanks, the rest of ASCII, all beyond."""
+
+
+def _kind(byte: int) -> str:
+    if byte > 127:
+        return "é"
+    character = chr(byte)
+    return "a" if character.isalpha() else "0" if character.isdigit() else " " if character.isspace() else "."
+
+
+_KIND_OF_BYTE = "".join(map(_kind, range(256))).encode("latin-1")
+_SHOWN = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+_HIDDEN = [byte for byte in range(256) if byte not in _SHOWN]
+_KIND_OF_LETTER = {byte: _kind(byte) for byte in _SHOWN} | {
+    0x100 + place: _kind(byte) for place, byte in enumerate(_HIDDEN)
+}
+"""Of the letters in which byte-level vocabularies write bytes: those that print as they are, the others U+0100 on."""
 
 
 class ChatTokenizer:
@@ -41,6 +66,7 @@ class ChatTokenizer:
         self.special_ids: dict[str, int] = ids
         self._where = where
         self._tokenizer = tokenizer
+        self._counts: dict[str, int] = {}
         tokenizer.no_truncation()
         tokenizer.no_padding()
         tokenizer.encode_special_tokens = True  # "encode as text": special names in text stay text
@@ -63,6 +89,11 @@ class ChatTokenizer:
         if arch is not None:
             loaded.check_ids(arch)
         return loaded
+
+    @cached_property
+    def digest(self) -> str:
+        """A hash of the whole tokenizer."""
+        return hashlib.sha256(self._tokenizer.to_str().encode()).hexdigest()
 
     def check_ids(self, arch: Qwen3VLArch) -> None:
         """Raise ValueError where config.json and the tokenizer give different ids to the vision tokens."""
@@ -87,6 +118,35 @@ class ChatTokenizer:
         """Return ids and, for each, the (start, end) characters of text it stands for. Special names stay text."""
         encoding = self._tokenizer.encode(text, add_special_tokens=False)
         return encoding.ids, encoding.offsets
+
+    def count(self, text: str) -> int:
+        """Return the number of ids that `encode` gives, in half its time; that of short texts is remembered."""
+        found = self._counts.get(text)
+        if found is None:
+            found = len(self._tokenizer.encode(text, add_special_tokens=False))
+            if len(text) <= _REMEMBERED and len(self._counts) < _REMEMBERED_TEXTS:
+                self._counts[text] = found
+        return found
+
+    def fewest(self, text: str) -> int:
+        """Return a number that `encode` never stays below, in a hundredth of its time: for texts beyond all limits.
+
+        A token stands for at most as many digits as the token of most digits does, and so of letters, blanks, other
+        ASCII and the bytes of other characters.
+        """
+        kinds = unicodedata.normalize("NFC", text).encode().translate(_KIND_OF_BYTE).decode("latin-1")
+        return max(-(-kinds.count(kind) // most) for kind, most in self._most_in_a_token.items())
+
+    @cached_property
+    def _most_in_a_token(self) -> dict[str, int]:
+        """Of each kind, the number of bytes in the token that has most of them."""
+        vocabulary = "\n".join(self._tokenizer.get_vocab(with_added_tokens=False)).translate(_KIND_OF_LETTER)
+        added = [
+            token.content.encode().translate(_KIND_OF_BYTE)
+            for token in self._tokenizer.get_added_tokens_decoder().values()
+        ]
+        tokens = [*vocabulary.split("\n"), *(token.decode("latin-1") for token in added)]
+        return {kind: max(1, *(token.count(kind) for token in tokens)) for kind in _KINDS}
 
     def decode(self, ids: list[int], *, skip_special_tokens: bool = True) -> str:
         """Turn ids back to text. Text comes back in Unicode normal form C."""

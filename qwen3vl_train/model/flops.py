@@ -5,6 +5,7 @@ trains, and as much again for the gradient of its weight where that trains. Atte
 gradients pass. The head runs on label rows only.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import nn
@@ -31,8 +32,13 @@ class FlopsCounter:
     adapters: tuple[int, int, int]
 
     @classmethod
-    def of(cls, model: nn.Module, arch: Qwen3VLArch) -> "FlopsCounter":
-        """Read from requires_grad which parts train, and from the parameter names where adapters sit."""
+    def of(
+        cls, model: nn.Module, arch: Qwen3VLArch, num_elements: Callable[[nn.Parameter], int] = nn.Parameter.numel
+    ) -> "FlopsCounter":
+        """Read from requires_grad which parts train, and from the parameter names where adapters sit.
+
+        num_elements: of a whole parameter, where the model holds pieces that do not say it themselves.
+        """
         groups = grouped_parameters(model)
         trains = {group: any(p.requires_grad for _, p in members) for group, members in groups.items()}
         weight = {
@@ -42,7 +48,7 @@ class FlopsCounter:
         weight["lm_head"] |= arch.tie_word_embeddings and weight["text_embed"]
 
         def adapters(*names: str) -> int:
-            return sum(p.numel() for group in names for name, p in groups[group] if ".lora_" in name)
+            return sum(num_elements(p) for group in names for name, p in groups[group] if ".lora_" in name)
 
         tower = any(trains[group] for group in VISION_GROUPS)
         mergers = any(trains[group] for group in _MERGERS)

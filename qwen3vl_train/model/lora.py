@@ -50,7 +50,10 @@ def lora_modules(model: nn.Module, targets: Sequence[str], huggingface_name: Cal
 def add_lora(
     model: nn.Module, modules: list[str], *, rank: int, alpha: float, dropout: float, rslora: bool, dora: bool
 ) -> None:
-    """Freeze the model and put an adapter on each named linear module. B starts at zero: the function is unchanged."""
+    """Freeze the model and put an adapter on each named linear module. B starts at zero: the function is unchanged.
+
+    On a model without memory (meta device) the adapters have none either; whoever fills it gives them their values.
+    """
     from peft import LoraConfig, inject_adapter_in_model
 
     model.requires_grad_(False)
@@ -63,9 +66,19 @@ def add_lora(
         use_dora=dora,
         bias="none",
     )
-    inject_adapter_in_model(config, model, adapter_name=ADAPTER)
+    on_meta = next(model.parameters()).is_meta
+    inject_adapter_in_model(config, model, adapter_name=ADAPTER, low_cpu_mem_usage=on_meta)
     adapted = {name.rpartition(".")[0] for name, _ in model.named_modules() if name.endswith(".lora_A")}
     assert adapted == set(modules), f"peft adapted {len(adapted)} modules, {len(modules)} were named"
+
+
+def base_name(name: str) -> str:
+    """The name that a parameter has without adapters: peft puts an adapted module's own weights one deeper."""
+    return name.replace(".base_layer.", ".")
+
+
+def is_adapter(name: str) -> bool:
+    return ".lora_" in name
 
 
 def adapter_tensors(model: nn.Module, huggingface_name: Callable[[str], str]) -> dict[str, Tensor]:

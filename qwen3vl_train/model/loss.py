@@ -11,19 +11,27 @@ CHUNK_ELEMENTS = 2**25  # 128 MiB of float32 logits: 220 rows of a 151,936-token
 
 
 def linear_cross_entropy_sum(
-    hidden_RD: Tensor, weight_VD: Tensor, labels_R: Tensor, weights_R: Tensor | None
+    hidden_RD: Tensor,
+    weight_VD: Tensor,
+    labels_R: Tensor,
+    weights_R: Tensor | None,
+    losses_R: Tensor | None = None,
 ) -> Tensor:
     """Sum over rows of weight * cross-entropy(hidden @ weight.T, label). Returns a float32 scalar.
 
     labels_R: int64, each in 0..V-1 (no ignore value: drop those rows first). weights_R: float32 factors, None for all
-    1. Equals `F.cross_entropy(logits.float(), labels, reduction="none") @ weights`, gradients included.
+    1. losses_R: float32, is filled with each row's term of the sum, for looking; no gradient passes through it. Equals
+    `F.cross_entropy(logits.float(), labels, reduction="none") @ weights`, gradients included.
     """
     if torch.is_grad_enabled() and (hidden_RD.requires_grad or weight_VD.requires_grad):
-        return _LinearCrossEntropySum.apply(hidden_RD, weight_VD, labels_R, weights_R)  # type: ignore[return-value]
+        return _LinearCrossEntropySum.apply(hidden_RD, weight_VD, labels_R, weights_R, losses_R)  # type: ignore[return-value]
     loss = hidden_RD.new_zeros((), dtype=torch.float32)
     for rows in _chunks(hidden_RD, weight_VD):
         losses, _ = _losses(hidden_RD[rows], weight_VD, labels_R[rows])
-        loss += (losses if weights_R is None else losses * weights_R[rows]).sum()
+        losses = losses if weights_R is None else losses * weights_R[rows]
+        loss += losses.sum()
+        if losses_R is not None:
+            losses_R[rows] = losses
     return loss
 
 
@@ -41,7 +49,14 @@ def _losses(hidden_RD: Tensor, weight_VD: Tensor, labels_R: Tensor) -> tuple[Ten
 
 class _LinearCrossEntropySum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_RD: Tensor, weight_VD: Tensor, labels_R: Tensor, weights_R: Tensor | None) -> Tensor:
+    def forward(
+        ctx,
+        hidden_RD: Tensor,
+        weight_VD: Tensor,
+        labels_R: Tensor,
+        weights_R: Tensor | None,
+        losses_R: Tensor | None,
+    ) -> Tensor:
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(hidden_RD) if needs_hidden else None
         grad_weight = torch.zeros_like(weight_VD) if needs_weight else None
@@ -54,6 +69,8 @@ class _LinearCrossEntropySum(torch.autograd.Function):
                 losses = losses * weights_R[rows]
                 grad_RV *= weights_R[rows, None]
             loss += losses.sum()
+            if losses_R is not None:
+                losses_R[rows] = losses
             grad_RV = grad_RV.to(hidden_RD.dtype)
             if grad_hidden is not None:
                 torch.mm(grad_RV, weight_VD, out=grad_hidden[rows])
@@ -65,4 +82,4 @@ class _LinearCrossEntropySum(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss: Tensor):  # type: ignore[override]
         grads = [None if grad is None else grad * grad_loss.to(grad.dtype) for grad in ctx.saved_tensors]
-        return *grads, None, None
+        return *grads, None, None, None

@@ -3,7 +3,7 @@
 T packed tokens, D text hidden, M merged vision rows, V vocabulary.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -69,12 +69,29 @@ class Qwen3VisionEncoder(nn.Module):
         return self.vision(pixel_values, grid_thw, index)
 
 
+class _ZeroOf(torch.autograd.Function):
+    """Zero, and a gradient of zero for each input. Times zero would not do: what is not finite would stay so."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Tensor) -> Tensor:
+        ctx.save_for_backward(*inputs)
+        return inputs[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.zeros_like(tensor) for tensor in ctx.saved_tensors)
+
+
 class Qwen3VLForConditionalGeneration(nn.Module):
-    """`model(batch)` for training, `model.logits(batch)` for looking. Plain torch: knows nothing of ranks."""
+    """`model(batch)` for training, `model.logits(batch)` for looking. Plain torch: knows nothing of ranks.
+
+    always_run_vision, set from outside: run the vision side also for a pack without images, to no effect on the result.
+    """
 
     def __init__(self, arch: Qwen3VLArch) -> None:
         super().__init__()
         self.arch = arch
+        self.always_run_vision = False
         self.visual = Qwen3VisionEncoder(arch.vision)
         self.language_model = Qwen3VLTextForCausalLM(arch.text, tie_word_embeddings=arch.tie_word_embeddings)
 
@@ -83,6 +100,8 @@ class Qwen3VLForConditionalGeneration(nn.Module):
         text = self.language_model.model
         inputs_embeds = text.embed_tokens(batch.input_ids)
         if batch.num_patches == 0:
+            if self.always_run_vision:
+                inputs_embeds = inputs_embeds + self._vision_of_nothing(inputs_embeds)
             return text(inputs_embeds, batch.positions, batch.segments, cache=cache)
         vision = self.visual(batch.pixel_values, batch.grid_thw, batch.vision)
         injected = process_vision_slices(
@@ -103,16 +122,33 @@ class Qwen3VLForConditionalGeneration(nn.Module):
             cache=cache,
         )
 
-    def forward(self, batch: PackedBatch) -> tuple[Tensor, int]:
+    def _vision_of_nothing(self, like: Tensor) -> Tensor:
+        """A zero that came through the whole vision side: four grey patches that lead to nothing.
+
+        Ranks that share the vision side's weights or gradients exchange them in every forward and backward pass. A rank
+        whose pack holds no image has to take part, or the others wait for ever.
+        """
+        merge = self.arch.vision.spatial_merge_size
+        grid_thw = torch.tensor([[1, merge, merge]])
+        pixels = torch.full((merge * merge, self.arch.vision.patch_dim), 127, dtype=torch.uint8, device=like.device)
+        devices = [like.device] if like.is_cuda else []
+        with torch.random.fork_rng(devices=devices):  # adapters' dropout here must not shift that of the pack
+            vision = self.visual(pixels, grid_thw)
+        zero: Tensor = _ZeroOf.apply(vision.pooler_output, *vision.deepstack_features)  # type: ignore[assignment]
+        return zero.to(like.dtype)
+
+    def forward(self, batch: PackedBatch, losses_R: Tensor | None = None) -> tuple[Tensor, int]:
         """Return (sum of the losses of all labels, float32 scalar; number of labels). Only labelled rows reach the
         head.
 
-        loss_weights multiply the losses; they do not change the number of labels.
+        loss_weights multiply the losses; they do not change the number of labels. losses_R: float32, one place for each
+        of `batch.label_rows`, is filled with the terms of the sum, without gradient.
         """
         hidden_RD = self.hidden_states(batch).index_select(0, batch.label_rows)
         labels_R = batch.labels.index_select(0, batch.label_rows)
         weights_R = None if batch.loss_weights is None else batch.loss_weights.index_select(0, batch.label_rows)
-        loss_sum = linear_cross_entropy_sum(hidden_RD, self.language_model.lm_head.weight, labels_R, weights_R)
+        head_VD = self.language_model.lm_head.weight
+        loss_sum = linear_cross_entropy_sum(hidden_RD, head_VD, labels_R, weights_R, losses_R)
         return loss_sum, batch.num_labels
 
     @torch.no_grad()

@@ -6,11 +6,11 @@ T packed tokens, D hidden, N query heads, K key/value heads, H head dim, F MLP w
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from qwen3vl_train.arch import TextArch
 from qwen3vl_train.batch import Segments
 from qwen3vl_train.model.attention import KVCache, attend
+from qwen3vl_train.model.checkpointing import Checkpointing, run_block
 from qwen3vl_train.model.rope import apply_rope, mrope_cos_sin
 
 Rope = tuple[Tensor, Tensor]
@@ -74,14 +74,20 @@ class Qwen3VLTextMLP(nn.Module):
 
 
 class Qwen3VLTextDecoderLayer(nn.Module):
+    """checkpointing is a setting from outside; it lies inside the layer, so that sharding may wrap around it."""
+
     def __init__(self, arch: TextArch, layer: int) -> None:
         super().__init__()
+        self.checkpointing: Checkpointing = "none"
         self.self_attn = Qwen3VLTextAttention(arch, layer)
         self.mlp = Qwen3VLTextMLP(arch)
         self.input_layernorm = Qwen3VLTextRMSNorm(arch.hidden_size, arch.rms_norm_eps)
         self.post_attention_layernorm = Qwen3VLTextRMSNorm(arch.hidden_size, arch.rms_norm_eps)
 
     def forward(self, x_TD: Tensor, rope: Rope, segments: Segments | None, cache: KVCache | None = None) -> Tensor:
+        return run_block(self.checkpointing, self._forward, x_TD, rope, segments, cache)
+
+    def _forward(self, x_TD: Tensor, rope: Rope, segments: Segments | None, cache: KVCache | None) -> Tensor:
         x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), rope, segments, cache)
         return x_TD + self.mlp(self.post_attention_layernorm(x_TD))
 
@@ -92,7 +98,6 @@ class Qwen3VLTextModel(nn.Module):
     def __init__(self, arch: TextArch) -> None:
         super().__init__()
         self.arch = arch
-        self.activation_checkpointing = False
         self.embed_tokens = nn.Embedding(arch.vocab_size, arch.hidden_size)
         self.layers = nn.ModuleList([Qwen3VLTextDecoderLayer(arch, layer) for layer in range(arch.num_hidden_layers)])
         self.norm = Qwen3VLTextRMSNorm(arch.hidden_size, arch.rms_norm_eps)
@@ -132,10 +137,7 @@ class Qwen3VLTextModel(nn.Module):
                 )
         x_TD = inputs_embeds
         for number, layer in enumerate(self.layers):
-            if self.activation_checkpointing and torch.is_grad_enabled():
-                x_TD = checkpoint(layer, x_TD, rope, segments, use_reentrant=False)
-            else:
-                x_TD = layer(x_TD, rope, segments, cache)
+            x_TD = layer(x_TD, rope, segments, cache)
             if number < len(deepstack):
                 assert visual_rows is not None
                 x_TD = x_TD.index_add(0, visual_rows, deepstack[number].to(x_TD.dtype))

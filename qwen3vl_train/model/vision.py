@@ -3,21 +3,20 @@
 P patches, C vision hidden, N heads, H head dim, M merged rows (P / 4), D text hidden, F attention segments.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from qwen3vl_train.arch import VisionArch
 from qwen3vl_train.batch import Segments, VisionIndex, vision_index
 from qwen3vl_train.model.attention import attend
+from qwen3vl_train.model.checkpointing import Checkpointing, run_block
 from qwen3vl_train.model.rope import apply_rope, vision_angles
 
 
-@dataclass(frozen=True)
-class VisionOutput:
+class VisionOutput(NamedTuple):
     """last_hidden_state (P, C): rows in merge-block order. pooler_output (M, D): merged rows in token order.
 
     deepstack_features: one (M, D) tensor for each tapped block, in the order of the taps.
@@ -103,14 +102,20 @@ class Qwen3VLVisionMLP(nn.Module):
 
 
 class Qwen3VLVisionBlock(nn.Module):
+    """checkpointing is a setting from outside; it lies inside the block, so that sharding may wrap around it."""
+
     def __init__(self, arch: VisionArch) -> None:
         super().__init__()
+        self.checkpointing: Checkpointing = "none"
         self.norm1 = nn.LayerNorm(arch.hidden_size, eps=1e-6)
         self.norm2 = nn.LayerNorm(arch.hidden_size, eps=1e-6)
         self.attn = Qwen3VLVisionAttention(arch)
         self.mlp = Qwen3VLVisionMLP(arch)
 
     def forward(self, x_PC: Tensor, segments: Segments, position_embeddings: tuple[Tensor, Tensor]) -> Tensor:
+        return run_block(self.checkpointing, self._forward, x_PC, segments, position_embeddings)
+
+    def _forward(self, x_PC: Tensor, segments: Segments, position_embeddings: tuple[Tensor, Tensor]) -> Tensor:
         x_PC = x_PC + self.attn(self.norm1(x_PC), segments, position_embeddings)
         return x_PC + self.mlp(self.norm2(x_PC))
 
@@ -145,7 +150,6 @@ class Qwen3VLVisionModel(nn.Module):
     def __init__(self, arch: VisionArch) -> None:
         super().__init__()
         self.arch = arch
-        self.activation_checkpointing = False
         self.patch_embed = Qwen3VLVisionPatchEmbed(arch)
         self.pos_embed = nn.Embedding(arch.num_position_embeddings, arch.hidden_size)
         self.blocks = nn.ModuleList([Qwen3VLVisionBlock(arch) for _ in range(arch.depth)])
@@ -203,10 +207,7 @@ class Qwen3VLVisionModel(nn.Module):
             position_embeddings = (angles.cos(), angles.sin())
             tapped: dict[int, Tensor] = {}
             for number, block in enumerate(self.blocks):
-                if self.activation_checkpointing and torch.is_grad_enabled():
-                    x_PC = checkpoint(block, x_PC, index.segments, position_embeddings, use_reentrant=False)
-                else:
-                    x_PC = block(x_PC, index.segments, position_embeddings)
+                x_PC = block(x_PC, index.segments, position_embeddings)
                 if number in self.arch.deepstack_visual_indexes:
                     tapped[number] = x_PC
         mergers = zip(self.deepstack_merger_list, self.arch.deepstack_visual_indexes, strict=True)

@@ -14,18 +14,30 @@ from torch import Tensor
 BUCKET_ELEMENTS = 2**24  # 64 MiB of float32: large enough for full bandwidth, small enough not to double the memory
 
 
-def sum_gradients(gradients: Sequence[Tensor], world_size: int) -> None:
-    """Sum each gradient over all ranks, in place, in float32.
+class Replicated:
+    """How a replicated run shares out gradients: each rank holds all of them and sums them once a step.
 
-    Every rank must give the same tensors in the same order.
+    lockstep: False, ranks may run different numbers of packs.
     """
-    if world_size == 1:
-        return
-    for bucket in _buckets(gradients):
-        flat = torch.cat([gradient.flatten() for gradient in bucket])
-        dist.all_reduce(flat)
-        for gradient, summed in zip(bucket, flat.split([gradient.numel() for gradient in bucket]), strict=True):
-            gradient.copy_(summed.view_as(gradient))
+
+    lockstep = False
+
+    def __init__(self, world_size: int) -> None:
+        self.world_size = world_size
+
+    def sum_gradients(self, gradients: list[Tensor]) -> None:
+        """Sum each gradient over all ranks, in place, in float32. All ranks give the same tensors in the same order."""
+        if self.world_size == 1:
+            return
+        for bucket in _buckets(gradients):
+            flat = torch.cat([gradient.flatten() for gradient in bucket])
+            dist.all_reduce(flat)
+            for gradient, summed in zip(bucket, flat.split([gradient.numel() for gradient in bucket]), strict=True):
+                gradient.copy_(summed.view_as(gradient))
+
+    def sum_squares(self, squares: Tensor) -> Tensor:
+        """Every rank holds whole gradients: its sums of squares are the sums."""
+        return squares
 
 
 def _buckets(gradients: Sequence[Tensor]) -> Iterator[list[Tensor]]:

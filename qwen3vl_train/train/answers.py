@@ -1,6 +1,6 @@
 """Answers: let a run or model answer the questions of a file, and hold them against the answers that stand there."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +8,12 @@ import torch
 
 from qwen3vl_train.arch import read_config
 from qwen3vl_train.checkpoint.hf import load_qwen3_vl_model
+from qwen3vl_train.config import EvalSource
 from qwen3vl_train.data.collate import MultimodalCollator
 from qwen3vl_train.data.encode import EncodedSample
 from qwen3vl_train.data.faults import RowFault
 from qwen3vl_train.data.formats import Sample
-from qwen3vl_train.data.sources import JsonlSource
+from qwen3vl_train.data.sources import FileSource, open_sources
 from qwen3vl_train.model.generate import generate_greedy
 from qwen3vl_train.model.qwen3vl import Qwen3VLForConditionalGeneration
 from qwen3vl_train.train.data import open_collator
@@ -66,12 +67,13 @@ def evaluate_answers(
     """
     model, collate = open_model(path, dtype)
     device = next(model.parameters()).device
-    source = JsonlSource(data, media_root or data.parent)
+    root = None if media_root is None else str(media_root)
+    sources = open_sources(EvalSource(path=str(data), media_root=root))
     stop_ids = {collate.tokenizer.special_ids["<|im_end|>"], collate.tokenizer.special_ids["<|endoftext|>"]}
     loss, labels = 0.0, 0
     answers: list[dict[str, Any]] = []
     rejected: list[str] = []
-    for group in _grouped(source, collate, rejected):
+    for group in _grouped(sources, collate, rejected):
         with torch.no_grad():
             loss_sum, num_labels = model(collate.pack([whole for whole, _, _ in group]).to(device))
         loss, labels = loss + loss_sum.item(), labels + num_labels
@@ -97,12 +99,12 @@ def evaluate_answers(
 
 
 def _grouped(
-    source: JsonlSource, collate: MultimodalCollator, rejected: list[str]
+    sources: Sequence[FileSource], collate: MultimodalCollator, rejected: list[str]
 ) -> Iterator[list[tuple[EncodedSample, EncodedSample, str]]]:
     """Encode (whole sample, prompt, expected answer) of each row, in groups of up to MAX_PROMPT_TOKENS."""
     group: list[tuple[EncodedSample, EncodedSample, str]] = []
     tokens = 0
-    for row in range(len(source)):
+    for source, row in ((file, row) for file in sources for row in range(len(file))):
         try:
             sample = source.sample(row)
             question, expected = split_answer(sample)

@@ -17,17 +17,25 @@ def run_or_explain(work: Callable[[], object]) -> int:
     """Run, and return the exit code; errors of a known kind are printed as a message without a traceback.
 
     0: done. 2: ValueError, something to mend in the input. 1: RuntimeError or OSError, it broke on the way.
+    75: asked to stop by a signal, saved, can be started again.
     """
     from qwen3vl_train.dist import stop_ranks
+    from qwen3vl_train.train.stop import STOPPED, StopRequest
 
     try:
         work()
         return 0
+    except StopRequest as stop:
+        if os.environ.get("RANK", "0") == "0":
+            print(stop, flush=True)
+        return STOPPED
     except (ValueError, RuntimeError, OSError) as error:
         if os.environ.get("QWEN3VL_TRACEBACK"):
             raise
         rank = f"[rank {os.environ['RANK']}] " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
-        print(f"{rank}error: {error}\n(QWEN3VL_TRACEBACK=1 shows where)", file=sys.stderr, flush=True)
+        # Notes: what went wrong beside it, such as a checkpoint that could not be written.
+        told = "\n".join([str(error), *getattr(error, "__notes__", [])])
+        print(f"{rank}error: {told}\n(QWEN3VL_TRACEBACK=1 shows where)", file=sys.stderr, flush=True)
         return 2 if isinstance(error, ValueError) else 1
     finally:
         stop_ranks()
@@ -39,6 +47,8 @@ def sft(argv: list[str] | None = None) -> int:
         description="Fine-tune Qwen3-VL from a recipe; start it with torchrun for several ranks."
     )
     parser.add_argument("recipe", help="recipe file (YAML or JSON)")
+    # DeepSpeed's launcher passes it beside the environment, which says the same; the environment is what is read.
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. optim.lr=2e-5 train.num_steps=100")
     arguments = parser.parse_args(argv)
 

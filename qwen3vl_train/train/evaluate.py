@@ -1,6 +1,6 @@
 """Held-out loss, and answers generated from the model beside the answers expected."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -8,6 +8,7 @@ import torch
 from qwen3vl_train.batch import PackedBatch
 from qwen3vl_train.dist import Ranks
 from qwen3vl_train.model.qwen3vl import Qwen3VLForConditionalGeneration
+from qwen3vl_train.train.step import empty_pack
 
 
 @dataclass(frozen=True)
@@ -19,13 +20,30 @@ class EvalLoss:
 
 
 @torch.no_grad()
-def evaluate_loss(model: Qwen3VLForConditionalGeneration, packs: Iterable[PackedBatch], ranks: Ranks) -> EvalLoss:
-    """Mean loss over held-out packs, each rank with its share. Dropout is off meanwhile. Every rank must call it."""
+def evaluate_loss(
+    model: Qwen3VLForConditionalGeneration,
+    packs: Iterable[PackedBatch],
+    ranks: Ranks,
+    *,
+    lockstep: bool,
+    each: Callable[[], None] = lambda: None,
+) -> EvalLoss:
+    """Mean loss over held-out packs, each rank with its share. Dropout is off meanwhile. Every rank must call it.
+
+    lockstep: ranks that have run out of packs go on with empty ones until all have, because the model's weights are
+    sharded. each: called before every pack.
+    """
     was_training = model.training
     model.eval()
     loss, labels = 0.0, 0
-    for batch in packs:
-        loss_sum, num_labels = model(batch.to(ranks.device))
+    remaining = iter(packs)
+    while True:
+        each()
+        batch = next(remaining, None)
+        more = ranks.max(float(batch is not None)) > 0 if lockstep else batch is not None
+        if not more:
+            break
+        loss_sum, num_labels = model((batch or empty_pack(model.arch)).to(ranks.device))
         loss += loss_sum.item()
         labels += num_labels
     model.train(was_training)

@@ -4,19 +4,28 @@ A PEFT adapter, or a whole checkpoint, loaded back into stock transformers befor
 """
 
 import json
+import shutil
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qwen3vl_train.checkpoint.files import replacing
 from qwen3vl_train.checkpoint.hf import WeightFiles, copy_companions, write_huggingface
 from qwen3vl_train.checkpoint.names import to_huggingface
-from qwen3vl_train.config import LoraTune
+from qwen3vl_train.config import LoraTune, Recipe
 from qwen3vl_train.data.collate import MultimodalCollator
+from qwen3vl_train.dist import Ranks
 from qwen3vl_train.model.lora import adapter_tensors, merge_lora
+from qwen3vl_train.model.qwen3vl import Qwen3VLForConditionalGeneration
+from qwen3vl_train.shards import shape_of, whole
+from qwen3vl_train.train.build import DTYPES
 from qwen3vl_train.train.data import open_collator
 from qwen3vl_train.train.restore import RestoredRun, restore_run, round_weights
 from qwen3vl_train.train.verify import LogitDifference, compare_with_transformers, probe_batches, probe_logits
@@ -53,12 +62,12 @@ def export_run(run: Path, out: Path, *, merge: bool) -> Exported:
     batches = probe_batches(collate)
     with replacing(out) as folder:
         if as_adapter:
-            num_tensors = _write_adapter(restored, folder, collate)
+            num_tensors = _write_adapter(recipe, adapter_tensors(model, to_huggingface), folder, collate)
         else:
             num_tensors = _write_checkpoint(restored, folder, collate)
         logits = probe_logits(model, batches)
         base = Path(recipe.model.path) if as_adapter else folder
-        step, dtype = restored.step, _dtype(restored)
+        step, dtype = restored.step, DTYPES[recipe.model.dtype]
         del model, restored  # one model in memory at a time
         adapter = folder if as_adapter else None
         difference = compare_with_transformers(logits, batches, checkpoint=base, dtype=dtype, adapter=adapter)
@@ -70,32 +79,74 @@ def export_run(run: Path, out: Path, *, merge: bool) -> Exported:
     return Exported(out, "adapter" if as_adapter else "checkpoint", step, num_tensors, difference)
 
 
-def _dtype(restored: RestoredRun) -> torch.dtype:
-    return torch.bfloat16 if restored.recipe.model.dtype == "bfloat16" else torch.float32
+def export_while_training(recipe: Recipe, model: Qwen3VLForConditionalGeneration, out: Path, ranks: Ranks) -> float:
+    """Write the adapter, or the whole checkpoint of a full run, in Hugging Face form from the running model.
+
+    Sharded weights are gathered tensor by tensor; rank 0 writes. What stands there from a step done before is replaced.
+    Not compared with transformers: `export_run` is. Every rank must call it. Returns the seconds it took. Raises
+    RuntimeError, on all ranks, where it cannot be written.
+    """
+    started = time.perf_counter()
+    if isinstance(recipe.tune, LoraTune):
+        members = adapter_tensors(model, to_huggingface)
+    else:
+        members = dict(model.named_parameters())
+    gathered = ((name, whole(tensor).detach()) for name, tensor in members.items())
+    fault: Exception | None = None
+    if ranks.is_main:
+        try:
+            _write_gathered(recipe, gathered, {name: shape_of(tensor).numel() for name, tensor in members.items()}, out)
+        except (OSError, SafetensorError, ValueError, RuntimeError) as error:
+            fault = error
+    for _ in gathered:  # the other ranks take part in every gather, and rank 0 in those that it did not come to
+        pass
+    told = ranks.gather(None if fault is None else str(fault))[0]
+    if told is not None:
+        raise RuntimeError(
+            f"{out}: could not be written ({told}); make room or set checkpoint.export_every_steps: null, then start "
+            "the run again; launch/export.py writes the same later"
+        ) from fault
+    return time.perf_counter() - started
+
+
+def _write_gathered(recipe: Recipe, gathered: Iterator[tuple[str, Tensor]], sizes: dict[str, int], out: Path) -> None:
+    collate = open_collator(recipe)
+    shutil.rmtree(out, ignore_errors=True)
+    with replacing(out) as folder:
+        if isinstance(recipe.tune, LoraTune):
+            _write_adapter(recipe, dict(gathered), folder, collate)
+        else:
+            limits, clips = _media_settings(collate)
+            path, dtype = recipe.model.path, DTYPES[recipe.model.dtype]
+            write_huggingface(
+                gathered, sizes, folder, source=path, dtype=dtype, pixel_limits=limits, clip_settings=clips
+            )
 
 
 def _write_checkpoint(restored: RestoredRun, folder: Path, collate: MultimodalCollator) -> int:
-    dtype = _dtype(restored)
+    dtype = DTYPES[restored.recipe.model.dtype]
     merge_lora(restored.model)
     # Both sides of the comparison are then the same function: the files hold no more than this.
     round_weights(restored.model, dtype)
     weights = dict(restored.model.named_parameters())
-    limits = (collate.encoder.min_pixels, collate.encoder.max_pixels)
-    write_huggingface(weights, folder, source=restored.recipe.model.path, dtype=dtype, pixel_limits=limits)
+    sizes = {name: weight.numel() for name, weight in weights.items()}
+    limits, clips = _media_settings(collate)
+    source = restored.recipe.model.path
+    write_huggingface(
+        weights.items(), sizes, folder, source=source, dtype=dtype, pixel_limits=limits, clip_settings=clips
+    )
     files = WeightFiles(folder)
-    for name, tensor in files.read(list(files.shapes)):
+    for name, tensor in files.read({name: tuple(map(slice, shape)) for name, shape in files.shapes.items()}):
         _expect_equal(name, tensor.float(), weights[name])
     return len(weights)
 
 
-def _write_adapter(restored: RestoredRun, folder: Path, collate: MultimodalCollator) -> int:
+def _write_adapter(recipe: Recipe, adapter: dict[str, Tensor], folder: Path, collate: MultimodalCollator) -> int:
     from peft import LoraConfig
 
-    recipe, tune, dtype = restored.recipe, restored.recipe.tune, _dtype(restored)
+    tune, dtype = recipe.tune, DTYPES[recipe.model.dtype]
     assert isinstance(tune, LoraTune)
-    tensors = {
-        name: tensor.to(dtype).contiguous() for name, tensor in adapter_tensors(restored.model, to_huggingface).items()
-    }
+    tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in adapter.items()}
     save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
     config = LoraConfig(
         base_model_name_or_path=recipe.model.path,
@@ -111,7 +162,7 @@ def _write_adapter(restored: RestoredRun, folder: Path, collate: MultimodalColla
     )
     config.save_pretrained(str(folder))
     _sort_targets(folder / "adapter_config.json")
-    copy_companions(recipe.model.path, folder, (collate.encoder.min_pixels, collate.encoder.max_pixels))
+    copy_companions(recipe.model.path, folder, *_media_settings(collate))
     for name, tensor in load_file(folder / ADAPTER_WEIGHTS).items():
         _expect_equal(name, tensor, tensors[name])
     return len(tensors)
@@ -122,6 +173,17 @@ def _sort_targets(file: Path) -> None:
     config = json.loads(file.read_text(encoding="utf-8"))
     config["target_modules"].sort()
     file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _media_settings(collate: MultimodalCollator) -> tuple[tuple[int, int], dict[str, Any] | None]:
+    """Pixel limits of images, and the settings of clips as a video preprocessor has them (None: it has none)."""
+    budgets = collate.encoder.budgets
+    clips = budgets.clips
+    if clips is None:
+        return (budgets.min_pixels, budgets.max_pixels), None
+    size = {"shortest_edge": clips.min_pixels, "longest_edge": clips.max_pixels}
+    sampling = {"fps": clips.fps, "min_frames": clips.min_frames, "max_frames": clips.max_frames}
+    return (budgets.min_pixels, budgets.max_pixels), {"size": size, **sampling}
 
 
 def _adapted_modules(tensors: dict[str, Tensor]) -> set[str]:

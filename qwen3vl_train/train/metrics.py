@@ -5,11 +5,13 @@ import math
 import re
 import resource
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from qwen3vl_train.train.sources import SourceLoss
 
 # Dense bf16 tensor throughput in FLOP/s by words of the device's name; the first line that fits decides.
 _BF16_PEAKS: tuple[tuple[str, float], ...] = (
@@ -40,7 +42,10 @@ class StepTally:
 
     loss: sum of label losses / num_labels. capacity: packs x data.max_tokens_per_pack.
     flops: useful FLOPs of the step, None where not counted. seconds: wall time of the whole step;
-    data_wait_seconds: the part of it in which this rank waited for packs. rejected: rows refused since the run began.
+    data_wait_seconds: the part of it in which this rank waited for packs. rejected: rows refused since the run began,
+    dropped: rows left out since then by data.too_long. shrunk: media of this step that a budget made smaller.
+    checkpoint_stall_seconds: how long the step before this one was held up by its checkpoint. rank_balance: planned
+    work of the busiest rank / mean of all. sources: loss and label tokens of each data set.
     """
 
     step: int
@@ -57,6 +62,11 @@ class StepTally:
     seconds: float
     data_wait_seconds: float
     rejected: int
+    dropped: int
+    shrunk: int
+    checkpoint_stall_seconds: float = 0.0
+    rank_balance: float = 1.0
+    sources: dict[str, SourceLoss] = field(default_factory=dict)
 
 
 def step_metrics(
@@ -83,11 +93,16 @@ def step_metrics(
         "patches": tally.patches,
         "tokens_per_second": tally.tokens / seconds,
         "pack_efficiency": tally.tokens / max(tally.capacity, 1),
+        "rank_balance": tally.rank_balance,
         "data_wait_fraction": tally.data_wait_seconds / seconds,
         "mfu": mfu,
         "peak_memory_gib": peak_memory_gib,
         "seconds": tally.seconds,
         "rejected": tally.rejected,
+        "dropped": tally.dropped,
+        "shrunk": tally.shrunk,
+        "checkpoint_stall_seconds": tally.checkpoint_stall_seconds,
+        "sources": {name: of_source._asdict() for name, of_source in tally.sources.items()},
     }
 
 

@@ -1,11 +1,12 @@
 """Everything a run tells: metrics.jsonl, eval.jsonl, rejected.jsonl, the tracker and the terminal.
 
-Rank 0 writes, others keep still.
+Rank 0 writes these; other ranks print their lines to a file of their own.
 """
 
 import json
 from pathlib import Path
 from types import TracebackType
+from typing import TextIO
 
 from qwen3vl_train.config import Recipe
 from qwen3vl_train.data.faults import Reject
@@ -13,19 +14,34 @@ from qwen3vl_train.dist import Ranks
 from qwen3vl_train.train.evaluate import EvalLoss
 from qwen3vl_train.train.metrics import MetricsLog, StepTally, device_peak_flops, peak_memory_gib, step_metrics
 from qwen3vl_train.train.run_folder import REJECTED_FILE, RejectLog
+from qwen3vl_train.train.stop import STOPPED, StopRequest
 from qwen3vl_train.train.track import Console, open_tracker
 
 
 class Recorder:
-    """Opened once a run, as a with-block; an exception that leaves the block marks the tracked run as failed."""
+    """Opened once a run, as a with-block; an exception that leaves the block marks the tracked run as failed, a
+    StopRequest as one that will go on.
 
-    def __init__(self, recipe: Recipe, folder: Path, ranks: Ranks, *, num_steps: int, start_step: int) -> None:
+    wandb_run_id: of the run that goes on, as its checkpoint has it.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        folder: Path,
+        ranks: Ranks,
+        out: TextIO,
+        *,
+        num_steps: int,
+        start_step: int,
+        wandb_run_id: str | None = None,
+    ) -> None:
         self._folder, self._ranks = folder, ranks
         self._peak_flops = device_peak_flops(ranks.device)
         self._metrics = MetricsLog(folder / "metrics.jsonl") if ranks.is_main else None
         self._rejects = RejectLog(folder / REJECTED_FILE, writes=ranks.is_main)
-        self._tracker = open_tracker(recipe, folder, ranks.rank)
-        self._console = Console(num_steps, start_step=start_step, rank=ranks.rank)
+        self._tracker = open_tracker(recipe, folder, ranks.rank, wandb_run_id)
+        self._console = Console(num_steps, start_step=start_step, file=out)
 
     def __enter__(self) -> "Recorder":
         return self
@@ -36,23 +52,33 @@ class Recorder:
         self._console.close()
         if self._metrics:
             self._metrics.close()
-        self._tracker.finish(0 if error is None else 1)
+        if isinstance(error, StopRequest):
+            self._tracker.finish(STOPPED)
+        else:
+            self._tracker.finish(0 if error is None else 1)
+
+    @property
+    def wandb_run_id(self) -> str | None:
+        """What a checkpoint keeps so that the run goes on as the same W&B run; None where there is none."""
+        return self._tracker.run_id
 
     def line(self, text: str) -> None:
         self._console.line(text)
 
     def step(self, tally: StepTally, grad_norms: dict[str, float]) -> None:
-        """Write one step; grad_norms of the module groups go to the tracker."""
-        if self._metrics is None:
-            return
+        """Write one step; grad_norms of the module groups, and a curve for each data set, go to the tracker."""
         row = step_metrics(
             tally,
             world_size=self._ranks.world_size,
             peak_flops=self._peak_flops,
             peak_memory_gib=peak_memory_gib(self._ranks.device),
         )
-        self._metrics.append(row)
-        self._tracker.log({**row, **{f"grad_norm/{group}": norm for group, norm in grad_norms.items()}}, tally.step)
+        if self._metrics:
+            self._metrics.append(row)
+        curves = {key: value for key, value in row.items() if key != "sources"}
+        curves |= {f"grad_norm/{group}": norm for group, norm in grad_norms.items()}
+        curves |= {f"loss/{name}": of_source.loss for name, of_source in tally.sources.items()}
+        self._tracker.log(curves, tally.step)
         self._console.step(row)
 
     def evaluation(self, step: int, name: str, result: EvalLoss, seconds: float) -> None:

@@ -11,7 +11,13 @@ from qwen3vl_train.train.tune import report_groups
 
 
 def start_report(
-    recipe: Recipe, ranks: Ranks, model: nn.Module, data: TrainingData, folder: Path, start_step: int
+    recipe: Recipe,
+    ranks: Ranks,
+    model: nn.Module,
+    data: TrainingData,
+    folder: Path,
+    start_step: int,
+    damaged: list[str],
 ) -> list[str]:
     """Lines for the terminal: run, data, and a table of module groups with tensors, parameters and learning rates."""
     reports = report_groups(model, recipe)
@@ -35,6 +41,8 @@ def start_report(
         )
     if start_step >= data.num_steps:
         lines.append(f"nothing to do: all {data.num_steps} steps are done")
-    elif start_step:
+    for fault in damaged:
+        lines.append(f"falling back to an earlier checkpoint: {fault}")
+    if 0 < start_step < data.num_steps:
         lines.append(f"resuming after step {start_step} of {data.num_steps}")
     return lines

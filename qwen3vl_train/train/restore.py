@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from qwen3vl_train.checkpoint.hf import load_qwen3_vl_model
-from qwen3vl_train.checkpoint.run import latest_checkpoint, read_record, read_tensors
+from qwen3vl_train.checkpoint.manifest import latest_checkpoint, read_record
+from qwen3vl_train.checkpoint.run import read_tensors
 from qwen3vl_train.config import Recipe, load_recipe
 from qwen3vl_train.model.qwen3vl import Qwen3VLForConditionalGeneration
+from qwen3vl_train.train.build import build_model
 from qwen3vl_train.train.run_folder import RECIPE_FILE
-from qwen3vl_train.train.tune import apply_tuning
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def restore_run(folder: Path, *, dtype: torch.dtype, device: torch.device | str 
 
     All weights, the trained float32 masters and the frozen ones, are rounded to the dtype the run computed in before
     they are cast to `dtype`, so that what is looked at or exported is the function that was trained. Raises ValueError
-    where the folder holds no run or no checkpoint.
+    where the folder holds no run or no checkpoint, or the newest is not whole to the last byte.
     """
     if not is_run_folder(folder):
         raise ValueError(f"{folder}: not a run folder (no {RECIPE_FILE}); give runs/<name>")
@@ -51,12 +51,11 @@ def restore_run(folder: Path, *, dtype: torch.dtype, device: torch.device | str 
     checkpoint = latest_checkpoint(folder)
     if checkpoint is None:
         raise ValueError(f"{folder}: has no checkpoint yet; wait for checkpoint.every_steps, or let the run end")
-    record = read_record(checkpoint)
-    model = load_qwen3_vl_model(recipe.model.path, dtype=dtype, device=device)
+    record = read_record(checkpoint, checksums=True)
+    model = build_model(recipe, device=device, dtype=dtype)
     trained_as = torch.bfloat16 if recipe.model.dtype == "bfloat16" else torch.float32
     round_weights(model, trained_as)
-    apply_tuning(model, recipe)
-    stored = {name: tensor for name, tensor in read_tensors(checkpoint).items() if name.startswith("weight/")}
+    stored = read_tensors(checkpoint, "weight/")
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             tensor = stored.pop(f"weight/{name}", None)

@@ -17,22 +17,28 @@ from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from qwen3vl_train.config import Recipe, public_dict
+from qwen3vl_train.train.stop import STOPPED
 
 LOG_SECONDS = 5.0
 
 
 class Tracker(Protocol):
+    run_id: str | None
+
     def log(self, metrics: dict[str, Any], step: int) -> None:
         """Record numbers of a step. Steps never go back; several calls for one step are joined."""
         ...
 
     def finish(self, exit_code: int = 0) -> None:
-        """Close the run; an exit code other than 0 marks it as failed."""
+        """Close the run; an exit code other than 0 marks it as failed, STOPPED as one that will go on."""
         ...
 
 
 class SilentTracker:
-    """Of ranks other than 0, and of `track.wandb: off`."""
+    """Of ranks other than 0, and of `track.wandb: off`. run_id: handed on for a start that tracks again."""
+
+    def __init__(self, run_id: str | None = None) -> None:
+        self.run_id = run_id
 
     def log(self, metrics: dict[str, Any], step: int) -> None:
         pass
@@ -44,15 +50,17 @@ class SilentTracker:
 class WandbTracker:
     """One W&B run, kept under `run_dir/wandb/`; offline it needs neither account nor network.
 
-    The run's id is kept in `run_dir/wandb_run_id`, so a resumed run goes on as the same W&B run. Each offline session
-    is a folder of its own there; `wandb sync --append` sends them as parts of one run.
+    The run's id is kept in `run_dir/wandb_run_id`, so a resumed run goes on as the same W&B run; run_id is put there
+    where the file is missing. Each offline session is a folder of its own there; `wandb sync --append` sends them as
+    parts of one run.
     """
 
-    def __init__(self, recipe: Recipe, run_dir: Path) -> None:
+    def __init__(self, recipe: Recipe, run_dir: Path, run_id: str | None = None) -> None:
         import wandb
         from wandb.errors import Error as WandbError
 
         run_dir.mkdir(parents=True, exist_ok=True)
+        self.run_id: str | None = _run_id(run_dir, run_id)
         online = recipe.track.wandb == "online"
         if online and not _has_login(wandb.setup().settings.base_url):
             raise ValueError(_NO_LOGIN.format(what="no W&B login found"))
@@ -66,7 +74,7 @@ class WandbTracker:
             self._run = wandb.init(
                 mode="online" if online else "offline",
                 dir=str(run_dir),
-                id=_run_id(run_dir),
+                id=self.run_id,
                 resume="allow" if online else None,  # offline, the id alone joins the parts
                 project=recipe.track.project,
                 name=recipe.name,
@@ -80,26 +88,30 @@ class WandbTracker:
         self._run.log({key: value for key, value in metrics.items() if value is not None and key != "step"}, step=step)
 
     def finish(self, exit_code: int = 0) -> None:
+        if exit_code == STOPPED:
+            self._run.mark_preempting()
         self._run.finish(exit_code=exit_code)
 
 
 _NO_LOGIN = "track.wandb: online, but {what}; run `wandb login`, set WANDB_API_KEY, or use track.wandb=offline"
 
 
-def open_tracker(recipe: Recipe, run_dir: Path, rank: int) -> Tracker:
+def open_tracker(recipe: Recipe, run_dir: Path, rank: int, run_id: str | None = None) -> Tracker:
     """Start tracking on rank 0; every other rank, and `track.wandb: off`, gets a tracker that does nothing.
+
+    run_id: of the W&B run to go on with where `run_dir` does not know it.
 
     Raises ValueError, before any prompt, where `online` is asked for and no login is found, or W&B refuses to start.
     """
     if rank != 0 or recipe.track.wandb == "off":
-        return SilentTracker()
-    return WandbTracker(recipe, run_dir)
+        return SilentTracker(run_id)
+    return WandbTracker(recipe, run_dir, run_id)
 
 
-def _run_id(run_dir: Path) -> str:
+def _run_id(run_dir: Path, known: str | None) -> str:
     file = run_dir / "wandb_run_id"
     if not file.is_file():
-        file.write_text(secrets.token_hex(4) + "\n", encoding="utf-8")
+        file.write_text((known or secrets.token_hex(4)) + "\n", encoding="utf-8")
     run_id = file.read_text(encoding="utf-8").strip()
     if not (run_id.isascii() and run_id.isalnum() and len(run_id) <= 64):
         raise ValueError(f"{file}: {run_id[:64]!r} is not a W&B run id; delete the file to start a new W&B run")
@@ -137,21 +149,20 @@ def git_state(folder: Path) -> dict[str, Any] | None:
 
 
 class Console:
-    """Progress for people: a bar on a terminal, plain lines in a log, nothing on ranks other than 0.
+    """Progress for people: a bar on a terminal, plain lines in a log.
 
     A log gets a line for the first and the last step and at most one in LOG_SECONDS between: metrics.jsonl has every
     step.
     """
 
-    def __init__(self, num_steps: int, *, start_step: int = 0, rank: int = 0, file: IO[str] | None = None) -> None:
+    def __init__(self, num_steps: int, *, start_step: int = 0, file: IO[str] | None = None) -> None:
         self.num_steps = num_steps
         self._file = file or sys.stdout
-        self._quiet = rank != 0
         self._seconds: deque[float] = deque(maxlen=50)
         self._last_line = -math.inf
         self._bar: Progress | None = None
         rich = RichConsole(file=self._file)
-        if not self._quiet and self._file.isatty() and not rich.is_dumb_terminal:
+        if self._file.isatty() and not rich.is_dumb_terminal:
             columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(12), TextColumn("{task.fields[numbers]}"))
             self._bar = bar = Progress(*columns, console=rich)
             self._task = bar.add_task("train", total=num_steps, completed=start_step, numbers="")
@@ -159,8 +170,6 @@ class Console:
 
     def step(self, metrics: dict[str, Any]) -> None:
         """Show a finished step; reads step, loss, lr, tokens_per_second and seconds of a metrics row."""
-        if self._quiet:
-            return
         self._seconds.append(metrics["seconds"])
         left = self.num_steps - metrics["step"]
         eta = timedelta(seconds=round(left * sum(self._seconds) / len(self._seconds)))
@@ -176,7 +185,7 @@ class Console:
         """Print one line, above the bar where there is one."""
         if self._bar:
             self._bar.console.print(text, markup=False, highlight=False)
-        elif not self._quiet:
+        else:
             print(text, file=self._file, flush=True)
 
     def close(self) -> None:

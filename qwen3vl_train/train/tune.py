@@ -11,6 +11,7 @@ from qwen3vl_train.groups import GROUPS, VISION_GROUPS
 from qwen3vl_train.model.groups import group_of, train_only
 from qwen3vl_train.model.lora import add_lora, lora_modules
 from qwen3vl_train.model.qwen3vl import Qwen3VLForConditionalGeneration
+from qwen3vl_train.shards import shape_of
 
 SEEN_WITH_MEDIA = {*VISION_GROUPS, "merger", "deepstack"}
 
@@ -31,9 +32,11 @@ def apply_tuning(model: Qwen3VLForConditionalGeneration, recipe: Recipe) -> None
         check_rates({group_of(module) for module in modules}, recipe.optim)
     else:
         train_only(model, set(tune.trained_groups()))
-    checkpointing = recipe.train.activation_checkpointing == "full"
-    model.visual.vision.activation_checkpointing = checkpointing
-    model.language_model.model.activation_checkpointing = checkpointing
+    checkpointing = recipe.train.activation_checkpointing
+    for block in model.visual.vision.blocks:
+        block.checkpointing = checkpointing.vision  # type: ignore[assignment]
+    for layer in model.language_model.model.layers:
+        layer.checkpointing = checkpointing.text  # type: ignore[assignment]
 
 
 def check_rates(trained_groups: set[str], optim: OptimSection) -> None:
@@ -75,9 +78,9 @@ def report_groups(model: nn.Module, recipe: Recipe) -> list[GroupReport]:
                 GroupReport(
                     group=group,
                     num_tensors=len(parameters),
-                    num_parameters=sum(parameter.numel() for parameter in parameters),
+                    num_parameters=sum(shape_of(parameter).numel() for parameter in parameters),
                     num_trained_tensors=len(trained),
-                    num_trained_parameters=sum(parameter.numel() for parameter in trained),
+                    num_trained_parameters=sum(shape_of(parameter).numel() for parameter in trained),
                     lr=recipe.optim.lr_of(group) if trained else 0.0,
                 )
             )

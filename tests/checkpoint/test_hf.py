@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from qwen3vl_train import MultimodalCollator, load_qwen3_vl_model
 from qwen3vl_train.arch import Qwen3VLArch
-from qwen3vl_train.checkpoint.hf import save_huggingface
+from qwen3vl_train.checkpoint.hf import copy_companions, save_huggingface
 from qwen3vl_train.checkpoint.names import from_huggingface
 
 
@@ -337,6 +337,20 @@ def test_companion_files_and_the_pixel_limits_that_were_used(folder, tmp_path):
     image = json.loads((out / "processor_config.json").read_text())["image_processor"]
     assert image == {"size": size, "max_pixels": 65536}
     assert not (out / "secret.txt").exists()
+
+
+def test_the_settings_of_clips_that_were_used(folder, tmp_path):
+    clips = {"size": {"shortest_edge": 2048, "longest_edge": 99 * 2048}, "fps": 1.0, "min_frames": 4, "max_frames": 64}
+    (folder / "processor_config.json").write_text(
+        json.dumps({"image_processor": {"a": 1}, "video_processor": {"b": 2}})
+    )
+    copy_companions(folder, tmp_path, None, clips)
+    before = json.loads((folder / "video_preprocessor_config.json").read_text())
+    assert before["size"] != clips["size"]
+    assert json.loads((tmp_path / "video_preprocessor_config.json").read_text()) == {**before, **clips}
+    both = json.loads((tmp_path / "processor_config.json").read_text())
+    assert both == {"image_processor": {"a": 1}, "video_processor": {"b": 2, **clips}}
+    assert (tmp_path / "preprocessor_config.json").read_bytes() == (folder / "preprocessor_config.json").read_bytes()
 
 
 def test_nothing_is_left_where_writing_fails(folder, tmp_path):

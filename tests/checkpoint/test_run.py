@@ -2,6 +2,7 @@ import json
 import os
 import resource
 import shutil
+import zlib
 from pathlib import Path
 
 import pytest
@@ -10,13 +11,8 @@ import torch
 from torch import Tensor
 
 from qwen3vl_train.checkpoint.files import replacing
-from qwen3vl_train.checkpoint.run import (
-    checkpoint_folder,
-    latest_checkpoint,
-    read_record,
-    read_tensors,
-    save_checkpoint,
-)
+from qwen3vl_train.checkpoint.manifest import KeepPolicy, checkpoint_folder, latest_checkpoint, read_record
+from qwen3vl_train.checkpoint.run import CheckpointWriter, read_tensors
 from qwen3vl_train.train.loop import train
 from qwen3vl_train.train.metrics import MetricsLog
 
@@ -24,6 +20,14 @@ from qwen3vl_train.train.metrics import MetricsLog
 def _tensors(seed: int, size: int = 40) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return {f"weight/a.{number}": torch.randn(size, 3 + number, generator=generator) for number in range(3)}
+
+
+def save_checkpoint(run_dir: Path, step: int, tensors: dict[str, Tensor], record: dict, keep_last: int) -> Path:
+    """Write a checkpoint as the loop does, and wait for it."""
+    writer = CheckpointWriter(run_dir, tiny_runs.ALONE, KeepPolicy(keep_last))
+    writer.start(step, tensors, {"updates": 0, "loader": {}, "rejects": [], **record})
+    writer.wait()
+    return checkpoint_folder(run_dir, step)
 
 
 def _limit_files(num_bytes: int) -> None:
@@ -74,7 +78,12 @@ def test_a_left_over_half_is_replaced_by_the_next_save(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "reason"),
-    [("{", "Expecting property name"), ("[]", "list indices"), ('{"step": 1}', "'files'"), ("\xff", "codec")],
+    [
+        ("{", "Expecting property name"),
+        ("[]", "list indices"),
+        ('{"step": 1}', "'files'"),
+        ("\xff", "UnicodeDecodeError"),
+    ],
 )
 def test_an_unreadable_record_is_named(tmp_path, text, reason):
     folder = save_checkpoint(tmp_path, 1, _tensors(1), {}, keep_last=1)
@@ -84,7 +93,7 @@ def test_an_unreadable_record_is_named(tmp_path, text, reason):
     message = str(fault.value)
     assert message.startswith(f"{folder / 'checkpoint.json'}: unreadable (")
     assert reason in message
-    assert message.endswith("; remove this checkpoint to resume from the one before")
+    assert message.endswith("; remove this checkpoint")
 
 
 def test_a_full_disk_leaves_the_checkpoint_before_and_says_so(tmp_path, capfd):
@@ -112,14 +121,19 @@ def test_a_run_that_meets_a_full_disk_goes_on_once_there_is_room(tiny_folder, ta
     run = tmp_path / "full" / "run"
 
     def train_until_the_disk_is_full() -> None:
-        append = MetricsLog.append
+        append, start = MetricsLog.append, CheckpointWriter.start
+
+        def start_and_wait(writer: CheckpointWriter, step: int, *arguments) -> None:
+            start(writer, step, *arguments)
+            if step == 2:  # the first is whole before the disk is full
+                writer.wait()
 
         def append_and_fill(log: MetricsLog, row: dict) -> None:
             append(log, row)
             if row["step"] == 3:  # between the first checkpoint and the second; one takes 19 MB
                 _limit_files(1_000_000)
 
-        MetricsLog.append = append_and_fill
+        MetricsLog.append, CheckpointWriter.start = append_and_fill, start_and_wait
         with pytest.raises(RuntimeError, match=r"step-00000004: could not be saved \(.*\); make room, then the run"):
             train(recipe)
 
@@ -156,7 +170,10 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
     assert (out / "file").read_text() == "whole"
 
 
-def test_the_record_lists_the_sizes_of_all_files(tmp_path: Path):
+def test_the_manifest_lists_sizes_and_checksums_of_all_files(tmp_path: Path):
     folder = save_checkpoint(tmp_path, 1, _tensors(1), {}, keep_last=1)
-    sizes = json.loads((folder / "checkpoint.json").read_text())["files"]
-    assert sizes == {f"state/{file.name}": file.stat().st_size for file in (folder / "state").iterdir()}
+    files = json.loads((folder / "checkpoint.json").read_text())["files"]
+    assert files == {
+        f"state/{file.name}": {"bytes": file.stat().st_size, "crc32": zlib.crc32(file.read_bytes())}
+        for file in (folder / "state").iterdir()
+    }

@@ -6,10 +6,15 @@ import pytest
 from PIL import Image
 
 from qwen3vl_train.data.faults import RowFault
-from qwen3vl_train.data.formats import ImagePart, TextPart, ToolCall, parse_row, parse_sample
+from qwen3vl_train.data.formats import ImagePart, TextPart, ToolCall, VideoPart, parse_sample
+from qwen3vl_train.data.rows import RowRules, decode_row
 
 ASK = {"role": "user", "content": "Hi"}
 ANSWER = {"role": "assistant", "content": "Hello"}
+
+
+def parse_row(text, sample_id, media_root):
+    return RowRules().sample(decode_row(text.encode()), sample_id, media_root)
 
 
 def user(*parts):
@@ -60,7 +65,10 @@ ROW_FAULTS = {
     "[" * 100000: "not JSON (nested too deeply); write one object a line",
     "[1]": 'row is a list, not an object; write {"messages": [...]}',
     '"x"': 'row is a string, not an object; write {"messages": [...]}',
-    "{}": 'no messages; write {"messages": [{"role": ..., "content": ...}, ...]}',
+    '{"text": 1, "id": 2}': (
+        "no messages, no conversations and no answer among its keys (id, text); write "
+        '{"messages": [{"role": ..., "content": ...}, ...]} or name its columns under columns'
+    ),
     '{"messages": "x"}': "messages is a string, not a list; write a list of messages",
     '{"messages": []}': "messages is empty; write at least a question and an answer",
     '{"messages": [7]}': "messages[0] is a number, not an object; write role and content",
@@ -125,9 +133,9 @@ def test_faults_of_messages(message, fault):
 
 PART_FAULTS = [
     ("x", 'messages[0].content[1] is a string, not an object; write {"type": "text", "text": ...}'),
-    ({"type": "audio", "audio": "a.wav"}, "messages[0].content[1]: unknown content type 'audio'; use text or image"),
-    ({"type": "video", "video": "a.mp4"}, "messages[0].content[1]: unknown content type 'video'; use text or image"),
-    ({"caption": "x"}, "messages[0].content[1]: no type; use text or image"),
+    ({"type": "audio", "audio": "a.wav"},
+     "messages[0].content[1]: unknown content type 'audio'; use text, image or video"),
+    ({"caption": "x"}, "messages[0].content[1]: no type; use text, image or video"),
     ({"type": "image", "path": "a.png"},
      'messages[0].content[1]: no key \'image\' beside type \'image\'; write {"type": "image", "image": ...}'),
     ({"type": "image", "image": "a.png", "max_pixels": 9},
@@ -154,3 +162,77 @@ def test_only_rows_of_a_file_need_something_to_learn():
     for answer in ({"loss": False}, {"loss_weight": 0}):
         with pytest.raises(RowFault, match=r"^nothing to learn"):
             parse_row(json.dumps({"messages": [ASK, {**ANSWER, **answer}]}), "a", None)
+
+
+def test_clips_are_files_or_lists_of_frames():
+    frames = ["0.png", b"1", "2.png"]
+    parts = [
+        {"type": "video", "video": "a.mp4"},
+        {"video": b"\0"},
+        {"type": "video", "video": {"bytes": None, "path": "b.mp4"}, "fps": None},
+        {"type": "video", "video": frames, "fps": 12},
+        {"video": frames, "sample_fps": 2, "timestamps": None},
+        {"video": frames, "timestamps": [0, 0.5, 0.5]},
+        {"video": {"frames": frames, "fps": 12, "timestamps": None}},
+        {"type": "video", "video": {"frames": frames}, "sample_fps": 2},
+    ]
+    assert parse_sample(user(*parts)).messages[0].content == (
+        VideoPart("a.mp4"),
+        VideoPart(b"\0"),
+        VideoPart("b.mp4"),
+        VideoPart(tuple(frames), fps=12.0),
+        VideoPart(tuple(frames), timestamps=(0.0, 0.5, 1.0)),
+        VideoPart(tuple(frames), timestamps=(0.0, 0.5, 0.5)),
+        VideoPart(tuple(frames), fps=12.0),
+        VideoPart(tuple(frames), timestamps=(0.0, 0.5, 1.0)),
+    )
+
+
+ONE_OF = 'give one of fps, sample_fps, timestamps, as in {"frames": [...], "fps": 2}'
+CLIP_FAULTS = [
+    ({"video": 7}, ".video is a number; write a path, a data URI, bytes or a list of frames"),
+    ({"video": "a.mp4", "fps": 2}, ": fps beside a video file, whose header says it; take it out"),
+    ({"video": "a.mp4", "nframes": 2}, ": unknown key nframes in a part of type video; take it out"),
+    ({"video": ["a.png"], "fps": 2}, ".video: 1 frames, a clip needs 2; add frames or give an image"),
+    ({"video": ["a.png", 3], "fps": 2}, ".video[1] is a number; write a path, a data URI, bytes or a PIL image"),
+    ({"video": ["a", "b"]}, f": a list of frames with no times; {ONE_OF}"),
+    ({"video": {"frames": ["a", "b"]}}, f": a list of frames with no times; {ONE_OF}"),
+    ({"video": {"frames": ["a", "b"], "fps": 1, "sample_fps": 1}},
+     f": a list of frames with fps and sample_fps; {ONE_OF}"),
+    ({"video": {"frames": ["a", "b"], "fps": 1}, "fps": 1}, ": fps in the video and beside it; keep one of them"),
+    ({"video": {"frames": ["a", "b"], "fps": 1, "size": 2}}, ": unknown key size in a part of type video; take it out"),
+    ({"video": {"frames": "a.mp4"}}, ".video.frames is a string, not a list; write a list of images"),
+    ({"video": {"frames": None, "fps": 1}}, ".video.frames is null, not a list; write a list of images"),
+    ({"video": ["a", "b"], "fps": 1, "timestamps": [0, 1]},
+     f": a list of frames with fps and timestamps; {ONE_OF}"),
+    ({"video": ["a", "b"], "fps": 0}, ".fps is 0; write a number of frames a second, above 0 and at most 1000"),
+    ({"video": ["a", "b"], "fps": float("nan")},
+     ".fps is nan; write a number of frames a second, above 0 and at most 1000"),
+    ({"video": ["a", "b"], "sample_fps": 1001},
+     ".sample_fps is 1001; write a number of frames a second, above 0 and at most 1000"),
+    ({"video": ["a", "b"], "fps": True}, ".fps is True; write a number of frames a second, above 0 and at most 1000"),
+    ({"video": ["a", "b"], "fps": "2"}, ".fps is '2'; write a number of frames a second, above 0 and at most 1000"),
+    ({"video": ["a", "b"], "timestamps": [0]}, ".timestamps: 1 times for 2 frames; give one for each frame"),
+    ({"video": ["a", "b"], "timestamps": [0, 1, 2]}, ".timestamps: 3 times for 2 frames; give one for each frame"),
+    ({"video": ["a", "b"], "timestamps": 3}, ".timestamps is a number; write a list of seconds, one for each frame"),
+    ({"video": ["a", "b"], "timestamps": [1, 0.5]},
+     ".timestamps[1] is 0.5; write seconds from 0 on that never go back"),
+    ({"video": ["a", "b"], "timestamps": [-1, 0]}, ".timestamps[0] is -1; write seconds from 0 on that never go back"),
+    ({"video": ["a", "b"], "timestamps": [0, float("inf")]},
+     ".timestamps[1] is inf; write seconds from 0 on that never go back"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("part", "fault"), CLIP_FAULTS, ids=lambda value: str(value)[:60])
+def test_faults_of_clips(part, fault):
+    with pytest.raises(RowFault) as caught:
+        parse_sample(user({"type": "video", **part}))
+    assert str(caught.value) == f"messages[0].content[0]{fault}"
+
+
+def test_clips_stand_where_the_template_shows_them():
+    with pytest.raises(RowFault) as caught:
+        parse_sample({"messages": [ASK, {"role": "assistant", "content": [{"video": "a.mp4"}]}]})
+    assert str(caught.value) == (
+        "messages[1]: the assistant message has a video, which the template drops; move it to a user message"
+    )

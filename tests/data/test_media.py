@@ -202,10 +202,10 @@ def test_faults_of_files(tmp_path):
         "text.png": f"image text.png: is not an image of a known kind {KINDS}; convert it",
         "header.png": "image header.png: is damaged (Truncated File Read); replace the file",
         "http://example.org/a.png": "image http://example.org/a.png: is a http URL and nothing is downloaded; "
-        "give a local path",
+        "give a local path or set allow_urls: true",
         "s3://bucket/a.png": "image s3://bucket/a.png: is a s3 URL and nothing is downloaded; give a local path",
-        "": "image : is not a path; give the path of an image file",
-        "a\0b": "image a\0b: is not a path; give the path of an image file",
+        "": "image : is not a path; give the path of a file",
+        "a\0b": "image a\0b: is not a path; give the path of a file",
         "x" * 5000: f"image {'x' * 200}...: no such file ({real}/{'x' * 5000}); check the path and media_root",
     }
     for path, fault in faults.items():

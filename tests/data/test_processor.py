@@ -4,7 +4,8 @@ import pytest
 import tiny_checkpoint
 
 from qwen3vl_train.arch import Qwen3VLArch
-from qwen3vl_train.data.processor import ImageLimits, budget, read_image_limits
+from qwen3vl_train.data.clips import ClipRules
+from qwen3vl_train.data.processor import ImageLimits, budget, clip_rules, read_clip_rules, read_image_limits
 
 
 @pytest.fixture
@@ -97,3 +98,69 @@ def test_impossible_budgets():
     with pytest.raises(ValueError) as caught:
         budget(limits, None, 0)
     assert str(caught.value) == "data.max_visual_tokens_per_image: got 0; use at least 1"
+
+
+def edit_clips(folder, **changes):
+    file = folder / "video_preprocessor_config.json"
+    content = json.loads(file.read_text()) | changes
+    file.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+    return file
+
+
+def test_rules_of_clips(folder, arch):
+    assert read_clip_rules(folder, arch) == ClipRules(2.0, 4, 768, 65536, 4 * 16777216)  # as published: no sampling
+    edit_clips(folder, fps=1, min_frames=2, max_frames=16, size={"shortest_edge": 4096, "longest_edge": 25165824})
+    assert read_clip_rules(folder, arch) == ClipRules(1.0, 2, 16, 4096, 25165824)
+    settings = json.loads((folder / "video_preprocessor_config.json").read_text()) | {"max_frames": 32}
+    (folder / "processor_config.json").write_text(json.dumps({"video_processor": settings}))
+    assert read_clip_rules(folder, arch).max_frames == 32
+    (folder / "processor_config.json").unlink()
+    (folder / "video_preprocessor_config.json").unlink()
+    assert read_clip_rules(folder, arch) is None
+
+
+CLIP_FAULTS = [
+    ({"temporal_patch_size": 1}, "temporal_patch_size is 1 here and 2 in config.json, Qwen3-VL has 2"),
+    ({"image_mean": [0.48, 0.46, 0.41]}, "image_mean is [0.48, 0.46, 0.41], Qwen3-VL has [0.5, 0.5, 0.5]"),
+    ({"cap_pixels_per_frame": True},
+     "cap_pixels_per_frame is true, Qwen3-VL was trained with the limit of the whole clip alone"),
+    ({"fps": -1}, "fps, min_frames, max_frames are -1, 4, 768, Qwen3-VL has 2, 4, 768"),
+    ({"min_frames": 1}, "fps, min_frames, max_frames are 2, 1, 768, Qwen3-VL has 2, 4, 768"),
+    ({"max_frames": 3}, "fps, min_frames, max_frames are 2, 4, 3, Qwen3-VL has 2, 4, 768"),
+    ({"max_frames": "many"}, "fps, min_frames, max_frames are 2, 4, 'many', Qwen3-VL has 2, 4, 768"),
+    ({"size": None}, "size is None, not {'shortest_edge': pixels, 'longest_edge': more pixels}"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "fault"), CLIP_FAULTS, ids=lambda value: str(value)[:40])
+def test_other_settings_of_clips_are_refused(folder, arch, changes, fault):
+    file = edit_clips(folder, **changes)
+    with pytest.raises(ValueError) as caught:
+        read_clip_rules(folder, arch)
+    assert str(caught.value) == f"{file}: {fault}; use the video preprocessor file of this checkpoint"
+
+
+def test_the_recipe_goes_before_the_rules_of_the_checkpoint():
+    rules = ClipRules(2.0, 4, 768, 4096, 25165824)
+    assert clip_rules(rules, None, None, None, None) == rules
+    assert clip_rules(rules, 0.5, 8, 64, 100) == (0.5, 8, 64, 4096, 100 * 2 * 32 * 32)
+    assert clip_rules(rules, None, None, 3, None) == rules._replace(min_frames=3, max_frames=3)
+    assert clip_rules(rules, None, 1000, None, None) == rules._replace(min_frames=1000, max_frames=1000)
+    assert clip_rules(rules, None, None, None, 1) == rules._replace(min_pixels=2048, max_pixels=2048)
+
+
+@pytest.mark.parametrize(
+    ("given", "fault"),
+    [
+        ((0.0, None, None, None), "data.fps: got 0.0; use a number above 0 and at most 1000"),
+        ((float("nan"), None, None, None), "data.fps: got nan; use a number above 0 and at most 1000"),
+        ((None, 1, None, None), "data.min_frames: got 1; use at least 2"),
+        ((None, None, 0, None), "data.max_frames: got 0; use at least 2"),
+        ((None, 9, 8, None), "data.min_frames: got 9, more than data.max_frames 8; lower it"),
+        ((None, None, None, 0), "data.max_visual_tokens_per_video: got 0; use at least 1"),
+    ],
+)
+def test_impossible_rules(given, fault):
+    with pytest.raises(ValueError) as caught:
+        clip_rules(ClipRules(2.0, 4, 768, 4096, 25165824), *given)
+    assert str(caught.value) == fault

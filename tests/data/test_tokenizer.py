@@ -41,6 +41,26 @@ def test_offsets_count_characters_of_the_text_as_given(tokenizer):
     assert covered == set(range(len(text))) - {text.index("\u0301")}
 
 
+TEXTS = [
+    "", " ", "7" * 500, "word " * 300, " \n\t" * 90, "\U0001f642" * 200, "=-" * 200, "漢字ü" * 99, "<think>" * 40,
+    "a1 .é" * 50, "e\u0301" * 300, "\u1112\u1161\u11ab" * 300,  # normal form C leaves 2 bytes of 3, and 3 of 9
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", TEXTS, ids=lambda text: repr(text[:8]))
+def test_the_fewest_tokens_are_no_more_than_there_are(tokenizer, text):
+    of_bytes = ChatTokenizer(tiny_checkpoint.build_tokenizer([], 256 + len(tiny_checkpoint.ADDED_TOKENS)))
+    for one in (tokenizer, of_bytes):
+        assert (len(text) > 0) <= one.fewest(text) <= len(one.encode(text)[0])
+
+
+def test_the_fewest_tokens_of_one_token_are_one_and_of_digits_all(tokenizer):
+    for token in range(tokenizer._tokenizer.get_vocab_size(with_added_tokens=False)):
+        text = tokenizer.decode([token])
+        assert tokenizer.fewest(text) == 1 or "\ufffd" in text, text
+    assert tokenizer.fewest("7" * 500) == len(tokenizer.encode("7" * 500)[0]) == 500
+
+
 def test_decode_leaves_special_tokens_out_or_in(tokenizer):
     ids = [*tokenizer.encode("yes")[0], tokenizer.special_ids["<|im_end|>"]]
     assert tokenizer.decode(ids) == "yes"

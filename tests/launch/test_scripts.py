@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 METRICS = {
     "step", "epoch", "loss", "grad_norm", "lr", "tokens", "label_tokens", "visual_tokens", "patches",
     "tokens_per_second", "pack_efficiency", "data_wait_fraction", "mfu", "peak_memory_gib", "seconds", "rejected",
+    "dropped", "shrunk", "checkpoint_stall_seconds", "rank_balance", "sources",
 }  # fmt: skip
 
 
@@ -72,7 +73,8 @@ def finished(tiny_folder: Path, task: Path, tmp_path_factory: pytest.TempPathFac
 def test_the_run_folder_holds_what_it_should(finished):
     run, _, _ = finished
     names = {file.name for file in run.iterdir()}
-    assert names == {"recipe.yaml", "metrics.jsonl", "eval.jsonl", "checkpoints", "wandb", "wandb_run_id"}
+    assert names == {"recipe.yaml", "metrics.jsonl", "eval.jsonl", "checkpoints", "logs", "wandb", "wandb_run_id"}
+    assert [file.name for file in (run / "logs").iterdir()] == ["rank-1.log"]
     assert [folder.name for folder in (run / "checkpoints").iterdir()] == ["step-00000006"]
     assert len(list((run / "wandb").glob("offline-run-*/run-*.wandb"))) == 1
 

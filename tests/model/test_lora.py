@@ -95,12 +95,11 @@ def test_a_fresh_adapter_changes_nothing_and_alone_trains(small, small_collate):
     assert trained == {f"{module}.lora_{part}.default.weight" for module in modules for part in "AB"}
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", ["none", "full", "selective"])
 def test_every_adapter_gets_a_gradient(small, small_collate, checkpointing):
     # The vision tower's input has no gradient: reentrant checkpointing would silently leave its adapters without one.
     adapt(small, EVERYWHERE)
-    small.visual.vision.activation_checkpointing = checkpointing
-    small.language_model.model.activation_checkpointing = checkpointing
+    tiny.checkpoint_all(small, checkpointing)
     loss, _ = small(small_collate([tiny.conversations()["several_sizes"]]))
     loss.backward()
     for name, parameter in small.named_parameters():

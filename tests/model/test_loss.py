@@ -40,6 +40,26 @@ def test_equals_cross_entropy(monkeypatch, chunk_elements, weighted):
         assert (gradient - wanted).norm() <= 1e-5 * wanted.norm()
 
 
+@pytest.mark.parametrize("trains", [True, False])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_terms_of_the_sum_are_told_without_changing_it(monkeypatch, weighted, trains):
+    monkeypatch.setattr(loss_module, "CHUNK_ELEMENTS", 5 * VOCAB)
+    hidden, head, labels, weights = inputs()
+    weights = weights if weighted else None
+    terms = torch.full((ROWS,), float("nan"))
+    with torch.set_grad_enabled(trains):
+        mine = linear_cross_entropy_sum(hidden, head, labels, weights, terms)
+    expected = F.cross_entropy(hidden @ head.T, labels, reduction="none").detach()
+    expected = expected if weights is None else expected * weights
+    assert torch.allclose(terms, expected, atol=1e-6)
+    assert not terms.requires_grad
+    assert torch.equal(mine.detach(), linear_cross_entropy_sum(hidden, head, labels, weights).detach())
+    if trains:
+        got = torch.autograd.grad(mine, (hidden, head))
+        wanted = torch.autograd.grad(linear_cross_entropy_sum(hidden, head, labels, weights), (hidden, head))
+        assert all(torch.equal(one, other) for one, other in zip(got, wanted, strict=True))
+
+
 @pytest.mark.parametrize("chunk_elements", [5 * VOCAB, 2**25], ids=["five rows", "all rows"])
 def test_in_bfloat16(monkeypatch, chunk_elements):
     monkeypatch.setattr(loss_module, "CHUNK_ELEMENTS", chunk_elements)

@@ -64,22 +64,23 @@ def test_forward_is_the_cross_entropy_of_the_logits(small, small_collate):
     assert loss.item() == pytest.approx((losses * batch.loss_weights).sum().item(), rel=1e-6)
 
 
+@pytest.mark.parametrize("mode", ["full", "selective"])
 @pytest.mark.parametrize("trained", ["all", "mergers and text"])
-def test_activation_checkpointing_changes_nothing(small, small_collate, trained):
+def test_activation_checkpointing_changes_nothing(small, small_collate, trained, mode):
     tower, decoder = small.visual.vision, small.language_model.model
     if trained != "all":
         for parameter in tower.tower_parameters():
             parameter.requires_grad_(False)
     runs = {"tower": 0, "decoder": 0}
-    tower.blocks[1].register_forward_pre_hook(lambda *_: runs.update(tower=runs["tower"] + 1))
-    decoder.layers[1].register_forward_pre_hook(lambda *_: runs.update(decoder=runs["decoder"] + 1))
+    tower.blocks[1].mlp.register_forward_pre_hook(lambda *_: runs.update(tower=runs["tower"] + 1))
+    decoder.layers[1].mlp.register_forward_pre_hook(lambda *_: runs.update(decoder=runs["decoder"] + 1))
     batch = small_collate(weighted_samples())
     loss_off, _ = small(batch)
     loss_off.backward()
     off = gradients(small)
     assert runs == {"tower": 1, "decoder": 1}
     small.zero_grad()
-    tower.activation_checkpointing = decoder.activation_checkpointing = True
+    tiny.checkpoint_all(small, mode)
     loss_on, _ = small(batch)
     loss_on.backward()
     assert runs == {"tower": 3 if trained == "all" else 2, "decoder": 3}  # once more, in backward; not where frozen
@@ -99,13 +100,12 @@ class StaysOnDevice(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", ["none", "full", "selective"])
 def test_a_step_reads_nothing_back_from_the_device(small, small_collate, checkpointing):
     # Meta tensors have no values: whatever would wait for one (item, tolist, nonzero, a boolean index) raises.
     with torch.device("meta"):
         model = Qwen3VLForConditionalGeneration(small.arch)
-    model.visual.vision.activation_checkpointing = checkpointing
-    model.language_model.model.activation_checkpointing = checkpointing
+    tiny.checkpoint_all(model, checkpointing)
     batch = small_collate(weighted_samples()).to("meta")
     with StaysOnDevice():
         loss, num_labels = model(batch)

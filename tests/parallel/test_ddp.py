@@ -17,7 +17,7 @@ TOLERANCE = 1e-5
 
 def _sum(rank: int, world_size: int) -> list[torch.Tensor]:
     gradients = [torch.full((2, 3), 1.0 + rank), torch.full((4,), 10.0 * rank), torch.tensor(0.5)]
-    ddp.sum_gradients(gradients, world_size)
+    ddp.Replicated(world_size).sum_gradients(gradients)
     return gradients
 
 
@@ -31,7 +31,7 @@ def test_gradients_are_summed_in_place_whatever_the_bucket(monkeypatch, bucket):
 
 def test_one_process_keeps_its_gradients():
     gradients = [torch.ones(3)]
-    ddp.sum_gradients(gradients, 1)
+    ddp.Replicated(1).sum_gradients(gradients)
     assert torch.equal(gradients[0], torch.ones(3))
 
 
@@ -74,15 +74,17 @@ def test_two_ranks_equal_one_process(tiny_folder: Path, task: Path, tmp_path: Pa
     assert tiny_runs.largest_difference(tiny_runs.final_tensors(two), weights) < TOLERANCE
 
 
+def _patches_of_packs(rank: int, world_size: int, recipe: Recipe) -> list[list[int]]:
+    loader = open_data(recipe, Ranks(rank, world_size, rank, torch.device("cpu"))).loader
+    return [[pack.num_patches for pack in step.packs] for step in loader]
+
+
 def test_the_ranks_of_that_run_have_uneven_work(tiny_folder: Path, task: Path, tmp_path: Path):
     """What makes the test above worth something: a rank without a picture, and one without a pack."""
     recipe = tiny_runs.make_recipe(
         tiny_folder, task, tmp_path, data__max_tokens_per_pack=72, train={"num_epochs": 1, "packs_per_step": 2}
     )
-    patches = []
-    for rank in range(2):
-        loader = open_data(recipe, Ranks(rank, 2, rank, torch.device("cpu"))).loader
-        patches.append([[pack.num_patches for pack in step.packs] for step in loader])
+    patches = tiny.run_ranks(_patches_of_packs, 2, recipe)
     assert len(patches[0]) == len(patches[1]) == 3
     steps = list(zip(*patches, strict=True))
     assert any(sum(one) > 0 and two == [0] for one, two in steps)

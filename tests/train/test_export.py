@@ -136,11 +136,15 @@ def test_companions_and_the_pixel_limits_of_training_go_along(run, tiny_folder, 
     companions = [file for file in COMPANION_FILES if (tiny_folder / file).is_file()]
     assert len(companions) == 6
     for file in companions:
-        if file != "preprocessor_config.json":
+        if "preprocessor" not in file:
             assert (out / file).read_bytes() == (tiny_folder / file).read_bytes(), file
     before = json.loads((tiny_folder / "preprocessor_config.json").read_text())
     after = json.loads((out / "preprocessor_config.json").read_text())
     assert after == {**before, "size": {"shortest_edge": 6 * 1024, "longest_edge": 16 * 1024}}
+    # Of clips the recipe says nothing: the checkpoint's own limits, and the sampling that it leaves to transformers.
+    before = json.loads((tiny_folder / "video_preprocessor_config.json").read_text())
+    after = json.loads((out / "video_preprocessor_config.json").read_text())
+    assert after == {**before, "fps": 2.0, "min_frames": 4, "max_frames": 768}
 
 
 def test_the_checkpoint_is_read_back_in_stock_form(run, tmp_path):
@@ -205,8 +209,8 @@ TAMPERINGS = {
 def test_a_checkpoint_that_differs_is_found_out_and_not_left_behind(run, tmp_path, monkeypatch, tampering):
     tamper, message = tampering
 
-    def write_and_tamper(weights, folder: Path, **options) -> None:
-        write_huggingface(weights, folder, **options)
+    def write_and_tamper(weights, sizes, folder: Path, **options) -> None:
+        write_huggingface(weights, sizes, folder, **options)
         tamper(folder)
 
     monkeypatch.setattr(export, "write_huggingface", write_and_tamper)
@@ -217,8 +221,8 @@ def test_a_checkpoint_that_differs_is_found_out_and_not_left_behind(run, tmp_pat
 
 @pytest.mark.parametrize("values", [{"lora_alpha": 9}, {"use_rslora": True}, {"r": 2}], ids=str)
 def test_an_adapter_that_peft_would_apply_otherwise_is_found_out(run, tmp_path, monkeypatch, values):
-    def copy_and_tamper(source: str, folder: Path, limits: tuple[int, int]) -> None:
-        copy_companions(source, folder, limits)
+    def copy_and_tamper(source: str, folder: Path, *settings: Any) -> None:
+        copy_companions(source, folder, *settings)
         _edit_json(folder / "adapter_config.json", None, **values)
 
     copy_companions = export.copy_companions

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 from qwen3vl_train.batch import IGNORE_LABEL
 from qwen3vl_train.config import load_recipe
 from qwen3vl_train.data.sources import JsonlSource
-from qwen3vl_train.model.text import Qwen3VLTextDecoderLayer
-from qwen3vl_train.model.vision import Qwen3VLVisionBlock
+from qwen3vl_train.model.text import Qwen3VLTextAttention
+from qwen3vl_train.model.vision import Qwen3VLVisionAttention
 from qwen3vl_train.train.data import open_collator
 from qwen3vl_train.train.loop import train
 from qwen3vl_train.train.metrics import read_metrics
@@ -34,7 +34,8 @@ def _count_calls(monkeypatch: pytest.MonkeyPatch, kind: type) -> list[int]:
 
 @pytest.mark.parametrize("tune", [tiny_runs.FULL, tiny_runs.LORA], ids=["full", "lora-dropout"])
 def test_activation_checkpointing_changes_nothing(tiny_folder, task, tmp_path, monkeypatch, tune):
-    calls = [_count_calls(monkeypatch, kind) for kind in (Qwen3VLVisionBlock, Qwen3VLTextDecoderLayer)]
+    # Not those of the blocks: their own call is what checkpoints the rest.
+    calls = [_count_calls(monkeypatch, kind) for kind in (Qwen3VLVisionAttention, Qwen3VLTextAttention)]
     runs, counts = {}, {}
     for setting in ("none", "full"):
         calls[0][0] = calls[1][0] = 0
@@ -111,7 +112,7 @@ def test_a_non_finite_loss_ends_the_run_with_step_and_samples(tiny_folder, task,
     save_file(weights, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
     # With this seed the first step is text alone, which never meets the NaN; the second has a picture.
     recipe = tiny_runs.make_recipe(
-        tmp_path / "model", task, tmp_path, data__max_tokens_per_pack=64, train__packs_per_step=1, train__seed=5
+        tmp_path / "model", task, tmp_path, data__max_tokens_per_pack=64, train__packs_per_step=1, train__seed=2
     )
     with pytest.raises(NonFiniteError, match=r"^step 2: loss nan.*; no weight was changed\. Samples: train\.jsonl:\d+"):
         train(recipe)

@@ -14,6 +14,7 @@ from qwen3vl_train.train.metrics import (
     read_metrics,
     step_metrics,
 )
+from qwen3vl_train.train.sources import SourceLoss
 
 TALLY = StepTally(
     step=3,
@@ -30,6 +31,10 @@ TALLY = StepTally(
     seconds=2.0,
     data_wait_seconds=0.5,
     rejected=1,
+    dropped=2,
+    shrunk=3,
+    rank_balance=1.25,
+    sources={"a": SourceLoss(1.25, 400), "b": SourceLoss(None, 0)},
 )
 
 
@@ -46,11 +51,16 @@ def test_a_step_has_the_fields_of_metrics_jsonl():
         "patches": 4800,
         "tokens_per_second": 1500.0,
         "pack_efficiency": 3000 / 4096,
+        "rank_balance": 1.25,
         "data_wait_fraction": 0.25,
         "mfu": pytest.approx(0.125),  # 4.945e14 / (2 s x 2 devices x 9.89e14)
         "peak_memory_gib": 1.5,
         "seconds": 2.0,
         "rejected": 1,
+        "dropped": 2,
+        "shrunk": 3,
+        "checkpoint_stall_seconds": 0.0,
+        "sources": {"a": {"loss": 1.25, "label_tokens": 400}, "b": {"loss": None, "label_tokens": 0}},
     }
 
 

@@ -1,7 +1,6 @@
 """Stopping changes nothing: a run that was killed goes on as if it had not been, bit for bit."""
 
 import json
-import re
 import shutil
 from pathlib import Path
 
@@ -11,7 +10,8 @@ import tiny_runs
 from tiny_runs import in_child, kill_self, losses
 
 from qwen3vl_train.checkpoint import files
-from qwen3vl_train.checkpoint.run import latest_checkpoint
+from qwen3vl_train.checkpoint.manifest import latest_checkpoint
+from qwen3vl_train.checkpoint.run import CheckpointWriter
 from qwen3vl_train.config import Recipe
 from qwen3vl_train.train.loop import train
 from qwen3vl_train.train.metrics import MetricsLog, read_metrics
@@ -25,17 +25,24 @@ CASES = {
 
 
 def _killed_after(step: int, recipe: Recipe) -> int:
-    """Train in a process that is killed the moment the row of this step is on disk; return its exit code."""
+    """Train in a process that is killed the moment the row of this step is on disk; return its exit code.
+
+    Checkpoints of the steps before are whole by then. `test_killed.py` kills in the middle of one.
+    """
 
     def work() -> None:
-        append = MetricsLog.append
+        append, start = MetricsLog.append, CheckpointWriter.start
+
+        def start_and_wait(writer: CheckpointWriter, *arguments) -> None:
+            start(writer, *arguments)
+            writer.wait()
 
         def append_and_die(log: MetricsLog, row: dict) -> None:
             append(log, row)
             if row["step"] == step:
                 kill_self()
 
-        MetricsLog.append = append_and_die
+        MetricsLog.append, CheckpointWriter.start = append_and_die, start_and_wait
         train(recipe)
 
     return in_child(work)
@@ -61,14 +68,14 @@ def test_a_run_killed_while_saving_goes_on_from_the_checkpoint_before(tiny_folde
     run = tmp_path / "killed" / "run"
 
     def work() -> None:
-        flush = files._fsync
+        flush = files.flush
 
         def flush_or_die(path: Path) -> None:
             flush(path)
             if "step-00000004" in str(path):
                 kill_self()
 
-        files._fsync = flush_or_die
+        files.flush = flush_or_die
         train(recipe)
 
     assert in_child(work) == -9
@@ -182,32 +189,48 @@ def test_a_folder_of_something_else_is_left_alone(tiny_folder, task, tmp_path):
     assert (tmp_path / "run").read_text() == "a file"
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_can_be_taken(tiny_folder, task, copied):
+def _cut(file: Path) -> str:
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-100])
+    return f"{len(whole) - 100} bytes, written with {len(whole)}; remove this checkpoint"
+
+
+def _alter(file: Path) -> str:
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-100] + bytes(10) + whole[-90:])
+    return "its checksum is not the one it was written with; remove this checkpoint"
+
+
+def _lose(file: Path) -> str:
+    file.unlink()
+    return "missing; remove this checkpoint"
+
+
+@pytest.mark.parametrize("damage", [_cut, _alter, _lose], ids=lambda damage: damage.__name__[1:])
+def test_a_damaged_checkpoint_is_told_and_the_one_before_is_taken(tiny_folder, task, copied, capsys, damage):
     recipe = tiny_runs.make_recipe(tiny_folder, task, copied)
+    expected, tensors = losses(copied / "run"), tiny_runs.final_tensors(copied / "run")
     checkpoint = copied / "run" / "checkpoints" / "step-00000006"
     (file,) = (checkpoint / "state").iterdir()
-    whole = file.read_bytes()
-
-    file.write_bytes(whole[:-100])
-    advice = "remove this checkpoint to resume from the one before"
-    with pytest.raises(ValueError) as fault:
-        train(recipe)
-    assert str(fault.value) == f"{file}: {len(whole) - 100} bytes, written with {len(whole)}; {advice}"
-
-    file.write_bytes(whole[:100] + bytes(10) + whole[110:])
-    with pytest.raises(ValueError) as fault:
-        train(recipe)
-    assert re.fullmatch(rf"{re.escape(str(checkpoint))}: damaged \(.*header.*\); {advice}", str(fault.value))
-
-    file.unlink()
-    with pytest.raises(ValueError) as fault:
-        train(recipe)
-    assert str(fault.value) == f"{file}: missing; {advice}"
-
-    expected = losses(copied / "run")
-    shutil.rmtree(checkpoint)
+    fault = damage(file)
     train(recipe)
+    lines = capsys.readouterr().out.splitlines()
+    assert f"falling back to an earlier checkpoint: {file}: {fault}" in lines
+    assert "resuming after step 4 of 6" in lines
     assert losses(copied / "run") == expected
+    tiny_runs.assert_same_tensors(tiny_runs.final_tensors(copied / "run"), tensors)
+    kept = sorted(folder.name for folder in (copied / "run" / "checkpoints").iterdir())
+    assert kept == ["damaged-step-00000006", "step-00000004", "step-00000006"]
+
+
+def test_a_run_with_damaged_checkpoints_alone_stops_and_names_them(tiny_folder, task, copied):
+    faults = []
+    for step in (6, 4):
+        (file,) = (copied / "run" / "checkpoints" / f"step-{step:08d}" / "state").iterdir()
+        faults.append(f"\n  - {file}: {_lose(file)}")
+    with pytest.raises(ValueError) as fault:
+        train(tiny_runs.make_recipe(tiny_folder, task, copied))
+    assert str(fault.value) == f"{copied / 'run'}: none of 2 checkpoints is whole{''.join(faults)}"
 
 
 def test_changed_data_stops_a_resume(tiny_folder, task, tmp_path):

@@ -1,0 +1,131 @@
+"""Worker processes: work is handed out as they get free, results come back in the order of the items."""
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+# What schedulers and launchers send to a whole process group or job when the run is to stop.
+_STOPS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+def in_workers(
+    work: Callable[[Any], Any], items: Iterable[Any], num_workers: int, *, pin_memory: bool = False
+) -> Iterator[Any]:
+    """Yield work(item) for every item, in their order; with num_workers of 0 in this process, when asked for.
+
+    items is iterated in this process, two items a worker ahead. Tensors come back through shared memory. Raises
+    RuntimeError when a worker dies, and the ValueError that `work` raises.
+    """
+    if not num_workers:
+        return map(work, items)
+    loader = DataLoader(
+        _Apply(work),
+        batch_size=None,
+        sampler=_Items(items),  # type: ignore[arg-type]  (any iterable will do)
+        num_workers=num_workers,
+        collate_fn=_as_is,
+        worker_init_fn=_start_worker,
+        pin_memory=pin_memory,
+        generator=torch.Generator(),  # else the loader draws from, and moves, torch's global stream
+    )
+    return _unwrapped(loader)
+
+
+def from_worker(
+    make: Callable[[Any], Iterator[Any]], argument: Any, *, in_process: bool, ahead: int = 1
+) -> Iterator[Any]:
+    """Yield what make(argument) yields, made in one worker process so many items ahead, or in this one.
+
+    Raises RuntimeError when the worker dies, and the ValueError that `make` raises.
+    """
+    if in_process:
+        return make(argument)
+    loader = DataLoader(
+        _Make(make, argument),
+        batch_size=None,
+        num_workers=1,
+        prefetch_factor=ahead,
+        collate_fn=_as_is,
+        worker_init_fn=_start_worker,
+        generator=torch.Generator(),
+    )
+    return _unwrapped(loader)
+
+
+class _Failed:
+    """A ValueError on its way from a worker: DataLoader would bury its message in a traceback."""
+
+    def __init__(self, message: str) -> None:
+        self.message = message
+
+
+def _unwrapped(results: Iterable[Any]) -> Iterator[Any]:
+    # Workers begin with the signals blocked, or one that comes while they start would still reach them.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)
+    try:
+        coming = iter(results)  # starts them
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    for result in coming:
+        if isinstance(result, _Failed):
+            raise ValueError(result.message)
+        yield result
+
+
+class _Apply(Dataset):
+    def __init__(self, work: Callable[[Any], Any]) -> None:
+        self.work = work
+
+    def __getitem__(self, item: Any) -> Any:
+        try:
+            return self.work(item)
+        except ValueError as error:
+            return _Failed(str(error))
+
+
+class _Make(IterableDataset):
+    def __init__(self, make: Callable[[Any], Iterator[Any]], argument: Any) -> None:
+        self.make, self.argument = make, argument
+
+    def __iter__(self) -> Iterator[Any]:
+        try:
+            yield from self.make(self.argument)
+        except ValueError as error:
+            yield _Failed(str(error))
+
+
+class _Items:
+    def __init__(self, items: Iterable[Any]) -> None:
+        self.items = items
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.items)
+
+
+def _as_is(result: Any) -> Any:
+    return result
+
+
+def _start_worker(worker: int) -> None:
+    """One thread, and deaf to a stop: it is for the rank, which needs its workers until its step is done and saved.
+
+    Only the parent's own SIGTERM ends a worker (torch sends it to one that does not leave by itself). A handler does
+    not learn who sent a signal, so the signals are blocked and a thread takes them. Workers of a parent that is gone
+    leave by torch's own watch.
+    """
+    torch.set_num_threads(1)
+    signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)
+    threading.Thread(target=_obey_the_parent, name="signals", daemon=True).start()
+
+
+def _obey_the_parent() -> None:
+    parent = os.getppid()
+    while True:
+        received = signal.sigwaitinfo(_STOPS)
+        if received.si_signo == signal.SIGTERM and received.si_pid == parent:
+            os._exit(0)

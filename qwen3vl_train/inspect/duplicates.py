@@ -1,0 +1,87 @@
+"""Rows that are the same: equal text and equal bytes of media. Bytes are read only where text and sizes agree."""
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from PIL import Image
+
+from qwen3vl_train.data.faults import RowFault
+from qwen3vl_train.data.formats import ImagePart, Sample, TextPart
+from qwen3vl_train.data.media import ImageSource, decode_data_uri, find_file
+from qwen3vl_train.inspect.entries import Entry, RowRef
+from qwen3vl_train.inspect.facts import SHOWN_ROWS, DuplicateFacts
+
+
+class DuplicateFinder:
+    """Takes rows one by one, then says which are equal. Keeps 16 bytes and a reference for each row."""
+
+    def __init__(self, entries: list[Entry]) -> None:
+        self._entries = entries
+        self._first: dict[bytes, RowRef] = {}
+        self._more: dict[bytes, list[RowRef]] = {}
+
+    def add(self, key: bytes, ref: RowRef) -> None:
+        """key: `RowFacts.key`, equal where text and sizes are."""
+        if self._first.setdefault(key, ref) is not ref:
+            self._more.setdefault(key, []).append(ref)
+
+    def _groups(self) -> Iterator[list[RowRef]]:
+        """Yield rows of equal content, in the order they were added in. Rows whose media went away are left out."""
+        for key, refs in self._more.items():
+            equal: dict[bytes, list[RowRef]] = {}
+            for ref in (self._first[key], *refs):
+                try:
+                    digest = _media_digest(self._entries[ref.entry].sample(ref))
+                except (RowFault, OSError):
+                    continue
+                equal.setdefault(digest, []).append(ref)
+            yield from (group for group in equal.values() if len(group) > 1)
+
+    def facts(self) -> list[DuplicateFacts]:
+        """Return what repeats in each entry. Rows were added in the order of the entries, the training ones first."""
+        repeats: list[list[tuple[str, str]]] = [[] for _ in self._entries]
+        leaks: list[list[tuple[str, str]]] = [[] for _ in self._entries]
+
+        def full_name(ref: RowRef) -> str:
+            source = self._entries[ref.entry].files[ref.file].source
+            return f"{source.name}:{source.row_number(ref.row)}"
+
+        for group in self._groups():
+            first_of: dict[str, RowRef] = {}
+            for ref in group:
+                entry = self._entries[ref.entry]
+                first = first_of.setdefault(entry.role, ref)
+                if first is not ref:
+                    repeats[ref.entry].append((entry.label(ref), full_name(first)))
+                if entry.role == "eval" and "train" in first_of:
+                    leaks[ref.entry].append((entry.label(ref), full_name(first_of["train"])))
+        return [
+            DuplicateFacts(len(same), same[:SHOWN_ROWS], len(leaked), leaked[:SHOWN_ROWS])
+            for same, leaked in zip(repeats, leaks, strict=True)
+        ]
+
+
+def _media_digest(sample: Sample) -> bytes:
+    digest = hashlib.sha256()
+    for message in sample.messages:
+        for part in message.content:
+            if isinstance(part, TextPart):
+                continue
+            medium = part.image if isinstance(part, ImagePart) else part.video
+            for one in medium if isinstance(medium, tuple) else (medium,):
+                # Each piece has a fixed length, so that no two lists of media run together to the same bytes.
+                digest.update(hashlib.sha256(_content(one, sample.media_root)).digest())
+    return digest.digest()
+
+
+def _content(source: ImageSource, media_root: str | None) -> bytes:
+    """Return what a medium holds: the bytes of its file, or the pixels of an image in memory."""
+    if isinstance(source, Image.Image):
+        return source.tobytes()
+    if isinstance(source, bytes):
+        return source
+    if isinstance(source, str):
+        is_data = source.startswith("data:")
+        return decode_data_uri(source) if is_data else Path(find_file(source, media_root)).read_bytes()
+    return source.fetch()

@@ -1,0 +1,60 @@
+"""The page: one HTML file with everything in it, that asks nothing of any network and runs no script but its own."""
+
+import base64
+import hashlib
+import html
+import json
+from importlib import resources
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from qwen3vl_train.inspect.gather import Inspection
+from qwen3vl_train.inspect.kinds import KINDS
+
+# The charts are drawn by charts.js: plotly's script would add several MB to every page, for a handful of bar charts.
+_SCRIPTS = ("dom.js", "charts.js", "facts.js", "packs.js", "pictures.js", "samples.js", "main.js")
+
+
+def write_page(inspection: Inspection, out: Path) -> None:
+    """Write the page. Raises OSError where `out` cannot be written."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(render_page(inspection), encoding="utf-8")
+
+
+def render_page(inspection: Inspection) -> str:
+    """Return the page as HTML.
+
+    Data reaches the page as JSON in which no tag can begin, and the script writes it as text nodes and attributes
+    only. The policy in its head lets no other script or style run, whatever the data holds.
+    """
+    script = "(() => {\n'use strict';\n" + "\n".join(_part(name) for name in _SCRIPTS) + "})();\n"
+    style = _part("page.css")
+    data = {
+        "facts": inspection.facts.to_json(),
+        "samples": inspection.samples,
+        "pack": inspection.pack,
+        "kinds": {kind: told.hazard for kind, told in KINDS.items()},
+    }
+    return Template(_part("page.html")).substitute(
+        title=html.escape(f"Data of {inspection.facts.recipe}"),
+        policy=f"default-src 'none'; img-src data:; style-src '{_digest(style)}'; script-src '{_digest(script)}'; "
+        "base-uri 'none'; form-action 'none'",
+        style=style,
+        script=script,
+        data=embedded_json(data),
+    )
+
+
+def embedded_json(data: Any) -> str:
+    """Return JSON that can stand in a script element: pure ASCII, without <, > and &."""
+    text = json.dumps(data, allow_nan=False, separators=(",", ":"))
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _part(name: str) -> str:
+    return (resources.files("qwen3vl_train.inspect") / "page" / name).read_text(encoding="utf-8")
+
+
+def _digest(text: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

@@ -1,0 +1,99 @@
+"""The facts as tables for the terminal."""
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from qwen3vl_train.inspect.facts import Facts, Hazard, Histogram, PackFacts, SourceFacts
+
+_COLOURS = {"error": "bold red", "warning": "yellow", "note": "cyan"}
+_MOST_REASONS = 5
+
+
+def print_facts(facts: Facts, console: Console) -> None:
+    """Print sources, rejects, packs and hazards."""
+    model = facts.model
+    console.print(
+        f"[bold]{escape(facts.recipe)}[/]: {escape(str(model['path']))}, {model['template']} template, "
+        f"{model['min_visual_tokens_per_image']:,} to {model['max_visual_tokens_per_image']:,} visual tokens a picture"
+    )
+    console.print(_rows_table(facts.sources))
+    console.print(_spreads_table(facts.sources))
+    for source in facts.sources:
+        for group in source.rejects[:_MOST_REASONS]:
+            where = escape(f"{source.name}:{group.rows[0]}: {group.reason}")
+            console.print(f"[red]{group.count:,} rejected[/] {where}", soft_wrap=True)
+        if len(source.rejects) > _MOST_REASONS:
+            console.print(f"and for {len(source.rejects) - _MOST_REASONS} more reasons")
+    console.print(_packs_line(facts.packs), soft_wrap=True)
+    for hazard in facts.hazards:
+        console.print(_line(hazard), soft_wrap=True)
+    if not facts.hazards:
+        console.print("[green]nothing looks wrong[/]")
+
+
+def _packs_line(packs: PackFacts) -> str:
+    if not packs.packs:
+        return "no packs: no training row can be used"
+    fill = f"{100 * packs.mean_fill:.1f}% of {packs.max_tokens_per_pack:,} tokens filled"
+    if packs.steps_per_epoch is None:
+        return f"{packs.packs:,} packs of the first rows of the streams, {fill}; {packs.num_steps:,} steps in the run"
+    return (
+        f"{packs.packs:,} {'pack' if packs.packs == 1 else 'packs'} an epoch, {fill}; {packs.steps_per_epoch:,} "
+        f"{'step' if packs.steps_per_epoch == 1 else 'steps'} an epoch, {packs.num_steps:,} in the run"
+    )
+
+
+def _rows_table(sources: list[SourceFacts]) -> Table:
+    """One line for each source; of what no source has any, there is no column."""
+    table = Table(box=box.SIMPLE_HEAD, padding=0)
+    table.add_column("source", overflow="fold", min_width=12)
+    table.add_column("format", overflow="fold")
+    counts = {
+        "rows": [source.rows for source in sources],
+        "rejected": [source.rejected for source in sources],
+        "dropped": [source.dropped for source in sources],
+        "no label": [source.num_nothing_to_learn for source in sources],
+        "repeats": [source.duplicates.count for source in sources],
+        "pictures": [source.images for source in sources],
+        "videos": [source.videos for source in sources],
+    }
+    counts = {name: column for name, column in counts.items() if name == "rows" or any(column)}
+    for heading in (*counts, "trained"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for place, source in enumerate(sources):
+        trained = source.label_tokens / source.examined_tokens if source.examined_tokens else 0.0
+        table.add_row(
+            escape(source.name + (" (held out)" if source.role == "eval" else "")),
+            " ".join(source.formats),
+            *(f"{column[place]:,}" for column in counts.values()),
+            f"{100 * trained:.1f}%",
+        )
+    return table
+
+
+def _spreads_table(sources: list[SourceFacts]) -> Table:
+    table = Table(
+        box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), caption="median/95th percentile/maximum", caption_justify="left"
+    )
+    table.add_column("source", overflow="fold")
+    columns = {"text_tokens": "text tokens", "visual_tokens": "visual tokens", "images": "pictures", "turns": "answers"}
+    for heading in (*columns.values(), "wide : high"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for source in sources:
+        spreads = (_spread(source.histograms[name]) for name in columns)
+        table.add_row(escape(source.name), *spreads, _spread(source.histograms["aspect_ratios"], digits=1))
+    return table
+
+
+def _spread(values: Histogram, digits: int = 0) -> str:
+    if not values.counts:
+        return "none"
+    return "/".join(f"{value:,.{digits}f}" for value in (values.median, values.p95, values.maximum))
+
+
+def _line(hazard: Hazard) -> str:
+    where = f"{escape(hazard.source)}: " if hazard.source else ""
+    told = f"{escape(hazard.hazard)} {escape(hazard.evidence)}. [bold]{escape(hazard.remedy)}[/]"
+    return f"[{_COLOURS[hazard.level]}]{hazard.level}[/] {where}{told}"

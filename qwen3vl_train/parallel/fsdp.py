@@ -1,0 +1,109 @@
+"""Sharded training by torch's `fully_shard` (FSDP2), and HSDP when there are several replicas.
+
+What trains is held as float32 shards and computed in the recipe's dtype; what is frozen is held in that dtype. So a
+bfloat16 run computes with the rounded masters, exactly as a replicated run does.
+"""
+
+import itertools
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+
+from qwen3vl_train.config import ParallelSection
+from qwen3vl_train.model.qwen3vl import Qwen3VLForConditionalGeneration
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# Gathered weights may take this part of the device before `reshard_after_forward: auto` frees them after every forward.
+KEEP_GATHERED = 0.2
+
+
+def shard_model(
+    model: Qwen3VLForConditionalGeneration, mesh: DeviceMesh, parallel: ParallelSection, dtype: torch.dtype
+) -> None:
+    """Shard a model, in place; it may still be on the meta device.
+
+    The order is from the inside out; a unit is what is gathered at once. Raises ValueError where weights shall wait in
+    the memory of a host that has no GPU to send them to.
+    """
+    if parallel.cpu_offload and not torch.cuda.is_available():
+        raise ValueError("parallel.cpu_offload: true, but there is no GPU here, weights are on the CPU; leave it out")
+    policy = MixedPrecisionPolicy(
+        param_dtype=None if dtype == torch.float32 else dtype,
+        reduce_dtype=DTYPES[parallel.reduce_dtype],
+        cast_forward_inputs=False,  # the rotary tables stay float32
+    )
+    # HSDP shards over the last axis and replicates over the first; with one replica a 1-D mesh spares its all-reduce.
+    axes = mesh if mesh.size(0) > 1 else mesh["shard"]
+    offload = CPUOffloadPolicy() if parallel.cpu_offload else OffloadPolicy()
+    settings = {"mesh": axes, "mp_policy": policy, "offload_policy": offload}
+    reshard = _reshard(model, parallel, dtype)
+    vision, text = model.visual.vision, model.language_model.model
+    # 1. Each vision block and each decoder layer: they run one after the other, so one is in memory while the next is
+    #    fetched.
+    for block in [*vision.blocks, *text.layers]:
+        fully_shard(block, reshard_after_forward=reshard, **settings)
+    # 2. What is left of the vision side in one unit: both ends of the tower are small next to the blocks, and the four
+    #    mergers run directly one after the other.
+    fully_shard(vision, reshard_after_forward=reshard, **settings)
+    # 3. Embedding, final norm and head as the root: a tied head is the embedding, so they cannot be apart, and both
+    #    ends of the forward pass need them, so they stay gathered from the first to the last.
+    fully_shard(model, reshard_after_forward=False, **settings)
+    assert isinstance(model, FSDPModule)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            # The loss is already divided by the labels of all ranks, so gradients are summed, not averaged.
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+    tower_trains = any(parameter.requires_grad for parameter in [*vision.blocks.parameters(), *_embedding(vision)])
+    vision_trains = any(parameter.requires_grad for parameter in vision.parameters())
+    _prefetch([*vision.blocks], before=None)
+    _prefetch([vision], before=vision.blocks[-1] if tower_trains else None)
+    _prefetch([*text.layers], before=vision if vision_trains else None)
+
+
+def _embedding(vision: nn.Module) -> list[nn.Parameter]:
+    """What the first vision block reads: it trains only if gradients pass through all blocks."""
+    return [parameter for name, parameter in vision.named_parameters() if name.startswith(("patch_embed", "pos_embed"))]
+
+
+def _prefetch(blocks: list[nn.Module], *, before: nn.Module | None) -> None:
+    """Fetch the next block's weights while one computes, in both directions.
+
+    before: the unit whose backward pass follows that of the first block; None where the backward pass ends there. By
+    itself torch would fetch what ran before, in vain where that is frozen; a block that names itself fetches nothing.
+    """
+    for block, following in itertools.pairwise(blocks):
+        block.set_modules_to_forward_prefetch([following])  # type: ignore[union-attr]
+        following.set_modules_to_backward_prefetch([block])  # type: ignore[union-attr]
+    blocks[0].set_modules_to_backward_prefetch([before or blocks[0]])  # type: ignore[union-attr]
+
+
+def _reshard(model: nn.Module, parallel: ParallelSection, dtype: torch.dtype) -> bool:
+    """auto: free the gathered weights after forward unless the whole model takes little of the device anyway."""
+    if parallel.reshard_after_forward != "auto":
+        return parallel.reshard_after_forward
+    if not torch.cuda.is_available():
+        return True
+    gathered = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
+    return gathered > KEEP_GATHERED * torch.cuda.mem_get_info()[1]
+
+
+class Sharded:
+    """How a sharded run shares out gradients: backward has summed them, each rank holds its piece."""
+
+    lockstep = True
+
+    def __init__(self, mesh: DeviceMesh) -> None:
+        self.mesh = mesh
+
+    def sum_gradients(self, gradients: list[Tensor]) -> None:
+        """Nothing left to do: every backward pass has summed them over all ranks."""
+
+    def sum_squares(self, squares: Tensor) -> Tensor:
+        """Add up the pieces' sums of squares; replicas hold the same pieces and are counted once."""
+        squares = squares.clone()
+        dist.all_reduce(squares, group=self.mesh.get_group("shard"))
+        return squares

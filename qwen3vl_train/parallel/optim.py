@@ -1,0 +1,185 @@
+"""AdamW over float32 master weights, with learning rates by module group.
+
+Reference: Loshchilov & Hutter, "Decoupled Weight Decay Regularization" (2019).
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from qwen3vl_train.config import OptimSection
+from qwen3vl_train.model.groups import group_of
+from qwen3vl_train.shards import local, shape_of
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class Trained:
+    """One trained tensor: the model's parameter, its group, and the float32 weight that the optimizer moves."""
+
+    name: str
+    group: str
+    parameter: nn.Parameter
+    master: nn.Parameter
+
+
+class Spread(Protocol):
+    """How an engine spreads gradients over ranks. lockstep: all ranks must run the same number of passes a step."""
+
+    lockstep: bool
+
+    def sum_gradients(self, gradients: list[Tensor]) -> None: ...
+
+    def sum_squares(self, squares: Tensor) -> Tensor: ...
+
+
+class Optimizer(Protocol):
+    """What the training step and the checkpoint ask of an engine's optimizer.
+
+    touched: names of the parameters that backward reached on this rank. lockstep: see Spread.
+    """
+
+    touched: set[str]
+    lockstep: bool
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Add the gradients of one pack; last: of this step on this rank."""
+        ...
+
+    def gradient_norms(self) -> dict[str, float]:
+        """Finish the gradients of the step over all ranks. Returns norms by module group, and 'all'.
+
+        Same on all ranks.
+        """
+        ...
+
+    def step(self, factor: float, clip: float) -> None:
+        """Scale the gradients by clip and move the weights at factor times their peak rates."""
+        ...
+
+    def discard(self) -> None:
+        """Drop the gradients of the step; no weight moves."""
+        ...
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """The neutral form of what trains: float32 `weight/`, `exp_avg/` and `exp_avg_sq/` by our names.
+
+        Tensors may be sharded (DTensor), and may or may not be copies. Every rank must call it. To load, write into
+        them in place and give them to `loaded`.
+        """
+        ...
+
+    def loaded(self, tensors: dict[str, Tensor], num_updates: int) -> None:
+        """Take over tensors from `state_tensors` that were written into, as the state after that many steps."""
+        ...
+
+
+class MasterAdamW:
+    """AdamW that moves float32 masters of the trained parameters, whatever dtype the model computes in.
+
+    bfloat16 has 8 bits of mantissa: an update below 1/256 of a weight would vanish if added to it directly. So
+    gradients are summed and applied in float32, and the model's weights are the masters rounded. A float32 parameter is
+    its own master. Weight decay acts on matrices only, not on norms and biases. A parameter that no pack touched has a
+    gradient of zero, so that a step means the same on any number of ranks.
+    """
+
+    def __init__(self, model: nn.Module, optim: OptimSection, spread: Spread) -> None:
+        self.optim, self.spread, self.lockstep = optim, spread, spread.lockstep
+        self.trained: list[Trained] = []
+        self.touched: set[str] = set()
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                master = parameter if parameter.dtype == torch.float32 else nn.Parameter(parameter.detach().float())
+                self.trained.append(Trained(name, group_of(name), parameter, master))
+                parameter.register_post_accumulate_grad_hook(self._collector(name, master))
+        if not self.trained:
+            raise ValueError("tune: nothing trains; name at least one module group or LoRA target")
+        self.adamw = torch.optim.AdamW(self._groups(), lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
+        for item in self.trained:
+            # Made now, as AdamW would make it in its first step, so that a checkpoint can be read into it.
+            self.adamw.state[item.master] = {
+                "step": torch.zeros((), dtype=torch.float32, device=item.master.device),
+                **{part: torch.zeros_like(item.master) for part in MOMENTS},
+            }
+
+    def _collector(self, name: str, master: nn.Parameter):
+        def collect(parameter: Tensor) -> None:
+            self.touched.add(name)
+            if parameter is not master:
+                assert parameter.grad is not None
+                gradient = parameter.grad.float()
+                master.grad = gradient if master.grad is None else master.grad.add_(gradient)
+                parameter.grad = None
+
+        return collect
+
+    def _groups(self) -> list[dict]:
+        return parameter_groups([(item.group, item.master) for item in self.trained], self.optim)
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        loss.backward()
+
+    def _gradients(self) -> list[Tensor]:
+        """The float32 gradients of all trained tensors, in order; zeros where no pack touched one."""
+        for item in self.trained:
+            if item.master.grad is None:
+                item.master.grad = torch.zeros_like(item.master)
+        return [item.master.grad for item in self.trained if item.master.grad is not None]
+
+    def gradient_norms(self) -> dict[str, float]:
+        gradients = self._gradients()
+        self.spread.sum_gradients(gradients)
+        groups = list(dict.fromkeys(item.group for item in self.trained))
+        squares = torch.zeros(len(groups), dtype=torch.float64, device=gradients[0].device)
+        for item, gradient in zip(self.trained, gradients, strict=True):
+            squares[groups.index(item.group)] += local(gradient).square().sum(dtype=torch.float64)
+        squares = self.spread.sum_squares(squares)
+        return {"all": squares.sum().sqrt().item(), **dict(zip(groups, squares.sqrt().tolist(), strict=True))}
+
+    @torch.no_grad()
+    def step(self, factor: float, clip: float) -> None:
+        if clip != 1.0:
+            for gradient in self._gradients():
+                gradient.mul_(clip)
+        for group in self.adamw.param_groups:
+            group["lr"] = group["peak_lr"] * factor
+        self.adamw.step()
+        self._round_into_model()
+        self.discard()
+
+    def discard(self) -> None:
+        for item in self.trained:
+            item.master.grad = None
+
+    def _round_into_model(self) -> None:
+        for item in self.trained:
+            if item.parameter is not item.master:
+                item.parameter.copy_(item.master)
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        tensors: dict[str, Tensor] = {}
+        for item in self.trained:
+            tensors[f"weight/{item.name}"] = item.master.detach()
+            tensors |= {f"{part}/{item.name}": self.adamw.state[item.master][part] for part in MOMENTS}
+        return tensors
+
+    @torch.no_grad()
+    def loaded(self, tensors: dict[str, Tensor], num_updates: int) -> None:
+        for item in self.trained:
+            self.adamw.state[item.master]["step"].fill_(float(num_updates))
+        self._round_into_model()
+
+
+def parameter_groups(members: list[tuple[str, nn.Parameter]], optim: OptimSection) -> list[dict]:
+    """AdamW's groups for (module group, parameter) pairs: one for each peak rate and decay; only matrices decay."""
+    by_setting: dict[tuple[str, float], list[nn.Parameter]] = {}
+    for group, parameter in members:
+        decay = optim.weight_decay if len(shape_of(parameter)) >= 2 else 0.0
+        by_setting.setdefault((group, decay), []).append(parameter)
+    return [
+        {"params": members, "group": group, "peak_lr": (lr := optim.lr_of(group)), "lr": lr, "weight_decay": decay}
+        for (group, decay), members in by_setting.items()
+    ]

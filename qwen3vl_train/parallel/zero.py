@@ -1,0 +1,181 @@
+"""Where DeepSpeed's three ZeRO optimizers keep this rank's share of weights and gradients, in one form.
+
+Stages 1 and 2 share a class, bfloat16 in stage 1 has one of its own, stage 3 a third. Each flattens the parameters of
+an AdamW group into one long vector and gives every rank a piece of it, a float32 master that AdamW moves. DeepSpeed has
+no public call for the gradients of such a piece before its step, so the attributes that hold them are named here, and
+nowhere else (as of DeepSpeed 0.19.8).
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+class Pieces(Protocol):
+    """This rank's pieces of what trains. groups: for each master, the place of its AdamW group."""
+
+    masters: list[Tensor]
+    groups: list[int]
+
+    def gradients(self) -> list[list[Tensor]]:
+        """The reduced gradients of each master, in tensors that may be written to; padding is zero."""
+        ...
+
+    def link_moments(self) -> None:
+        """Tell DeepSpeed that AdamW's state of every master exists, so that it can be read and set by parameter."""
+        ...
+
+    def set_part(self, parameter: nn.Parameter, part: str, values: Tensor) -> None:
+        """Put this rank's piece of the whole float32 `values` into the master ('weight') or a moment. Sends nothing."""
+        ...
+
+    def round_into_model(self) -> None:
+        """Give the model the masters, in its dtype. Every rank must call it."""
+        ...
+
+    def discard(self) -> None: ...
+
+
+def pieces_of(zero: Any) -> Pieces:
+    """zero: `engine.optimizer` of a DeepSpeed engine."""
+    from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+
+    if isinstance(zero, DeepSpeedZeroOptimizer_Stage3):
+        return _Stage3(zero)
+    return _Stage1BFloat16(zero) if isinstance(zero, BF16_Optimizer) else _Stages1And2(zero)
+
+
+class _Replicated:
+    """What stages 1 and 2 have in common: the model is whole on every rank."""
+
+    masters: list[Tensor]
+
+    def __init__(self, zero: Any, members: list[list[nn.Parameter]]) -> None:
+        self.zero, self.members = zero, members
+        self.groups = list(range(len(members)))
+
+    def link_moments(self) -> None:
+        from deepspeed.utils import lazy_init_hp_params_optimizer_state
+
+        for parameters, master in zip(self.members, self.masters, strict=True):
+            lazy_init_hp_params_optimizer_state(parameters, master, self.zero.optimizer.state)
+
+    def set_part(self, parameter: nn.Parameter, part: str, values: Tensor) -> None:
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        if part == "weight":
+            safe_set_full_fp32_param(parameter, values)
+        else:
+            safe_set_full_optimizer_state(parameter, values, part)
+
+    def round_into_model(self) -> None:
+        self.zero.update_lp_params()
+
+
+class _Stages1And2(_Replicated):
+    def __init__(self, zero: Any) -> None:
+        super().__init__(zero, zero.bit16_groups)
+        self.masters = zero.single_partition_of_fp32_groups
+
+    def gradients(self) -> list[list[Tensor]]:
+        if self.zero.cpu_offload:
+            return [[master.grad] for master in self.masters if master.grad is not None]
+        return [self.zero.averaged_gradients[group] for group in self.groups]
+
+    def discard(self) -> None:
+        zero = self.zero
+        zero.zero_grad()
+        zero.averaged_gradients.clear()
+        zero.all_grad_tensors.clear()
+        zero.micro_step_id = -1  # the next pass starts a sum instead of adding to one
+        if zero.cpu_offload:
+            zero.reset_cpu_buffers()
+
+
+class _Stage1BFloat16(_Replicated):
+    def __init__(self, zero: Any) -> None:
+        super().__init__(zero, zero.bf16_groups)
+        self.masters = zero.fp32_groups_flat_partition
+
+    def gradients(self) -> list[list[Tensor]]:
+        return [[gradient] for gradient in self.zero.fp32_groups_gradient_flat_partition]
+
+    def discard(self) -> None:
+        self.zero.zero_grad()
+
+
+class _Stage3:
+    def __init__(self, zero: Any) -> None:
+        self.zero = zero
+        self.masters = zero.fp32_partitioned_groups_flat
+        self.groups = [zero.sub_group_to_group_id[number] for number in range(len(self.masters))]
+
+    def gradients(self) -> list[list[Tensor]]:
+        if self.zero.offload_optimizer:
+            return [[master.grad] for master in self.masters if master.grad is not None]
+        return [self.zero.averaged_gradients[number] for number in range(len(self.masters))]
+
+    def link_moments(self) -> None:
+        """Stage 3 finds them through AdamW."""
+
+    def set_part(self, parameter: nn.Parameter, part: str, values: Tensor) -> None:
+        from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
+
+        size, rank = parameter.ds_tensor.numel(), parameter.ds_zero_partition_rank  # type: ignore[attr-defined]
+        piece = values.flatten()[rank * size : (rank + 1) * size]
+        piece = nn.functional.pad(piece, (0, size - piece.numel()))  # the last rank's piece may be short
+        if part == "weight":
+            safe_set_local_fp32_param(parameter, piece)
+        else:
+            safe_set_local_optimizer_state(parameter, piece, part)
+
+    def round_into_model(self) -> None:
+        # Small parameters stay gathered between steps; they are let go, so that the next use fetches the new values.
+        self.zero.parameter_offload.partition_all_parameters()
+        for flat, master in zip(self.zero.fp16_partitioned_groups_flat, self.masters, strict=True):
+            flat.copy_(master)
+        persistent = self.zero.persistent_parameters
+        if persistent:
+            persistent[0].all_gather(persistent)
+
+    def discard(self) -> None:
+        self.zero.zero_grad()
+        self.zero.averaged_gradients.clear()
+
+
+def fill_partitioned(
+    model: nn.Module, config: dict[str, Any], value: Callable[[str, nn.Parameter], Tensor], device: torch.device | str
+) -> None:
+    """Give a model on the meta device its weights for ZeRO-3: each is cut over the ranks before the next one is made.
+
+    value: (name, meta parameter) -> all of its first values; called on rank 0 alone, which sends them to the others. So
+    a rank holds its pieces and one whole tensor at a time. A tied head stays tied. Every rank must call it.
+    """
+    import deepspeed
+    import torch.distributed as dist
+
+    made: dict[nn.Parameter, nn.Parameter] = {}
+    # All whole tensors pass through this one place. Made and freed one by one between the pieces that stay, they would
+    # leave holes that the C library does not give back: half as much memory again as the pieces take.
+    place = torch.empty(max(meta.nbytes for meta in model.parameters()), dtype=torch.uint8, device=device)
+    for name, meta in list(model.named_parameters(remove_duplicate=False)):
+        module, _, attribute = name.rpartition(".")
+        if meta not in made:
+            whole = place[: meta.nbytes].view(meta.dtype).view(meta.shape)
+            if dist.get_rank() == 0:
+                whole.copy_(value(name, meta))
+            made[meta] = nn.Parameter(whole, requires_grad=meta.requires_grad)
+            del whole
+            _cut(made[meta], made.values(), config, deepspeed.zero.Init)
+        setattr(model.get_submodule(module), attribute, made[meta])
+
+
+def _cut(parameter: nn.Parameter, others: Iterable[nn.Parameter], config: dict[str, Any], init: Any) -> None:
+    first: Any = next(iter(others))
+    if parameter is first:
+        init(module=nn.ParameterList([parameter]), config_dict_or_path=config)
+    else:  # every cut parameter can cut others in the same way
+        first.convert_to_zero_parameters([parameter])

@@ -1,0 +1,218 @@
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_runs
+
+from qwen3vl_train.checkpoint import manifest
+from qwen3vl_train.checkpoint.manifest import (
+    KeepPolicy,
+    checkpoint_folder,
+    choose_checkpoint,
+    latest_checkpoint,
+    prune,
+    read_record,
+    set_aside_newer,
+    sum_files,
+    whole_checkpoints,
+    write_manifest,
+)
+
+
+def _make(run: Path, step: int, **record: Any) -> Path:
+    folder = checkpoint_folder(run, step)
+    (folder / "state").mkdir(parents=True)
+    for shard in (1, 2):
+        (folder / "state" / f"shard-{shard}.safetensors").write_bytes(bytes([step, shard]) * 500)
+    sums = sum_files(folder, (folder / "state").iterdir())
+    write_manifest(folder, {"step": step, "updates": 0, "loader": {}, "rejects": [], **record}, sums)
+    return folder
+
+
+def _steps(run: Path) -> list[int]:
+    return [int(folder.name[5:]) for folder in whole_checkpoints(run)]
+
+
+def test_the_manifest_lists_every_file_with_size_and_checksum(tmp_path):
+    folder = _make(tmp_path, 4, world_size=2, engine="fsdp2")
+    record = read_record(folder, checksums=True)
+    assert (record["step"], record["world_size"], record["engine"]) == (4, 2, "fsdp2")
+    assert list(record["files"]) == ["state/shard-1.safetensors", "state/shard-2.safetensors"]
+    assert record["files"]["state/shard-1.safetensors"] == {"bytes": 1000, "crc32": 3839127308}
+
+
+def test_checksums_do_not_depend_on_the_size_of_the_blocks(tmp_path, monkeypatch):
+    folder = _make(tmp_path, 1)
+    monkeypatch.setattr(manifest, "BLOCK", 7)
+    read_record(folder, checksums=True)
+
+
+def _missing(folder: Path) -> str:
+    file = folder / "state" / "shard-2.safetensors"
+    file.unlink()
+    return f"{file}: missing; remove this checkpoint"
+
+
+def _cut(folder: Path) -> str:
+    file = folder / "state" / "shard-1.safetensors"
+    os.truncate(file, 999)
+    return f"{file}: 999 bytes, written with 1000; remove this checkpoint"
+
+
+def _altered(folder: Path) -> str:
+    file = folder / "state" / "shard-1.safetensors"
+    content = bytearray(file.read_bytes())
+    content[500] ^= 1  # one bit
+    file.write_bytes(content)
+    return f"{file}: its checksum is not the one it was written with; remove this checkpoint"
+
+
+def _no_json(folder: Path) -> str:
+    file = folder / "checkpoint.json"
+    file.write_text(file.read_text()[:50])
+    return f"{file}: unreadable (JSONDecodeError("
+
+
+def _no_loader(folder: Path) -> str:
+    file = folder / "checkpoint.json"
+    record = json.loads(file.read_text())
+    del record["loader"], record["rejects"]
+    file.write_text(json.dumps(record))
+    return f"{file}: has no loader, rejects; remove this checkpoint"
+
+
+def _list(folder: Path) -> str:
+    (folder / "checkpoint.json").write_text("[]")
+    return f"{folder / 'checkpoint.json'}: unreadable (TypeError("
+
+
+DAMAGES = [_missing, _cut, _altered, _no_json, _no_loader, _list]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_passed_over_with_the_reason(tmp_path, damage):
+    _make(tmp_path, 2)
+    good = _make(tmp_path, 4)
+    message = damage(_make(tmp_path, 6))
+    chosen, faults = choose_checkpoint(tmp_path)
+    assert chosen == good
+    assert len(faults) == 1
+    assert faults[0].startswith(message)
+
+    set_aside_newer(tmp_path, chosen)
+    names = sorted(folder.name for folder in (tmp_path / "checkpoints").iterdir())
+    assert names == ["damaged-step-00000006", "step-00000002", "step-00000004"]
+    _make(tmp_path, 6)  # its step can be saved again
+    assert choose_checkpoint(tmp_path) == (checkpoint_folder(tmp_path, 6), [])
+
+
+def test_only_the_checksums_show_an_altered_bit(tmp_path):
+    folder = _make(tmp_path, 2)
+    _altered(folder)
+    read_record(folder)
+    with pytest.raises(ValueError, match="checksum"):
+        read_record(folder, checksums=True)
+
+
+def test_a_checkpoint_that_the_disk_does_not_give_back_is_passed_over(tmp_path, monkeypatch):
+    good, bad = _make(tmp_path, 2), _make(tmp_path, 4)
+    read = manifest._crc32
+
+    def fail(file: Path) -> int:
+        if file.is_relative_to(bad):
+            raise OSError(5, "Input/output error")
+        return read(file)
+
+    monkeypatch.setattr(manifest, "_crc32", fail)
+    file = bad / "state" / "shard-1.safetensors"
+    assert choose_checkpoint(tmp_path) == (
+        good,
+        [f"{file}: cannot be read (Input/output error); remove this checkpoint"],
+    )
+
+
+def test_where_none_is_whole_all_reasons_are_given(tmp_path):
+    older, newer = _cut(_make(tmp_path, 2)), _missing(_make(tmp_path, 4))
+    with pytest.raises(ValueError) as fault:
+        choose_checkpoint(tmp_path)
+    assert str(fault.value) == f"{tmp_path}: none of 2 checkpoints is whole\n  - {newer}\n  - {older}"
+
+
+def test_what_was_never_finished_is_no_checkpoint(tmp_path):
+    assert choose_checkpoint(tmp_path) == (None, [])
+    (tmp_path / "checkpoints" / ".step-00000002.partial" / "state").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "step-00000004").mkdir()
+    assert choose_checkpoint(tmp_path) == (None, [])
+    assert latest_checkpoint(tmp_path) is None
+    assert latest_checkpoint(_make(tmp_path, 1).parents[1]) == checkpoint_folder(tmp_path, 1)
+
+
+def test_nothing_is_set_aside_of_a_run_that_starts(tmp_path):
+    _make(tmp_path, 2)
+    set_aside_newer(tmp_path, None)
+    assert _steps(tmp_path) == [2]
+
+
+@pytest.mark.parametrize(
+    ("policy", "kept"),
+    [
+        (KeepPolicy(1), [7]),
+        (KeepPolicy(3), [5, 6, 7]),
+        (KeepPolicy(9), [1, 2, 3, 4, 5, 6, 7]),
+        (KeepPolicy(1, keep_every=3), [3, 6, 7]),
+        (KeepPolicy(1, keep_best="held"), [2, 7]),
+        (KeepPolicy(2, keep_every=5, keep_best="held"), [2, 5, 6, 7]),
+        (KeepPolicy(1, keep_best="unknown"), [7]),
+        (KeepPolicy(1, keep_best="exploded"), [2, 7]),
+    ],
+    ids=str,
+)
+def test_what_is_kept(tmp_path, policy, kept):
+    losses = {1: 3.0, 2: 1.5, 4: 2.0, 6: 1.6}  # not every checkpoint was evaluated
+    for step in range(1, 8):
+        exploded = {1: math.nan, 2: 9.0, 3: -math.inf, 4: math.inf, 5: 10.0}.get(step, math.nan)
+        _make(tmp_path, step, eval={"held": losses[step], "exploded": exploded} if step in losses else {})
+    prune(tmp_path, policy)
+    assert _steps(tmp_path) == kept
+    assert sorted(folder.name for folder in (tmp_path / "checkpoints").iterdir()) == [
+        f"step-{step:08d}" for step in kept
+    ]
+
+
+def test_a_damaged_checkpoint_is_not_the_best(tmp_path):
+    for step, loss in ((1, 2.0), (2, 1.0), (3, 3.0)):
+        _make(tmp_path, step, eval={"held": loss})
+    _no_json(checkpoint_folder(tmp_path, 2))
+    prune(tmp_path, KeepPolicy(1, keep_best="held"))
+    assert _steps(tmp_path) == [1, 3]
+
+
+def test_what_was_left_of_the_same_step_is_no_obstacle(tmp_path):
+    left = _make(tmp_path, 1)
+    left.rename(left.with_name(".step-00000001.removed"))
+    _make(tmp_path, 1)  # the run went back and has done it again
+    _make(tmp_path, 2)
+    prune(tmp_path, KeepPolicy(1))
+    assert [folder.name for folder in (tmp_path / "checkpoints").iterdir()] == ["step-00000002"]
+
+
+def test_a_kill_while_removing_leaves_no_half_checkpoint(tmp_path):
+    for step in (1, 2, 3):
+        _make(tmp_path, step)
+
+    def work() -> None:
+        manifest.shutil.rmtree = lambda folder: ((folder / "checkpoint.json").unlink(), tiny_runs.kill_self())
+        prune(tmp_path, KeepPolicy(2))
+
+    assert tiny_runs.in_child(work) == -9
+    assert _steps(tmp_path) == [2, 3]
+    _make(tmp_path, 1)  # nothing stands in the way of a run that has to begin again
+    prune(tmp_path, KeepPolicy(9))
+    assert sorted(folder.name[-9:] for folder in (tmp_path / "checkpoints").iterdir()) == [
+        "-00000001",
+        "-00000002",
+        "-00000003",
+    ]

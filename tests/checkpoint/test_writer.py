@@ -1,0 +1,417 @@
+"""Checkpoints are written beside the training, appear whole or not at all, fit any engine and number of ranks."""
+
+import multiprocessing
+import os
+import resource
+import threading
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import gettempdir
+from typing import Any
+
+import pytest
+import tiny
+import tiny_engines
+import tiny_runs
+import torch
+from tiny_engines import FULL, LORA, SHARES, Steps, engine_recipe
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+
+from qwen3vl_train.checkpoint import manifest, run
+from qwen3vl_train.checkpoint.manifest import KeepPolicy, checkpoint_folder, latest_checkpoint, read_record
+from qwen3vl_train.checkpoint.run import CheckpointWriter, load_checkpoint, read_tensors
+from qwen3vl_train.config import Recipe
+from qwen3vl_train.dist import Ranks
+from qwen3vl_train.model.flops import FlopsCounter
+from qwen3vl_train.shards import own_rows, whole
+from qwen3vl_train.train.build import build_engine
+from qwen3vl_train.train.step import train_step
+
+RECORD: dict[str, Any] = {"updates": 0, "loader": {}, "rejects": []}
+KEEP = KeepPolicy(keep_last=9)
+
+
+def _state(value: float = 0.0, size: int = 1000) -> dict[str, Tensor]:
+    return {"weight/a": torch.full((size, 3), value), "exp_avg/a": torch.arange(float(size)) + value}
+
+
+def _save(run: Path, step: int, tensors: dict[str, Tensor], **options: Any) -> None:
+    with CheckpointWriter(run, tiny_runs.ALONE, options.get("policy", KEEP)) as writer:
+        writer.start(step, tensors, RECORD)
+        writer.wait()
+
+
+# ---- engines and ranks
+
+
+def _take_a_step(model, optimizer, ranks: Ranks, steps: Steps, number: int) -> float:
+    mine = SHARES[ranks.world_size][number][ranks.rank]
+    packs = [steps[number][place] for place in mine]
+    flops = FlopsCounter.of(model, model.arch)
+    options = {"step": number, "seed": 0, "lr_factor": 1.0, "max_grad_norm": 1.0}
+    sources = tiny_runs.sources_of(steps[number])
+    return train_step(model, optimizer, packs, mine, ranks, flops, sources=sources, **options).loss
+
+
+def _pass_on(
+    rank: int, world_size: int, recipes: list[Recipe], steps: Steps, run: Path, number: int
+) -> list[tuple[dict[str, Tensor], float]]:
+    """Load the last checkpoint, if any, save what was loaded as the next one, and give it with the loss of a step."""
+    results = []
+    for place, recipe in enumerate(recipes):
+        ranks = Ranks(rank, world_size, rank, torch.device("cpu"))
+        folder = run / str(place)
+        model, optimizer = build_engine(recipe, ranks)
+        model.train()
+        if number == 0:
+            for step in range(2):
+                _take_a_step(model, optimizer, ranks, steps, step)
+        else:
+            load_checkpoint(checkpoint_folder(folder, number), state := optimizer.state_tensors())
+            optimizer.loaded(state, num_updates=2)
+        state = optimizer.state_tensors()
+        with CheckpointWriter(folder, ranks, KEEP) as writer:
+            writer.start(number + 1, state, {**RECORD, "world_size": world_size})
+            writer.wait()
+        gathered = {name: whole(tensor).clone() for name, tensor in state.items()}
+        loss = _take_a_step(model, optimizer, ranks, steps, 2)
+        results.append((gathered if rank == 0 else {}, loss))
+    return results
+
+
+CHAIN = [
+    (1, {"engine": "single"}),
+    (2, {"engine": "fsdp2"}),
+    (4, {"engine": "fsdp2", "replicate": 2}),
+    (2, {"engine": "ddp"}),
+    (4, {"engine": "fsdp2"}),
+    (2, {"engine": "fsdp2"}),
+    (1, {"engine": "single"}),
+]
+
+
+def test_a_checkpoint_goes_from_engine_to_engine_bit_for_bit(tmp_path: Path):
+    """Each engine writes again what it has read: on 1, 2, 2 x 2, 2, 4, 2 ranks, and 1."""
+    small = tiny_engines.write_small_checkpoint(tmp_path / "model")
+    steps = tiny_engines.make_steps(small)[:3]
+    first: list[tuple[dict[str, Tensor], float]] = []
+    for number, (world_size, parallel) in enumerate(CHAIN):
+        arguments = [engine_recipe(small, tune, **parallel) for tune in (FULL, LORA)], steps, tmp_path / "runs", number
+        if world_size == 1:
+            passed = _pass_on(0, 1, *arguments)
+        else:
+            passed = tiny.run_ranks(_pass_on, world_size, *arguments, timeout=120)[0]
+        first = first or passed
+        for place, ((state, loss), (expected, expected_loss)) in enumerate(zip(passed, first, strict=True)):
+            tiny_runs.assert_same_tensors(state, expected)
+            folder = checkpoint_folder(tmp_path / "runs" / str(place), number + 1)
+            tiny_runs.assert_same_tensors(read_tensors(folder), expected)
+            assert loss == pytest.approx(expected_loss, rel=1e-6)  # float32 sums of the next step in another order
+        files = read_record(checkpoint_folder(tmp_path / "runs" / "0", number + 1), checksums=True)["files"]
+        held = sum(4 * tensor.numel() for tensor in first[0][0].values())
+        # Each piece once: replicas would double it, what is more are the headers of so many small tensors.
+        assert held < sum(entry["bytes"] for entry in files.values()) < 1.5 * held
+    assert any(tensor.any() for name, tensor in first[0][0].items() if name.startswith("exp_avg_sq/"))
+
+
+def test_the_weights_can_be_read_without_the_moments(tmp_path: Path):
+    _save(tmp_path, 1, {"weight/a.b": torch.ones(2), "exp_avg/a.b": torch.zeros(2), "exp_avg_sq/a.b": torch.zeros(2)})
+    tiny_runs.assert_same_tensors(
+        read_tensors(checkpoint_folder(tmp_path, 1), "weight/"), {"weight/a.b": torch.ones(2)}
+    )
+
+
+@pytest.mark.parametrize(
+    ("wanted", "named"),
+    [
+        ({"weight/a": torch.zeros(1000, 3)}, "exp_avg/a"),
+        ({**_state(), "weight/b": torch.zeros(1)}, "weight/b"),
+        ({**_state(), "weight/a": torch.zeros(1000, 4)}, "weight/a"),
+    ],
+    ids=["fewer", "more", "other-shape"],
+)
+def test_another_set_of_tensors_is_refused(tmp_path: Path, wanted: dict[str, Tensor], named: str):
+    _save(tmp_path, 1, _state())
+    folder = checkpoint_folder(tmp_path, 1)
+    with pytest.raises(ValueError) as fault:
+        load_checkpoint(folder, wanted)
+    message = f"{folder}: holds another set of trained tensors, e.g. {named}; was `tune` changed?"
+    assert str(fault.value) == message
+
+
+# ---- while training goes on
+
+
+def _hold(writer: CheckpointWriter) -> threading.Event:
+    """Keep the thread that writes from beginning, until the event is set."""
+    gate = threading.Event()
+    writer._thread.submit(gate.wait, 30)
+    return gate
+
+
+def test_what_is_written_is_the_state_when_it_was_started(tmp_path: Path):
+    tensors = _state(1.0)
+    with CheckpointWriter(tmp_path, tiny_runs.ALONE, KEEP) as writer:
+        gate = _hold(writer)
+        writer.start(5, tensors, RECORD)
+        for tensor in tensors.values():
+            tensor.fill_(7.0)  # the next step
+        gate.set()
+        writer.wait()
+    tiny_runs.assert_same_tensors(read_tensors(checkpoint_folder(tmp_path, 5)), _state(1.0))
+
+
+def test_a_checkpoint_appears_when_it_is_whole(tmp_path: Path):
+    with CheckpointWriter(tmp_path, tiny_runs.ALONE, KEEP) as writer:
+        gate = _hold(writer)
+        started = time.monotonic()
+        writer.start(5, _state(), RECORD)
+        assert time.monotonic() - started < 5  # the caller does not wait for the thread, which would take 30
+        assert [folder.name for folder in (tmp_path / "checkpoints").iterdir()] == [".step-00000005.partial"]
+        assert latest_checkpoint(tmp_path) is None
+        gate.set()
+        writer.wait()
+    assert [folder.name for folder in (tmp_path / "checkpoints").iterdir()] == ["step-00000005"]
+
+
+def test_the_next_one_waits_for_the_last(tmp_path: Path):
+    with CheckpointWriter(tmp_path, tiny_runs.ALONE, KEEP) as writer:
+        gate = _hold(writer)
+        writer.start(1, _state(1.0), RECORD)
+        threading.Timer(0.5, gate.set).start()
+        started = time.monotonic()
+        writer.start(2, _state(2.0), RECORD)
+        assert time.monotonic() - started > 0.4
+        assert latest_checkpoint(tmp_path) == checkpoint_folder(tmp_path, 1)
+    assert latest_checkpoint(tmp_path) == checkpoint_folder(tmp_path, 2)  # leaving the block let it end
+
+
+# ---- when the disk refuses
+
+
+def _in_child(work: Callable[[], str]) -> str:
+    """What work returns in a forked process, where limits and rights can be given up for good."""
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    assert tiny_runs.in_child(lambda: sender.send(work())) == 0
+    return receiver.recv()
+
+
+def _failing_save(run: Path, refuse: Callable[[], None]) -> str:
+    def work() -> str:
+        with CheckpointWriter(run, tiny_runs.ALONE, KEEP) as writer:
+            writer.start(1, _state(1.0), RECORD)
+            writer.wait()
+            refuse()
+            with pytest.raises(RuntimeError) as fault:  # noqa: PT012
+                writer.start(2, _state(2.0), RECORD)
+                while not writer.failed():
+                    pass
+                writer.wait()
+            return str(fault.value)
+
+    return _in_child(work)
+
+
+def test_a_full_disk_is_told_and_the_checkpoint_before_stays(tmp_path: Path):
+    """A limit on the size of files stands for the full disk: a write ends in an OSError in the middle of a file."""
+    message = _failing_save(tmp_path, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000)))
+    last, folder = checkpoint_folder(tmp_path, 1), checkpoint_folder(tmp_path, 2)
+    assert message.startswith(f"{folder}: could not be saved (")
+    assert "File too large" in message
+    assert message.endswith(f"); make room, then the run goes on from {last}, which is whole")
+    assert [found.name for found in (tmp_path / "checkpoints").iterdir()] == [last.name]
+    read_record(last, checksums=True)
+    tiny_runs.assert_same_tensors(read_tensors(last), _state(1.0))
+
+
+def _give_up_rights(folder: Path) -> None:
+    folder.chmod(0o555)
+    if os.geteuid() == 0:
+        os.seteuid(65534)  # root may write anywhere
+
+
+def test_a_folder_without_rights_is_told(tmp_path: Path):
+    for parent in (tmp_path, *tmp_path.parents):
+        if parent.is_relative_to(gettempdir()) and parent != Path(gettempdir()):
+            parent.chmod(0o755)
+    run = tmp_path / "run"
+    message = _failing_save(run, lambda: _give_up_rights(run / "checkpoints"))
+    (run / "checkpoints").chmod(0o755)
+    assert message.startswith(f"{checkpoint_folder(run, 2)}: could not be saved ([Errno 13] Permission denied")
+    read_record(checkpoint_folder(run, 1), checksums=True)
+
+
+def test_without_a_checkpoint_before_the_message_says_so(tmp_path: Path):
+    (tmp_path / "checkpoints").write_text("a file where a folder should be")
+    with CheckpointWriter(tmp_path, tiny_runs.ALONE, KEEP) as writer, pytest.raises(RuntimeError) as fault:
+        writer.start(1, _state(), RECORD)
+    assert str(fault.value).startswith(f"{checkpoint_folder(tmp_path, 1)}: could not be saved ([Errno ")
+    assert str(fault.value).endswith("; make room, then the run starts again, it has no checkpoint")
+
+
+def test_an_older_checkpoint_that_cannot_be_removed_does_not_end_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    told: list[str] = []
+    remove = manifest.shutil.rmtree
+
+    def refuse(path: Path, **options: Any) -> None:
+        if path.name.endswith(".removed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        remove(path, **options)
+
+    with CheckpointWriter(tmp_path, tiny_runs.ALONE, KeepPolicy(1), tell=told.append) as writer:
+        for step in (1, 2, 3):
+            monkeypatch.setattr(manifest.shutil, "rmtree", refuse if step == 2 else remove)
+            writer.start(step, _state(), RECORD)
+            writer.wait()
+    assert len(told) == 1
+    assert told[0].startswith("an older checkpoint could not be removed ([Errno 13] Permission denied: ")
+    assert told[0].endswith("); it is tried again after the next save")
+    assert [folder.name for folder in (tmp_path / "checkpoints").iterdir()] == ["step-00000003"]
+
+
+def test_a_failed_write_is_not_lost_behind_another_error(tmp_path: Path):
+    (run := tmp_path / "run").mkdir()
+
+    def refuse() -> None:
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(KeyError) as caught, CheckpointWriter(run, tiny_runs.ALONE, KEEP) as writer:  # noqa: PT012
+        writer._write = lambda *_: refuse()
+        writer.start(1, _state(), RECORD)
+        raise KeyError("elsewhere")
+    assert caught.value.__notes__ == ["[Errno 28] No space left on device"]
+
+
+def test_saving_leaves_the_warnings_of_other_threads_alone(tmp_path: Path):
+    class Mine(UserWarning):
+        pass
+
+    with warnings.catch_warnings(), CheckpointWriter(tmp_path, tiny_runs.ALONE, KEEP) as writer:
+        warnings.simplefilter("default")
+        gate, started = threading.Event(), threading.Event()
+        original = run.sum_files
+
+        def sum_late(*arguments: Any) -> Any:
+            started.set()
+            gate.wait(30)
+            return original(*arguments)
+
+        run.sum_files = sum_late
+        try:
+            writer.start(1, _state(), RECORD)
+            assert started.wait(30)
+            warnings.simplefilter("error", Mine)  # while the other thread is within its save
+            gate.set()
+            writer.wait()
+        finally:
+            run.sum_files = original
+        with pytest.raises(Mine):
+            warnings.warn("heard", Mine, stacklevel=1)
+
+
+def _rows(ranks: Ranks) -> dict[str, Tensor]:
+    """Sharded tensors, of which each rank holds and writes half."""
+    mesh = init_device_mesh("cpu", (ranks.world_size,))
+    return {name: own_rows(tensor, mesh) for name, tensor in _state().items()}
+
+
+def _each_its_own(rank: int, world_size: int, folder: Path) -> dict[str, list[str]]:
+    ranks = Ranks(rank, world_size, rank, torch.device("cpu"))
+    seen: dict[str, list[str]] = {"summed": [], "flushed": []}
+    crc32, fsync = manifest._crc32, os.fsync
+
+    def note_sum(file: Path) -> int:
+        seen["summed"].append(file.name)
+        return crc32(file)
+
+    def note_flush(descriptor: int) -> None:
+        seen["flushed"].append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        fsync(descriptor)
+
+    manifest._crc32, os.fsync = note_sum, note_flush
+    with CheckpointWriter(folder, ranks, KEEP) as writer:
+        writer.start(1, _rows(ranks), RECORD)
+        writer.wait()
+    return seen
+
+
+def test_each_rank_sums_and_flushes_its_own_files(tmp_path: Path):
+    first, second = tiny.run_ranks(_each_its_own, 2, tmp_path)
+    names = sorted(read_record(checkpoint_folder(tmp_path, 1), checksums=True)["files"])
+    assert [f"state/{name}" for name in first["summed"] + second["summed"]] == names
+    assert len(names) == 2
+    aside = ".step-00000001.partial"
+    assert first["flushed"] == [first["summed"][0], "checkpoint.json", "state", aside, "checkpoints"]
+    assert second["flushed"] == second["summed"]
+    tiny_runs.assert_same_tensors(read_tensors(checkpoint_folder(tmp_path, 1)), _state())
+
+
+def _no_room(*_: Any, **__: Any) -> None:
+    raise OSError(28, "No space left on device")
+
+
+def _refused_behind_the_start(rank: int, world_size: int, folder: Path, victim: int, place: str) -> list[Any]:
+    ranks = Ranks(rank, world_size, rank, torch.device("cpu"))
+    with CheckpointWriter(folder, ranks, KEEP) as writer:
+        tensors = _state() if place == "whole" else _rows(ranks)
+        if rank == victim and place == "rename":
+            run.finish = _no_room
+        elif rank == victim and place == "folder":
+            run.Path.mkdir = _no_room  # type: ignore[method-assign]
+        elif rank == victim:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
+        writer.start(1, tensors, RECORD)
+        with pytest.raises(RuntimeError) as fault:
+            writer.wait()
+        return [str(fault.value), writer.failed()]
+
+
+@pytest.mark.parametrize(
+    ("victim", "place"), [(0, "whole"), (0, "pieces"), (1, "pieces"), (0, "rename"), (1, "folder")]
+)
+def test_all_ranks_learn_that_one_could_not_write(tmp_path: Path, victim: int, place: str):
+    """Its pieces, the folder for them, or, on rank 0 alone, whole tensors or what comes behind all pieces."""
+    first, second = tiny.run_ranks(_refused_behind_the_start, 2, tmp_path, victim, place)
+    assert first == second
+    folder = checkpoint_folder(tmp_path, 1)
+    assert first[0].startswith(f"{folder}: could not be saved (")
+    assert not any((tmp_path / "checkpoints").iterdir())
+
+
+def _one_writes_late(rank: int, world_size: int, folder: Path) -> float:
+    ranks = Ranks(rank, world_size, rank, torch.device("cpu"))
+    with CheckpointWriter(folder, ranks, KEEP, timeout_seconds=2.0) as writer:
+        rows = _rows(ranks)
+        if rank == 1:
+            writer._thread.submit(time.sleep, 8.0)
+        writer.start(1, rows, RECORD)
+        started = time.monotonic()
+        assert writer._pending is not None
+        writer._pending.exception()
+        took = time.monotonic() - started
+        with pytest.raises(RuntimeError):
+            writer.wait()
+        return took
+
+
+def test_a_rank_that_does_not_come_to_write_is_waited_for_as_long_as_the_run_says(tmp_path: Path):
+    assert 1.0 < tiny.run_ranks(_one_writes_late, 2, tmp_path)[0] < 7.0
+
+
+def _refused_on_ranks(rank: int, world_size: int, run: Path) -> str:
+    with CheckpointWriter(run, Ranks(rank, world_size, rank, torch.device("cpu")), KEEP) as writer:
+        with pytest.raises(RuntimeError) as fault:
+            writer.start(1, _state(), RECORD)
+        return str(fault.value)
+
+
+def test_all_ranks_learn_that_the_folder_cannot_be_made(tmp_path: Path):
+    (tmp_path / "checkpoints").write_text("a file")
+    messages = tiny.run_ranks(_refused_on_ranks, 2, tmp_path)
+    assert messages[0] == messages[1]
+    assert "could not be saved" in messages[0]

@@ -1,0 +1,88 @@
+"""Rows and packs are those of training; of streams, the first rows are judged as those of indexed files are."""
+
+import pytest
+import tiny_hazards as rows
+import torch
+from tiny_hazards import hazards_recipe
+
+from qwen3vl_train.dist import Ranks
+from qwen3vl_train.inspect.gather import inspect_recipe
+from qwen3vl_train.inspect.page import render_page
+from qwen3vl_train.inspect.training import open_held_out, open_training
+from qwen3vl_train.train.data import open_collator, open_data
+
+
+@pytest.mark.parametrize(
+    ("train", "limits"),
+    [
+        ({"num_epochs": 3, "packs_per_step": 3, "seed": 5}, {}),
+        ({"num_steps": 7}, {"max_tokens_per_pack": 300, "max_sequences_per_pack": 2, "max_patches_per_pack": 64}),
+        (
+            {"num_epochs": 1},
+            {"max_tokens_per_sample": 90, "too_long": "shrink_media", "max_visual_tokens_per_image": 9},
+        ),
+    ],
+)
+def test_packs_and_held_out_files_are_those_that_training_opens(tiny_folder, data_folder, recipe, train, limits):
+    data = {**recipe.data.model_dump(), "max_patches_per_pack": None, **limits}
+    changed = hazards_recipe(tiny_folder, data_folder, data=data, train=train)
+    theirs = open_data(changed, Ranks(0, 1, 0, torch.device("cpu")))
+    collate = open_collator(changed)
+    training = open_training(changed, collate, None)
+    assert training.packs == theirs.loader.epoch_packs(0)
+    assert training.num_steps == theirs.num_steps
+    assert (training.weights, training.index.digest()) == (theirs.loader.weights, theirs.index.digest())
+    held_out = open_held_out(changed, collate)
+    assert [(index.digest(), [file.name for file in files]) for index, files in held_out] == [
+        (index.digest(), [file.name for file in files]) for index, files in theirs.files[1:]
+    ]
+
+
+def streaming(model, folder, **changes):
+    train = [
+        {"path": str(folder / "train.jsonl"), "streaming": True, "name": "streamed"},
+        {"path": str(folder / "text.jsonl"), "weight": 2.0},
+    ]
+    data = {
+        "train": train,
+        "eval": [{"path": str(folder / "eval.jsonl")}],
+        "max_tokens_per_pack": 512,
+        "max_visual_tokens_per_image": 24,
+        "min_visual_tokens_per_image": 4,
+        "num_workers": 0,
+        **changes,
+    }
+    return hazards_recipe(model, folder, data=data, train={"num_steps": 7, "packs_per_step": 2})
+
+
+@pytest.fixture(scope="module")
+def streamed(tiny_folder, data_folder):
+    return inspect_recipe(streaming(tiny_folder, data_folder), num_samples=50)
+
+
+def test_a_stream_shows_what_its_file_does(streamed, inspection):
+    first, indexed = streamed.facts.sources[0], inspection.facts.sources[0]
+    assert (first.name, first.rows, first.usable, first.rejected) == ("streamed", 19, 15, 4)
+    for same in ("tokens", "visual_tokens", "label_tokens", "formats", "histograms", "rejects", "nothing_to_learn"):
+        assert getattr(first, same) == getattr(indexed, same), same
+    assert [one.role for one in streamed.facts.sources] == ["train", "train", "eval"]
+    assert [one.weight for one in streamed.facts.sources] == [1.0, 2.0, 1.0]
+    kinds = {hazard.kind: hazard.rows for hazard in streamed.facts.hazards}
+    assert kinds["boxes_pixel"] == [str(rows.PIXEL)]
+    assert kinds["leak"] == ["1"]
+    assert {sample["id"] for sample in streamed.samples} >= {"streamed:train.jsonl:1", "text.jsonl:1", "eval.jsonl:2"}
+
+
+def test_length_of_an_epoch_is_not_made_up(streamed):
+    packs = streamed.facts.packs
+    assert (packs.streamed, packs.steps_per_epoch, packs.num_steps) == (True, None, 7)
+    assert packs.histograms["sequences"].total == 15 + 8
+    assert len(streamed.pack["sequences"]) > 1
+    assert '"steps_per_epoch":null' in render_page(streamed)
+
+
+def test_reads_one_window_and_no_more(tiny_folder, data_folder):
+    few = inspect_recipe(streaming(tiny_folder, data_folder, stream_window=5), num_samples=0)
+    assert [one.rows for one in few.facts.sources] == [5, 5, 2]
+    fewer = inspect_recipe(streaming(tiny_folder, data_folder), num_samples=0, max_rows=2)
+    assert [one.rows for one in fewer.facts.sources] == [2, 2, 2]

@@ -1,0 +1,82 @@
+"""The same few rows in every kind of file that data comes in."""
+
+import gzip
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+ROW = '{"messages": [{"role": "user", "content": "%s"}, {"role": "assistant", "content": "ok"}]}'
+NUM_ROWS = 9
+
+
+def png(seed: int) -> bytes:
+    out = io.BytesIO()
+    Image.new("RGB", (32, 32), (seed, 0, 0)).save(out, "PNG")
+    return out.getvalue()
+
+
+def table(num_rows: int = NUM_ROWS) -> list[dict]:
+    return [
+        {"question": f"Nr {n}?", "answer": "ü" * n + ".", "image": {"bytes": png(n), "path": None}}
+        for n in range(num_rows)
+    ]
+
+
+def talk(question: str, answer: str) -> list[dict]:
+    return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+
+
+def talks(num_rows: int = NUM_ROWS) -> list[dict]:
+    return [{"image": f"{n}.png", "conversations": talk(f"<image>\nNr {n}?", "ü" * n + ".")} for n in range(num_rows)]
+
+
+def write_tar(file: Path, members: list[tuple[str, bytes]], mode: str = "w") -> Path:
+    with tarfile.open(file, mode) as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return file
+
+
+def write_all(folder: Path) -> dict[str, Path]:
+    """The same rows in every kind of file."""
+    rows = talks()
+    lines = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows).encode()
+    array = json.dumps(rows, indent=1).encode()
+    for number in range(NUM_ROWS):
+        (folder / f"{number}.png").write_bytes(png(number))
+    members = []
+    for number, row in enumerate(rows):
+        members += [
+            (f"a/{number}.png", png(number)),
+            (f"a/{number}.json", json.dumps({"conversations": row["conversations"]}).encode()),
+        ]
+    features = datasets.Features(
+        {"question": datasets.Value("string"), "answer": datasets.Value("string"), "image": datasets.Image()}
+    )
+    datasets.Dataset.from_list(table(), features=features).save_to_disk(str(folder / "saved"))
+    files = {name: folder / name for name in ("a.jsonl", "a.json", "b.jsonl.gz", "b.jsonl.zst", "c.json.gz", "saved")}
+    files["a.jsonl"].write_bytes(lines)
+    files["a.json"].write_bytes(array)
+    files["b.jsonl.gz"].write_bytes(gzip.compress(lines))
+    files["b.jsonl.zst"].write_bytes(pa.compress(lines, codec="zstd", asbytes=True))
+    files["c.json.gz"].write_bytes(gzip.compress(array))
+    files["a.parquet"] = folder / "a.parquet"
+    pq.write_table(pa.Table.from_pylist(table()), files["a.parquet"], row_group_size=4)
+    files["a.tar"] = write_tar(folder / "a.tar", members)
+    files["b.tar.gz"] = write_tar(folder / "b.tar.gz", members, "w:gz")
+    return files
+
+
+KINDS = ("a.jsonl", "a.json", "b.jsonl.gz", "b.jsonl.zst", "c.json.gz", "a.parquet", "a.tar", "b.tar.gz", "saved")
+
+
+def texts(sample) -> list[str]:
+    return [message.text for message in sample.messages]

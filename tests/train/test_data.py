@@ -1,0 +1,193 @@
+"""The data of a recipe: opened once for all ranks, streams beside files, limits and budgets from the recipe."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import tiny
+import tiny_runs
+import torch
+from tiny_runs import ALONE, make_recipe, write_rows
+
+from qwen3vl_train.checkpoint.manifest import latest_checkpoint, read_record
+from qwen3vl_train.data.faults import Reject
+from qwen3vl_train.data.loader import TrainLoader
+from qwen3vl_train.data.stream import StreamLoader
+from qwen3vl_train.dist import Ranks
+from qwen3vl_train.groups import GROUPS
+from qwen3vl_train.train.data import cost_model, open_data
+from qwen3vl_train.train.loop import train
+from qwen3vl_train.train.metrics import read_metrics
+
+
+def open_on_rank(rank, world_size, recipe, folder):
+    os.environ["QWEN3VL_TRAIN_CACHE"] = str(folder / f"cache-{rank}")
+    data = open_data(recipe, Ranks(rank, world_size, rank, torch.device("cpu")))
+    steps = [step.packs for step in data.loader]
+    names = [name for packs in steps for pack in packs for name in pack.sample_ids]
+    # Rank 0 tells the others that it goes on, so that they wait however long it takes.
+    beats = torch.distributed.distributed_c10d._get_default_store().add("main/beats", 0)
+    return data.index.digest(), data.found_rejects(), len(data.rejects), beats > 0, names
+
+
+def test_rank_0_looks_at_the_rows_for_all(tiny_folder, task, tmp_path):
+    rows = [*(task / "train.jsonl").read_text().splitlines(), "{"]
+    write_rows(tmp_path / "train.jsonl", rows)
+    entry = {"path": str(tmp_path / "train.jsonl"), "media_root": str(task)}
+    options = {"data__train": [entry], "train": {"num_epochs": 1, "packs_per_step": 2}}
+    recipe = make_recipe(tiny_folder, task, tmp_path, **options)
+    first, second = tiny.run_ranks(open_on_rank, 2, recipe, tmp_path)
+    assert first[:4] == second[:4]
+    assert first[2:4] == (1, True)
+    assert [(reject.file, reject.row) for reject in first[1]] == [(str(tmp_path / "train.jsonl"), 12)]
+    assert sorted(first[4] + second[4]) == sorted(f"train.jsonl:{line}" for line in range(1, 12))
+    assert list((tmp_path / "cache-0" / "index").iterdir())
+    assert not (tmp_path / "cache-1").exists()
+
+
+def test_budgets_and_limits_of_the_recipe_reach_the_packs(tiny_folder, task, tmp_path):
+    limits = {"data__max_patches_per_pack": 40, "data__max_sequences_per_pack": 2, "data__max_tokens_per_sample": 30}
+    rejecting = open_data(make_recipe(tiny_folder, task, tmp_path, **limits), ALONE)
+    assert rejecting.found_rejects()[0].reason.startswith("sample of ")
+    dropping = open_data(make_recipe(tiny_folder, task, tmp_path, data__too_long="drop", **limits), ALONE)
+    assert dropping.found_rejects() == []
+    assert dropping.index.num_dropped == len(rejecting.rejects)
+    shrinking = open_data(make_recipe(tiny_folder, task, tmp_path, data__too_long="shrink_media", **limits), ALONE)
+    assert shrinking.index.num_usable > dropping.index.num_usable
+    assert shrinking.index.num_shrunk.sum() > 0
+    for data in (dropping, shrinking):
+        for step in data.loader:
+            for pack in step.packs:
+                assert pack.num_patches <= 40
+                assert len(pack.sample_ids) <= 2
+                assert max(pack.segments.lengths) <= 30
+    assert any("dropped as too long" in line for line in dropping.report_lines())
+
+
+def test_a_run_from_a_stream_is_the_same_resumed_and_counts_in_its_metrics(tiny_folder, task, tmp_path):
+    rows = [json.loads(line) for line in (task / "train.jsonl").read_text().splitlines()]
+    write_rows(tmp_path / "s.jsonl", [{"messages": []}, *rows, *rows])
+    entries = [
+        {"path": str(tmp_path / "s.jsonl"), "media_root": str(task), "streaming": True, "name": "s"},
+        {"path": str(task / "train.jsonl")},
+    ]
+    options = {
+        "data__train": entries, "data__stream_window": 8, "data__max_rejected_fraction": 0.5,
+        "data__max_visual_tokens_per_image": 4, "data__min_visual_tokens_per_image": 1,
+    }  # fmt: skip
+    whole = train(make_recipe(tiny_folder, task, tmp_path, name="whole", **options))
+    steps = read_metrics(whole / "metrics.jsonl")
+    assert [step["step"] for step in steps] == [1, 2, 3, 4, 5, 6]
+    assert sum(step["shrunk"] for step in steps) > 0
+    assert {step["dropped"] for step in steps} == {0}
+    rejected = [json.loads(line) for line in (whole / "rejected.jsonl").read_text().splitlines()]
+    assert len(rejected) == steps[-1]["rejected"] == 1
+    cut = train(make_recipe(tiny_folder, task, tmp_path, name="cut", **options))
+    shutil.rmtree(cut / "checkpoints" / "step-00000006")
+    train(make_recipe(tiny_folder, task, tmp_path, name="cut", **options))
+    assert tiny_runs.losses(cut) == tiny_runs.losses(whole)
+    assert [row["rejected"] for row in read_metrics(cut / "metrics.jsonl")] == [step["rejected"] for step in steps]
+    assert (cut / "rejected.jsonl").read_text() == (whole / "rejected.jsonl").read_text()
+    # 46 rows are looked at for six steps of 2 packs, the broken one once in each of the epochs that takes.
+    record = read_record(latest_checkpoint(whole))
+    assert record["rejects"] == read_record(latest_checkpoint(cut))["rejects"]
+    assert record["rejects"]["listed"] == 1
+
+
+def test_too_many_rejected_rows_stop_a_stream(tiny_folder, task, tmp_path):
+    rows = (task / "train.jsonl").read_text().splitlines()
+    write_rows(tmp_path / "s.jsonl", [*rows[:4], "{", *rows[4:]] * 3)
+    entries = [{"path": str(tmp_path / "s.jsonl"), "media_root": str(task), "streaming": True}]
+    recipe = make_recipe(
+        tiny_folder, task, tmp_path, data__train=entries, data__stream_window=12, data__max_rejected_fraction=0.05
+    )
+    with pytest.raises(ValueError) as caught:
+        train(recipe)
+    assert str(caught.value).startswith(
+        "data: 1 of the first 12 rows cannot be used, more than data.max_rejected_fraction 0.05; mend them or raise "
+        f"it\n  - {tmp_path}/s.jsonl:5: not JSON"
+    )
+
+
+def test_the_loader_follows_the_recipe(tiny_folder, task, tmp_path):
+    files = open_data(make_recipe(tiny_folder, task, tmp_path), ALONE)
+    assert isinstance(files.loader, TrainLoader)
+    assert "the busiest rank does 1.000 of the mean" in files.report_lines()[0]
+    entries = [{"path": str(task / "train.jsonl"), "streaming": True}]
+    stream = open_data(make_recipe(tiny_folder, task, tmp_path, data__train=entries), ALONE)
+    assert isinstance(stream.loader, StreamLoader)
+    assert stream.report_lines() == [
+        f"data: streamed from {task}/train.jsonl, packed 2,048 rows at a time",
+        "data: begins with train.jsonl: 11 rows, openai 11",
+    ]
+
+
+def test_work_is_estimated_for_what_trains(tiny_folder, task, tmp_path):
+    def model(**tune):
+        return cost_model(make_recipe(tiny_folder, task, tmp_path, tune=tune))
+
+    everything = model(method="full", train=["all"])
+    text = model(method="full", train=["text"])
+    lora = model(method="lora", targets=["text_attn"])
+    both = model(method="lora", targets=["text_attn", "vision_attn"])
+    pattern = model(method="lora", targets=[r".*\.qkv"])
+    assert text.patch == pytest.approx(everything.patch / 3)
+    assert lora.patch == pytest.approx(everything.patch / 2)
+    assert both.patch == pytest.approx(everything.patch)
+    assert pattern.patch == both.patch
+    assert len(GROUPS) == 9  # a tenth group would need a place in `cost_model`
+
+
+def test_paths_of_the_cache_follow_the_environment(tiny_folder, task, tmp_path):
+    assert Path(os.environ["QWEN3VL_TRAIN_CACHE"]).is_absolute()
+    open_data(make_recipe(tiny_folder, task, tmp_path), ALONE)
+    kept = Path(os.environ["QWEN3VL_TRAIN_CACHE"], "index")
+    assert [file.suffix for file in kept.iterdir() if file.suffix != ".npz"] == []
+
+
+def test_a_file_that_two_entries_name_counts_twice_as_rows_and_lists_each_once(tiny_folder, task, tmp_path):
+    shutil.copytree(task, tmp_path / "data")
+    rows = (task / "train.jsonl").read_text().splitlines()
+    path = str(write_rows(tmp_path / "data" / "train.jsonl", [*rows, "{"]))
+    file = tmp_path / "data" / "images" / "0-0.png"
+    file.write_bytes(file.read_bytes()[:-3000])  # its header is whole
+    recipe = make_recipe(
+        tiny_folder, task, tmp_path, data__train=[{"path": path}, {"path": path, "weight": 0.5, "name": "again"}]
+    )
+    data = open_data(recipe, ALONE)
+    assert (len(data.rejects), len(data.index.rejects), data.index.num_rows) == (1, 2, 24)
+    broken = Reject(path, 1, "is truncated")
+    assert data.add_rejects([broken, broken]) == [broken]
+    assert data.add_rejects([broken]) == []
+    assert (len(data.rejects), len(data.index.rejects)) == (2, 4)
+    data.max_rejected_fraction = 4 / 24
+    data.check_rejects()
+    data.max_rejected_fraction = 3.9 / 24
+    with pytest.raises(ValueError, match=r"^data: 4 of 24 rows cannot be used"):
+        data.check_rejects()
+
+
+def test_the_share_of_broken_rows_of_a_stream_does_not_sink_with_its_epochs(tiny_folder, task, tmp_path):
+    rows = (task / "train.jsonl").read_text().splitlines()
+    path = str(write_rows(tmp_path / "s.jsonl", [*rows[:4], "{", *rows[4:]]))
+    entry = {"path": path, "media_root": str(task), "streaming": True}
+    options = {"data__train": [entry], "data__stream_window": 12, "train__num_steps": 20}
+    data = open_data(make_recipe(tiny_folder, task, tmp_path, data__max_rejected_fraction=1 / 12, **options), ALONE)
+    steps, new = iter(data.loader), []
+    for _ in range(20):
+        step, _ = data.take(steps, ALONE)
+        new += data.add_rejects(step.rejected)
+        data.check_rejects()
+    assert data.num_stream_rejects == data.loader.num_seen // 12 > 2
+    assert (len(data.rejects), len(new)) == (1, 1)
+    assert data.rejects_state() == {"listed": 1, "of_streams": data.num_stream_rejects}
+    data.max_rejected_fraction = 0.08
+    with pytest.raises(ValueError, match=rf"^data: {data.num_stream_rejects} of the first .*\n  - {path}:5: not JSON"):
+        data.check_rejects()
+    again = open_data(make_recipe(tiny_folder, task, tmp_path, **options), ALONE, loader_state=step.state)
+    again.load_rejects(data.rejects_state(), new)
+    assert again.rejects_state() == data.rejects_state()
+    with pytest.raises(ValueError, match=rf"^data: {data.num_stream_rejects} of the first .*\n  - {path}:5: not JSON"):
+        again.check_rejects()

@@ -1,0 +1,420 @@
+"""A run killed at any moment, alone or on ranks, goes on as if it had not been."""
+
+import json
+import os
+import random
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import launchers
+import pytest
+import tiny
+import tiny_engines
+import tiny_runs
+from tiny_runs import in_child, kill_self, losses
+
+from qwen3vl_train.checkpoint import files, manifest, run
+from qwen3vl_train.checkpoint.manifest import checkpoint_folder, latest_checkpoint
+from qwen3vl_train.config import Recipe, run_dir, save_recipe
+from qwen3vl_train.data import loader
+from qwen3vl_train.train import loop
+from qwen3vl_train.train.loop import train
+from qwen3vl_train.train.metrics import read_metrics
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_engines.write_small_checkpoint(tmp_path_factory.mktemp("small") / "model")
+
+
+@pytest.fixture(scope="module")
+def many(task: Path) -> Path:
+    """A folder with 26 rows, 6 of them with pictures: an epoch of several steps of four packs."""
+    rows = []
+    for number in range(26):
+        images = [f"images/{number}-0.png"] if (task / "images" / f"{number}-0.png").is_file() else []
+        rows.append(
+            tiny_runs.row(f"Question {number}? {'Why? ' * (number % 5)}", "So it is. " * (1 + number % 3), images)
+        )
+    tiny_runs.write_rows(task / "many.jsonl", rows)
+    return task
+
+
+def _recipe(small: Path, task: Path, out: Path, **overrides) -> Recipe:
+    case = {"tune": tiny_runs.LORA, "checkpoint": {"every_steps": 2, "keep_last": 1}, **overrides}
+    return tiny_runs.make_recipe(small, task, out, **case)
+
+
+@pytest.fixture(scope="module")
+def straight(small: Path, task: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that nothing happens to."""
+    return train(_recipe(small, task, tmp_path_factory.mktemp("straight")))
+
+
+# ---- one process, each stage of a save, and the loader
+
+
+def _replaced(module, name: str, *, before: bool, when: Callable[..., bool]) -> None:
+    """Kill this process before or after a function of the module does its work, where `when` says so."""
+    work = getattr(module, name)
+
+    def work_and_die(*arguments, **options):
+        if before and when(*arguments):
+            kill_self()
+        result = work(*arguments, **options)
+        if not before and when(*arguments):
+            kill_self()
+        return result
+
+    setattr(module, name, work_and_die)
+
+
+def _fourth(path: Path, *_) -> bool:
+    return "step-00000004" in str(path)
+
+
+def _wait_for_the_one_before() -> None:
+    """Let step 2 be on disk before the run goes on: on a busy machine a kill soon after it would come too early."""
+    start = run.CheckpointWriter.start
+
+    def start_and_wait(writer: run.CheckpointWriter, step: int, *arguments) -> None:
+        start(writer, step, *arguments)
+        if step == 2:
+            writer.wait()
+
+    run.CheckpointWriter.start = start_and_wait
+
+
+def _kill_before_the_save() -> None:
+    _replaced(run.CheckpointWriter, "start", before=True, when=lambda writer, step, *_: step == 4)
+
+
+def _kill_after_the_folder_is_made() -> None:
+    _replaced(run, "start_aside", before=False, when=_fourth)
+
+
+def _kill_between_files_and_manifest() -> None:
+    _replaced(run, "write_manifest", before=True, when=_fourth)
+
+
+def _kill_before_the_rename() -> None:
+    _replaced(files.Path, "rename", before=True, when=_fourth)
+
+
+def _kill_after_the_rename() -> None:
+    _replaced(files.Path, "rename", before=False, when=_fourth)
+
+
+def _kill_while_the_older_one_is_removed() -> None:
+    _replaced(manifest.shutil, "rmtree", before=True, when=lambda path, **_: str(path).endswith("2.removed"))
+
+
+def _kill_after_the_save() -> None:
+    _replaced(run, "prune", before=False, when=lambda folder, _: latest_checkpoint(folder).name[-1] == "4")  # type: ignore[union-attr]
+
+
+def _kill_in_the_loader() -> None:
+    count = iter(range(100))
+    _replaced(loader.BuildRows, "__call__", before=True, when=lambda *_: next(count) == 7)
+
+
+STAGES = {
+    _kill_before_the_save: "step-00000002",
+    _kill_after_the_folder_is_made: "step-00000002",
+    _kill_between_files_and_manifest: "step-00000002",
+    _kill_before_the_rename: "step-00000002",
+    _kill_after_the_rename: "step-00000004",
+    _kill_while_the_older_one_is_removed: "step-00000004",
+    _kill_after_the_save: "step-00000004",
+    _kill_in_the_loader: "step-00000002",
+}
+
+
+@pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.__name__[6:])
+def test_killed_at_a_stage_of_the_save(small: Path, task: Path, tmp_path: Path, straight: Path, stage):
+    recipe = _recipe(small, task, tmp_path)
+
+    def work() -> None:
+        _wait_for_the_one_before()
+        stage()
+        train(recipe)
+
+    assert in_child(work) == -9
+    folder = tmp_path / "run"
+    newest = latest_checkpoint(folder)
+    assert newest is not None
+    assert newest.name == STAGES[stage]
+    train(recipe)
+    assert losses(folder) == losses(straight)
+    tiny_runs.assert_same_tensors(tiny_runs.final_tensors(folder), tiny_runs.final_tensors(straight))
+    assert [left.name for left in (folder / "checkpoints").iterdir()] == ["step-00000006"]
+
+
+def test_a_worker_that_dies_ends_the_run_which_can_go_on(small: Path, task: Path, tmp_path: Path, straight: Path):
+    recipe = _recipe(small, task, tmp_path, data__num_workers=1)
+
+    def work() -> None:
+        _wait_for_the_one_before()
+        _kill_in_the_loader()  # workers inherit it: the process that reads is the worker, and it dies
+        with pytest.raises(RuntimeError, match="worker"):
+            train(recipe)
+
+    assert in_child(work) == 0
+    train(recipe)
+    assert losses(tmp_path / "run") == losses(straight)
+
+
+def test_a_damaged_checkpoint_is_announced_and_set_aside(
+    small: Path, task: Path, tmp_path: Path, straight: Path, capsys
+):
+    recipe = _recipe(small, task, tmp_path, checkpoint={"every_steps": 2, "keep_last": 2})
+    checkpoints = train(recipe) / "checkpoints"
+    damaged = next((checkpoints / "step-00000006" / "state").iterdir())
+    os.truncate(damaged, damaged.stat().st_size - 1)
+    size = damaged.stat().st_size
+    capsys.readouterr()
+    train(recipe)
+    lines = capsys.readouterr().out.splitlines()
+    assert any(
+        line.startswith("falling back to an earlier checkpoint: ") and f"{damaged}: {size} bytes, written with" in line
+        for line in lines
+    )
+    assert "resuming after step 4 of 6" in lines
+    assert losses(tmp_path / "run") == losses(straight)
+    assert sorted(left.name for left in checkpoints.iterdir()) == [
+        "damaged-step-00000006",
+        "step-00000004",
+        "step-00000006",
+    ]
+
+
+# ---- ranks
+
+DRIVER = """
+import os, signal, sys, time
+from pathlib import Path
+from qwen3vl_train.train import loop
+from qwen3vl_train.train.cli import sft
+
+take, folder, victims = loop.train_step, Path(sys.argv[2]), sys.argv[3].split(",")
+
+def take_or_die(*arguments, step, **options):
+    rank = os.environ["RANK"]
+    mark = folder / f"killed-{rank}"
+    if step == 3 and rank in victims and not mark.exists():
+        while not (folder / "run" / "checkpoints" / "step-00000002").exists():
+            time.sleep(0.02)
+        mark.write_text(str(time.time()))
+        os.kill(os.getpid(), signal.SIGKILL)
+    sums = take(*arguments, step=step, **options)
+    back = folder / f"back-{rank}"
+    if any(folder.glob("killed-*")) and not back.exists():
+        back.write_text(f"{step + 1} {time.time()}")
+    return sums
+
+loop.train_step = take_or_die
+sys.exit(sft([sys.argv[1]]))
+"""
+
+
+def _train(rank: int, world_size: int, recipe: Recipe) -> None:
+    train(recipe)
+
+
+@pytest.fixture(scope="module")
+def straight_on_two(small: Path, many: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
+    """Losses of two uninterrupted ranks, by engine."""
+    out = tmp_path_factory.mktemp("straight")
+    for engine in ("ddp", "fsdp2"):
+        tiny.run_ranks(_train, 2, _ranks_recipe(small, many, out / engine, engine), timeout=120)
+    return {engine: losses(out / engine / "run") for engine in ("ddp", "fsdp2")}
+
+
+def _ranks_recipe(small: Path, many: Path, out: Path, engine: str = "single", **overrides) -> Recipe:
+    return _recipe(
+        small,
+        many,
+        out,
+        data={"train": [{"path": str(many / "many.jsonl")}], "max_tokens_per_pack": 72, "num_workers": 0},
+        train={"num_epochs": 1, "packs_per_step": 4},
+        **{"parallel": {"engine": engine}, **overrides},
+    )
+
+
+@pytest.mark.parametrize(("victims", "engine"), [("1", "fsdp2"), ("0", "ddp"), ("0,1", "fsdp2")])
+def test_torchrun_brings_killed_ranks_back(
+    small: Path, many: Path, tmp_path: Path, straight_on_two: dict[str, list[float]], victims: str, engine: str
+):
+    recipe = _ranks_recipe(small, many, tmp_path, engine)
+    save_recipe(recipe, tmp_path / "recipe.yaml")
+    (tmp_path / "driver.py").write_text(DRIVER)
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1"),
+        *("--monitor-interval", "0.1", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"),
+        *(str(tmp_path / "driver.py"), str(tmp_path / "recipe.yaml"), str(tmp_path), victims),
+    ]
+    done = launchers.run(command, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for victim in victims.split(","):
+        assert (tmp_path / f"killed-{victim}").is_file()
+    step, back = (tmp_path / f"back-{victims[0]}").read_text().split()
+    assert int(step) == 3, "from the checkpoint of step 2"
+    killed = min(float(mark.read_text()) for mark in tmp_path.glob("killed-*"))
+    print(f"rank {victims} of 2 under {engine}: first step after the kill done {float(back) - killed:.1f} s later")
+    assert losses(tmp_path / "run") == straight_on_two[engine]
+
+
+def _wait_for_checkpoint(recipe: Recipe, step: int) -> None:
+    deadline = time.monotonic() + 60
+    while not checkpoint_folder(run_dir(recipe), step).exists():
+        assert time.monotonic() < deadline, f"no checkpoint of step {step}"
+        time.sleep(0.02)
+
+
+SHARDED = {
+    "fsdp2": (2, {"engine": "fsdp2"}),
+    "hsdp": (4, {"engine": "fsdp2", "replicate": 2}),
+}
+
+
+def _dies_in_a_sharded_save(rank: int, world_size: int, recipe: Recipe, victim: int) -> None:
+    """The victim has written its pieces of step 4 and tells nobody."""
+    if rank == victim:
+        sum_files = run.sum_files
+
+        def sum_or_die(folder: Path, pieces):
+            pieces = list(pieces)
+            if "step-00000004" in str(folder):
+                assert all(file.stat().st_size for file in pieces)
+                kill_self()
+            return sum_files(folder, pieces)
+
+        run.sum_files = sum_or_die
+    train(recipe)
+
+
+@pytest.mark.parametrize("case", SHARDED.values(), ids=SHARDED)
+def test_a_rank_killed_within_a_sharded_save_changes_nothing(small: Path, many: Path, tmp_path: Path, case):
+    world_size, parallel = case
+
+    def recipe(out: str) -> Recipe:
+        return _ranks_recipe(small, many, tmp_path / out, parallel=parallel)
+
+    tiny.run_ranks(_train, world_size, recipe("straight"), timeout=120)
+    with pytest.raises(tiny.RankFailure, match="rank 1 died without a word, exit code -9"):
+        tiny.run_ranks(_dies_in_a_sharded_save, world_size, recipe("killed"), 1, timeout=120)
+    killed = tmp_path / "killed" / "run"
+    assert latest_checkpoint(killed) == checkpoint_folder(killed, 2)
+    assert (killed / "checkpoints" / ".step-00000004.partial").is_dir()
+    tiny.run_ranks(_train, world_size, recipe("killed"), timeout=120)
+    assert losses(killed) == losses(tmp_path / "straight" / "run")
+    expected = tiny_runs.final_tensors(tmp_path / "straight" / "run")
+    tiny_runs.assert_same_tensors(tiny_runs.final_tensors(killed), expected)
+
+
+def _logging_samples(rank: int, world_size: int, recipe: Recipe, log: Path, die_at: int | None) -> None:
+    take = loop.train_step
+
+    def take_and_log(model, optimizer, packs, *arguments, step: int, **options):
+        if step + 1 == die_at:
+            _wait_for_checkpoint(recipe, 2)
+            kill_self()
+        sums = take(model, optimizer, packs, *arguments, step=step, **options)
+        with (log / f"{world_size}-{rank}.jsonl").open("a") as file:
+            file.write(json.dumps({"step": step, "samples": [s for pack in packs for s in pack.sample_ids]}) + "\n")
+        return sums
+
+    loop.train_step = take_and_log
+    train(recipe)
+
+
+def _logged(log: Path) -> Iterator[tuple[int, str]]:
+    for file in log.iterdir():
+        for line in map(json.loads, file.read_text().splitlines()):
+            yield from ((line["step"], sample) for sample in line["samples"])
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [((2, "fsdp2"), (1, "single")), ((2, "ddp"), (4, "fsdp2")), ((4, "fsdp2"), (2, "ddp"))],
+    ids=["2-1", "2-4", "4-2"],
+)
+def test_on_other_ranks_every_sample_of_the_epoch_is_seen_once(
+    small: Path, many: Path, tmp_path: Path, straight_on_two: dict[str, list[float]], first, second
+):
+    (log := tmp_path / "log").mkdir()
+    arguments = _ranks_recipe(small, many, tmp_path, first[1]), log, 4
+    with pytest.raises(tiny.RankFailure, match="died without a word, exit code -9"):
+        tiny.run_ranks(_logging_samples, first[0], *arguments, timeout=120)
+    folder = tmp_path / "run"
+    assert latest_checkpoint(folder) == folder / "checkpoints" / "step-00000002"
+    before = [sample for step, sample in _logged(log) if step < 2]  # what the checkpoint holds; step 3 was lost
+    for file in log.iterdir():
+        file.unlink()
+    arguments = _ranks_recipe(small, many, tmp_path, second[1]), log, None
+    if second[0] == 1:
+        assert in_child(lambda: _logging_samples(0, 1, *arguments)) == 0
+    else:
+        tiny.run_ranks(_logging_samples, second[0], *arguments, timeout=120)
+    after = [sample for _, sample in _logged(log)]
+    assert sorted([*before, *after]) == sorted(f"many.jsonl:{row}" for row in range(1, 27))
+    assert len(before) > 3
+    assert len(after) > 3
+    # Sums in another order on other ranks: 1e-7 of a loss.
+    assert losses(folder) == pytest.approx(straight_on_two["ddp"], rel=1e-5)
+
+
+# ---- at random
+
+
+def _rank_with_pid(rank: int, world_size: int, recipe: Recipe, pids: Path) -> None:
+    (pids / str(rank)).write_text(str(os.getpid()))
+    train(recipe)
+
+
+def _kill_one(pids: Path, rank: int, seconds: float) -> None:
+    time.sleep(seconds)
+    if (file := pids / str(rank)).is_file():
+        os.kill(int(file.read_text()), signal.SIGKILL)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("world_size", "engine"), [(1, "single"), (2, "fsdp2")])
+def test_fifteen_kills_at_random_moments(small: Path, many: Path, tmp_path: Path, world_size: int, engine: str):
+    """30 in both cases: whatever moment they fall on, the series of losses is that of a run never stopped."""
+
+    def recipe(out: str) -> Recipe:
+        case = {"checkpoint": {"every_steps": 1, "keep_last": 2}, "model__dtype": "bfloat16"}
+        return _ranks_recipe(small, many, tmp_path / out, engine, **case).model_copy(
+            update={"train": _ranks_recipe(small, many, tmp_path, engine).train.model_copy(update={"num_epochs": 6})}
+        )
+
+    (pids := tmp_path / "pids").mkdir()
+    started = time.monotonic()
+    tiny.run_ranks(_rank_with_pid, world_size, recipe("straight"), pids, timeout=300)
+    expected, seconds = losses(tmp_path / "straight" / "run"), time.monotonic() - started
+    generator, kills, runs, steps = random.Random(world_size), 0, 0, []
+    while kills < 15:
+        runs += 1
+        out, done = f"killed-{runs}", False
+        while not done:
+            for file in pids.iterdir():
+                file.unlink()
+            if kills < 15:
+                arguments = pids, generator.randrange(world_size), generator.uniform(0.0, 0.7 * seconds)
+                threading.Thread(target=_kill_one, args=arguments, daemon=True).start()
+            try:
+                tiny.run_ranks(_rank_with_pid, world_size, recipe(out), pids, timeout=300)
+                done = True
+            except tiny.RankFailure as failure:
+                if "exit code -9" not in str(failure):
+                    raise
+                kills += 1
+                file = tmp_path / out / "run" / "metrics.jsonl"
+                steps.append(len(read_metrics(file)) if file.is_file() else 0)
+        assert losses(tmp_path / out / "run") == expected
+    print(f"{world_size} ranks, {engine}: {kills} kills after steps {steps} of {len(expected)}, {runs} runs, all equal")
