@@ -1,5 +1,6 @@
 """Packs through shared memory: the same bits, one file descriptor each, whatever is in them."""
 
+import contextlib
 import os
 from dataclasses import fields
 
@@ -45,12 +46,23 @@ def test_a_pack_comes_out_as_it_went_in(packs):
         assert shipment.unpack().input_ids.untyped_storage().data_ptr() == shipment.block.data_ptr()
 
 
+def _blocks_open() -> int:
+    """Descriptors of shared memory alone: pipes and sockets to workers, also of other tests, come and go."""
+    links = []
+    for number in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):  # that of the listing itself
+            links.append(os.readlink(f"/proc/self/fd/{number}"))
+    return sum("/torch_" in link for link in links)
+
+
 def test_a_pack_from_a_worker_holds_one_file_descriptor(packs):
     results = in_workers(Shipment.of, packs * 30, 2)
-    held = [next(results).unpack() for _ in range(20)]  # by now pipes and sockets to the workers are open
-    before = len(os.listdir("/proc/self/fd"))
+    held = [next(results).unpack() for _ in range(20)]
+    before = _blocks_open()
+    assert before >= 20
     held += [next(results).unpack() for _ in range(30)]
-    assert len(os.listdir("/proc/self/fd")) - before <= 30 + 4
+    # A few packs more or less may be on their way than before: two are fetched ahead for each of two workers.
+    assert abs(_blocks_open() - before - 30) <= 4
     assert_same(held[0], packs[0])
     assert_same(held[-1], packs[1])
     results.close()

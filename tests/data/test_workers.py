@@ -34,7 +34,7 @@ def test_a_signal_from_elsewhere_does_not_reach_the_workers(number: str):
     for pid in pids:  # by another process: torchrun and Slurm are not the parent either
         subprocess.run(["kill", f"-{number}", str(pid)], check=True)
     assert set(results) == pids
-    _wait_until(lambda: not multiprocessing.active_children())
+    _wait_until(lambda: not pids & {child.pid for child in multiprocessing.active_children()})
 
 
 def test_a_signal_that_comes_while_workers_start_is_left_alone():
