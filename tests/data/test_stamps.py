@@ -1,8 +1,10 @@
 import os
 
 import numpy as np
+import pytest
 from PIL import Image
 
+from qwen3vl_train.data import stamps
 from qwen3vl_train.data.formats import ImagePart, Message, Sample, TextPart, VideoPart
 from qwen3vl_train.data.stamps import local_files, read_stats, row_stamps, stamp_of
 
@@ -23,7 +25,9 @@ def test_only_media_that_are_files_of_their_own_are_looked_at(tmp_path):
     assert local_files(sample(ImagePart("a.png"))) == ["a.png"]
 
 
-def test_stats_of_many_files_come_in_their_order(tmp_path):
+@pytest.mark.parametrize("late", [0.0, 1.0], ids=["a slow file system", "a quick one"])
+def test_stats_of_many_files_come_in_their_order(tmp_path, monkeypatch, late):
+    monkeypatch.setattr(stamps, "_LATE_SECONDS", late)
     paths = []
     for number in range(2500):
         paths.append(str(tmp_path / f"{number}"))
