@@ -25,15 +25,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "data"))
 
 from tiny_checkpoint import write_tiny_checkpoint
 
-from qwen3vl_train.data.collate import MultimodalCollator
-from qwen3vl_train.data.index import LengthRule, build_index
-from qwen3vl_train.data.media import PATCH, load_rgb, resize_to_patches, smart_resize
-from qwen3vl_train.data.mixture import InOrder, Part
-from qwen3vl_train.data.plan import CostModel, PackLimits, arrange, plan_figures, plan_packs, random_stream
-from qwen3vl_train.data.rows import RowRules
+from qwen3vl_train.data.encode.collator import MultimodalCollator
+from qwen3vl_train.data.media.image import PATCH, load_rgb, resize_to_patches, smart_resize
+from qwen3vl_train.data.packing.index import LengthRule, build_index
+from qwen3vl_train.data.packing.mixture import InOrder, Part
+from qwen3vl_train.data.packing.plan import CostModel, PackLimits, arrange, plan_figures, plan_packs, random_stream
+from qwen3vl_train.data.packing.stream import StreamLoader
+from qwen3vl_train.data.rows.parse import RowRules
 from qwen3vl_train.data.sources import JsonlSource
-from qwen3vl_train.data.sources.stream import FileStream
-from qwen3vl_train.data.stream import StreamLoader
+from qwen3vl_train.data.sources.streams import FileStream
 
 TOKEN_PIXELS = 32 * 32
 NUM_RANKS = 8

@@ -9,13 +9,7 @@ import torch
 from qwen3vl_train.arch import Qwen3VLArch, TextArch, VisionArch
 from qwen3vl_train.config import Recipe, recipe_from_dict
 from qwen3vl_train.model.qwen3vl import Qwen3VLForConditionalGeneration
-from qwen3vl_train.parallel.scaling import (
-    Layout,
-    layer_activation_bytes,
-    piece_rows,
-    share_of,
-    text_activation_bytes,
-)
+from qwen3vl_train.parallel.scaling import Layout, layer_activation_bytes, piece_rows, share_of, text_activation_bytes
 from qwen3vl_train.train.tune import apply_tuning
 
 GIB = 2**30

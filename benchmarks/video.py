@@ -15,8 +15,8 @@ import av
 import numpy as np
 import torch
 
-from qwen3vl_train.data.clips import ClipRules, clip_patches, resize_clip, sample_indices
-from qwen3vl_train.data.video import read_frames, read_header
+from qwen3vl_train.data.media.clips import ClipRules, clip_patches, resize_clip, sample_indices
+from qwen3vl_train.data.media.video import read_frames, read_header
 
 
 def write(path: Path, minutes: float, width: int, height: int, fps: int) -> None:

@@ -4,14 +4,14 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from qwen3vl_train.checkpoint.hf import load_qwen3_vl_model
-    from qwen3vl_train.data.collate import MultimodalCollator
+    from qwen3vl_train.data.encode.collator import MultimodalCollator
     from qwen3vl_train.model.qwen3vl import Qwen3VLForConditionalGeneration, process_vision_slices
 
 __version__ = "0.1.0"
 
 _HOME = {
     "load_qwen3_vl_model": "qwen3vl_train.checkpoint.hf",
-    "MultimodalCollator": "qwen3vl_train.data.collate",
+    "MultimodalCollator": "qwen3vl_train.data.encode.collator",
     "Qwen3VLForConditionalGeneration": "qwen3vl_train.model.qwen3vl",
     "process_vision_slices": "qwen3vl_train.model.qwen3vl",
 }

@@ -42,7 +42,7 @@ class Segments:
     max_length: int
 
     @classmethod
-    def of(cls, lengths: list[int] | tuple[int, ...]) -> "Segments":
+    def from_lengths(cls, lengths: list[int] | tuple[int, ...]) -> "Segments":
         """Build from host lengths. A pack without segments is legal (no image: no vision segment)."""
         cu_seqlens = torch.zeros(len(lengths) + 1, dtype=torch.int32)
         cu_seqlens[1:] = torch.tensor(lengths, dtype=torch.int64).cumsum(0)
@@ -122,9 +122,11 @@ def vision_index(grid_thw: list[tuple[int, int, int]], *, side: int, merge: int)
         lengths += [height * width] * frames
     if not parts:
         empty = torch.zeros(4, 0)
-        return VisionIndex(Segments.of([]), torch.zeros(0, 2, dtype=torch.int32), empty.int(), empty)
+        return VisionIndex(Segments.from_lengths([]), torch.zeros(0, 2, dtype=torch.int32), empty.int(), empty)
     patch_hw, index, weight = zip(*parts, strict=True)
-    return VisionIndex(Segments.of(lengths), torch.cat(patch_hw), torch.cat(index, dim=1), torch.cat(weight, dim=1))
+    return VisionIndex(
+        Segments.from_lengths(lengths), torch.cat(patch_hw), torch.cat(index, dim=1), torch.cat(weight, dim=1)
+    )
 
 
 def placed_rows(
@@ -172,7 +174,7 @@ class PackedBatch:
     pixel_values (P, 768) uint8 where the pack holds stills only (a still repeats its one frame, so it travels once),
     (P, 1536) uint8 otherwise, stills with their frame twice; grid_thw (N, 3) int64, one row for an image (time 1) and
     one for a clip (time: frame pairs); vision_slices_per_seq: S lists of VisionSlice;
-    visual_pos_mask (T,) bool. Derived from these by `PackedBatch.of`, never on the device:
+    visual_pos_mask (T,) bool. Derived from these by `PackedBatch.from_samples`, never on the device:
     segments (text attention), vision (VisionIndex), visual_rows and feature_rows (M,), label_rows (R,), num_labels.
     sample_ids: names of the samples, for messages about this pack.
     """
@@ -195,7 +197,7 @@ class PackedBatch:
     sample_ids: tuple[str, ...] = ()
 
     @classmethod
-    def of(
+    def from_samples(
         cls,
         *,
         input_ids: Tensor,
@@ -236,7 +238,7 @@ class PackedBatch:
             grid_thw=torch.tensor(grid_thw, dtype=torch.int64).reshape(-1, 3),
             vision_slices_per_seq=vision_slices_per_seq,
             visual_pos_mask=visual_pos_mask,
-            segments=Segments.of(sequence_lengths),
+            segments=Segments.from_lengths(sequence_lengths),
             vision=vision_index(grid_thw, side=position_table_side, merge=merge_size),
             visual_rows=visual_rows,
             feature_rows=feature_rows,

@@ -1,10 +1,10 @@
 """Shared set-up: one thread, no network, and the tiny checkpoints that many tests read.
 
-`tests/` and `data/` go on the import path: a test says `import tiny`, `import digits`, `import tiny_checkpoint`.
+The root and `data/` are on the import path (`pythonpath` in pyproject.toml): a test says `from tests.helpers import
+oracles`, `import digits`.
 """
 
 import os
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,14 +18,13 @@ os.environ.update(
     TRANSFORMERS_VERBOSITY="error",
     HF_HUB_DISABLE_PROGRESS_BARS="1",
 )
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "data")]
 
-import pytest  # noqa: E402
-import tiny  # noqa: E402
-import tiny_checkpoint  # noqa: E402
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
+import pytest
+import tiny_checkpoint
+import torch
+import torch.distributed as dist
+
+from tests.helpers import oracles
 
 torch.set_num_threads(1)
 
@@ -46,13 +45,13 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def make_oracle(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """A function: keywords of `tiny.oracle_checkpoint` -> its folder, built once a session. Read only."""
+    """A function: keywords of `oracles.oracle_checkpoint` -> its folder, built once a session. Read only."""
     made: dict[tuple, Path] = {}
 
     def make(**options) -> Path:
         key = tuple(sorted(options.items()))
         if key not in made:
-            made[key] = tiny.oracle_checkpoint(tmp_path_factory.mktemp("oracle"), **options)
+            made[key] = oracles.oracle_checkpoint(tmp_path_factory.mktemp("oracle"), **options)
         return made[key]
 
     return make
@@ -73,10 +72,10 @@ def oracle_folder(request: pytest.FixtureRequest, make_oracle: Callable[..., Pat
 
 @pytest.fixture(scope="session")
 def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of `tiny_runs.write_task`. Read only."""
-    import tiny_runs  # imports the package, which tests of other parts need not wait for
+    """The folder of `small_runs.write_task`. Read only."""
+    from tests.helpers import small_runs
 
-    return tiny_runs.write_task(tmp_path_factory.mktemp("task") / "task")
+    return small_runs.write_task(tmp_path_factory.mktemp("task") / "task")
 
 
 @pytest.fixture(scope="module")

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_runs
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from qwen3vl_train.tracking.metrics import read_metrics
 from qwen3vl_train.train.cli import sft
-from qwen3vl_train.train.metrics import read_metrics
+from tests.helpers import small_runs
 
 HINT = "(QWEN3VL_TRACEBACK=1 shows where)\n"
 
@@ -37,7 +37,7 @@ def answer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., 
 
 @pytest.fixture
 def values(tiny_folder: Path, task: Path, tmp_path: Path) -> dict[str, Any]:
-    return tiny_runs.recipe_values(tiny_folder, task, tmp_path / "out", train__num_steps=1)
+    return small_runs.recipe_values(tiny_folder, task, tmp_path / "out", train__num_steps=1)
 
 
 @pytest.fixture
@@ -178,7 +178,7 @@ def _spoil(folder: Path, task: Path) -> list[tuple[int, str]]:
     (images / "text.png").write_text("not an image")
     Image.new("1", (20_000, 10_000)).save(images / "bomb.png")
     Image.new("L", (4020, 20)).save(images / "strip.png")
-    tiny_runs.picture(64, 64, 0).save(folder.parent / "outside.png")
+    small_runs.picture(64, 64, 0).save(folder.parent / "outside.png")
     ask = {"role": "user", "content": "?"}
     part, where = "messages[0].content[0]", "messages[0]"
     bomb = f"more than {Image.MAX_IMAGE_PIXELS} pixels, Pillow's limit against decompression bombs; shrink the file"
@@ -200,39 +200,39 @@ def _spoil(folder: Path, task: Path) -> list[tuple[int, str]]:
             "nothing to learn: no assistant message is trained; add an answer or take out loss: false",
         ),
         (
-            tiny_runs.row("?", "!", ["images/none.png"]),
+            small_runs.row("?", "!", ["images/none.png"]),
             f"{part}: image images/none.png: no such file ({images / 'none.png'}); check the path and media_root",
         ),
         (
-            tiny_runs.row("?", "!", ["images/empty.png"]),
+            small_runs.row("?", "!", ["images/empty.png"]),
             f"{part}: image images/empty.png: is empty (0 bytes); copy the file again",
         ),
-        (tiny_runs.row("?", "!", ["images/bomb.png"]), f"{part}: image images/bomb.png: 20000x10000 is {bomb}"),
+        (small_runs.row("?", "!", ["images/bomb.png"]), f"{part}: image images/bomb.png: 20000x10000 is {bomb}"),
         (
-            tiny_runs.row("?", "!", ["images/strip.png"]),
+            small_runs.row("?", "!", ["images/strip.png"]),
             f"{part}: image of 4020x20: is more extreme than 200:1; crop it or pad it",
         ),
         (
-            tiny_runs.row("?", "!", ["../outside.png"]),
+            small_runs.row("?", "!", ["../outside.png"]),
             f"{part}: image ../outside.png: leaves media_root {folder}; move the file into it",
         ),
         (
-            tiny_runs.row("a b " * 60, "!"),
+            small_runs.row("a b " * 60, "!"),
             "sample of {tokens} tokens (0 visual) is longer than data.max_tokens_per_pack 96; raise it, lower "
             "data.max_visual_tokens_per_image, or set data.too_long to drop or shrink_media",
         ),
         (
-            tiny_runs.row("?", "!", ["images/text.png"]),
+            small_runs.row("?", "!", ["images/text.png"]),
             f"{part}: image images/text.png: is not an image of a known kind",
         ),
-        (tiny_runs.row("?", "!", ["images/cut.png"]), f"{part}: image images/cut.png: "),
+        (small_runs.row("?", "!", ["images/cut.png"]), f"{part}: image images/cut.png: "),
         (
-            tiny_runs.row("?", "!", ["images/pixels-cut.png"]),
+            small_runs.row("?", "!", ["images/pixels-cut.png"]),
             f"{part}: image images/pixels-cut.png: is truncated or damaged (",
         ),
     ]
-    sound = tiny_runs.row("Which?", "This.", ["images/0-0.png"])
-    tiny_runs.write_rows(folder / "train.jsonl", [sound, *[row for row, _ in faults]])
+    sound = small_runs.row("Which?", "This.", ["images/0-0.png"])
+    small_runs.write_rows(folder / "train.jsonl", [sound, *[row for row, _ in faults]])
     return [(line, reason) for line, (_, reason) in enumerate(faults, start=2)]
 
 
@@ -271,7 +271,7 @@ def test_too_many_broken_rows_stop_the_run_before_it_begins_and_are_listed(answe
     assert len(_rejected(run)) == found_in_headers
     # Mended, the same recipe starts in the same folder, and the list holds what is broken now.
     rows = (tmp_path / "data" / "train.jsonl").read_text().splitlines()
-    tiny_runs.write_rows(tmp_path / "data" / "train.jsonl", [rows[0]] * 200 + [rows[2]])
+    small_runs.write_rows(tmp_path / "data" / "train.jsonl", [rows[0]] * 200 + [rows[2]])
     assert answer(values) == (0, "")
     assert [row["row"] for row in _rejected(run)] == [201]
 
@@ -310,11 +310,11 @@ def test_broken_held_out_rows_are_listed_too_and_counted_apart(answer, values, t
         "data: 1 of 4 rows cannot be used, more than data.max_rejected_fraction 0.2; mend them or raise it",
     )
     # It stopped behind the last checkpoint: what was trained is not lost for rows that were never trained on.
-    assert tiny_runs.final_tensors(tmp_path / "out" / "run")
+    assert small_runs.final_tensors(tmp_path / "out" / "run")
 
 
 def test_a_file_with_nothing_to_learn_from(answer, values, tmp_path):
-    path = tiny_runs.write_rows(tmp_path / "data" / "train.jsonl", [{"messages": [{"role": "user", "content": "?"}]}])
+    path = small_runs.write_rows(tmp_path / "data" / "train.jsonl", [{"messages": [{"role": "user", "content": "?"}]}])
     values["data"]["train"] = [{"path": str(path)}]
     values["data"]["max_rejected_fraction"] = 1.0
     code, message = answer(values)

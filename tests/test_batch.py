@@ -10,11 +10,11 @@ from qwen3vl_train.batch import PackedBatch, Segments, VisionSlice, placed_rows,
 
 
 def test_segments():
-    segments = Segments.of([3, 1, 5])
+    segments = Segments.from_lengths([3, 1, 5])
     assert segments.cu_seqlens.tolist() == [0, 3, 4, 9]
     assert segments.cu_seqlens.dtype == torch.int32
     assert (segments.lengths, segments.max_length) == ((3, 1, 5), 5)
-    nothing = Segments.of([])
+    nothing = Segments.from_lengths([])
     assert (nothing.cu_seqlens.tolist(), nothing.max_length) == ([0], 0)
 
 
@@ -98,7 +98,7 @@ def primary(**changes: Any) -> dict[str, Any]:
 
 
 def test_everything_is_derived():
-    batch = PackedBatch.of(**primary())
+    batch = PackedBatch.from_samples(**primary())
     assert batch.visual_pos_mask.tolist() == [False, True, True, False, False, False, False, False]
     assert (batch.visual_rows.tolist(), batch.feature_rows.tolist()) == ([1, 2], [0, 1])
     assert (batch.label_rows.tolist(), batch.num_labels) == ([3, 5, 6], 3)
@@ -111,7 +111,7 @@ def test_everything_is_derived():
 
 
 def test_a_pack_without_images():
-    batch = PackedBatch.of(
+    batch = PackedBatch.from_samples(
         **primary(pixel_values=torch.zeros(0, 768), grid_thw=[], vision_slices_per_seq=[[], []], loss_weights=None)
     )
     assert batch.grid_thw.shape == (0, 3)
@@ -145,7 +145,7 @@ def test_a_pack_without_images():
 )
 def test_fields_that_disagree(changes, message):
     with pytest.raises(ValueError) as caught:
-        PackedBatch.of(**primary(**changes))
+        PackedBatch.from_samples(**primary(**changes))
     assert str(caught.value) == message
 
 
@@ -158,7 +158,7 @@ def tensors_of(value: Any) -> list[torch.Tensor]:
 
 
 def test_moving_takes_every_tensor_and_nothing_else():
-    batch = PackedBatch.of(**primary())
+    batch = PackedBatch.from_samples(**primary())
     moved = batch.to("meta")
     assert len(tensors_of(moved)) == len(tensors_of(batch)) == 16
     assert all(tensor.is_meta for tensor in tensors_of(moved))
@@ -166,4 +166,4 @@ def test_moving_takes_every_tensor_and_nothing_else():
     assert moved.segments.lengths == batch.segments.lengths
     assert moved.vision_slices_per_seq == batch.vision_slices_per_seq
     assert moved.num_labels == 3
-    assert PackedBatch.of(**primary(loss_weights=None)).to("meta").loss_weights is None
+    assert PackedBatch.from_samples(**primary(loss_weights=None)).to("meta").loss_weights is None

@@ -4,11 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
-import tiny_runs
 
 from qwen3vl_train.config import Recipe, load_recipe, recipe_from_dict
 from qwen3vl_train.train.loop import train
+from tests.helpers import small_runs
+from tests.helpers.ranks import run_ranks
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 SHARDED = [path for path in RECIPES if load_recipe(str(path)).parallel.engine in ("fsdp2", "deepspeed")]
@@ -37,8 +37,8 @@ def test_a_recipe_runs_three_steps_on_two_ranks(path: Path, tiny_folder: Path, t
     }
     values["train"] |= {"num_steps": 3, "packs_per_step": 2}
     values["track"]["wandb"] = "off"
-    tiny.run_ranks(_train, 2, recipe_from_dict(values), timeout=120)
-    losses = tiny_runs.losses(tmp_path / path.stem)
+    run_ranks(_train, 2, recipe_from_dict(values), timeout=120)
+    losses = small_runs.losses(tmp_path / path.stem)
     assert len(losses) == 3
     # A fresh model of 512 tokens starts at ln 512 = 6.2 and a little; three steps of warm-up leave it near there.
     assert all(5.5 < loss < 7.5 for loss in losses), losses

@@ -2,8 +2,10 @@ import os
 import time
 
 import pytest
-import tiny
 import torch
+
+from tests.helpers import oracles
+from tests.helpers.ranks import RankFailure, run_ranks
 
 
 def _own_rank(rank: int, world_size: int, offset: int) -> tuple[int, int, str]:
@@ -11,7 +13,7 @@ def _own_rank(rank: int, world_size: int, offset: int) -> tuple[int, int, str]:
 
 
 def test_results_come_in_order_of_rank():
-    assert tiny.run_ranks(_own_rank, 2, 10) == [(10, 2, "0"), (11, 2, "1")]
+    assert run_ranks(_own_rank, 2, 10) == [(10, 2, "0"), (11, 2, "1")]
 
 
 def _fail_on_one(rank: int, world_size: int) -> None:
@@ -21,8 +23,8 @@ def _fail_on_one(rank: int, world_size: int) -> None:
 
 
 def test_the_rank_that_fails_first_is_reported():
-    with pytest.raises(tiny.RankFailure, match=r"(?s)rank 1 failed:.*_fail_on_one.*KeyError: 'the reason'"):
-        tiny.run_ranks(_fail_on_one, 2)
+    with pytest.raises(RankFailure, match=r"(?s)rank 1 failed:.*_fail_on_one.*KeyError: 'the reason'"):
+        run_ranks(_fail_on_one, 2)
 
 
 def _die(rank: int, world_size: int) -> None:
@@ -30,8 +32,8 @@ def _die(rank: int, world_size: int) -> None:
 
 
 def test_a_rank_that_dies_is_reported():
-    with pytest.raises(tiny.RankFailure, match="rank 0 died without a word, exit code 3"):
-        tiny.run_ranks(_die, 1)
+    with pytest.raises(RankFailure, match="rank 0 died without a word, exit code 3"):
+        run_ranks(_die, 1)
 
 
 def _hang_on_one(rank: int, world_size: int) -> None:
@@ -40,15 +42,17 @@ def _hang_on_one(rank: int, world_size: int) -> None:
 
 
 def test_a_rank_that_hangs_is_stopped_and_its_stack_shown():
-    with pytest.raises(tiny.RankFailure, match=r"(?s)not done after 3 seconds.*rank 1 was at.*_hang_on_one"):
-        tiny.run_ranks(_hang_on_one, 2, timeout=3)
+    with pytest.raises(RankFailure, match=r"(?s)not done after 3 seconds.*rank 1 was at.*_hang_on_one"):
+        run_ranks(_hang_on_one, 2, timeout=3)
 
 
 def test_pictures_and_conversations_are_the_same_on_every_call():
-    first, second = tiny.sample_images(), tiny.sample_images()
+    first, second = oracles.sample_images(), oracles.sample_images()
     assert all(image.tobytes() == second[name].tobytes() for name, image in first.items())
     assert {image.mode for image in first.values()} == {"RGB", "L", "1", "P", "RGBA", "LA"}
-    counts = {name: len(list(tiny.images_of(sample["messages"]))) for name, sample in tiny.conversations().items()}
+    counts = {
+        name: len(list(oracles.images_of(sample["messages"]))) for name, sample in oracles.conversations().items()
+    }
     assert counts == {
         "one_image": 1,
         "several_sizes": 3,
@@ -62,9 +66,9 @@ def test_pictures_and_conversations_are_the_same_on_every_call():
 
 def test_random_weights_leave_no_parameter_at_a_value_that_hides_a_mistake():
     model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.LayerNorm(64))
-    tiny.randomise(model, seed=1)
+    oracles.randomise(model, seed=1)
     again = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.LayerNorm(64))
-    tiny.randomise(again, seed=1)
+    oracles.randomise(again, seed=1)
     for (name, parameter), other in zip(model.named_parameters(), again.parameters(), strict=True):
         assert torch.equal(parameter, other), name
         assert parameter.std() > 0.01, name

@@ -16,11 +16,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from qwen3vl_train.arch import Qwen3VLArch, published_config, read_config
-from qwen3vl_train.checkpoint.files import replacing
-from qwen3vl_train.checkpoint.names import from_huggingface, to_huggingface
+from qwen3vl_train.checkpoint.atomic import replacing
+from qwen3vl_train.dist.tensors import local_slice, to_local
+from qwen3vl_train.model.hf_names import from_huggingface, to_huggingface
 from qwen3vl_train.model.lora import base_name, is_adapter
 from qwen3vl_train.model.qwen3vl import Qwen3VLForConditionalGeneration
-from qwen3vl_train.shards import local, place_of
 
 # What a served model needs beside its weights; carried along when present.
 COMPANION_FILES = (
@@ -215,9 +215,9 @@ def read_weights(model: nn.Module, files: WeightFiles) -> None:
         if not is_adapter(name)
     }
     seen: set[nn.Parameter] = set()
-    for name, piece in files.read({name: place_of(parameters[name]) for name in parameters if name in files.shapes}):
+    for name, piece in files.read({name: local_slice(parameters[name]) for name in parameters if name in files.shapes}):
         parameter = parameters[name]
-        target = local(parameter)
+        target = to_local(parameter)
         if parameter in seen and not torch.equal(target, piece.to(target)):
             raise _not_tied(files)
         seen.add(parameter)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qwen3vl_train.checkpoint.files import flush
+from qwen3vl_train.checkpoint.atomic import flush
 
 MANIFEST = "checkpoint.json"
 BLOCK = 2**24

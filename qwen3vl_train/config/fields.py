@@ -12,7 +12,7 @@ from pydantic.functional_validators import AfterValidator
 from pydantic_core import PydanticCustomError
 
 from qwen3vl_train.config.rules import field_conflicts
-from qwen3vl_train.groups import (
+from qwen3vl_train.modules import (
     GROUPS,
     LORA_GROUPS,
     UNIONS,

@@ -16,7 +16,7 @@ from qwen3vl_train.config.fields import (
     TrainSection,
     Tune,
 )
-from qwen3vl_train.config.names import unknown_key_message
+from qwen3vl_train.config.near_names import unknown_key_message
 from qwen3vl_train.config.rules import RecipeError, field_conflicts
 from qwen3vl_train.config.yaml12 import read_yaml, shown
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qwen3vl_train.groups import VISION_GROUPS
+from qwen3vl_train.modules import VISION_GROUPS
 
 if TYPE_CHECKING:
     from qwen3vl_train.config.fields import (

@@ -5,8 +5,8 @@ import json
 import sys
 from pathlib import Path
 
+from qwen3vl_train.cli import run_or_explain
 from qwen3vl_train.config import load_recipe
-from qwen3vl_train.train.cli import run_or_explain
 
 
 def inspect_data(argv: list[str] | None = None) -> int:
@@ -31,7 +31,7 @@ def inspect_data(argv: list[str] | None = None) -> int:
         from qwen3vl_train.inspect.gather import inspect_recipe
         from qwen3vl_train.inspect.page import write_page
         from qwen3vl_train.inspect.table import print_facts
-        from qwen3vl_train.train.progress import IndexProgress
+        from qwen3vl_train.tracking.console import IndexProgress
 
         for name in ("samples", "rows"):
             if getattr(arguments, name) < 0:

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from qwen3vl_train.data.faults import RowFault
-from qwen3vl_train.data.formats import ImagePart, Sample, TextPart
-from qwen3vl_train.data.media import ImageSource, decode_data_uri, find_file
+from qwen3vl_train.data.errors import RowFault
+from qwen3vl_train.data.media.image import ImageSource, decode_data_uri, find_file
+from qwen3vl_train.data.rows.sample import ImagePart, Sample, TextPart
 from qwen3vl_train.inspect.entries import Entry, RowRef
 from qwen3vl_train.inspect.facts import SHOWN_ROWS, DuplicateFacts
 

@@ -6,10 +6,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from qwen3vl_train.data.boxes import NOT_SAID
-from qwen3vl_train.data.faults import Reject
-from qwen3vl_train.data.formats import Sample
-from qwen3vl_train.data.index import Index
+from qwen3vl_train.data.errors import Reject
+from qwen3vl_train.data.packing.index import Index
+from qwen3vl_train.data.rows.boxes import NOT_SAID
+from qwen3vl_train.data.rows.sample import Sample
 from qwen3vl_train.data.sources import FileSource, Source
 from qwen3vl_train.inspect.marks import Listed
 

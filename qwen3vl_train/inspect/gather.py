@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from qwen3vl_train.config import Recipe
-from qwen3vl_train.data.collate import MultimodalCollator
-from qwen3vl_train.data.faults import Reject
-from qwen3vl_train.data.index import Index
-from qwen3vl_train.data.media import FACTOR
+from qwen3vl_train.data.encode.collator import MultimodalCollator
+from qwen3vl_train.data.errors import Reject
+from qwen3vl_train.data.media.image import FACTOR
+from qwen3vl_train.data.open import open_collator
+from qwen3vl_train.data.packing.index import Index
 from qwen3vl_train.data.sources import FileSource
 from qwen3vl_train.inspect.duplicates import DuplicateFinder
 from qwen3vl_train.inspect.entries import Entry, entries_of
@@ -18,7 +19,6 @@ from qwen3vl_train.inspect.packs import pack_facts, view_pack
 from qwen3vl_train.inspect.samples import choose_rows, view_sample
 from qwen3vl_train.inspect.scan import Scan, add_up, look_at
 from qwen3vl_train.inspect.training import Training, open_held_out, open_training
-from qwen3vl_train.train.data import open_collator
 
 Progress = Callable[[int, int], None]
 """Called with (rows done, rows in all)."""

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from qwen3vl_train.config import Recipe
 from qwen3vl_train.inspect.boxes import BoxEvidence
+from qwen3vl_train.inspect.checks import KINDS
 from qwen3vl_train.inspect.facts import SHOWN_ROWS, Hazard, PackFacts, SourceFacts
-from qwen3vl_train.inspect.kinds import KINDS
 
 # Shares from which on something is worth a line; below them it is the ordinary unevenness of real data.
 _MANY_ROWS = 0.10

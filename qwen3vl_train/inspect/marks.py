@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from qwen3vl_train.data.formats import ImagePart, Sample, TextPart
+from qwen3vl_train.data.rows.sample import ImagePart, Sample, TextPart
 from qwen3vl_train.inspect.boxes import box_evidence, find_boxes, find_points, label_at
 
 _PLACEHOLDER = re.compile(r"<(box|point)>")

@@ -6,7 +6,7 @@ import numpy as np
 
 from qwen3vl_train.batch import IGNORE_LABEL, PackedBatch
 from qwen3vl_train.config import Recipe
-from qwen3vl_train.data.faults import RowFault
+from qwen3vl_train.data.errors import RowFault
 from qwen3vl_train.inspect.facts import PackFacts
 from qwen3vl_train.inspect.histogram import histogram
 from qwen3vl_train.inspect.training import Training

@@ -9,8 +9,8 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+from qwen3vl_train.inspect.checks import KINDS
 from qwen3vl_train.inspect.gather import Inspection
-from qwen3vl_train.inspect.kinds import KINDS
 
 # The charts are drawn by charts.js: plotly's script would add several MB to every page, for a handful of bar charts.
 _SCRIPTS = ("dom.js", "charts.js", "facts.js", "packs.js", "pictures.js", "samples.js", "main.js")

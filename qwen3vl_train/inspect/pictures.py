@@ -7,8 +7,8 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from qwen3vl_train.data.encode import EncodedSample
-from qwen3vl_train.data.media import MERGE, PATCH
+from qwen3vl_train.data.encode.encoder import EncodedSample
+from qwen3vl_train.data.media.image import MERGE, PATCH
 
 _LOSSLESS_PIXELS = 128 * 128  # above this, JPEG: a page of large PNGs would be too heavy to open
 _LONGEST_SIDE = 1600

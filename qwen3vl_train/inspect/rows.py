@@ -5,13 +5,13 @@ import json
 import re
 from dataclasses import dataclass
 
-from qwen3vl_train.data.budgets import Size
-from qwen3vl_train.data.chat import DIALECTS, Slot, Special
-from qwen3vl_train.data.collate import MultimodalCollator
-from qwen3vl_train.data.encode import lay_out
-from qwen3vl_train.data.formats import Message, Sample, TextPart
-from qwen3vl_train.data.media import FACTOR
-from qwen3vl_train.data.visual import measure
+from qwen3vl_train.data.encode.chat import DIALECTS, Slot, Special
+from qwen3vl_train.data.encode.collator import MultimodalCollator
+from qwen3vl_train.data.encode.encoder import lay_out
+from qwen3vl_train.data.encode.media import measure
+from qwen3vl_train.data.media.budgets import Size
+from qwen3vl_train.data.media.image import FACTOR
+from qwen3vl_train.data.rows.sample import Message, Sample, TextPart
 from qwen3vl_train.inspect.boxes import BoxEvidence, box_evidence, find_boxes
 
 _SPECIAL = re.compile(r"<\|[A-Za-z_]{2,40}\|>")

@@ -5,10 +5,10 @@ from itertools import zip_longest
 from typing import Any
 
 from qwen3vl_train.batch import IGNORE_LABEL
-from qwen3vl_train.data.collate import MultimodalCollator
-from qwen3vl_train.data.encode import EncodedSample
-from qwen3vl_train.data.faults import RowFault
-from qwen3vl_train.data.tokenizer import ChatTokenizer
+from qwen3vl_train.data.encode.collator import MultimodalCollator
+from qwen3vl_train.data.encode.encoder import EncodedSample
+from qwen3vl_train.data.encode.tokenizer import ChatTokenizer
+from qwen3vl_train.data.errors import RowFault
 from qwen3vl_train.inspect.entries import Entry, RowRef
 from qwen3vl_train.inspect.marks import find_marks
 from qwen3vl_train.inspect.pictures import view_frames

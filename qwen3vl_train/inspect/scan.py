@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from qwen3vl_train.data.collate import MultimodalCollator
-from qwen3vl_train.data.faults import Reject, RowFault
+from qwen3vl_train.data.encode.collator import MultimodalCollator
+from qwen3vl_train.data.errors import Reject, RowFault
 from qwen3vl_train.inspect.boxes import BoxEvidence
 from qwen3vl_train.inspect.entries import Entry, RowRef
 from qwen3vl_train.inspect.facts import SHOWN_ROWS, DuplicateFacts, Histogram, RejectGroup, SourceFacts

@@ -9,18 +9,18 @@ from typing import Any
 import numpy as np
 
 from qwen3vl_train.config import Recipe
-from qwen3vl_train.data.collate import MultimodalCollator
-from qwen3vl_train.data.faults import RowFault
-from qwen3vl_train.data.formats import Sample
-from qwen3vl_train.data.index import Index, build_index
-from qwen3vl_train.data.loader import TrainLoader
-from qwen3vl_train.data.mixture import InOrder, Shuffled
-from qwen3vl_train.data.plan import plan_packs
-from qwen3vl_train.data.rows import RowRules
+from qwen3vl_train.data.encode.collator import MultimodalCollator
+from qwen3vl_train.data.errors import RowFault
+from qwen3vl_train.data.open import cost_model, length_rule, pack_limits
+from qwen3vl_train.data.packing.index import Index, build_index
+from qwen3vl_train.data.packing.loader import TrainLoader
+from qwen3vl_train.data.packing.mixture import InOrder, Shuffled
+from qwen3vl_train.data.packing.plan import plan_packs
+from qwen3vl_train.data.rows.parse import RowRules
+from qwen3vl_train.data.rows.sample import Sample
 from qwen3vl_train.data.sources import FileSource, Source, StreamRow, entry_rules, open_sources, open_stream
 from qwen3vl_train.data.sources.files import cache_folder
-from qwen3vl_train.train.data import cost_model, length_rule, pack_limits
-from qwen3vl_train.train.progress import IndexProgress
+from qwen3vl_train.tracking.console import IndexProgress
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from qwen3vl_train.batch import Segments
 def attend(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, segments: Segments, *, causal: bool) -> Tensor:
     """Attend inside each segment only; scale head_dim**-0.5. Returns (T, N, H).
 
-    K may divide N (grouped-query attention). Does not check that the segments add up to T: PackedBatch.of did.
+    K may divide N (grouped-query attention). Does not check that the segments add up to T: `PackedBatch` did.
     """
     if q_TNH.is_cuda and q_TNH.dtype in (torch.bfloat16, torch.float16):
         return _attend_varlen(q_TNH, k_TKH, v_TKH, segments, causal)

@@ -9,8 +9,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
-from qwen3vl_train.groups import LORA_GROUPS, expand_lora_groups, is_group
-from qwen3vl_train.model.groups import group_of
+from qwen3vl_train.modules import LORA_GROUPS, expand_lora_groups, group_of, is_group
 
 ADAPTER = "default"
 

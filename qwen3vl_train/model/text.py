@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from qwen3vl_train.arch import TextArch
 from qwen3vl_train.batch import Segments
+from qwen3vl_train.model.activation_checkpointing import Checkpointing, run_block
 from qwen3vl_train.model.attention import KVCache, attend
-from qwen3vl_train.model.checkpointing import Checkpointing, run_block
 from qwen3vl_train.model.rope import apply_rope, mrope_cos_sin
 
 Rope = tuple[Tensor, Tensor]

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from qwen3vl_train.arch import VisionArch
 from qwen3vl_train.batch import Segments, VisionIndex, vision_index
+from qwen3vl_train.model.activation_checkpointing import Checkpointing, run_block
 from qwen3vl_train.model.attention import attend
-from qwen3vl_train.model.checkpointing import Checkpointing, run_block
 from qwen3vl_train.model.rope import apply_rope, vision_angles
 
 

@@ -5,7 +5,7 @@ from torch._C._distributed_c10d import HashStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from qwen3vl_train.config import ParallelSection
-from qwen3vl_train.dist import Ranks
+from qwen3vl_train.dist.ranks import Ranks
 
 
 def ensure_group(ranks: Ranks) -> None:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from qwen3vl_train.config import OptimSection
-from qwen3vl_train.model.groups import group_of
-from qwen3vl_train.shards import local, shape_of
+from qwen3vl_train.dist.tensors import global_shape, to_local
+from qwen3vl_train.modules import group_of
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -26,7 +26,7 @@ class Trained:
     master: nn.Parameter
 
 
-class Spread(Protocol):
+class GradientSync(Protocol):
     """How an engine spreads gradients over ranks. lockstep: all ranks must run the same number of passes a step."""
 
     lockstep: bool
@@ -39,7 +39,7 @@ class Spread(Protocol):
 class Optimizer(Protocol):
     """What the training step and the checkpoint ask of an engine's optimizer.
 
-    touched: names of the parameters that backward reached on this rank. lockstep: see Spread.
+    touched: names of the parameters that backward reached on this rank. lockstep: see GradientSync.
     """
 
     touched: set[str]
@@ -86,7 +86,7 @@ class MasterAdamW:
     gradient of zero, so that a step means the same on any number of ranks.
     """
 
-    def __init__(self, model: nn.Module, optim: OptimSection, spread: Spread) -> None:
+    def __init__(self, model: nn.Module, optim: OptimSection, spread: GradientSync) -> None:
         self.optim, self.spread, self.lockstep = optim, spread, spread.lockstep
         self.trained: list[Trained] = []
         self.touched: set[str] = set()
@@ -135,7 +135,7 @@ class MasterAdamW:
         groups = list(dict.fromkeys(item.group for item in self.trained))
         squares = torch.zeros(len(groups), dtype=torch.float64, device=gradients[0].device)
         for item, gradient in zip(self.trained, gradients, strict=True):
-            squares[groups.index(item.group)] += local(gradient).square().sum(dtype=torch.float64)
+            squares[groups.index(item.group)] += to_local(gradient).square().sum(dtype=torch.float64)
         squares = self.spread.sum_squares(squares)
         return {"all": squares.sum().sqrt().item(), **dict(zip(groups, squares.sqrt().tolist(), strict=True))}
 
@@ -177,7 +177,7 @@ def parameter_groups(members: list[tuple[str, nn.Parameter]], optim: OptimSectio
     """AdamW's groups for (module group, parameter) pairs: one for each peak rate and decay; only matrices decay."""
     by_setting: dict[tuple[str, float], list[nn.Parameter]] = {}
     for group, parameter in members:
-        decay = optim.weight_decay if len(shape_of(parameter)) >= 2 else 0.0
+        decay = optim.weight_decay if len(global_shape(parameter)) >= 2 else 0.0
         by_setting.setdefault((group, decay), []).append(parameter)
     return [
         {"params": members, "group": group, "peak_lr": (lr := optim.lr_of(group)), "lr": lr, "weight_decay": decay}

@@ -9,15 +9,15 @@ import torch
 from qwen3vl_train.arch import read_config
 from qwen3vl_train.checkpoint.hf import load_qwen3_vl_model
 from qwen3vl_train.config import EvalSource
-from qwen3vl_train.data.collate import MultimodalCollator
-from qwen3vl_train.data.encode import EncodedSample
-from qwen3vl_train.data.faults import RowFault
-from qwen3vl_train.data.formats import Sample
+from qwen3vl_train.data.encode.collator import MultimodalCollator
+from qwen3vl_train.data.encode.encoder import EncodedSample
+from qwen3vl_train.data.errors import RowFault
+from qwen3vl_train.data.open import open_collator
+from qwen3vl_train.data.rows.sample import Sample
 from qwen3vl_train.data.sources import FileSource, open_sources
 from qwen3vl_train.model.generate import generate_greedy
 from qwen3vl_train.model.qwen3vl import Qwen3VLForConditionalGeneration
-from qwen3vl_train.train.data import open_collator
-from qwen3vl_train.train.restore import is_run_folder, restore_run
+from qwen3vl_train.train.load_run import is_run_folder, restore_run
 
 # Prompts are generated side by side up to this many tokens; a cache of the largest model then stays near 4 GiB.
 MAX_PROMPT_TOKENS = 8192

@@ -15,17 +15,17 @@ from torch.distributed.device_mesh import DeviceMesh
 from qwen3vl_train.arch import Qwen3VLArch
 from qwen3vl_train.checkpoint.hf import WeightFiles, check_tied, check_weights, materialize, read_weights
 from qwen3vl_train.config import Recipe
-from qwen3vl_train.dist import Ranks
+from qwen3vl_train.dist.ranks import Ranks
+from qwen3vl_train.dist.tensors import copy_local_shard, full_tensor, to_local
 from qwen3vl_train.model.lora import base_name, is_adapter
 from qwen3vl_train.model.qwen3vl import Qwen3VLForConditionalGeneration
 from qwen3vl_train.parallel.ddp import Replicated, same_on_all_ranks
-from qwen3vl_train.parallel.deepspeed import ZeroAdamW, start_deepspeed
-from qwen3vl_train.parallel.deepspeed_config import deepspeed_config
+from qwen3vl_train.parallel.deepspeed.config import deepspeed_config
+from qwen3vl_train.parallel.deepspeed.engine import ZeroAdamW, start_deepspeed
+from qwen3vl_train.parallel.deepspeed.internals import fill_partitioned
 from qwen3vl_train.parallel.fsdp import Sharded, shard_model
 from qwen3vl_train.parallel.mesh import build_mesh
 from qwen3vl_train.parallel.optim import MasterAdamW, Optimizer
-from qwen3vl_train.parallel.zero import fill_partitioned
-from qwen3vl_train.shards import local, put, whole
 from qwen3vl_train.train.tune import apply_tuning
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -113,7 +113,7 @@ def _round_trained(model: nn.Module, dtype: torch.dtype) -> None:
     """Let float32 masters start where those of the other engines do: at the weights in the recipe's dtype."""
     for parameter in model.parameters():
         if parameter.requires_grad:
-            local(parameter).copy_(local(parameter).to(dtype))
+            to_local(parameter).copy_(to_local(parameter).to(dtype))
 
 
 @torch.no_grad()
@@ -126,8 +126,8 @@ def init_adapters(model: nn.Module, seed: int) -> None:
     parameters = dict(model.named_parameters())
     for name, parameter in parameters.items():
         if is_adapter(name):
-            base = whole(parameters[_dora_base(name)]) if _is_magnitude(name) else None
-            put(parameter, _adapter_values(name, parameter, seed, base))
+            base = full_tensor(parameters[_dora_base(name)]) if _is_magnitude(name) else None
+            copy_local_shard(parameter, _adapter_values(name, parameter, seed, base))
 
 
 def _adapter_values(name: str, parameter: nn.Parameter, seed: int, base: Tensor | None) -> Tensor:

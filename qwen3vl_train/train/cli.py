@@ -5,40 +5,10 @@ Read the command line, call one function, turn errors of ours into one clear mes
 
 import argparse
 import json
-import os
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
+from qwen3vl_train.cli import run_or_explain
 from qwen3vl_train.config import load_recipe
-
-
-def run_or_explain(work: Callable[[], object]) -> int:
-    """Run, and return the exit code; errors of a known kind are printed as a message without a traceback.
-
-    0: done. 2: ValueError, something to mend in the input. 1: RuntimeError or OSError, it broke on the way.
-    75: asked to stop by a signal, saved, can be started again.
-    """
-    from qwen3vl_train.dist import stop_ranks
-    from qwen3vl_train.train.stop import STOPPED, StopRequest
-
-    try:
-        work()
-        return 0
-    except StopRequest as stop:
-        if os.environ.get("RANK", "0") == "0":
-            print(stop, flush=True)
-        return STOPPED
-    except (ValueError, RuntimeError, OSError) as error:
-        if os.environ.get("QWEN3VL_TRACEBACK"):
-            raise
-        rank = f"[rank {os.environ['RANK']}] " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
-        # Notes: what went wrong beside it, such as a checkpoint that could not be written.
-        told = "\n".join([str(error), *getattr(error, "__notes__", [])])
-        print(f"{rank}error: {told}\n(QWEN3VL_TRACEBACK=1 shows where)", file=sys.stderr, flush=True)
-        return 2 if isinstance(error, ValueError) else 1
-    finally:
-        stop_ranks()
 
 
 def sft(argv: list[str] | None = None) -> int:

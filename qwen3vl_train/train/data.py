@@ -10,27 +10,26 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from qwen3vl_train.arch import Qwen3VLArch
 from qwen3vl_train.batch import PackedBatch
-from qwen3vl_train.config import DataSection, Recipe
+from qwen3vl_train.config import Recipe
 from qwen3vl_train.config.fields import TrainSource
-from qwen3vl_train.data.collate import MultimodalCollator
-from qwen3vl_train.data.faults import Reject, RowFault
-from qwen3vl_train.data.index import Index, LengthRule, build_index, check_rejects
-from qwen3vl_train.data.loader import TrainLoader, eval_packs
-from qwen3vl_train.data.mixture import InOrder, Part, Shuffled
-from qwen3vl_train.data.plan import CostModel, PackLimits, plan_figures
-from qwen3vl_train.data.rows import shapes_line, source_of
+from qwen3vl_train.data.encode.collator import MultimodalCollator
+from qwen3vl_train.data.errors import Reject, RowFault
+from qwen3vl_train.data.open import cost_model, length_rule, open_collator, pack_limits
+from qwen3vl_train.data.packing.index import Index, build_index, check_rejects
+from qwen3vl_train.data.packing.loader import TrainLoader, eval_packs
+from qwen3vl_train.data.packing.mixture import InOrder, Part, Shuffled
+from qwen3vl_train.data.packing.plan import PackLimits, plan_figures
+from qwen3vl_train.data.packing.steps import StepPacks
+from qwen3vl_train.data.packing.stream import StreamLoader
+from qwen3vl_train.data.rejects import KnownRejects
+from qwen3vl_train.data.rows.parse import shapes_line, source_of
 from qwen3vl_train.data.sources import FileSource, StreamSource, open_sources, open_stream
 from qwen3vl_train.data.sources.files import cache_folder
 from qwen3vl_train.data.sources.hub import HubSource
-from qwen3vl_train.data.steps import StepPacks
-from qwen3vl_train.data.stream import StreamLoader
-from qwen3vl_train.dist import Board, Ranks
-from qwen3vl_train.groups import VISION_GROUPS
-from qwen3vl_train.train.alike import Held, check_same_data, plan_fault
-from qwen3vl_train.train.progress import IndexProgress
-from qwen3vl_train.train.rejects import KnownRejects
+from qwen3vl_train.dist.ranks import Board, Ranks
+from qwen3vl_train.tracking.console import IndexProgress
+from qwen3vl_train.train.consistency import Held, check_same_data, plan_fault
 
 _SHOWN = 3
 """Rejected rows that a message lists."""
@@ -186,46 +185,6 @@ class TrainingData:
         return lines
 
 
-def open_collator(recipe: Recipe) -> MultimodalCollator:
-    """The collator of the recipe's checkpoint, with the recipe's budgets and its sampling of clips."""
-    data = recipe.data
-    return MultimodalCollator.from_pretrained(
-        recipe.model.path,
-        max_visual_tokens_per_image=data.max_visual_tokens_per_image,
-        min_visual_tokens_per_image=data.min_visual_tokens_per_image,
-        max_visual_tokens_per_video=data.max_visual_tokens_per_video,
-        max_visual_tokens_per_sample=data.max_visual_tokens_per_sample,
-        shrink_to_tokens=length_rule(data).max_tokens if data.too_long == "shrink_media" else None,
-        shrink_to_patches=data.max_patches_per_pack if data.too_long == "shrink_media" else None,
-        fps=data.fps,
-        min_frames=data.min_frames,
-        max_frames=data.max_frames,
-        video_markup=recipe.model.video_markup,
-    )
-
-
-def length_rule(data: DataSection) -> LengthRule:
-    """What becomes of samples that are too long."""
-    field = "max_tokens_per_pack" if data.max_tokens_per_sample is None else "max_tokens_per_sample"
-    return LengthRule(getattr(data, field), f"data.{field}", data.max_patches_per_pack, data.too_long)
-
-
-def pack_limits(data: DataSection) -> PackLimits:
-    return PackLimits(data.max_tokens_per_pack, data.max_patches_per_pack, data.max_sequences_per_pack)
-
-
-def cost_model(recipe: Recipe) -> CostModel:
-    """The work of samples in the recipe's model, with what it trains."""
-    trained, of_trained = recipe.tune.trained_groups(), 3 if recipe.tune.method == "full" else 2
-    sees = recipe.tune.has_patterns() or any(group in VISION_GROUPS for group in trained)
-    reads = any(group.startswith("text") for group in trained)
-    return CostModel.of(
-        Qwen3VLArch.from_pretrained(recipe.model.path),
-        text_passes=of_trained if reads else 2,
-        vision_passes=of_trained if sees else 1,
-    )
-
-
 def open_data(recipe: Recipe, ranks: Ranks, *, loader_state: dict[str, Any] | None = None) -> TrainingData:
     """Read headers and texts of all files, plan packs, and stand where `loader_state` says.
 
@@ -351,7 +310,7 @@ def _make_loader(
         for source, entry in opened.train
     ]
     options |= {"window": data.stream_window, "board": Board(ranks) if ranks.world_size > 1 else None}
-    return StreamLoader(parts, opened.collate, length_rule(data), **options), Index.of([], [])
+    return StreamLoader(parts, opened.collate, length_rule(data), **options), Index.from_sources([], [])
 
 
 def _packs(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from qwen3vl_train.batch import PackedBatch
-from qwen3vl_train.dist import Ranks
+from qwen3vl_train.dist.ranks import Ranks
 from qwen3vl_train.model.qwen3vl import Qwen3VLForConditionalGeneration
 from qwen3vl_train.train.step import empty_pack
 

@@ -16,18 +16,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from qwen3vl_train.checkpoint.files import replacing
+from qwen3vl_train.checkpoint.atomic import replacing
 from qwen3vl_train.checkpoint.hf import WeightFiles, copy_companions, write_huggingface
-from qwen3vl_train.checkpoint.names import to_huggingface
 from qwen3vl_train.config import LoraTune, Recipe
-from qwen3vl_train.data.collate import MultimodalCollator
-from qwen3vl_train.dist import Ranks
+from qwen3vl_train.data.encode.collator import MultimodalCollator
+from qwen3vl_train.data.open import open_collator
+from qwen3vl_train.dist.ranks import Ranks
+from qwen3vl_train.dist.tensors import full_tensor, global_shape
+from qwen3vl_train.model.hf_names import to_huggingface
 from qwen3vl_train.model.lora import adapter_tensors, merge_lora
 from qwen3vl_train.model.qwen3vl import Qwen3VLForConditionalGeneration
-from qwen3vl_train.shards import shape_of, whole
 from qwen3vl_train.train.build import DTYPES
-from qwen3vl_train.train.data import open_collator
-from qwen3vl_train.train.restore import RestoredRun, restore_run, round_weights
+from qwen3vl_train.train.load_run import RestoredRun, restore_run, round_weights
 from qwen3vl_train.train.verify import LogitDifference, compare_with_transformers, probe_batches, probe_logits
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -91,11 +91,13 @@ def export_while_training(recipe: Recipe, model: Qwen3VLForConditionalGeneration
         members = adapter_tensors(model, to_huggingface)
     else:
         members = dict(model.named_parameters())
-    gathered = ((name, whole(tensor).detach()) for name, tensor in members.items())
+    gathered = ((name, full_tensor(tensor).detach()) for name, tensor in members.items())
     fault: Exception | None = None
     if ranks.is_main:
         try:
-            _write_gathered(recipe, gathered, {name: shape_of(tensor).numel() for name, tensor in members.items()}, out)
+            _write_gathered(
+                recipe, gathered, {name: global_shape(tensor).numel() for name, tensor in members.items()}, out
+            )
         except (OSError, SafetensorError, ValueError, RuntimeError) as error:
             fault = error
     for _ in gathered:  # the other ranks take part in every gather, and rank 0 in those that it did not come to

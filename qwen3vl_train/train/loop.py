@@ -9,31 +9,32 @@ from typing import Any
 import torch
 
 from qwen3vl_train.checkpoint.manifest import KeepPolicy, read_record
-from qwen3vl_train.checkpoint.run import CheckpointWriter, load_checkpoint
+from qwen3vl_train.checkpoint.writer import CheckpointWriter, load_checkpoint
 from qwen3vl_train.config import Recipe, check_world_size, run_dir
-from qwen3vl_train.data.faults import Reject
-from qwen3vl_train.data.steps import StepPacks
-from qwen3vl_train.dist import Ranks, start_ranks
-from qwen3vl_train.model.flops import FlopsCounter
+from qwen3vl_train.data.errors import Reject
+from qwen3vl_train.data.packing.steps import StepPacks
+from qwen3vl_train.dist.ranks import Ranks
+from qwen3vl_train.dist.rendezvous import start_ranks
+from qwen3vl_train.dist.stop import StopRequest, StopSignals
+from qwen3vl_train.dist.tensors import global_shape
+from qwen3vl_train.dist.watchdog import Watchdog
+from qwen3vl_train.model.costs import FlopsCounter
 from qwen3vl_train.model.qwen3vl import Qwen3VLForConditionalGeneration
 from qwen3vl_train.parallel.optim import Optimizer
-from qwen3vl_train.shards import shape_of
-from qwen3vl_train.train.agree import check_same_folder, check_same_weights
+from qwen3vl_train.tracking.loss_by_source import source_names
+from qwen3vl_train.tracking.metrics import StepTally
+from qwen3vl_train.tracking.rank_log import rank_log
 from qwen3vl_train.train.build import build_engine, check_replicas
+from qwen3vl_train.train.consistency import check_same_folder, check_same_weights
 from qwen3vl_train.train.data import TrainingData, open_data
 from qwen3vl_train.train.evaluate import evaluate_loss
 from qwen3vl_train.train.export import export_while_training
-from qwen3vl_train.train.metrics import StepTally
-from qwen3vl_train.train.rank_log import rank_log
 from qwen3vl_train.train.record import Recorder
 from qwen3vl_train.train.report import start_report
 from qwen3vl_train.train.run_folder import REJECTED_FILE, claim_run_folder, open_run_folder, restart_rejects, versions
 from qwen3vl_train.train.schedule import lr_factor
-from qwen3vl_train.train.sources import source_names
 from qwen3vl_train.train.step import train_step
-from qwen3vl_train.train.stop import StopRequest, StopSignals
 from qwen3vl_train.train.tune import GradientCheck
-from qwen3vl_train.watch import Watch
 
 
 def train(recipe: Recipe) -> Path:
@@ -45,7 +46,7 @@ def train(recipe: Recipe) -> Path:
     """
     records = run_dir(recipe) / "logs" / "nccl_trace_rank_"
     ranks = start_ranks(timeout_seconds=recipe.parallel.timeout_seconds, records=str(records))
-    with Watch(ranks, recipe.parallel.timeout_seconds) as watch:
+    with Watchdog(ranks, recipe.parallel.timeout_seconds) as watch:
         return _train(recipe, ranks, watch)
 
 
@@ -66,7 +67,7 @@ class _Run:
     updates: int
 
 
-def _open_run(recipe: Recipe, ranks: Ranks, watch: Watch) -> _Run:
+def _open_run(recipe: Recipe, ranks: Ranks, watch: Watchdog) -> _Run:
     """Open folder, data, model and optimizer, and bring them to the last checkpoint. Every rank must call it."""
     # Rank 0 looks at the folder for all, so that none sees it a moment earlier or later than the others.
     folder, checkpoint, damaged = ranks.from_main(lambda: open_run_folder(recipe))
@@ -95,7 +96,7 @@ def _open_run(recipe: Recipe, ranks: Ranks, watch: Watch) -> _Run:
     return _Run(folder, record, damaged, data, model, optimizer, step, updates)
 
 
-def _train(recipe: Recipe, ranks: Ranks, watch: Watch) -> Path:
+def _train(recipe: Recipe, ranks: Ranks, watch: Watchdog) -> Path:
     check_world_size(recipe, ranks.world_size)
     if recipe.train.deterministic != torch.are_deterministic_algorithms_enabled():
         torch.use_deterministic_algorithms(recipe.train.deterministic)  # imports torch's compiler, seconds of start-up
@@ -159,7 +160,7 @@ def _stepper(
     """
     data, optim = run.data, recipe.optim
     batches, sources = iter(data.loader), source_names(recipe)
-    flops = FlopsCounter.of(run.model, run.model.arch, lambda parameter: shape_of(parameter).numel())
+    flops = FlopsCounter.from_model(run.model, run.model.arch, lambda parameter: global_shape(parameter).numel())
     gradient_check = GradientCheck(run.model)
 
     def take_step(stall: float) -> tuple[StepPacks, list[Reject]]:
@@ -232,7 +233,7 @@ def _urgent(stop: StopSignals, writer: CheckpointWriter, ranks: Ranks) -> tuple[
     return most == 1.0, most == 2.0
 
 
-def _evaluate(run: _Run, ranks: Ranks, recorder: Recorder, watch: Watch) -> tuple[dict[str, float], list[Reject]]:
+def _evaluate(run: _Run, ranks: Ranks, recorder: Recorder, watch: Watchdog) -> tuple[dict[str, float], list[Reject]]:
     """Return the held-out losses by name, and the rows that broke on any rank while they were decoded."""
     losses: dict[str, float] = {}
     broken: list[Reject] = []

@@ -9,13 +9,13 @@ from types import TracebackType
 from typing import TextIO
 
 from qwen3vl_train.config import Recipe
-from qwen3vl_train.data.faults import Reject
-from qwen3vl_train.dist import Ranks
+from qwen3vl_train.data.errors import Reject
+from qwen3vl_train.dist.ranks import Ranks
+from qwen3vl_train.dist.stop import STOPPED, StopRequest
+from qwen3vl_train.tracking.metrics import MetricsLog, StepTally, device_peak_flops, peak_memory_gib, step_metrics
+from qwen3vl_train.tracking.wandb import Console, open_tracker
 from qwen3vl_train.train.evaluate import EvalLoss
-from qwen3vl_train.train.metrics import MetricsLog, StepTally, device_peak_flops, peak_memory_gib, step_metrics
 from qwen3vl_train.train.run_folder import REJECTED_FILE, RejectLog
-from qwen3vl_train.train.stop import STOPPED, StopRequest
-from qwen3vl_train.train.track import Console, open_tracker
 
 
 class Recorder:

@@ -5,7 +5,7 @@ from pathlib import Path
 from torch import nn
 
 from qwen3vl_train.config import LoraTune, Recipe
-from qwen3vl_train.dist import Ranks
+from qwen3vl_train.dist.ranks import Ranks
 from qwen3vl_train.train.data import TrainingData
 from qwen3vl_train.train.tune import report_groups
 

@@ -13,8 +13,8 @@ import torch
 import qwen3vl_train
 from qwen3vl_train.checkpoint.manifest import choose_checkpoint, set_aside_newer
 from qwen3vl_train.config import Recipe, load_recipe, recipe_differences, run_dir, save_recipe
-from qwen3vl_train.data.faults import Reject
-from qwen3vl_train.train.rejects import KnownRejects
+from qwen3vl_train.data.errors import Reject
+from qwen3vl_train.data.rejects import KnownRejects
 
 RECIPE_FILE = "recipe.yaml"
 REJECTED_FILE = "rejected.jsonl"

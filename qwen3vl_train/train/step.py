@@ -8,11 +8,11 @@ import torch
 
 from qwen3vl_train.arch import Qwen3VLArch
 from qwen3vl_train.batch import IGNORE_LABEL, PackedBatch
-from qwen3vl_train.dist import Ranks, seed_everything
-from qwen3vl_train.model.flops import FlopsCounter
+from qwen3vl_train.dist.ranks import Ranks, seed_everything
+from qwen3vl_train.model.costs import FlopsCounter
 from qwen3vl_train.model.qwen3vl import Qwen3VLForConditionalGeneration
 from qwen3vl_train.parallel.optim import Optimizer
-from qwen3vl_train.train.sources import SourceLoss, SourceTally
+from qwen3vl_train.tracking.loss_by_source import SourceLoss, SourceTally
 
 
 @dataclass
@@ -96,7 +96,7 @@ def train_step(
 def empty_pack(arch: Qwen3VLArch) -> PackedBatch:
     """One token, no label, no image: a pass that adds nothing."""
     nothing = torch.zeros(0, arch.vision.patch_dim // arch.vision.temporal_patch_size, dtype=torch.uint8)
-    return PackedBatch.of(
+    return PackedBatch.from_samples(
         input_ids=torch.zeros(1, dtype=torch.int64),
         positions=torch.zeros(3, 1, dtype=torch.int64),
         sequence_lengths=[1],

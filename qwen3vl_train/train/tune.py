@@ -4,14 +4,13 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from qwen3vl_train.checkpoint.names import to_huggingface
 from qwen3vl_train.config import LoraTune, OptimSection, Recipe
-from qwen3vl_train.dist import Ranks, seed_everything
-from qwen3vl_train.groups import GROUPS, VISION_GROUPS
-from qwen3vl_train.model.groups import group_of, train_only
+from qwen3vl_train.dist.ranks import Ranks, seed_everything
+from qwen3vl_train.dist.tensors import global_shape
+from qwen3vl_train.model.hf_names import to_huggingface
 from qwen3vl_train.model.lora import add_lora, lora_modules
 from qwen3vl_train.model.qwen3vl import Qwen3VLForConditionalGeneration
-from qwen3vl_train.shards import shape_of
+from qwen3vl_train.modules import GROUPS, VISION_GROUPS, group_of, train_only
 
 SEEN_WITH_MEDIA = {*VISION_GROUPS, "merger", "deepstack"}
 
@@ -78,9 +77,9 @@ def report_groups(model: nn.Module, recipe: Recipe) -> list[GroupReport]:
                 GroupReport(
                     group=group,
                     num_tensors=len(parameters),
-                    num_parameters=sum(shape_of(parameter).numel() for parameter in parameters),
+                    num_parameters=sum(global_shape(parameter).numel() for parameter in parameters),
                     num_trained_tensors=len(trained),
-                    num_trained_parameters=sum(shape_of(parameter).numel() for parameter in trained),
+                    num_trained_parameters=sum(global_shape(parameter).numel() for parameter in trained),
                     lr=recipe.optim.lr_of(group) if trained else 0.0,
                 )
             )

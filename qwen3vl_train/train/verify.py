@@ -12,9 +12,9 @@ from PIL import Image
 from torch import Tensor
 
 from qwen3vl_train.batch import PackedBatch
-from qwen3vl_train.data.collate import MultimodalCollator
+from qwen3vl_train.data.encode.collator import MultimodalCollator
 from qwen3vl_train.model.qwen3vl import Qwen3VLForConditionalGeneration
-from qwen3vl_train.train.restore import round_weights
+from qwen3vl_train.train.load_run import round_weights
 
 # Both sides compute in float32 from the same weights; what is left is the order of summation, 1e-5 on tiny models and
 # growing with depth. A wrong scale, a missing module or another template moves logits by tenths of their spread.

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import tiny_checkpoint
 import torch
 from safetensors.torch import load_file, save_file
@@ -19,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from qwen3vl_train import MultimodalCollator, load_qwen3_vl_model
 from qwen3vl_train.arch import Qwen3VLArch
 from qwen3vl_train.checkpoint.hf import copy_companions, save_huggingface
-from qwen3vl_train.checkpoint.names import from_huggingface
+from qwen3vl_train.model.hf_names import from_huggingface
+from tests.helpers import oracles
 
 
 @pytest.fixture
@@ -273,7 +273,7 @@ def test_no_folder(tmp_path):
 
 def changed_model(folder: Path) -> Any:
     model = load_qwen3_vl_model(folder, dtype=torch.float32)
-    tiny.randomise(model, seed=5)
+    oracles.randomise(model, seed=5)
     return model
 
 
@@ -299,9 +299,9 @@ def test_transformers_reads_what_we_write(oracle_folder, tmp_path, max_shard_byt
         out, dtype=torch.float32, local_files_only=True, output_loading_info=True
     )
     assert not any(info.values()), info
-    messages = tiny.conversations()["one_image"]["messages"]
+    messages = oracles.conversations()["one_image"]["messages"]
     with torch.no_grad():
-        theirs = stock.eval()(**tiny.oracle_inputs(out, messages), use_cache=False).logits[0]
+        theirs = stock.eval()(**oracles.oracle_inputs(out, messages), use_cache=False).logits[0]
     mine = model.logits(MultimodalCollator.from_pretrained(out)([{"messages": messages}]))
     torch.testing.assert_close(mine, theirs, atol=2e-4, rtol=0)  # as against transformers elsewhere
     again = load_qwen3_vl_model(out, dtype=torch.float32)

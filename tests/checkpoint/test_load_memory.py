@@ -6,19 +6,19 @@ import time
 from pathlib import Path
 
 import pytest
-import tiny
 import tiny_checkpoint
-import tiny_engines
 import torch
 from torch import nn
 
 from qwen3vl_train.config import Recipe
-from qwen3vl_train.dist import Ranks
-from qwen3vl_train.parallel.deepspeed import start_deepspeed
-from qwen3vl_train.parallel.deepspeed_config import deepspeed_config
+from qwen3vl_train.dist.ranks import Ranks
+from qwen3vl_train.dist.tensors import to_local
+from qwen3vl_train.parallel.deepspeed.config import deepspeed_config
+from qwen3vl_train.parallel.deepspeed.engine import start_deepspeed
 from qwen3vl_train.parallel.mesh import build_mesh
-from qwen3vl_train.shards import local
 from qwen3vl_train.train.build import build_model
+from tests.helpers import engine_runs
+from tests.helpers.ranks import run_ranks
 
 MEBIBYTE = 2**20
 
@@ -87,7 +87,7 @@ def _load(rank: int, world_size: int, recipe: Recipe, like_it: Recipe) -> tuple[
 
 
 def _held(model: nn.Module) -> int:
-    pieces = [getattr(parameter, "ds_tensor", local(parameter)) for parameter in model.parameters()]
+    pieces = [getattr(parameter, "ds_tensor", to_local(parameter)) for parameter in model.parameters()]
     return sum(piece.numel() * piece.element_size() for piece in pieces)
 
 
@@ -106,14 +106,14 @@ CASES = [
 def test_loading_takes_the_shard_and_a_quarter_at_most(
     half_a_gigabyte: Path, tmp_path: Path, engine: str, tune: str, dtype: str
 ):
-    small = tiny_engines.write_small_checkpoint(tmp_path / "small")
+    small = engine_runs.write_small_checkpoint(tmp_path / "small")
     parallel = {"engine": "fsdp2"} if engine == "fsdp2" else {"engine": "deepspeed", "zero_stage": 3}
     recipe, like_it = (
-        tiny_engines.engine_recipe(folder, tiny_engines.TUNES[tune], dtype=dtype, **parallel)
+        engine_runs.engine_recipe(folder, engine_runs.TUNES[tune], dtype=dtype, **parallel)
         for folder in (half_a_gigabyte, small)
     )
     stored = (half_a_gigabyte / "model.safetensors").stat().st_size
-    for shard, peak, after in tiny.run_ranks(_load, 2, recipe, like_it, timeout=120):
+    for shard, peak, after in run_ranks(_load, 2, recipe, like_it, timeout=120):
         print(
             f"{engine} {tune} {dtype}: shard {shard / MEBIBYTE:.0f} MiB, peak {peak / MEBIBYTE:.0f} MiB, "
             f"after {after / MEBIBYTE:.0f} MiB of {stored / MEBIBYTE:.0f} MiB stored"

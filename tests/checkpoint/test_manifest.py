@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_runs
 
 from qwen3vl_train.checkpoint import manifest
 from qwen3vl_train.checkpoint.manifest import (
@@ -20,6 +19,7 @@ from qwen3vl_train.checkpoint.manifest import (
     whole_checkpoints,
     write_manifest,
 )
+from tests.helpers import small_runs
 
 
 def _make(run: Path, step: int, **record: Any) -> Path:
@@ -204,10 +204,10 @@ def test_a_kill_while_removing_leaves_no_half_checkpoint(tmp_path):
         _make(tmp_path, step)
 
     def work() -> None:
-        manifest.shutil.rmtree = lambda folder: ((folder / "checkpoint.json").unlink(), tiny_runs.kill_self())
+        manifest.shutil.rmtree = lambda folder: ((folder / "checkpoint.json").unlink(), small_runs.kill_self())
         prune(tmp_path, KeepPolicy(2))
 
-    assert tiny_runs.in_child(work) == -9
+    assert small_runs.in_child(work) == -9
     assert _steps(tmp_path) == [2, 3]
     _make(tmp_path, 1)  # nothing stands in the way of a run that has to begin again
     prune(tmp_path, KeepPolicy(9))

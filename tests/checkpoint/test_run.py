@@ -6,15 +6,15 @@ import zlib
 from pathlib import Path
 
 import pytest
-import tiny_runs
 import torch
 from torch import Tensor
 
-from qwen3vl_train.checkpoint.files import replacing
+from qwen3vl_train.checkpoint.atomic import replacing
 from qwen3vl_train.checkpoint.manifest import KeepPolicy, checkpoint_folder, latest_checkpoint, read_record
-from qwen3vl_train.checkpoint.run import CheckpointWriter, read_tensors
+from qwen3vl_train.checkpoint.writer import CheckpointWriter, read_tensors
+from qwen3vl_train.tracking.metrics import MetricsLog
 from qwen3vl_train.train.loop import train
-from qwen3vl_train.train.metrics import MetricsLog
+from tests.helpers import small_runs
 
 
 def _tensors(seed: int, size: int = 40) -> dict[str, Tensor]:
@@ -24,7 +24,7 @@ def _tensors(seed: int, size: int = 40) -> dict[str, Tensor]:
 
 def save_checkpoint(run_dir: Path, step: int, tensors: dict[str, Tensor], record: dict, keep_last: int) -> Path:
     """Write a checkpoint as the loop does, and wait for it."""
-    writer = CheckpointWriter(run_dir, tiny_runs.ALONE, KeepPolicy(keep_last))
+    writer = CheckpointWriter(run_dir, small_runs.ALONE, KeepPolicy(keep_last))
     writer.start(step, tensors, {"updates": 0, "loader": {}, "rejects": [], **record})
     writer.wait()
     return checkpoint_folder(run_dir, step)
@@ -40,7 +40,7 @@ def test_tensors_and_record_come_back(tmp_path):
     folder = save_checkpoint(tmp_path, 7, tensors, {"loader": {"epoch": 1}}, keep_last=2)
     assert folder == checkpoint_folder(tmp_path, 7) == latest_checkpoint(tmp_path)
     assert folder.name == "step-00000007"
-    tiny_runs.assert_same_tensors(read_tensors(folder), tensors)
+    small_runs.assert_same_tensors(read_tensors(folder), tensors)
     record = read_record(folder)
     assert (record["step"], record["loader"]) == (7, {"epoch": 1})
 
@@ -105,19 +105,19 @@ def test_a_full_disk_leaves_the_checkpoint_before_and_says_so(tmp_path, capfd):
             save_checkpoint(tmp_path, 2, _tensors(2, size=20_000), {}, keep_last=1)
         print(f"message: {stop.value}", flush=True)
 
-    assert tiny_runs.in_child(save_too_much) == 0
+    assert small_runs.in_child(save_too_much) == 0
     assert capfd.readouterr().out == (
         f"message: {tmp_path}/checkpoints/step-00000002: could not be saved ([Errno 27] File too large); "
         f"make room, then the run goes on from {before}, which is whole\n"
     )
     assert [folder.name for folder in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
     assert read_record(before)["loader"] == 1
-    tiny_runs.assert_same_tensors(read_tensors(before), _tensors(1))
+    small_runs.assert_same_tensors(read_tensors(before), _tensors(1))
 
 
 def test_a_run_that_meets_a_full_disk_goes_on_once_there_is_room(tiny_folder, task, tmp_path):
-    straight = train(tiny_runs.make_recipe(tiny_folder, task, tmp_path / "straight"))
-    recipe = tiny_runs.make_recipe(tiny_folder, task, tmp_path / "full")
+    straight = train(small_runs.make_recipe(tiny_folder, task, tmp_path / "straight"))
+    recipe = small_runs.make_recipe(tiny_folder, task, tmp_path / "full")
     run = tmp_path / "full" / "run"
 
     def train_until_the_disk_is_full() -> None:
@@ -137,11 +137,11 @@ def test_a_run_that_meets_a_full_disk_goes_on_once_there_is_room(tiny_folder, ta
         with pytest.raises(RuntimeError, match=r"step-00000004: could not be saved \(.*\); make room, then the run"):
             train(recipe)
 
-    assert tiny_runs.in_child(train_until_the_disk_is_full) == 0
+    assert small_runs.in_child(train_until_the_disk_is_full) == 0
     assert [folder.name for folder in (run / "checkpoints").iterdir()] == ["step-00000002"]
     train(recipe)
-    assert tiny_runs.losses(run) == tiny_runs.losses(straight)
-    tiny_runs.assert_same_tensors(tiny_runs.final_tensors(run), tiny_runs.final_tensors(straight))
+    assert small_runs.losses(run) == small_runs.losses(straight)
+    small_runs.assert_same_tensors(small_runs.final_tensors(run), small_runs.final_tensors(straight))
 
 
 def test_a_first_checkpoint_that_fails_says_that_there_is_none(tmp_path, capfd):
@@ -151,7 +151,7 @@ def test_a_first_checkpoint_that_fails_says_that_there_is_none(tmp_path, capfd):
             save_checkpoint(tmp_path, 2, _tensors(2, size=20_000), {}, keep_last=1)
         print(stop.value, flush=True)
 
-    assert tiny_runs.in_child(save) == 0
+    assert small_runs.in_child(save) == 0
     assert capfd.readouterr().out.endswith("; make room, then the run starts again, it has no checkpoint\n")
 
 

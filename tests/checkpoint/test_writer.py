@@ -12,23 +12,23 @@ from tempfile import gettempdir
 from typing import Any
 
 import pytest
-import tiny
-import tiny_engines
-import tiny_runs
 import torch
-from tiny_engines import FULL, LORA, SHARES, Steps, engine_recipe
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
-from qwen3vl_train.checkpoint import manifest, run
+from qwen3vl_train.checkpoint import manifest
+from qwen3vl_train.checkpoint import writer as run
 from qwen3vl_train.checkpoint.manifest import KeepPolicy, checkpoint_folder, latest_checkpoint, read_record
-from qwen3vl_train.checkpoint.run import CheckpointWriter, load_checkpoint, read_tensors
+from qwen3vl_train.checkpoint.writer import CheckpointWriter, load_checkpoint, read_tensors
 from qwen3vl_train.config import Recipe
-from qwen3vl_train.dist import Ranks
-from qwen3vl_train.model.flops import FlopsCounter
-from qwen3vl_train.shards import own_rows, whole
+from qwen3vl_train.dist.ranks import Ranks
+from qwen3vl_train.dist.tensors import full_tensor, shard_rows
+from qwen3vl_train.model.costs import FlopsCounter
 from qwen3vl_train.train.build import build_engine
 from qwen3vl_train.train.step import train_step
+from tests.helpers import engine_runs, small_runs
+from tests.helpers.engine_runs import FULL, LORA, SHARES, Steps, engine_recipe
+from tests.helpers.ranks import run_ranks
 
 RECORD: dict[str, Any] = {"updates": 0, "loader": {}, "rejects": []}
 KEEP = KeepPolicy(keep_last=9)
@@ -39,7 +39,7 @@ def _state(value: float = 0.0, size: int = 1000) -> dict[str, Tensor]:
 
 
 def _save(run: Path, step: int, tensors: dict[str, Tensor], **options: Any) -> None:
-    with CheckpointWriter(run, tiny_runs.ALONE, options.get("policy", KEEP)) as writer:
+    with CheckpointWriter(run, small_runs.ALONE, options.get("policy", KEEP)) as writer:
         writer.start(step, tensors, RECORD)
         writer.wait()
 
@@ -50,9 +50,9 @@ def _save(run: Path, step: int, tensors: dict[str, Tensor], **options: Any) -> N
 def _take_a_step(model, optimizer, ranks: Ranks, steps: Steps, number: int) -> float:
     mine = SHARES[ranks.world_size][number][ranks.rank]
     packs = [steps[number][place] for place in mine]
-    flops = FlopsCounter.of(model, model.arch)
+    flops = FlopsCounter.from_model(model, model.arch)
     options = {"step": number, "seed": 0, "lr_factor": 1.0, "max_grad_norm": 1.0}
-    sources = tiny_runs.sources_of(steps[number])
+    sources = small_runs.sources_of(steps[number])
     return train_step(model, optimizer, packs, mine, ranks, flops, sources=sources, **options).loss
 
 
@@ -76,7 +76,7 @@ def _pass_on(
         with CheckpointWriter(folder, ranks, KEEP) as writer:
             writer.start(number + 1, state, {**RECORD, "world_size": world_size})
             writer.wait()
-        gathered = {name: whole(tensor).clone() for name, tensor in state.items()}
+        gathered = {name: full_tensor(tensor).clone() for name, tensor in state.items()}
         loss = _take_a_step(model, optimizer, ranks, steps, 2)
         results.append((gathered if rank == 0 else {}, loss))
     return results
@@ -95,20 +95,20 @@ CHAIN = [
 
 def test_a_checkpoint_goes_from_engine_to_engine_bit_for_bit(tmp_path: Path):
     """Each engine writes again what it has read: on 1, 2, 2 x 2, 2, 4, 2 ranks, and 1."""
-    small = tiny_engines.write_small_checkpoint(tmp_path / "model")
-    steps = tiny_engines.make_steps(small)[:3]
+    small = engine_runs.write_small_checkpoint(tmp_path / "model")
+    steps = engine_runs.make_steps(small)[:3]
     first: list[tuple[dict[str, Tensor], float]] = []
     for number, (world_size, parallel) in enumerate(CHAIN):
         arguments = [engine_recipe(small, tune, **parallel) for tune in (FULL, LORA)], steps, tmp_path / "runs", number
         if world_size == 1:
             passed = _pass_on(0, 1, *arguments)
         else:
-            passed = tiny.run_ranks(_pass_on, world_size, *arguments, timeout=120)[0]
+            passed = run_ranks(_pass_on, world_size, *arguments, timeout=120)[0]
         first = first or passed
         for place, ((state, loss), (expected, expected_loss)) in enumerate(zip(passed, first, strict=True)):
-            tiny_runs.assert_same_tensors(state, expected)
+            small_runs.assert_same_tensors(state, expected)
             folder = checkpoint_folder(tmp_path / "runs" / str(place), number + 1)
-            tiny_runs.assert_same_tensors(read_tensors(folder), expected)
+            small_runs.assert_same_tensors(read_tensors(folder), expected)
             assert loss == pytest.approx(expected_loss, rel=1e-6)  # float32 sums of the next step in another order
         files = read_record(checkpoint_folder(tmp_path / "runs" / "0", number + 1), checksums=True)["files"]
         held = sum(4 * tensor.numel() for tensor in first[0][0].values())
@@ -119,7 +119,7 @@ def test_a_checkpoint_goes_from_engine_to_engine_bit_for_bit(tmp_path: Path):
 
 def test_the_weights_can_be_read_without_the_moments(tmp_path: Path):
     _save(tmp_path, 1, {"weight/a.b": torch.ones(2), "exp_avg/a.b": torch.zeros(2), "exp_avg_sq/a.b": torch.zeros(2)})
-    tiny_runs.assert_same_tensors(
+    small_runs.assert_same_tensors(
         read_tensors(checkpoint_folder(tmp_path, 1), "weight/"), {"weight/a.b": torch.ones(2)}
     )
 
@@ -154,18 +154,18 @@ def _hold(writer: CheckpointWriter) -> threading.Event:
 
 def test_what_is_written_is_the_state_when_it_was_started(tmp_path: Path):
     tensors = _state(1.0)
-    with CheckpointWriter(tmp_path, tiny_runs.ALONE, KEEP) as writer:
+    with CheckpointWriter(tmp_path, small_runs.ALONE, KEEP) as writer:
         gate = _hold(writer)
         writer.start(5, tensors, RECORD)
         for tensor in tensors.values():
             tensor.fill_(7.0)  # the next step
         gate.set()
         writer.wait()
-    tiny_runs.assert_same_tensors(read_tensors(checkpoint_folder(tmp_path, 5)), _state(1.0))
+    small_runs.assert_same_tensors(read_tensors(checkpoint_folder(tmp_path, 5)), _state(1.0))
 
 
 def test_a_checkpoint_appears_when_it_is_whole(tmp_path: Path):
-    with CheckpointWriter(tmp_path, tiny_runs.ALONE, KEEP) as writer:
+    with CheckpointWriter(tmp_path, small_runs.ALONE, KEEP) as writer:
         gate = _hold(writer)
         started = time.monotonic()
         writer.start(5, _state(), RECORD)
@@ -178,7 +178,7 @@ def test_a_checkpoint_appears_when_it_is_whole(tmp_path: Path):
 
 
 def test_the_next_one_waits_for_the_last(tmp_path: Path):
-    with CheckpointWriter(tmp_path, tiny_runs.ALONE, KEEP) as writer:
+    with CheckpointWriter(tmp_path, small_runs.ALONE, KEEP) as writer:
         gate = _hold(writer)
         writer.start(1, _state(1.0), RECORD)
         threading.Timer(0.5, gate.set).start()
@@ -195,13 +195,13 @@ def test_the_next_one_waits_for_the_last(tmp_path: Path):
 def _in_child(work: Callable[[], str]) -> str:
     """What work returns in a forked process, where limits and rights can be given up for good."""
     receiver, sender = multiprocessing.Pipe(duplex=False)
-    assert tiny_runs.in_child(lambda: sender.send(work())) == 0
+    assert small_runs.in_child(lambda: sender.send(work())) == 0
     return receiver.recv()
 
 
 def _failing_save(run: Path, refuse: Callable[[], None]) -> str:
     def work() -> str:
-        with CheckpointWriter(run, tiny_runs.ALONE, KEEP) as writer:
+        with CheckpointWriter(run, small_runs.ALONE, KEEP) as writer:
             writer.start(1, _state(1.0), RECORD)
             writer.wait()
             refuse()
@@ -224,7 +224,7 @@ def test_a_full_disk_is_told_and_the_checkpoint_before_stays(tmp_path: Path):
     assert message.endswith(f"); make room, then the run goes on from {last}, which is whole")
     assert [found.name for found in (tmp_path / "checkpoints").iterdir()] == [last.name]
     read_record(last, checksums=True)
-    tiny_runs.assert_same_tensors(read_tensors(last), _state(1.0))
+    small_runs.assert_same_tensors(read_tensors(last), _state(1.0))
 
 
 def _give_up_rights(folder: Path) -> None:
@@ -246,7 +246,7 @@ def test_a_folder_without_rights_is_told(tmp_path: Path):
 
 def test_without_a_checkpoint_before_the_message_says_so(tmp_path: Path):
     (tmp_path / "checkpoints").write_text("a file where a folder should be")
-    with CheckpointWriter(tmp_path, tiny_runs.ALONE, KEEP) as writer, pytest.raises(RuntimeError) as fault:
+    with CheckpointWriter(tmp_path, small_runs.ALONE, KEEP) as writer, pytest.raises(RuntimeError) as fault:
         writer.start(1, _state(), RECORD)
     assert str(fault.value).startswith(f"{checkpoint_folder(tmp_path, 1)}: could not be saved ([Errno ")
     assert str(fault.value).endswith("; make room, then the run starts again, it has no checkpoint")
@@ -263,7 +263,7 @@ def test_an_older_checkpoint_that_cannot_be_removed_does_not_end_the_run(
             raise PermissionError(13, "Permission denied", str(path))
         remove(path, **options)
 
-    with CheckpointWriter(tmp_path, tiny_runs.ALONE, KeepPolicy(1), tell=told.append) as writer:
+    with CheckpointWriter(tmp_path, small_runs.ALONE, KeepPolicy(1), tell=told.append) as writer:
         for step in (1, 2, 3):
             monkeypatch.setattr(manifest.shutil, "rmtree", refuse if step == 2 else remove)
             writer.start(step, _state(), RECORD)
@@ -280,7 +280,7 @@ def test_a_failed_write_is_not_lost_behind_another_error(tmp_path: Path):
     def refuse() -> None:
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(KeyError) as caught, CheckpointWriter(run, tiny_runs.ALONE, KEEP) as writer:  # noqa: PT012
+    with pytest.raises(KeyError) as caught, CheckpointWriter(run, small_runs.ALONE, KEEP) as writer:  # noqa: PT012
         writer._write = lambda *_: refuse()
         writer.start(1, _state(), RECORD)
         raise KeyError("elsewhere")
@@ -291,7 +291,7 @@ def test_saving_leaves_the_warnings_of_other_threads_alone(tmp_path: Path):
     class Mine(UserWarning):
         pass
 
-    with warnings.catch_warnings(), CheckpointWriter(tmp_path, tiny_runs.ALONE, KEEP) as writer:
+    with warnings.catch_warnings(), CheckpointWriter(tmp_path, small_runs.ALONE, KEEP) as writer:
         warnings.simplefilter("default")
         gate, started = threading.Event(), threading.Event()
         original = run.sum_files
@@ -317,7 +317,7 @@ def test_saving_leaves_the_warnings_of_other_threads_alone(tmp_path: Path):
 def _rows(ranks: Ranks) -> dict[str, Tensor]:
     """Sharded tensors, of which each rank holds and writes half."""
     mesh = init_device_mesh("cpu", (ranks.world_size,))
-    return {name: own_rows(tensor, mesh) for name, tensor in _state().items()}
+    return {name: shard_rows(tensor, mesh) for name, tensor in _state().items()}
 
 
 def _each_its_own(rank: int, world_size: int, folder: Path) -> dict[str, list[str]]:
@@ -341,14 +341,14 @@ def _each_its_own(rank: int, world_size: int, folder: Path) -> dict[str, list[st
 
 
 def test_each_rank_sums_and_flushes_its_own_files(tmp_path: Path):
-    first, second = tiny.run_ranks(_each_its_own, 2, tmp_path)
+    first, second = run_ranks(_each_its_own, 2, tmp_path)
     names = sorted(read_record(checkpoint_folder(tmp_path, 1), checksums=True)["files"])
     assert [f"state/{name}" for name in first["summed"] + second["summed"]] == names
     assert len(names) == 2
     aside = ".step-00000001.partial"
     assert first["flushed"] == [first["summed"][0], "checkpoint.json", "state", aside, "checkpoints"]
     assert second["flushed"] == second["summed"]
-    tiny_runs.assert_same_tensors(read_tensors(checkpoint_folder(tmp_path, 1)), _state())
+    small_runs.assert_same_tensors(read_tensors(checkpoint_folder(tmp_path, 1)), _state())
 
 
 def _no_room(*_: Any, **__: Any) -> None:
@@ -376,7 +376,7 @@ def _refused_behind_the_start(rank: int, world_size: int, folder: Path, victim: 
 )
 def test_all_ranks_learn_that_one_could_not_write(tmp_path: Path, victim: int, place: str):
     """Its pieces, the folder for them, or, on rank 0 alone, whole tensors or what comes behind all pieces."""
-    first, second = tiny.run_ranks(_refused_behind_the_start, 2, tmp_path, victim, place)
+    first, second = run_ranks(_refused_behind_the_start, 2, tmp_path, victim, place)
     assert first == second
     folder = checkpoint_folder(tmp_path, 1)
     assert first[0].startswith(f"{folder}: could not be saved (")
@@ -400,7 +400,7 @@ def _one_writes_late(rank: int, world_size: int, folder: Path) -> float:
 
 
 def test_a_rank_that_does_not_come_to_write_is_waited_for_as_long_as_the_run_says(tmp_path: Path):
-    assert 1.0 < tiny.run_ranks(_one_writes_late, 2, tmp_path)[0] < 7.0
+    assert 1.0 < run_ranks(_one_writes_late, 2, tmp_path)[0] < 7.0
 
 
 def _refused_on_ranks(rank: int, world_size: int, run: Path) -> str:
@@ -412,6 +412,6 @@ def _refused_on_ranks(rank: int, world_size: int, run: Path) -> str:
 
 def test_all_ranks_learn_that_the_folder_cannot_be_made(tmp_path: Path):
     (tmp_path / "checkpoints").write_text("a file")
-    messages = tiny.run_ranks(_refused_on_ranks, 2, tmp_path)
+    messages = run_ranks(_refused_on_ranks, 2, tmp_path)
     assert messages[0] == messages[1]
     assert "could not be saved" in messages[0]

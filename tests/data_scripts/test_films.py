@@ -6,15 +6,15 @@ from pathlib import Path
 
 import films
 import pytest
-import tiny_clips
 import torch
-from tiny_runs import losses
 
 from qwen3vl_train.config import load_recipe
-from qwen3vl_train.data.collate import MultimodalCollator
+from qwen3vl_train.data.encode.collator import MultimodalCollator
+from qwen3vl_train.data.media.video import VideoHeader, read_frames, read_header
 from qwen3vl_train.data.sources import open_sources
-from qwen3vl_train.data.video import VideoHeader, read_frames, read_header
 from qwen3vl_train.train.loop import train
+from tests.helpers import clip_files
+from tests.helpers.small_runs import losses
 
 ROOT = Path(__file__).parents[2]
 
@@ -51,7 +51,7 @@ def test_real_files(folder, name):
     header = read_header(str(path))
     assert header == HEADERS[name]
     wanted = [1, 50, 51, header.num_frames - 1]
-    frames = tiny_clips.decode(path)[wanted]
+    frames = clip_files.decode(path)[wanted]
     found = dict(read_frames(str(path), wanted, header))
     assert all(torch.equal(found[index], frame) for index, frame in zip(wanted, frames, strict=True))
 

@@ -8,12 +8,12 @@ from pathlib import Path
 import photos
 import pytest
 from PIL import Image
-from tiny_runs import losses
 
 from qwen3vl_train.config import load_recipe
-from qwen3vl_train.data.collate import MultimodalCollator
+from qwen3vl_train.data.encode.collator import MultimodalCollator
 from qwen3vl_train.data.sources import open_sources
 from qwen3vl_train.train.loop import train
+from tests.helpers.small_runs import losses
 
 ROOT = Path(__file__).parents[2]
 

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import tiny_checkpoint
 import torch
 from safetensors.torch import load_file
@@ -14,6 +13,7 @@ from tokenizers import Tokenizer
 from transformers import AutoImageProcessor, AutoTokenizer, GenerationConfig, Qwen3VLForConditionalGeneration
 
 from qwen3vl_train.arch import Qwen3VLArch
+from tests.helpers import oracles
 
 ASSETS = tiny_checkpoint.ASSETS
 
@@ -111,7 +111,7 @@ def test_chat_template_is_carried_unchanged_and_renders(tmp_path: Path, template
     assert json.loads((tmp_path / "chat_template.json").read_text()) == {"chat_template": expected}
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     assert tokenizer.chat_template == expected
-    messages = tiny.conversations()["one_image"]["messages"]
+    messages = oracles.conversations()["one_image"]["messages"]
     answer = {"instruct": "7", "thinking": "<think>\n\n</think>\n\n7"}[template]
     assert tokenizer.apply_chat_template(messages, tokenize=False) == (
         "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>Which digit is this?<|im_end|>\n"
@@ -121,7 +121,7 @@ def test_chat_template_is_carried_unchanged_and_renders(tmp_path: Path, template
 
 def test_a_digit_costs_four_tokens(tiny_folder: Path):
     processor = AutoImageProcessor.from_pretrained(tiny_folder)
-    out = processor(tiny.sample_images()["exact"], return_tensors="pt")
+    out = processor(oracles.sample_images()["exact"], return_tensors="pt")
     assert out["image_grid_thw"].tolist() == [[1, 4, 4]]
     assert out["pixel_values"].shape == (16, 1536)
     assert list(processor.image_mean) == list(processor.image_std) == [0.5, 0.5, 0.5]
@@ -147,9 +147,9 @@ def test_the_command_writes_a_whole_checkpoint(tmp_path: Path):
 
 def test_oracle_logits_are_spread_and_steady(oracle_folder: Path):
     """Two attention kernels agree ten times closer than the 2e-4 by which a mistake in a model is told from noise."""
-    model, other = tiny.oracle(oracle_folder), tiny.oracle(oracle_folder, attention="eager")
-    for name, sample in tiny.conversations().items():
-        inputs = tiny.oracle_inputs(oracle_folder, sample["messages"])
+    model, other = oracles.oracle(oracle_folder), oracles.oracle(oracle_folder, attention="eager")
+    for name, sample in oracles.conversations().items():
+        inputs = oracles.oracle_inputs(oracle_folder, sample["messages"])
         with torch.no_grad():
             sdpa, eager = model(**inputs).logits, other(**inputs).logits
         assert 1 < sdpa.std() < 2, name
@@ -158,8 +158,8 @@ def test_oracle_logits_are_spread_and_steady(oracle_folder: Path):
 
 def test_oracle_shows_small_mistakes(oracle_folder: Path):
     """The smallest one that is known, LayerNorm's usual epsilon in the vision tower, is five times the tolerance."""
-    model = tiny.oracle(oracle_folder)
-    inputs = tiny.oracle_inputs(oracle_folder, tiny.conversations()["one_image"]["messages"])
+    model = oracles.oracle(oracle_folder)
+    inputs = oracles.oracle_inputs(oracle_folder, oracles.conversations()["one_image"]["messages"])
     with torch.no_grad():
         right = model(**inputs).logits
         for module in model.model.visual.modules():
@@ -180,12 +180,12 @@ def test_oracle_dialects_differ_in_config_only(make_oracle: Callable[..., Path])
     assert Qwen3VLArch.from_pretrained(published) == Qwen3VLArch.from_pretrained(saved)
 
 
-@pytest.mark.parametrize("name", tiny.sample_images())
+@pytest.mark.parametrize("name", oracles.sample_images())
 def test_oracle_pixels_are_near_those_of_the_pillow_processor(tiny_folder: Path, name: str):
     """Pillow's bicubic rounds differently: up to 12 of 255 levels where one side grows and the other shrinks."""
-    image = tiny.sample_images()[name]
+    image = oracles.sample_images()[name]
     expected = AutoImageProcessor.from_pretrained(tiny_folder)(image, return_tensors="pt")
-    pixels, grid = tiny.oracle_pixels(tiny_folder, image)
+    pixels, grid = oracles.oracle_pixels(tiny_folder, image)
     assert [list(grid)] == expected["image_grid_thw"].tolist()
     difference = (pixels - expected["pixel_values"]).abs()
     assert difference.max() < 0.1

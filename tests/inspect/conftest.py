@@ -1,9 +1,9 @@
-"""The data set of `tiny_hazards`, and what the inspection says of it."""
+"""The data set of `finding_rows`, and what the inspection says of it."""
 
 import pytest
-from tiny_hazards import hazards_recipe, write_hazards
 
 from qwen3vl_train.inspect.gather import inspect_recipe
+from tests.helpers.finding_rows import hazards_recipe, write_hazards
 
 
 @pytest.fixture(scope="session")

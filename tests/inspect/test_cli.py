@@ -40,7 +40,7 @@ def test_facts_go_to_stdout_alone(recipe_file, inspection, tmp_path, capsys, arg
 
 
 def test_data_without_a_usable_row_is_shown(tiny_folder, tmp_path, capsys):
-    from tiny_runs import recipe_values, write_rows
+    from tests.helpers.small_runs import recipe_values, write_rows
 
     values = recipe_values(tiny_folder, tmp_path, tmp_path / "out", name="bare")
     write_rows(tmp_path / "train.jsonl", ["not json"])

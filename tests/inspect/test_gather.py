@@ -4,12 +4,12 @@ import json
 import shutil
 
 import pytest
-import tiny_hazards as rows
-from tiny_hazards import hazards_recipe
-from tiny_runs import picture, row, write_rows
 
 from qwen3vl_train.inspect.gather import inspect_recipe
 from qwen3vl_train.inspect.hazards import KINDS
+from tests.helpers import finding_rows as rows
+from tests.helpers.finding_rows import hazards_recipe
+from tests.helpers.small_runs import picture, row, write_rows
 
 
 def of_kind(inspection, kind, source="train.jsonl"):

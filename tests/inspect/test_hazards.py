@@ -5,12 +5,12 @@ import shutil
 
 import av
 import pytest
-from tiny_clips import write_clip
-from tiny_hazards import hazards_recipe
-from tiny_runs import picture, row, write_rows
 
 from qwen3vl_train.inspect.gather import inspect_recipe
 from qwen3vl_train.inspect.page import render_page
+from tests.helpers.clip_files import write_clip
+from tests.helpers.finding_rows import hazards_recipe
+from tests.helpers.small_runs import picture, row, write_rows
 
 
 @pytest.fixture

@@ -3,12 +3,12 @@
 import json
 
 import pytest
-from tiny_runs import picture, write_rows
 
 from qwen3vl_train.config.fields import TrainSource
 from qwen3vl_train.data.sources import open_sources
 from qwen3vl_train.inspect.entries import Entry, IndexedFile, RowRef
 from qwen3vl_train.inspect.marks import find_marks
+from tests.helpers.small_runs import picture, write_rows
 
 
 @pytest.fixture

@@ -7,9 +7,9 @@ import re
 from html.parser import HTMLParser
 
 import pytest
-import tiny_hazards as rows
 
 from qwen3vl_train.inspect.page import embedded_json, render_page
+from tests.helpers import finding_rows as rows
 
 
 @pytest.fixture(scope="module")

@@ -1,13 +1,13 @@
 """What a row says: its trained tokens, its sizes, what looks wrong in it."""
 
 import pytest
-from tiny_runs import picture, row
 
-from qwen3vl_train.data.collate import MultimodalCollator
-from qwen3vl_train.data.encode import Encoder
-from qwen3vl_train.data.formats import parse_sample
+from qwen3vl_train.data.encode.collator import MultimodalCollator
+from qwen3vl_train.data.encode.encoder import Encoder
+from qwen3vl_train.data.rows.sample import parse_sample
 from qwen3vl_train.inspect.boxes import BoxEvidence
 from qwen3vl_train.inspect.rows import read_row
+from tests.helpers.small_runs import picture, row
 
 
 @pytest.fixture(scope="module")

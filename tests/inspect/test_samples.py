@@ -5,16 +5,16 @@ from io import BytesIO
 
 import numpy as np
 import pytest
-import tiny_hazards as rows
 import torch
 from PIL import Image
-from tiny_runs import picture
 
-from qwen3vl_train.data.collate import MultimodalCollator
-from qwen3vl_train.data.media import load_rgb, resize_to_patches
+from qwen3vl_train.data.encode.collator import MultimodalCollator
+from qwen3vl_train.data.media.image import load_rgb, resize_to_patches
 from qwen3vl_train.data.sources import JsonlSource
 from qwen3vl_train.inspect.pictures import unpatch
 from qwen3vl_train.inspect.samples import token_texts
+from tests.helpers import finding_rows as rows
+from tests.helpers.small_runs import picture
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +134,7 @@ def test_shown_pack_is_one_of_several_samples_and_ends_where_they_do(inspection)
 
 
 def test_shown_pack_is_the_one_it_is_called(recipe, inspection):
-    from qwen3vl_train.dist import Ranks
+    from qwen3vl_train.dist.ranks import Ranks
     from qwen3vl_train.train.data import open_data
 
     data = open_data(recipe, Ranks(0, 1, 0, torch.device("cpu")))
@@ -153,12 +153,11 @@ def test_one_sample_for_each_hazard_comes_first(recipe):
 
 
 def test_clip_is_shown_pair_by_pair_beside_a_still(collate, tmp_path):
-    import tiny_clips
-
     from qwen3vl_train.inspect.pictures import view_frames
     from qwen3vl_train.inspect.samples import view_tokens
+    from tests.helpers import clip_files
 
-    clip = tiny_clips.write_clip(tmp_path / "clip.mp4", 24)
+    clip = clip_files.write_clip(tmp_path / "clip.mp4", 24)
     parts = [{"type": "video", "video": str(clip)}, {"type": "image", "image": picture(64, 64, 0)}]
     encoded = collate.encode(
         {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "both"}]}
@@ -176,14 +175,14 @@ def test_clip_is_shown_pair_by_pair_beside_a_still(collate, tmp_path):
     _, still = pixels_of(frames[-1])
     assert np.array_equal(still, np.asarray(picture(64, 64, 0), dtype=np.int16))
     _, first = pixels_of(frames[0])
-    smooth = tiny_clips.smooth(24, 64, 96)[0].astype(np.int16)
+    smooth = clip_files.smooth(24, 64, 96)[0].astype(np.int16)
     assert np.abs(first - smooth).mean() < 12  # a codec and a resize lie between; another frame is further off
-    assert np.abs(first - tiny_clips.smooth(24, 64, 96)[12]).mean() > 20
+    assert np.abs(first - clip_files.smooth(24, 64, 96)[12]).mean() > 20
 
 
 def test_of_a_long_clip_evenly_spread_pairs_are_shown():
     from qwen3vl_train.batch import VisionSlice
-    from qwen3vl_train.data.encode import EncodedSample
+    from qwen3vl_train.data.encode.encoder import EncodedSample
     from qwen3vl_train.inspect.pictures import view_frames
 
     slices = [VisionSlice(10 * pair, 1, pair) for pair in range(100)]

@@ -1,15 +1,16 @@
 """Rows and packs are those of training; of streams, the first rows are judged as those of indexed files are."""
 
 import pytest
-import tiny_hazards as rows
 import torch
-from tiny_hazards import hazards_recipe
 
-from qwen3vl_train.dist import Ranks
+from qwen3vl_train.data.open import open_collator
+from qwen3vl_train.dist.ranks import Ranks
 from qwen3vl_train.inspect.gather import inspect_recipe
 from qwen3vl_train.inspect.page import render_page
 from qwen3vl_train.inspect.training import open_held_out, open_training
-from qwen3vl_train.train.data import open_collator, open_data
+from qwen3vl_train.train.data import open_data
+from tests.helpers import finding_rows as rows
+from tests.helpers.finding_rows import hazards_recipe
 
 
 @pytest.mark.parametrize(

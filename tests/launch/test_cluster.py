@@ -11,16 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
-import launchers
 import pytest
-import tiny_runs
 import yaml
 
 from qwen3vl_train.config import load_recipe
+from tests.helpers import cluster_schemas, launchers, small_runs
 
 CLUSTER = launchers.ROOT / "launch" / "cluster"
-sys.path.insert(0, str(Path(__file__).parent))
-import schemas  # noqa: E402
 
 
 def read(name: str) -> dict[str, Any]:
@@ -44,7 +41,7 @@ def test_recipes_that_the_files_name_exist(file: Path):
 
 def test_the_jobset_fits_its_schema_and_its_numbers_agree():
     jobset = read("jobset.yaml")
-    jsonschema.validate(jobset, schemas.JOBSET)
+    jsonschema.validate(jobset, cluster_schemas.JOBSET)
     (node,) = jobset["spec"]["replicatedJobs"]
     job = node["template"]["spec"]
     (container,) = job["template"]["spec"]["containers"]
@@ -79,7 +76,7 @@ def test_the_job_that_the_jobset_makes_is_one_to_kubernetes_itself():
 
 def test_the_skypilot_file_fits_its_schema():
     task = read("sky.yaml")
-    jsonschema.validate(task, schemas.SKY)
+    jsonschema.validate(task, cluster_schemas.SKY)
     check_shell(task["setup"])
     check_shell(task["run"])
     (folder,) = task["volumes"]
@@ -89,10 +86,14 @@ def test_the_skypilot_file_fits_its_schema():
 @pytest.mark.parametrize(
     ("name", "schema", "change"),
     [
-        ("jobset.yaml", schemas.JOBSET, lambda values: values["spec"].update(maxRestarts=3)),
-        ("jobset.yaml", schemas.JOBSET, lambda values: values["spec"]["replicatedJobs"][0].update(name="Node_1")),
-        ("sky.yaml", schemas.SKY, lambda values: values["resources"].update(accelerators="H100:8:2")),
-        ("sky.yaml", schemas.SKY, lambda values: values["envs"].update(OMP_NUM_THREADS=1)),
+        ("jobset.yaml", cluster_schemas.JOBSET, lambda values: values["spec"].update(maxRestarts=3)),
+        (
+            "jobset.yaml",
+            cluster_schemas.JOBSET,
+            lambda values: values["spec"]["replicatedJobs"][0].update(name="Node_1"),
+        ),
+        ("sky.yaml", cluster_schemas.SKY, lambda values: values["resources"].update(accelerators="H100:8:2")),
+        ("sky.yaml", cluster_schemas.SKY, lambda values: values["envs"].update(OMP_NUM_THREADS=1)),
     ],
 )
 def test_the_schemas_refuse_what_the_tools_refuse(name: str, schema: dict, change: Any):
@@ -132,7 +133,7 @@ def test_a_ray_worker_trains(tiny_folder: Path, task: Path, tmp_path: Path):
     command = [sys.executable, str(CLUSTER / "ray_train.py"), str(recipe), "--cpu", "train.num_steps=1"]
     done = launchers.run(command, PYTHONPATH=os.pathsep.join([str(launchers.ROOT), *sys.path]))
     assert done.returncode == 0, done.stderr
-    assert len(tiny_runs.losses(tmp_path / "run")) == 1
+    assert len(small_runs.losses(tmp_path / "run")) == 1
 
 
 def _imported(node: ast.Import | ast.ImportFrom) -> list[str]:
@@ -192,7 +193,7 @@ def test_the_slurm_script_trains_one_rank_a_task(tiny_folder: Path, task: Path, 
     done = launchers.run([*SBATCH, str(recipe), "train.num_steps=2"], **slurm)
     assert done.returncode == 0, done.stderr
     assert "full, 2 ranks on cpu" in done.stdout
-    assert len(tiny_runs.losses(tmp_path / "run")) == 2
+    assert len(small_runs.losses(tmp_path / "run")) == 2
     assert (tmp_path / "run" / "logs" / "rank-1.log").is_file()
 
 

@@ -6,16 +6,16 @@ import shutil
 from pathlib import Path
 
 import pytest
-import tiny_runs
 
 from qwen3vl_train.train.cli import evaluate, export
 from qwen3vl_train.train.loop import train
+from tests.helpers import small_runs
 
 
 @pytest.fixture(scope="module")
 def learnt(tiny_folder: Path, task: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that has learnt the task by heart."""
-    recipe = tiny_runs.make_recipe(
+    recipe = small_runs.make_recipe(
         tiny_folder,
         task,
         tmp_path_factory.mktemp("learnt"),
@@ -66,10 +66,10 @@ def test_rows_without_an_answer_at_the_end_are_counted(learnt, task, tmp_path, c
     rows = (task / "eval.jsonl").read_text().splitlines()
     asks_again = json.loads(rows[1])
     asks_again["messages"].append({"role": "user", "content": "And?"})
-    path = tiny_runs.write_rows(tmp_path / "eval.jsonl", [rows[1], asks_again, "not json"])
+    path = small_runs.write_rows(tmp_path / "eval.jsonl", [rows[1], asks_again, "not json"])
     assert evaluate([str(learnt), "--data", str(path)]) == 0
     assert capsys.readouterr().out.splitlines()[-1].endswith("exact match 100.0%, 2 rows rejected")
-    tiny_runs.write_rows(path, [asks_again])
+    small_runs.write_rows(path, [asks_again])
     assert evaluate([str(learnt), "--data", str(path)]) == 2
     assert capsys.readouterr().err.startswith(
         f"error: {path}: no row can be used; the first: {path}:1: does not end with an answer to compare with; "

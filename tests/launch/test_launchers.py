@@ -8,14 +8,13 @@ import sys
 import time
 from pathlib import Path
 
-import launchers
 import pytest
-import tiny
-import tiny_runs
 
 from qwen3vl_train.checkpoint.manifest import checkpoint_folder, latest_checkpoint
 from qwen3vl_train.config import Recipe, load_recipe
 from qwen3vl_train.train.loop import train
+from tests.helpers import launchers, small_runs
+from tests.helpers.ranks import run_ranks
 
 SLOW_STEPS = """
 import os, sys, time
@@ -73,7 +72,7 @@ def test_other_launchers_start_the_same_run(
     assert done.returncode == 0, done.stderr
     assert "full, 2 ranks on cpu" in done.stdout
     assert (tmp_path / "run" / "logs" / "rank-1.log").is_file()
-    assert tiny_runs.losses(tmp_path / "run") == tiny_runs.losses(by_torchrun[0])
+    assert small_runs.losses(tmp_path / "run") == small_runs.losses(by_torchrun[0])
 
 
 def test_a_rank_later_than_the_timeout_ends_the_run_with_its_name(tiny_folder: Path, task: Path, tmp_path: Path):
@@ -86,7 +85,7 @@ def test_a_rank_later_than_the_timeout_ends_the_run_with_its_name(tiny_folder: P
     place = lines.index("[rank 0] error: step 3: rank 1 is late")
     assert "  rank 0: last step 2, waiting for the others" in lines[place + 1 : place + 3]
     assert any(line.startswith("  rank 1: last step 2, at ") for line in lines[place + 1 : place + 3])
-    assert tiny_runs.losses(tmp_path / "run")[1:], "the steps before are on disk"
+    assert small_runs.losses(tmp_path / "run")[1:], "the steps before are on disk"
 
 
 STOPPABLE = """
@@ -119,7 +118,7 @@ def _train(rank: int, world_size: int, recipe: Recipe) -> None:
 
 def test_a_stop_under_torchrun_saves_and_the_run_goes_on_later(tiny_folder: Path, task: Path, tmp_path: Path):
     """torchrun hands SIGTERM on to the process groups of its ranks, in which the loader's workers are too."""
-    case = {"train__num_steps": 5, "data__num_workers": 2, "tune": tiny_runs.LORA}
+    case = {"train__num_steps": 5, "data__num_workers": 2, "tune": small_runs.LORA}
     (script := tmp_path / "stoppable.py").write_text(STOPPABLE)
     recipe = launchers.short_recipe(tiny_folder, task, tmp_path, **case)
     command = [*launchers.TORCHRUN, "--monitor-interval", "0.1", "--master-port", launchers.free_port()]
@@ -141,11 +140,13 @@ def test_a_stop_under_torchrun_saves_and_the_run_goes_on_later(tiny_folder: Path
     run = tmp_path / "run"
     assert f"{run}: asked to stop, saved after step 3; start it again to go on" in out
     assert latest_checkpoint(run) == checkpoint_folder(run, 3)
-    tiny.run_ranks(_train, 2, load_recipe(recipe))
-    tiny.run_ranks(_train, 2, load_recipe(launchers.short_recipe(tiny_folder, task, tmp_path / "straight", **case)))
+    run_ranks(_train, 2, load_recipe(recipe))
+    run_ranks(_train, 2, load_recipe(launchers.short_recipe(tiny_folder, task, tmp_path / "straight", **case)))
     assert _rows(run) == [1, 2, 3, 4, 5]
-    assert tiny_runs.losses(run) == tiny_runs.losses(tmp_path / "straight" / "run")
-    tiny_runs.assert_same_tensors(tiny_runs.final_tensors(run), tiny_runs.final_tensors(tmp_path / "straight" / "run"))
+    assert small_runs.losses(run) == small_runs.losses(tmp_path / "straight" / "run")
+    small_runs.assert_same_tensors(
+        small_runs.final_tensors(run), small_runs.final_tensors(tmp_path / "straight" / "run")
+    )
 
 
 def _agent(port: str, recipe: Path, script: Path) -> subprocess.Popen:
@@ -212,7 +213,7 @@ def test_a_new_machine_takes_the_place_of_a_lost_one(
             launchers.end(agent)
     starts = (tmp_path / "run" / "logs" / "rank-1.log").read_text().count(" rank 1 of 2 on ")
     assert starts == 2
-    assert tiny_runs.losses(tmp_path / "run") == tiny_runs.losses(tmp_path / "straight" / "run")
+    assert small_runs.losses(tmp_path / "run") == small_runs.losses(tmp_path / "straight" / "run")
 
 
 @pytest.mark.slow

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_runs
 
 from qwen3vl_train.config import load_recipe
-from qwen3vl_train.train.metrics import read_metrics
+from qwen3vl_train.tracking.metrics import read_metrics
+from tests.helpers import small_runs
 
 ROOT = Path(__file__).resolve().parents[2]
 METRICS = {
@@ -45,11 +45,11 @@ def _torchrun(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 
 def _recipe(folder: Path, model: Path, task: Path, **overrides: Any) -> Path:
-    values = tiny_runs.recipe_values(
+    values = small_runs.recipe_values(
         model,
         task,
         folder / "runs",
-        tune=tiny_runs.LORA,
+        tune=small_runs.LORA,
         data__eval=[{"path": str(task / "eval.jsonl")}],
         data__num_workers=1,
         eval={"every_steps": 3},
@@ -117,8 +117,8 @@ def test_one_process_gives_the_same(finished, tiny_folder, task, tmp_path):
     assert said.returncode == 0, said.stderr
     alone = tmp_path / "runs" / "run"
     # Two packs a step: their gradients add up to the same in either order.
-    assert tiny_runs.losses(alone) == pytest.approx(tiny_runs.losses(run), abs=1e-6)
-    assert tiny_runs.largest_difference(tiny_runs.final_tensors(run), tiny_runs.final_tensors(alone)) < 1e-6
+    assert small_runs.losses(alone) == pytest.approx(small_runs.losses(run), abs=1e-6)
+    assert small_runs.largest_difference(small_runs.final_tensors(run), small_runs.final_tensors(alone)) < 1e-6
     assert not (alone / "wandb").exists()
 
 

@@ -4,10 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 
 from qwen3vl_train import MultimodalCollator, Qwen3VLForConditionalGeneration, load_qwen3_vl_model
+from tests.helpers import oracles
 
 
 @pytest.fixture
@@ -19,7 +19,7 @@ def ours(oracle_folder: Path) -> Qwen3VLForConditionalGeneration:
 @pytest.fixture(scope="session")
 def stock(oracle_folder: Path) -> Any:
     """The stock model of the same folder. Read only, but for gradients."""
-    return tiny.oracle(oracle_folder)
+    return oracles.oracle(oracle_folder)
 
 
 @pytest.fixture(scope="session")

@@ -1,13 +1,13 @@
 """The model computes what stock transformers computes, from the same pictures and words, in float32 on the CPU."""
 
 import pytest
-import tiny
 import torch
 
 from qwen3vl_train.batch import IGNORE_LABEL
-from qwen3vl_train.checkpoint.names import to_huggingface
+from qwen3vl_train.model.hf_names import to_huggingface
+from tests.helpers import oracles
 
-KINDS = list(tiny.conversations())
+KINDS = list(oracles.conversations())
 # Noise of float32 between two orders of summation is 1e-5 in logits with a spread of 1.3. The smallest mistake known, a
 # norm with epsilon 1e-5 for 1e-6, moves them by 1e-3 or more.
 LOGITS = 2e-4
@@ -21,8 +21,8 @@ FEATURES = 5e-5
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_inputs_are_the_same(oracle_folder, stock, collate, kind):
-    messages = tiny.conversations()[kind]["messages"]
-    batch, inputs = collate([{"messages": messages}]), tiny.oracle_inputs(oracle_folder, messages)
+    messages = oracles.conversations()[kind]["messages"]
+    batch, inputs = collate([{"messages": messages}]), oracles.oracle_inputs(oracle_folder, messages)
     grids = inputs.get("image_grid_thw")
     positions, _ = stock.model.get_rope_index(inputs["input_ids"], inputs["mm_token_type_ids"], grids)
     assert batch.input_ids.tolist() == inputs["input_ids"][0].tolist()
@@ -44,8 +44,8 @@ def test_inputs_are_the_same(oracle_folder, stock, collate, kind):
 @torch.no_grad()
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "text_only"])
 def test_vision_and_deepstack_features(oracle_folder, ours, stock, collate, kind):
-    messages = tiny.conversations()[kind]["messages"]
-    batch, inputs = collate([{"messages": messages}]), tiny.oracle_inputs(oracle_folder, messages)
+    messages = oracles.conversations()[kind]["messages"]
+    batch, inputs = collate([{"messages": messages}]), oracles.oracle_inputs(oracle_folder, messages)
     mine = ours.visual(batch.pixel_values, batch.grid_thw, batch.vision)
     theirs = stock.model.visual(inputs["pixel_values"], inputs["image_grid_thw"])
     torch.testing.assert_close(mine.last_hidden_state, theirs.last_hidden_state, atol=FEATURES, rtol=0)
@@ -70,9 +70,9 @@ def test_clips_are_attended_frame_by_frame(ours, stock):
 @torch.no_grad()
 @pytest.mark.parametrize("kind", KINDS)
 def test_logits(oracle_folder, ours, stock, collate, kind):
-    messages = tiny.conversations()[kind]["messages"]
+    messages = oracles.conversations()[kind]["messages"]
     mine = ours.logits(collate([{"messages": messages}]))
-    theirs = stock(**tiny.oracle_inputs(oracle_folder, messages), use_cache=False).logits[0]
+    theirs = stock(**oracles.oracle_inputs(oracle_folder, messages), use_cache=False).logits[0]
     assert mine.dtype == torch.float32
     assert theirs.std() > 0.5, "logits this flat would hide a mistake"
     torch.testing.assert_close(mine, theirs, atol=LOGITS, rtol=0)
@@ -80,8 +80,8 @@ def test_logits(oracle_folder, ours, stock, collate, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_loss_and_every_gradient(oracle_folder, ours, stock, collate, kind):
-    messages = tiny.conversations()[kind]["messages"]
-    batch, inputs = collate([{"messages": messages}]), tiny.oracle_inputs(oracle_folder, messages)
+    messages = oracles.conversations()[kind]["messages"]
+    batch, inputs = collate([{"messages": messages}]), oracles.oracle_inputs(oracle_folder, messages)
     loss_sum, num_labels = ours(batch)
     # Ours name the next token at each place; transformers takes the token itself and shifts.
     labels = torch.cat([torch.tensor([IGNORE_LABEL]), batch.labels[:-1]])
@@ -109,9 +109,9 @@ def test_loss_and_every_gradient(oracle_folder, ours, stock, collate, kind):
 
 @torch.no_grad()
 def test_a_pack_of_everything_gives_the_logits_of_each_alone(oracle_folder, ours, stock, collate):
-    samples = list(tiny.conversations().values())
+    samples = list(oracles.conversations().values())
     batch = collate(samples)
     pieces = ours.logits(batch).split(batch.segments.lengths)
     for sample, piece in zip(samples, pieces, strict=True):
-        theirs = stock(**tiny.oracle_inputs(oracle_folder, sample["messages"]), use_cache=False).logits[0]
+        theirs = stock(**oracles.oracle_inputs(oracle_folder, sample["messages"]), use_cache=False).logits[0]
         torch.testing.assert_close(piece, theirs, atol=LOGITS, rtol=0)

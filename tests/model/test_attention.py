@@ -32,7 +32,7 @@ def random_qkv(total: int, heads: int, kv_heads: int, head_dim: int = 8) -> list
 def test_segments_equal_a_dense_mask(lengths, heads, kv_heads, causal):
     qkv = random_qkv(sum(lengths), heads, kv_heads)
     gradient = torch.randn(sum(lengths), heads, 8, generator=torch.Generator().manual_seed(1))
-    out = attend(*qkv, Segments.of(lengths), causal=causal)
+    out = attend(*qkv, Segments.from_lengths(lengths), causal=causal)
     expected = masked_reference(*qkv, lengths, causal)
     torch.testing.assert_close(out, expected, atol=1e-6, rtol=1e-5)
     mine = torch.autograd.grad(out, qkv, gradient)
@@ -42,7 +42,7 @@ def test_segments_equal_a_dense_mask(lengths, heads, kv_heads, causal):
 
 def test_no_segments_give_nothing():
     q_TNH, k_TKH, v_TKH = random_qkv(0, 4, 2)
-    assert attend(q_TNH, k_TKH, v_TKH, Segments.of([]), causal=False).shape == (0, 4, 8)
+    assert attend(q_TNH, k_TKH, v_TKH, Segments.from_lengths([]), causal=False).shape == (0, 4, 8)
 
 
 class LargestTensor(TorchDispatchMode):
@@ -62,7 +62,7 @@ def test_nothing_of_size_T_by_T_is_built(lengths):
     total = sum(lengths)
     qkv = random_qkv(total, 4, 2)
     with LargestTensor() as largest:
-        attend(*qkv, Segments.of(lengths), causal=True).sum().backward()
+        attend(*qkv, Segments.from_lengths(lengths), causal=True).sum().backward()
     assert largest.elements == total * 4 * 8  # the queries themselves; a mask or scores would have total squared
 
 
@@ -72,7 +72,7 @@ def test_decoding_from_the_cache_equals_attending_to_the_whole_row():
     whole = [
         [torch.randn(length + new_tokens, heads, 8, generator=generator) for heads in (4, 2, 2)] for length in lengths
     ]
-    cache = KVCache(1, Segments.of(lengths), new_tokens)
+    cache = KVCache(1, Segments.from_lengths(lengths), new_tokens)
     prompts = [torch.cat([row[kind][:length] for row, length in zip(whole, lengths, strict=True)]) for kind in (1, 2)]
     cache.fill(0, *prompts)
     for step in range(new_tokens):

@@ -4,14 +4,13 @@ from fractions import Fraction
 from itertools import groupby
 
 import pytest
-import tiny
-import tiny_clips
 import torch
-from tiny_clips import write_clip
 
 from qwen3vl_train import MultimodalCollator
 from qwen3vl_train.batch import IGNORE_LABEL
-from qwen3vl_train.checkpoint.names import to_huggingface
+from qwen3vl_train.model.hf_names import to_huggingface
+from tests.helpers import clip_files, oracles
+from tests.helpers.clip_files import write_clip
 
 # Noise of float32 is 1e-5; one time index that runs on inside the clip moves the logits by 3, attention over the whole
 # clip by 2 (see the reasons beside the tolerances of test_against_transformers.py).
@@ -43,7 +42,7 @@ def conversations(clips) -> dict[str, list]:
         return [{"role": "user", "content": [*content]}, {"role": "assistant", "content": "It moves to the left."}]
 
     text = {"type": "text", "text": "What happens here? <0.3 seconds>"}
-    image = {"type": "image", "image": tiny.sample_images()["wide"]}
+    image = {"type": "image", "image": oracles.sample_images()["wide"]}
     return {
         "plain": ask(clip("plain"), text),
         "text before": ask(text, clip("odd")),
@@ -71,7 +70,7 @@ def collate(oracle_folder, markup):
 def both(request, oracle_folder, clips, collate, markup):
     """Our batch and the inputs of the stock model for one conversation."""
     messages = conversations(clips)[request.param]
-    inputs = tiny_clips.oracle_inputs(oracle_folder, messages, wrapped=markup == "wrapped")
+    inputs = clip_files.oracle_inputs(oracle_folder, messages, wrapped=markup == "wrapped")
     return collate([{"messages": messages}]), inputs
 
 
@@ -135,17 +134,17 @@ def test_loss_and_every_gradient(both, ours, stock):
 def test_a_pack_of_clips_pictures_and_text_gives_the_logits_of_each_alone(
     oracle_folder, ours, stock, clips, collate, markup
 ):
-    stills = [sample["messages"] for sample in tiny.conversations().values()]
+    stills = [sample["messages"] for sample in oracles.conversations().values()]
     mixed = [row for pair in zip(stills, conversations(clips).values(), strict=False) for row in pair]
     batch = collate([{"messages": messages} for messages in mixed])
     assert batch.pixel_values.shape == (batch.num_patches, 1536)
     for messages, piece in zip(mixed, ours.logits(batch).split(batch.segments.lengths), strict=True):
-        inputs = tiny_clips.oracle_inputs(oracle_folder, messages, wrapped=markup == "wrapped")
+        inputs = clip_files.oracle_inputs(oracle_folder, messages, wrapped=markup == "wrapped")
         torch.testing.assert_close(piece, stock(**inputs, use_cache=False).logits[0], atol=LOGITS, rtol=0)
 
 
 def test_stills_take_no_more_room_than_before(collate):
-    assert collate(list(tiny.conversations().values())).pixel_values.shape[1] == 768
+    assert collate(list(oracles.conversations().values())).pixel_values.shape[1] == 768
 
 
 def test_both_markups_as_text(oracle_folder, clips):

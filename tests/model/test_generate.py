@@ -3,11 +3,11 @@
 from typing import Any
 
 import pytest
-import tiny
 import torch
 
 from qwen3vl_train.batch import PackedBatch
 from qwen3vl_train.model.generate import generate_greedy
+from tests.helpers import oracles
 
 NEW_TOKENS = 12
 KINDS = ["one_image", "text_only", "many_turns"]
@@ -20,7 +20,7 @@ def pair(oracle_folder, ours) -> tuple[Any, Any]:
     What the layers add then outweighs the last token, which a random model with a tied head would repeat for ever: a
     wrong cache or position would not show.
     """
-    stock = tiny.oracle(oracle_folder)
+    stock = oracles.oracle(oracle_folder)
     with torch.no_grad():
         for embedding in (ours.language_model.model.embed_tokens, stock.model.language_model.embed_tokens):
             embedding.weight.mul_(0.1)
@@ -28,7 +28,7 @@ def pair(oracle_folder, ours) -> tuple[Any, Any]:
 
 
 def prompts_of(collate, kinds: list[str]) -> PackedBatch:
-    questions = [{"messages": tiny.conversations()[kind]["messages"][:-1]} for kind in kinds]
+    questions = [{"messages": oracles.conversations()[kind]["messages"][:-1]} for kind in kinds]
     samples = [collate.encode(question) for question in questions]
     assert len(samples) == len(kinds)
     return collate.pack(samples)
@@ -59,7 +59,7 @@ def answer_of_transformers(stock, prompt: PackedBatch, stop_id: int) -> list[int
 @pytest.mark.parametrize("kind", KINDS)
 def test_equals_transformers(pair, collate, kind):
     ours, stock = pair
-    prompt = collate.prompt(tiny.conversations()[kind]["messages"][:-1])
+    prompt = collate.prompt(oracles.conversations()[kind]["messages"][:-1])
     unused = ours.arch.text.vocab_size - 1  # a row of the embedding that no text has
     (mine,) = generate_greedy(ours, prompt, max_new_tokens=NEW_TOKENS, stop_ids={unused})
     assert len(mine) == NEW_TOKENS
@@ -88,12 +88,12 @@ def test_prompts_side_by_side_equal_each_alone(pair, collate):
 
 
 def test_no_more_tokens_than_allowed(small, small_collate):
-    prompt = small_collate.prompt(tiny.conversations()["text_only"]["messages"][:-1])
+    prompt = small_collate.prompt(oracles.conversations()["text_only"]["messages"][:-1])
     assert [len(answer) for answer in generate_greedy(small, prompt, max_new_tokens=1, stop_ids=set())] == [1]
 
 
 def test_generation_leaves_the_model_trainable(small, small_collate):
-    batch = small_collate([tiny.conversations()["one_image"]])
+    batch = small_collate([oracles.conversations()["one_image"]])
     before, _ = small(batch)
     generate_greedy(small, batch, max_new_tokens=2, stop_ids=set())
     after, _ = small(batch)

@@ -3,14 +3,14 @@
 from typing import Any
 
 import pytest
-import tiny
 import torch
 
 from qwen3vl_train import MultimodalCollator
 from qwen3vl_train.checkpoint.hf import load_qwen3_vl_model
-from qwen3vl_train.checkpoint.names import to_huggingface
-from qwen3vl_train.groups import LORA_GROUPS
+from qwen3vl_train.model.hf_names import to_huggingface
 from qwen3vl_train.model.lora import adapter_tensors, add_lora, lora_modules, merge_lora
+from qwen3vl_train.modules import LORA_GROUPS
+from tests.helpers import oracles
 
 EVERYWHERE = list(LORA_GROUPS)
 
@@ -86,7 +86,7 @@ def test_targets_that_cannot_be(small, target, message):
 
 
 def test_a_fresh_adapter_changes_nothing_and_alone_trains(small, small_collate):
-    batch = small_collate([tiny.conversations()["one_image"]])
+    batch = small_collate([oracles.conversations()["one_image"]])
     before = small.logits(batch)
     modules = lora_modules(small, EVERYWHERE, to_huggingface)
     add_lora(small, modules, rank=4, alpha=8, dropout=0.0, rslora=False, dora=False)
@@ -99,8 +99,8 @@ def test_a_fresh_adapter_changes_nothing_and_alone_trains(small, small_collate):
 def test_every_adapter_gets_a_gradient(small, small_collate, checkpointing):
     # The vision tower's input has no gradient: reentrant checkpointing would silently leave its adapters without one.
     adapt(small, EVERYWHERE)
-    tiny.checkpoint_all(small, checkpointing)
-    loss, _ = small(small_collate([tiny.conversations()["several_sizes"]]))
+    oracles.checkpoint_all(small, checkpointing)
+    loss, _ = small(small_collate([oracles.conversations()["several_sizes"]]))
     loss.backward()
     for name, parameter in small.named_parameters():
         assert (parameter.grad is not None) == (".lora_" in name), name
@@ -112,7 +112,7 @@ KINDS = pytest.mark.parametrize("kind", [{}, {"rslora": True}, {"dora": True}], 
 
 @KINDS
 def test_merged_equals_unmerged(ours, collate, kind):
-    batch = collate([tiny.conversations()["one_image"], tiny.conversations()["text_only"]])
+    batch = collate([oracles.conversations()["one_image"], oracles.conversations()["text_only"]])
     base = ours.logits(batch)
     names = set(dict(ours.named_parameters()))
     adapt(ours, EVERYWHERE, **kind)
@@ -143,11 +143,11 @@ def test_adapter_on_the_stock_model_agrees(make_oracle, tmp_path, kind):
         use_dora="dora" in kind,
     ).save_pretrained(str(tmp_path))
 
-    stock = PeftModel.from_pretrained(tiny.oracle(folder), str(tmp_path)).eval()
+    stock = PeftModel.from_pretrained(oracles.oracle(folder), str(tmp_path)).eval()
     assert set(get_peft_model_state_dict(stock)) == set(tensors)  # the names that peft itself would write
     collate = MultimodalCollator.from_pretrained(folder)
     for name in ("several_sizes", "text_only"):
-        messages = tiny.conversations()[name]["messages"]
-        inputs: dict[str, Any] = tiny.oracle_inputs(folder, messages)
+        messages = oracles.conversations()[name]["messages"]
+        inputs: dict[str, Any] = oracles.oracle_inputs(folder, messages)
         theirs = stock(**inputs, use_cache=False).logits[0]
         torch.testing.assert_close(ours.logits(collate([{"messages": messages}])), theirs, atol=2e-4, rtol=0)

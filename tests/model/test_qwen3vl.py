@@ -1,7 +1,6 @@
 """The model against itself: packing, checkpointing, what it builds and what it reads; and where vision meets text."""
 
 import pytest
-import tiny
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -9,11 +8,12 @@ from torch.utils._pytree import tree_leaves
 from qwen3vl_train.batch import VisionSlice
 from qwen3vl_train.model.loss import linear_cross_entropy_sum
 from qwen3vl_train.model.qwen3vl import Qwen3VLForConditionalGeneration, process_vision_slices
+from tests.helpers import oracles
 
 
 def weighted_samples() -> list[dict]:
     """Every kind of conversation, one with a weight on an answer and one with an answer that is not trained."""
-    samples = tiny.conversations()
+    samples = oracles.conversations()
     samples["one_image"]["messages"][-1]["loss_weight"] = 2.5
     samples["many_turns"]["messages"][1]["loss"] = False
     return list(samples.values())
@@ -48,7 +48,7 @@ def test_a_pack_equals_its_samples(ours, collate):
 
 
 def test_loss_weights_multiply_the_losses_and_not_the_count(small, small_collate):
-    messages = tiny.conversations()["many_turns"]["messages"]
+    messages = oracles.conversations()["many_turns"]["messages"]
     plain, num_labels = small(small_collate([{"messages": messages}]))
     for message in messages[1::2]:
         message["loss_weight"] = 3.0
@@ -80,7 +80,7 @@ def test_activation_checkpointing_changes_nothing(small, small_collate, trained,
     off = gradients(small)
     assert runs == {"tower": 1, "decoder": 1}
     small.zero_grad()
-    tiny.checkpoint_all(small, mode)
+    oracles.checkpoint_all(small, mode)
     loss_on, _ = small(batch)
     loss_on.backward()
     assert runs == {"tower": 3 if trained == "all" else 2, "decoder": 3}  # once more, in backward; not where frozen
@@ -105,7 +105,7 @@ def test_a_step_reads_nothing_back_from_the_device(small, small_collate, checkpo
     # Meta tensors have no values: whatever would wait for one (item, tolist, nonzero, a boolean index) raises.
     with torch.device("meta"):
         model = Qwen3VLForConditionalGeneration(small.arch)
-    tiny.checkpoint_all(model, checkpointing)
+    oracles.checkpoint_all(model, checkpointing)
     batch = small_collate(weighted_samples()).to("meta")
     with StaysOnDevice():
         loss, num_labels = model(batch)
@@ -138,7 +138,7 @@ def test_a_step_builds_neither_all_logits_nor_a_mask(small, small_collate):
 
 
 def test_a_pack_without_any_label_has_loss_zero_and_still_a_graph(small, small_collate):
-    messages = tiny.conversations()["one_image"]["messages"]
+    messages = oracles.conversations()["one_image"]["messages"]
     messages[-1]["loss"] = False
     loss, num_labels = small(small_collate([{"messages": messages}]))
     assert (loss.item(), num_labels) == (0.0, 0)

@@ -7,7 +7,7 @@ from qwen3vl_train.batch import Segments
 def decoder_inputs(small, tokens: int = 6) -> tuple[torch.Tensor, torch.Tensor, Segments]:
     generator = torch.Generator().manual_seed(0)
     embeds = torch.randn(tokens, small.arch.text.hidden_size, generator=generator)
-    return embeds, torch.arange(tokens).expand(3, -1), Segments.of([tokens])
+    return embeds, torch.arange(tokens).expand(3, -1), Segments.from_lengths([tokens])
 
 
 def test_deepstack_without_a_mask_is_an_error(small):

@@ -1,15 +1,15 @@
 from pathlib import Path
 
 import pytest
-import tiny
-import tiny_runs
 import torch
 
 from qwen3vl_train.config import Recipe
-from qwen3vl_train.dist import Ranks
+from qwen3vl_train.dist.ranks import Ranks
 from qwen3vl_train.parallel import ddp
 from qwen3vl_train.train.data import open_data
 from qwen3vl_train.train.loop import train
+from tests.helpers import small_runs
+from tests.helpers.ranks import run_ranks
 
 # Float32 sums of several packs come out in another order on two ranks: 2e-7 seen in losses, 1e-6 in weights.
 TOLERANCE = 1e-5
@@ -24,7 +24,7 @@ def _sum(rank: int, world_size: int) -> list[torch.Tensor]:
 @pytest.mark.parametrize("bucket", [1, 7, 2**24])
 def test_gradients_are_summed_in_place_whatever_the_bucket(monkeypatch, bucket):
     monkeypatch.setattr(ddp, "BUCKET_ELEMENTS", bucket)
-    for gradients in tiny.run_ranks(_sum, 2):
+    for gradients in run_ranks(_sum, 2):
         expected = [torch.full((2, 3), 3.0), torch.full((4,), 10.0), torch.tensor(1.0)]
         assert all(torch.equal(got, wanted) for got, wanted in zip(gradients, expected, strict=True))
 
@@ -44,18 +44,18 @@ def _compare(rank: int, world_size: int) -> list[bool]:
 
 
 def test_weights_that_differ_between_ranks_are_seen_by_all():
-    assert tiny.run_ranks(_compare, 2) == [[True, False, False]] * 2
+    assert run_ranks(_compare, 2) == [[True, False, False]] * 2
 
 
 def _train(rank: int, world_size: int, recipe: Recipe) -> None:
     train(recipe)
 
 
-@pytest.mark.parametrize("tune", [tiny_runs.FULL, tiny_runs.LORA], ids=["full", "lora-dropout"])
+@pytest.mark.parametrize("tune", [small_runs.FULL, small_runs.LORA], ids=["full", "lora-dropout"])
 @pytest.mark.parametrize("packs_per_step", [2, 4])
 def test_two_ranks_equal_one_process(tiny_folder: Path, task: Path, tmp_path: Path, tune: dict, packs_per_step: int):
     def recipe(name: str) -> Recipe:
-        return tiny_runs.make_recipe(
+        return small_runs.make_recipe(
             tiny_folder,
             task,
             tmp_path / name,
@@ -67,11 +67,11 @@ def test_two_ranks_equal_one_process(tiny_folder: Path, task: Path, tmp_path: Pa
         )
 
     one = train(recipe("one"))
-    tiny.run_ranks(_train, 2, recipe("two"))
+    run_ranks(_train, 2, recipe("two"))
     two = tmp_path / "two" / "run"
-    assert tiny_runs.losses(two) == pytest.approx(tiny_runs.losses(one), abs=TOLERANCE)
-    weights = tiny_runs.final_tensors(one)
-    assert tiny_runs.largest_difference(tiny_runs.final_tensors(two), weights) < TOLERANCE
+    assert small_runs.losses(two) == pytest.approx(small_runs.losses(one), abs=TOLERANCE)
+    weights = small_runs.final_tensors(one)
+    assert small_runs.largest_difference(small_runs.final_tensors(two), weights) < TOLERANCE
 
 
 def _patches_of_packs(rank: int, world_size: int, recipe: Recipe) -> list[list[int]]:
@@ -81,10 +81,10 @@ def _patches_of_packs(rank: int, world_size: int, recipe: Recipe) -> list[list[i
 
 def test_the_ranks_of_that_run_have_uneven_work(tiny_folder: Path, task: Path, tmp_path: Path):
     """What makes the test above worth something: a rank without a picture, and one without a pack."""
-    recipe = tiny_runs.make_recipe(
+    recipe = small_runs.make_recipe(
         tiny_folder, task, tmp_path, data__max_tokens_per_pack=72, train={"num_epochs": 1, "packs_per_step": 2}
     )
-    patches = tiny.run_ranks(_patches_of_packs, 2, recipe)
+    patches = run_ranks(_patches_of_packs, 2, recipe)
     assert len(patches[0]) == len(patches[1]) == 3
     steps = list(zip(*patches, strict=True))
     assert any(sum(one) > 0 and two == [0] for one, two in steps)
@@ -99,8 +99,8 @@ def _train_from_other_adapters(rank: int, world_size: int, recipes: list[Recipe]
 
 def test_ranks_that_start_from_different_weights_are_stopped(tiny_folder: Path, task: Path, tmp_path: Path):
     recipes = [
-        tiny_runs.make_recipe(tiny_folder, task, tmp_path, tune=tiny_runs.LORA, train__seed=seed) for seed in (0, 1)
+        small_runs.make_recipe(tiny_folder, task, tmp_path, tune=small_runs.LORA, train__seed=seed) for seed in (0, 1)
     ]
     message = "ranks start from different weights; do they read the same model folder and checkpoint?"
-    assert tiny.run_ranks(_train_from_other_adapters, 2, recipes) == [message] * 2
+    assert run_ranks(_train_from_other_adapters, 2, recipes) == [message] * 2
     assert not (tmp_path / "run").exists()

@@ -6,18 +6,28 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import tiny
-import tiny_engines
-import tiny_runs
 import torch
 import torch.distributed as dist
-from tiny_engines import FULL, LORA, TUNES, Outcome, Steps, difference, engine_recipe, poisoned, run_engine, skipped
 from torch.distributed.tensor import DTensor
 
 from qwen3vl_train.config import Recipe, recipe_from_dict
-from qwen3vl_train.dist import Ranks
+from qwen3vl_train.dist.ranks import Ranks
 from qwen3vl_train.train.build import build_engine
 from qwen3vl_train.train.evaluate import EvalLoss, evaluate_loss
+from tests.helpers import engine_runs, small_runs
+from tests.helpers.engine_runs import (
+    FULL,
+    LORA,
+    TUNES,
+    Outcome,
+    Steps,
+    difference,
+    engine_recipe,
+    poisoned,
+    run_engine,
+    skipped,
+)
+from tests.helpers.ranks import RankFailure, run_ranks
 
 ENGINES = {
     "ddp": (2, {"engine": "ddp"}),
@@ -29,12 +39,12 @@ CHECKPOINTING = ("none", "full", "selective")
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_engines.write_small_checkpoint(tmp_path_factory.mktemp("small") / "model")
+    return engine_runs.write_small_checkpoint(tmp_path_factory.mktemp("small") / "model")
 
 
 @pytest.fixture(scope="module")
 def steps(small: Path) -> Steps:
-    return tiny_engines.make_steps(small)
+    return engine_runs.make_steps(small)
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +62,7 @@ def test_an_engine_trains_as_one_process_does(engine: str, small: Path, steps: S
     world_size, parallel = ENGINES[engine]
     cases = [(tune, kept) for tune in TUNES for kept in CHECKPOINTING]
     recipes = [engine_recipe(small, TUNES[tune], activation_checkpointing=kept, **parallel) for tune, kept in cases]
-    of_ranks = tiny.run_ranks(_run_all, world_size, recipes, steps, timeout=240)
+    of_ranks = run_ranks(_run_all, world_size, recipes, steps, timeout=240)
     wrong = []
     for place, (tune, kept) in enumerate(cases):
         outcome = of_ranks[0][place]
@@ -78,7 +88,7 @@ def test_a_step_that_is_not_finite_moves_nothing_and_leaves_nothing(engine: str,
     """The pack that breaks has no picture, so that with sharded engines the vision side sees its dummy grid."""
     ((message, losses),) = poisoned(0, 1, [engine_recipe(small, LORA)], steps)
     world_size, parallel = ENGINES[engine]
-    for ((got, more),) in tiny.run_ranks(poisoned, world_size, [engine_recipe(small, LORA, **parallel)], steps):
+    for ((got, more),) in run_ranks(poisoned, world_size, [engine_recipe(small, LORA, **parallel)], steps):
         assert got == message
         assert "(not finite in text_attn, text_mlp)" in got
         assert more == pytest.approx(losses, rel=1e-5)
@@ -90,7 +100,7 @@ def test_a_step_in_which_no_rank_has_a_pack_moves_nothing(engine: str, small: Pa
     expected = skipped(0, 1, [engine_recipe(small, tune) for tune in tunes], steps)
     world_size, parallel = ENGINES[engine]
     recipes = [engine_recipe(small, tune, **parallel) for tune in tunes]
-    for of_rank in tiny.run_ranks(skipped, world_size, recipes, steps):
+    for of_rank in run_ranks(skipped, world_size, recipes, steps):
         for losses, wanted in zip(of_rank, expected, strict=True):
             assert losses == pytest.approx(wanted, rel=1e-5)
 
@@ -121,7 +131,7 @@ def _image_on_one_rank(rank: int, world_size: int, recipe: Recipe, steps: Steps,
 @pytest.mark.usefixtures("detail")
 def test_a_rank_without_pictures_keeps_step_with_one_that_has_some(tune: str, small: Path, steps: Steps):
     started = time.monotonic()
-    norms = tiny.run_ranks(_image_on_one_rank, 2, engine_recipe(small, TUNES[tune], "fsdp2"), steps[:1], True)
+    norms = run_ranks(_image_on_one_rank, 2, engine_recipe(small, TUNES[tune], "fsdp2"), steps[:1], True)
     assert norms[0] == norms[1]
     assert time.monotonic() - started < 60
 
@@ -129,8 +139,8 @@ def test_a_rank_without_pictures_keeps_step_with_one_that_has_some(tune: str, sm
 @pytest.mark.usefixtures("detail")
 def test_without_the_dummy_grid_that_pack_would_not_match(small: Path, steps: Steps):
     """What makes the test above worth something."""
-    with pytest.raises(tiny.RankFailure, match="Detected mismatch between collectives on ranks"):
-        tiny.run_ranks(_image_on_one_rank, 2, engine_recipe(small, FULL, "fsdp2"), steps[:1], False)
+    with pytest.raises(RankFailure, match="Detected mismatch between collectives on ranks"):
+        run_ranks(_image_on_one_rank, 2, engine_recipe(small, FULL, "fsdp2"), steps[:1], False)
 
 
 def _dtypes(rank: int, world_size: int, recipe: Recipe, steps: Steps) -> tuple[set, set, Outcome]:
@@ -148,7 +158,7 @@ def test_bfloat16_over_shards_trains_as_bfloat16_in_one_process(tune: str, engin
     start, expected = run_engine(0, 1, recipe, []).weights, run_engine(0, 1, recipe, steps)
     world_size, parallel = ENGINES[engine]
     sharded = engine_recipe(small, TUNES[tune], dtype="bfloat16", **parallel)
-    frozen, trained, outcome = tiny.run_ranks(_dtypes, world_size, sharded, steps, timeout=240)[0]
+    frozen, trained, outcome = run_ranks(_dtypes, world_size, sharded, steps, timeout=240)[0]
     assert trained == {torch.float32}
     assert frozen == (set() if tune == "full" else {torch.bfloat16})
     # One process holds its masters rounded.
@@ -171,7 +181,7 @@ def _length(tensors: dict[str, torch.Tensor]) -> float:
 def test_weights_that_stay_gathered_and_gradients_that_travel_in_bfloat16(small: Path, steps: Steps, alone):
     fields = [{"reshard_after_forward": False}, {"reduce_dtype": "bfloat16"}]
     recipes = [engine_recipe(small, FULL, "fsdp2", **of_case) for of_case in fields]
-    gathered, rounded = tiny.run_ranks(_run_all, 2, recipes, steps, timeout=240)[0]
+    gathered, rounded = run_ranks(_run_all, 2, recipes, steps, timeout=240)[0]
     found = difference(gathered, alone["full"])
     assert max(found.loss, found.norm, found.weight) < 1e-5
     found = difference(rounded, alone["full"])
@@ -191,7 +201,7 @@ def _refused(rank: int, world_size: int, recipe: Recipe) -> str:
 def test_weights_cannot_wait_on_the_host_where_there_is_no_gpu(small: Path):
     recipe = engine_recipe(small, FULL, "fsdp2", cpu_offload=True)
     message = "parallel.cpu_offload: true, but there is no GPU here, weights are on the CPU; leave it out"
-    assert tiny.run_ranks(_refused, 2, recipe) == [message] * 2
+    assert run_ranks(_refused, 2, recipe) == [message] * 2
 
 
 def test_a_deterministic_run_gives_cublas_the_workspace_it_needs(small: Path, monkeypatch: pytest.MonkeyPatch):
@@ -200,22 +210,22 @@ def test_a_deterministic_run_gives_cublas_the_workspace_it_needs(small: Path, mo
     values["train"]["deterministic"] = True
     exact = recipe_from_dict(values)
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
-    build_engine(exact, tiny_runs.ALONE)
+    build_engine(exact, small_runs.ALONE)
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8", "what the user has set stays"
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
-    build_engine(recipe, tiny_runs.ALONE)
+    build_engine(recipe, small_runs.ALONE)
     assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
-    build_engine(exact, tiny_runs.ALONE)
+    build_engine(exact, small_runs.ALONE)
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
 
 
 def test_an_untied_head_and_dora_over_shards(tmp_path: Path):
-    untied = tiny_engines.write_small_checkpoint(tmp_path / "untied", tie_word_embeddings=False)
-    steps = tiny_engines.make_steps(untied)[:3]
+    untied = engine_runs.write_small_checkpoint(tmp_path / "untied", tie_word_embeddings=False)
+    steps = engine_runs.make_steps(untied)[:3]
     tunes = [FULL, {**LORA, "dora": True}]
     expected = [run_engine(0, 1, engine_recipe(untied, tune), steps) for tune in tunes]
     recipes = [engine_recipe(untied, tune, "fsdp2") for tune in tunes]
-    for outcome, wanted in zip(tiny.run_ranks(_run_all, 2, recipes, steps, timeout=120)[0], expected, strict=True):
+    for outcome, wanted in zip(run_ranks(_run_all, 2, recipes, steps, timeout=120)[0], expected, strict=True):
         found = difference(outcome, wanted)
         assert max(found.loss, found.norm, found.weight) < 1e-5
 
@@ -232,5 +242,5 @@ def _evaluate(rank: int, world_size: int, recipe: Recipe, steps: Steps) -> EvalL
 def test_held_out_packs_may_be_shared_unevenly(engine: str, small: Path, steps: Steps):
     expected = _evaluate(0, 1, engine_recipe(small, LORA), steps)
     world_size, parallel = ENGINES[engine]
-    for result in tiny.run_ranks(_evaluate, world_size, engine_recipe(small, LORA, **parallel), steps):
+    for result in run_ranks(_evaluate, world_size, engine_recipe(small, LORA, **parallel), steps):
         assert result == replace(expected, loss=pytest.approx(expected.loss, rel=1e-6))

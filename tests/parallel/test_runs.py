@@ -5,36 +5,34 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import launchers
 import pytest
-import tiny
-import tiny_engines
-import tiny_runs
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
 from qwen3vl_train.checkpoint.hf import load_qwen3_vl_model
 from qwen3vl_train.checkpoint.manifest import checkpoint_folder
-from qwen3vl_train.checkpoint.names import to_huggingface
-from qwen3vl_train.checkpoint.run import read_tensors
+from qwen3vl_train.checkpoint.writer import read_tensors
 from qwen3vl_train.config import Recipe
+from qwen3vl_train.model.hf_names import to_huggingface
 from qwen3vl_train.train.loop import train
+from tests.helpers import engine_runs, launchers, small_runs
+from tests.helpers.ranks import run_ranks
 
 pytestmark = pytest.mark.usefixtures("zero_at_ease")
-TUNES = {"full": tiny_runs.FULL, "lora": tiny_runs.LORA}
+TUNES = {"full": small_runs.FULL, "lora": small_runs.LORA}
 HSDP = {"engine": "fsdp2", "replicate": 2, "shard": 2}
 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_engines.write_small_checkpoint(tmp_path_factory.mktemp("small") / "model")
+    return engine_runs.write_small_checkpoint(tmp_path_factory.mktemp("small") / "model")
 
 
 def _recipe(small: Path, task: Path, out: Path, **overrides: Any) -> Recipe:
     """Six steps with a checkpoint after every second one, all of them kept."""
     settings = {"checkpoint": {"every_steps": 2, "keep_last": 3}, "optim__eps": 1e-4, **overrides}
-    return tiny_runs.make_recipe(small, task, out, **settings)
+    return small_runs.make_recipe(small, task, out, **settings)
 
 
 def _forget_after(step: int, run: Path) -> None:
@@ -49,7 +47,7 @@ def _relay(rank: int, world_size: int, recipes: list[Recipe], run: Path) -> list
     seen = []
     for number, recipe in enumerate(recipes):
         train(recipe)
-        seen.append(tiny_runs.losses(run))
+        seen.append(small_runs.losses(run))
         dist.barrier()
         if rank == 0:
             _forget_after(2 * (number + 1), run)
@@ -59,11 +57,11 @@ def _relay(rank: int, world_size: int, recipes: list[Recipe], run: Path) -> list
 
 @pytest.mark.parametrize("tune", TUNES)
 def test_a_run_goes_from_fsdp2_to_deepspeed_to_ddp(small: Path, task: Path, tmp_path: Path, tune: str):
-    straight = tiny_runs.losses(train(_recipe(small, task, tmp_path / "straight", tune=TUNES[tune])))
+    straight = small_runs.losses(train(_recipe(small, task, tmp_path / "straight", tune=TUNES[tune])))
     engines = [{"engine": "fsdp2"}, {"engine": "deepspeed", "zero_stage": 3}, {"engine": "ddp"}]
     recipes = [_recipe(small, task, tmp_path / "out", tune=TUNES[tune], parallel=engine) for engine in engines]
     run = tmp_path / "out" / "run"
-    first, second, third = tiny.run_ranks(_relay, 2, recipes, run, timeout=240)[0]
+    first, second, third = run_ranks(_relay, 2, recipes, run, timeout=240)[0]
     assert third == pytest.approx(straight, rel=1e-6)
     # Each took its part: two steps of the first, two of the second, two of the third.
     assert (third[:2], third[2:4]) == (first[:2], second[2:4])
@@ -71,8 +69,8 @@ def test_a_run_goes_from_fsdp2_to_deepspeed_to_ddp(small: Path, task: Path, tmp_
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_a_deepspeed_run_goes_on_from_disk_to_the_bit(small: Path, task: Path, tmp_path: Path, stage: int):
-    recipe = _recipe(small, task, tmp_path, tune=tiny_runs.LORA, parallel={"engine": "deepspeed", "zero_stage": stage})
-    straight, resumed = tiny.run_ranks(_relay, 2, [recipe, recipe], tmp_path / "run", timeout=240)[0]
+    recipe = _recipe(small, task, tmp_path, tune=small_runs.LORA, parallel={"engine": "deepspeed", "zero_stage": stage})
+    straight, resumed = run_ranks(_relay, 2, [recipe, recipe], tmp_path / "run", timeout=240)[0]
     assert len(resumed) == 6
     assert resumed == straight
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 6 + 4, "four steps were done again"
@@ -81,15 +79,15 @@ def test_a_deepspeed_run_goes_on_from_disk_to_the_bit(small: Path, task: Path, t
 @pytest.mark.parametrize("engine", ["fsdp2", "deepspeed"])
 def test_a_recipe_of_a_sharded_engine_needs_no_launcher(small: Path, task: Path, tmp_path: Path, engine: str):
     """The run of two ranks goes on in one plain process, by the command of the README."""
-    straight = tiny_runs.losses(train(_recipe(small, task, tmp_path / "straight")))
+    straight = small_runs.losses(train(_recipe(small, task, tmp_path / "straight")))
     recipe = _recipe(small, task, tmp_path / "out", parallel={"engine": engine})
     run = tmp_path / "out" / "run"
-    tiny.run_ranks(_relay, 2, [recipe], run, timeout=120)
+    run_ranks(_relay, 2, [recipe], run, timeout=120)
     file = launchers.write_recipe(tmp_path / "recipe.yaml", recipe)
     done = launchers.run([sys.executable, str(launchers.SFT), str(file)])
     assert done.returncode == 0, done.stderr
     assert "resuming after step 2 of 6" in done.stdout
-    assert tiny_runs.losses(run) == pytest.approx(straight, rel=1e-5)
+    assert small_runs.losses(run) == pytest.approx(straight, rel=1e-5)
 
 
 def _train(rank: int, world_size: int, recipe: Recipe) -> None:
@@ -106,7 +104,7 @@ def test_the_form_for_others_is_written_from_shards(
     keep = {"every_steps": 2, "export_every_steps": 2}
     train_section = {"num_steps": 2, "packs_per_step": 4}
     recipe = _recipe(small, task, tmp_path, tune=TUNES[tune], parallel=parallel, checkpoint=keep, train=train_section)
-    tiny.run_ranks(_train, world_size, recipe, timeout=120)
+    run_ranks(_train, world_size, recipe, timeout=120)
     written = tmp_path / "run" / "export" / "step-00000002"
     stored = read_tensors(checkpoint_folder(tmp_path / "run", 2), "weight/")
     trained = {name.removeprefix("weight/"): weight for name, weight in stored.items()}

@@ -15,8 +15,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qwen3vl_train.config import ParallelSection, recipe_from_dict
-from qwen3vl_train.data.collate import MultimodalCollator
-from qwen3vl_train.dist import Ranks
+from qwen3vl_train.data.encode.collator import MultimodalCollator
+from qwen3vl_train.dist.ranks import Ranks
+from qwen3vl_train.dist.tensors import to_local
 from qwen3vl_train.model.qwen3vl import Qwen3VLForConditionalGeneration
 from qwen3vl_train.parallel.fsdp import shard_model
 from qwen3vl_train.parallel.mesh import build_mesh
@@ -28,7 +29,6 @@ from qwen3vl_train.parallel.scaling import (
     unit_of,
     vision_activation_bytes,
 )
-from qwen3vl_train.shards import local
 from qwen3vl_train.train.build import build_model
 
 ROOT = Path(__file__).parents[2]
@@ -63,7 +63,7 @@ def sharded(size: str, tune: str, layout: Layout, ranks: Ranks) -> Qwen3VLForCon
 
 
 def bytes_of(model: torch.nn.Module, *, trained: bool) -> int:
-    pieces = [local(parameter) for parameter in model.parameters() if parameter.requires_grad == trained]
+    pieces = [to_local(parameter) for parameter in model.parameters() if parameter.requires_grad == trained]
     return sum(piece.numel() * piece.element_size() for piece in pieces)
 
 

@@ -5,16 +5,15 @@ import socket
 from pathlib import Path
 
 import pytest
-import tiny
-import tiny_engines
-import tiny_runs
 import torch
 from safetensors.torch import load_file, save_file
 
-from qwen3vl_train.dist import Ranks
-from qwen3vl_train.train import agree
-from qwen3vl_train.train.agree import check_same_folder, check_same_weights
+from qwen3vl_train.dist.ranks import Ranks
+from qwen3vl_train.train import consistency as agree
+from qwen3vl_train.train.consistency import check_same_folder, check_same_weights
 from qwen3vl_train.train.loop import train
+from tests.helpers import engine_runs, small_runs
+from tests.helpers.ranks import run_ranks
 
 CPU = torch.device("cpu")
 HOST = socket.gethostname()
@@ -30,7 +29,7 @@ def _look(rank: int, world_size: int, folders: list[Path]) -> str | None:
 
 def test_ranks_on_another_disk_are_named_on_all(tmp_path: Path):
     shared, apart = tmp_path / "shared" / "run", tmp_path / "apart" / "run"
-    told = tiny.run_ranks(_look, 3, [shared, shared, apart])
+    told = run_ranks(_look, 3, [shared, shared, apart])
     assert len({message and message.partition(": ")[2] for message in told}) == 1
     assert told[0] == (
         f"{shared}: what rank 0 on {HOST} writes there is not seen by rank 2 on {HOST}; let output_dir be on a disk "
@@ -40,13 +39,13 @@ def test_ranks_on_another_disk_are_named_on_all(tmp_path: Path):
 
 
 def test_a_shared_folder_passes_and_nothing_is_left(tmp_path: Path):
-    assert tiny.run_ranks(_look, 2, [tmp_path / "runs" / "run"] * 2) == [None, None]
+    assert run_ranks(_look, 2, [tmp_path / "runs" / "run"] * 2) == [None, None]
     assert list((tmp_path / "runs").iterdir()) == []
 
 
 def test_a_folder_that_cannot_be_made_is_told_on_all(tmp_path: Path):
     (tmp_path / "runs").write_text("a file")
-    told = tiny.run_ranks(_look, 2, [tmp_path / "runs" / "run"] * 2)
+    told = run_ranks(_look, 2, [tmp_path / "runs" / "run"] * 2)
     assert told == [f"{tmp_path}/runs/run: cannot be written (File exists); choose another output_dir"] * 2
 
 
@@ -59,22 +58,22 @@ def _compare(rank: int, world_size: int, models: list[Path]) -> str | None:
 
 def test_a_rank_with_other_weights_is_named_on_all(tmp_path: Path):
     """Same names, shapes and sizes: only the numbers of one tensor differ."""
-    one = tiny_engines.write_small_checkpoint(tmp_path / "one")
+    one = engine_runs.write_small_checkpoint(tmp_path / "one")
     shutil.copytree(one, tmp_path / "same")
     shutil.copytree(one, tmp_path / "other")
     tensors = load_file(one / "model.safetensors")
     tensors["model.visual.blocks.0.attn.proj.weight"] *= 1.01
     save_file(tensors, tmp_path / "other" / "model.safetensors", metadata={"format": "pt"})
     (tmp_path / "none").mkdir()
-    told = tiny.run_ranks(_compare, 2, [one, tmp_path / "same"])
+    told = run_ranks(_compare, 2, [one, tmp_path / "same"])
     assert told == [None, None]
-    told = tiny.run_ranks(_compare, 3, [one, tmp_path / "other", one])
+    told = run_ranks(_compare, 3, [one, tmp_path / "other", one])
     ending = (
         f"rank 1 on {HOST} has other weights there than rank 0 on {HOST}; copy one model folder to all machines, or "
         "share it"
     )
     assert [message.partition(": ")[2] for message in told] == [ending] * 3
-    told = tiny.run_ranks(_compare, 2, [one, tmp_path / "none"])
+    told = run_ranks(_compare, 2, [one, tmp_path / "none"])
     assert told[0] == told[1]
     assert told[0].startswith(f"rank 1 on {HOST}: {tmp_path / 'none'}: missing model.safetensors")
 
@@ -84,15 +83,15 @@ def _train_apart(rank: int, world_size: int, models: list[Path], out: Path, task
     if rank == blind:
         agree.os.listdir = lambda _: []  # its disk has the folder, and not what rank 0 writes
     with pytest.raises(ValueError) as fault:
-        train(tiny_runs.make_recipe(models[rank], task, out, parallel={"engine": "ddp"}))
+        train(small_runs.make_recipe(models[rank], task, out, parallel={"engine": "ddp"}))
     return str(fault.value)
 
 
 def test_a_run_begins_with_both(tmp_path: Path, task: Path):
-    model, none = tiny_engines.write_small_checkpoint(tmp_path / "model"), tmp_path / "none"
+    model, none = engine_runs.write_small_checkpoint(tmp_path / "model"), tmp_path / "none"
     none.mkdir()
-    told = tiny.run_ranks(_train_apart, 2, [model, model], tmp_path / "runs", task, 1)
+    told = run_ranks(_train_apart, 2, [model, model], tmp_path / "runs", task, 1)
     assert all("is not seen by rank 1" in message for message in told)
-    told = tiny.run_ranks(_train_apart, 2, [model, none], tmp_path / "runs", task, None)
+    told = run_ranks(_train_apart, 2, [model, none], tmp_path / "runs", task, None)
     assert all(message.startswith(f"rank 1 on {HOST}: {none}") for message in told)
     assert not list((tmp_path / "runs").iterdir()), "nothing is made before"

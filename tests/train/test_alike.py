@@ -5,15 +5,15 @@ import os
 import shutil
 
 import pytest
-import tiny
 import torch
-from tiny_runs import make_recipe, write_rows
 
 from qwen3vl_train.checkpoint.manifest import latest_checkpoint, read_record
-from qwen3vl_train.dist import Ranks
+from qwen3vl_train.dist.ranks import Ranks
+from qwen3vl_train.tracking.metrics import read_metrics
 from qwen3vl_train.train.data import open_data
 from qwen3vl_train.train.loop import train
-from qwen3vl_train.train.metrics import read_metrics
+from tests.helpers.ranks import run_ranks
+from tests.helpers.small_runs import make_recipe, write_rows
 
 
 def stand_on_a_machine_of_its_own(rank, folders):
@@ -42,7 +42,7 @@ def test_a_copy_of_the_data_that_differs_is_named_on_every_rank(tiny_folder, tas
     write_rows(folders[1] / "train.jsonl", rows[:-1])
     entry = {"path": "train.jsonl", "media_root": ".", "streaming": streaming}
     recipe = make_recipe(tiny_folder, task, tmp_path, data__train=[entry], data__eval=[{"path": "eval.jsonl"}])
-    told = tiny.run_ranks(opening_fault, 3, folders, recipe)
+    told = run_ranks(opening_fault, 3, folders, recipe)
     assert told == [told[0]] * 3
     first, second = told[0].split("\n")
     assert first == "data: 1 of 3 ranks do not have what rank 0 has; give all machines the same files"
@@ -50,7 +50,7 @@ def test_a_copy_of_the_data_that_differs_is_named_on_every_rank(tiny_folder, tas
     how = f"sizes [{size}], on rank 0 [{whole}]" if streaming else "rows 10, on rank 0 11"
     assert second == f"  - rank 1: train.jsonl: {how}"
     (folders[2] / "eval.jsonl").unlink()
-    told = tiny.run_ranks(opening_fault, 3, folders, recipe)
+    told = run_ranks(opening_fault, 3, folders, recipe)
     fault = "eval.jsonl: no such file; check the paths under data"
     assert told == [f"rank 2: {fault}"] * 2 + [fault]
 
@@ -77,7 +77,7 @@ def test_a_data_set_that_each_machine_prepared_by_itself_is_known_by_what_rank_0
     state = folders[1] / "saved" / "state.json"
     state.write_text(json.dumps({**json.loads(state.read_text()), "_fingerprint": "another"}))
     recipe = make_recipe(tiny_folder, task, tmp_path, data__train=[{"path": "saved"}])
-    (first, done), second = tiny.run_ranks(open_saved, 2, folders, recipe)
+    (first, done), second = run_ranks(open_saved, 2, folders, recipe)
     assert second == (first, done)
     assert (done, first["sources"][0]["rows"]) == (1, 8)
     assert first["sources"][0]["fingerprint"] != "another"
@@ -111,11 +111,11 @@ def test_a_step_is_taken_on_all_ranks_or_on_none(tiny_folder, task, tmp_path):
     shutil.copytree(task, tmp_path / "data")
     entry = {"path": str(tmp_path / "data" / "train.jsonl")}
     recipe = make_recipe(tiny_folder, task, tmp_path, data__train=[entry], train__packs_per_step=4)
-    assert tiny.run_ranks(taken, 2, recipe, "well") == [([[], [], []], "")] * 2
-    first, second = tiny.run_ranks(taken, 2, recipe, "broken")
+    assert run_ranks(taken, 2, recipe, "well") == [([[], [], []], "")] * 2
+    first, second = run_ranks(taken, 2, recipe, "broken")
     assert first == ([[]], "OSError: rank 1: the disk of rank 1 is gone")
     assert second == ([[]], "OSError: the disk of rank 1 is gone")
-    apart = tiny.run_ranks(taken, 3, recipe, "apart")
+    apart = run_ranks(taken, 3, recipe, "apart")
     assert apart == [([], (
         "RuntimeError: step 1: ranks 1 have planned other samples than rank 0, so samples would be left out or trained "
         "twice; no weight was changed. Give all machines the same files and the same versions, and start again from "
@@ -124,7 +124,7 @@ def test_a_step_is_taken_on_all_ranks_or_on_none(tiny_folder, task, tmp_path):
     # What broke on one rank is known to all.
     file = tmp_path / "data" / "images" / "0-0.png"
     file.write_bytes(file.read_bytes()[:-3000])
-    (first, _), (second, _) = tiny.run_ranks(taken, 2, recipe, "well")
+    (first, _), (second, _) = run_ranks(taken, 2, recipe, "well")
     assert first == second
     assert [1] in first
 
@@ -144,11 +144,11 @@ def test_a_stream_that_one_machine_cannot_read_whole_trains_every_other_sample_o
     }  # fmt: skip
     whole = make_recipe(tiny_folder, task, tmp_path, name="whole", **options)
     lacking = make_recipe(tiny_folder, task, tmp_path, name="lacking", **options)
-    run, _ = tiny.run_ranks(train_on, 2, folders, whole, timeout=120)
+    run, _ = run_ranks(train_on, 2, folders, whole, timeout=120)
     os.utime(folders[1] / "train.jsonl", ns=(7, 7))  # copied by hand, and the same content
     for name in ("0-0", "2-0", "8-0"):
         (folders[1] / "images" / f"{name}.png").unlink()
-    with_faults, _ = tiny.run_ranks(train_on, 2, folders, lacking, timeout=120)
+    with_faults, _ = run_ranks(train_on, 2, folders, lacking, timeout=120)
     steps, others = (read_metrics(folder / "metrics.jsonl") for folder in (run, with_faults))
     assert [step["epoch"] for step in steps] == [step["epoch"] for step in others]
     assert [step["patches"] for step in steps][:3] != [step["patches"] for step in others][:3]

@@ -1,6 +1,6 @@
 import pytest
 
-from qwen3vl_train.train.cli import run_or_explain
+from qwen3vl_train.cli import run_or_explain
 
 
 def test_what_was_noted_on_an_error_is_printed_with_it(capsys: pytest.CaptureFixture):

@@ -6,20 +6,21 @@ import shutil
 from pathlib import Path
 
 import pytest
-import tiny
-import tiny_runs
 import torch
-from tiny_runs import ALONE, make_recipe, write_rows
 
 from qwen3vl_train.checkpoint.manifest import latest_checkpoint, read_record
-from qwen3vl_train.data.faults import Reject
-from qwen3vl_train.data.loader import TrainLoader
-from qwen3vl_train.data.stream import StreamLoader
-from qwen3vl_train.dist import Ranks
-from qwen3vl_train.groups import GROUPS
-from qwen3vl_train.train.data import cost_model, open_data
+from qwen3vl_train.data.errors import Reject
+from qwen3vl_train.data.open import cost_model
+from qwen3vl_train.data.packing.loader import TrainLoader
+from qwen3vl_train.data.packing.stream import StreamLoader
+from qwen3vl_train.dist.ranks import Ranks
+from qwen3vl_train.modules import GROUPS
+from qwen3vl_train.tracking.metrics import read_metrics
+from qwen3vl_train.train.data import open_data
 from qwen3vl_train.train.loop import train
-from qwen3vl_train.train.metrics import read_metrics
+from tests.helpers import small_runs
+from tests.helpers.ranks import run_ranks
+from tests.helpers.small_runs import ALONE, make_recipe, write_rows
 
 
 def open_on_rank(rank, world_size, recipe, folder):
@@ -38,7 +39,7 @@ def test_rank_0_looks_at_the_rows_for_all(tiny_folder, task, tmp_path):
     entry = {"path": str(tmp_path / "train.jsonl"), "media_root": str(task)}
     options = {"data__train": [entry], "train": {"num_epochs": 1, "packs_per_step": 2}}
     recipe = make_recipe(tiny_folder, task, tmp_path, **options)
-    first, second = tiny.run_ranks(open_on_rank, 2, recipe, tmp_path)
+    first, second = run_ranks(open_on_rank, 2, recipe, tmp_path)
     assert first[:4] == second[:4]
     assert first[2:4] == (1, True)
     assert [(reject.file, reject.row) for reject in first[1]] == [(str(tmp_path / "train.jsonl"), 12)]
@@ -87,7 +88,7 @@ def test_a_run_from_a_stream_is_the_same_resumed_and_counts_in_its_metrics(tiny_
     cut = train(make_recipe(tiny_folder, task, tmp_path, name="cut", **options))
     shutil.rmtree(cut / "checkpoints" / "step-00000006")
     train(make_recipe(tiny_folder, task, tmp_path, name="cut", **options))
-    assert tiny_runs.losses(cut) == tiny_runs.losses(whole)
+    assert small_runs.losses(cut) == small_runs.losses(whole)
     assert [row["rejected"] for row in read_metrics(cut / "metrics.jsonl")] == [step["rejected"] for step in steps]
     assert (cut / "rejected.jsonl").read_text() == (whole / "rejected.jsonl").read_text()
     # 46 rows are looked at for six steps of 2 packs, the broken one once in each of the epochs that takes.

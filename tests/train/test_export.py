@@ -6,28 +6,27 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
-import tiny_runs
 import torch
 from safetensors.torch import load_file, save_file
 
 from qwen3vl_train.checkpoint.hf import COMPANION_FILES, load_qwen3_vl_model, write_huggingface
-from qwen3vl_train.data.collate import MultimodalCollator
+from qwen3vl_train.data.encode.collator import MultimodalCollator
 from qwen3vl_train.model.qwen3vl import Qwen3VLForConditionalGeneration
 from qwen3vl_train.train import export
 from qwen3vl_train.train.export import export_run
+from qwen3vl_train.train.load_run import restore_run
 from qwen3vl_train.train.loop import train
-from qwen3vl_train.train.restore import restore_run
 from qwen3vl_train.train.verify import LogitDifference
+from tests.helpers import oracles, small_runs
 
 # Float32 noise between two programs on this model is 1e-5; the mistakes looked for move logits by 1e-2 and more.
 TOLERANCE = 2e-4
-RSLORA = {**tiny_runs.LORA, "rslora": True, "dropout": 0.0}
-DORA = {**tiny_runs.LORA, "dora": True, "targets": ["text_attn", r"model\.visual\.merger\.linear_fc\d"]}
+RSLORA = {**small_runs.LORA, "rslora": True, "dropout": 0.0}
+DORA = {**small_runs.LORA, "dora": True, "targets": ["text_attn", r"model\.visual\.merger\.linear_fc\d"]}
 RUNS: dict[str, dict[str, Any]] = {
-    "full": {"tune": tiny_runs.FULL},
+    "full": {"tune": small_runs.FULL},
     "full-bf16": {"tune": {"method": "full", "train": ["merger", "text"]}, "model__dtype": "bfloat16"},
-    "lora": {"tune": tiny_runs.LORA},
+    "lora": {"tune": small_runs.LORA},
     "lora-bf16": {"tune": RSLORA, "model__dtype": "bfloat16"},
     "dora": {"tune": DORA},
 }
@@ -40,7 +39,7 @@ def run(tiny_folder: Path, task: Path, tmp_path_factory: pytest.TempPathFactory)
 
     def make(name: str) -> Path:
         if name not in made:
-            recipe = tiny_runs.make_recipe(
+            recipe = small_runs.make_recipe(
                 tiny_folder,
                 task,
                 tmp_path_factory.mktemp(name),
@@ -57,7 +56,7 @@ def run(tiny_folder: Path, task: Path, tmp_path_factory: pytest.TempPathFactory)
 
 
 def _messages() -> list[list[dict[str, Any]]]:
-    samples = tiny.conversations()
+    samples = oracles.conversations()
     return [samples[name]["messages"] for name in ("one_image", "several_sizes", "text_only")]
 
 
@@ -67,7 +66,7 @@ def _largest_difference(ours: Qwen3VLForConditionalGeneration, theirs: Any, fold
     largest = 0.0
     for messages in _messages():
         with torch.no_grad():
-            expected = theirs(**tiny.oracle_inputs(folder, messages)).logits[0]
+            expected = theirs(**oracles.oracle_inputs(folder, messages)).logits[0]
         largest = max(largest, (ours.logits(collate([{"messages": messages}])) - expected).abs().max().item())
     return largest
 
@@ -78,7 +77,7 @@ def test_a_full_run_becomes_a_checkpoint(run, tmp_path, name):
     assert (done.out, done.kind, done.step, done.num_tensors) == (tmp_path / "out", "checkpoint", 2, 121)
     assert done.difference.largest < TOLERANCE
     trained = restore_run(run(name), dtype=torch.float32).model
-    assert _largest_difference(trained, tiny.oracle(done.out), done.out) < TOLERANCE
+    assert _largest_difference(trained, oracles.oracle(done.out), done.out) < TOLERANCE
     dtype = "bfloat16" if name == "full-bf16" else "float32"
     assert {str(tensor.dtype) for tensor in load_file(done.out / "model.safetensors").values()} == {f"torch.{dtype}"}
     assert json.loads((done.out / "config.json").read_text())["dtype"] == dtype
@@ -93,7 +92,7 @@ def test_an_adapter_goes_on_the_stock_model(run, tiny_folder, tmp_path, name):
     assert done.difference.largest < TOLERANCE
     # The adapter carries tokenizer and pixel limits, but no config: beside one, our collator and stock's read it all.
     shutil.copyfile(tiny_folder / "config.json", done.out / "config.json")
-    base = tiny.oracle(tiny_folder)
+    base = oracles.oracle(tiny_folder)
     if name == "lora-bf16":  # a released base is in bfloat16 already; this one is not, and the run computed with it so
         for parameter in base.parameters():  # not base.bfloat16(): that would round the rotary frequencies too
             parameter.data = parameter.data.bfloat16().float()
@@ -123,7 +122,7 @@ def test_a_merged_adapter_is_a_plain_checkpoint(run, tmp_path, name):
     done = export_run(run(name), tmp_path / "out", merge=True)
     assert (done.kind, done.num_tensors) == ("checkpoint", 121)
     assert done.difference.largest < TOLERANCE
-    stock = tiny.oracle(done.out)
+    stock = oracles.oracle(done.out)
     assert _largest_difference(load_qwen3_vl_model(done.out, dtype=torch.float32), stock, done.out) < TOLERANCE
     if name != "lora-bf16":  # there the sum of weight and adapter is rounded once more, to 8 bits
         unmerged = restore_run(run(name), dtype=torch.float32).model

@@ -1,9 +1,9 @@
 """Losses of short runs at full precision. A change of these numbers is a change of training: say why in its commit."""
 
 import pytest
-import tiny_runs
 
 from qwen3vl_train.train.loop import train
+from tests.helpers import small_runs
 
 # Five steps on the untrained tiny checkpoint, seed 0, on a CPU. They move with anything that touches the data path
 # (tokens, pixels, order of packs), the model, the loss, the optimizer, the schedule or, for LoRA, the random numbers.
@@ -15,7 +15,7 @@ GOLDEN = {
 
 @pytest.mark.parametrize("method", GOLDEN)
 def test_losses_are_what_they_were(tiny_folder, task, tmp_path, method):
-    tune = {"full": tiny_runs.FULL, "lora": tiny_runs.LORA}[method]
-    recipe = tiny_runs.make_recipe(tiny_folder, task, tmp_path, tune=tune, train__num_steps=5)
+    tune = {"full": small_runs.FULL, "lora": small_runs.LORA}[method]
+    recipe = small_runs.make_recipe(tiny_folder, task, tmp_path, tune=tune, train__num_steps=5)
     # Another CPU sums in another order: AVX-512, AVX2 and plain code were seen 1.3e-6 apart after five steps.
-    assert tiny_runs.losses(train(recipe)) == pytest.approx(GOLDEN[method], abs=1e-5)
+    assert small_runs.losses(train(recipe)) == pytest.approx(GOLDEN[method], abs=1e-5)

@@ -10,25 +10,25 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import launchers
 import pytest
-import tiny
-import tiny_engines
-import tiny_runs
-from tiny_runs import in_child, kill_self, losses
 
-from qwen3vl_train.checkpoint import files, manifest, run
+from qwen3vl_train.checkpoint import atomic as files
+from qwen3vl_train.checkpoint import manifest
+from qwen3vl_train.checkpoint import writer as run
 from qwen3vl_train.checkpoint.manifest import checkpoint_folder, latest_checkpoint
 from qwen3vl_train.config import Recipe, run_dir, save_recipe
-from qwen3vl_train.data import loader
+from qwen3vl_train.data.packing import loader
+from qwen3vl_train.tracking.metrics import read_metrics
 from qwen3vl_train.train import loop
 from qwen3vl_train.train.loop import train
-from qwen3vl_train.train.metrics import read_metrics
+from tests.helpers import engine_runs, launchers, small_runs
+from tests.helpers.ranks import RankFailure, run_ranks
+from tests.helpers.small_runs import in_child, kill_self, losses
 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_engines.write_small_checkpoint(tmp_path_factory.mktemp("small") / "model")
+    return engine_runs.write_small_checkpoint(tmp_path_factory.mktemp("small") / "model")
 
 
 @pytest.fixture(scope="module")
@@ -38,15 +38,15 @@ def many(task: Path) -> Path:
     for number in range(26):
         images = [f"images/{number}-0.png"] if (task / "images" / f"{number}-0.png").is_file() else []
         rows.append(
-            tiny_runs.row(f"Question {number}? {'Why? ' * (number % 5)}", "So it is. " * (1 + number % 3), images)
+            small_runs.row(f"Question {number}? {'Why? ' * (number % 5)}", "So it is. " * (1 + number % 3), images)
         )
-    tiny_runs.write_rows(task / "many.jsonl", rows)
+    small_runs.write_rows(task / "many.jsonl", rows)
     return task
 
 
 def _recipe(small: Path, task: Path, out: Path, **overrides) -> Recipe:
-    case = {"tune": tiny_runs.LORA, "checkpoint": {"every_steps": 2, "keep_last": 1}, **overrides}
-    return tiny_runs.make_recipe(small, task, out, **case)
+    case = {"tune": small_runs.LORA, "checkpoint": {"every_steps": 2, "keep_last": 1}, **overrides}
+    return small_runs.make_recipe(small, task, out, **case)
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +150,7 @@ def test_killed_at_a_stage_of_the_save(small: Path, task: Path, tmp_path: Path, 
     assert newest.name == STAGES[stage]
     train(recipe)
     assert losses(folder) == losses(straight)
-    tiny_runs.assert_same_tensors(tiny_runs.final_tensors(folder), tiny_runs.final_tensors(straight))
+    small_runs.assert_same_tensors(small_runs.final_tensors(folder), small_runs.final_tensors(straight))
     assert [left.name for left in (folder / "checkpoints").iterdir()] == ["step-00000006"]
 
 
@@ -230,7 +230,7 @@ def straight_on_two(small: Path, many: Path, tmp_path_factory: pytest.TempPathFa
     """Losses of two uninterrupted ranks, by engine."""
     out = tmp_path_factory.mktemp("straight")
     for engine in ("ddp", "fsdp2"):
-        tiny.run_ranks(_train, 2, _ranks_recipe(small, many, out / engine, engine), timeout=120)
+        run_ranks(_train, 2, _ranks_recipe(small, many, out / engine, engine), timeout=120)
     return {engine: losses(out / engine / "run") for engine in ("ddp", "fsdp2")}
 
 
@@ -304,16 +304,16 @@ def test_a_rank_killed_within_a_sharded_save_changes_nothing(small: Path, many: 
     def recipe(out: str) -> Recipe:
         return _ranks_recipe(small, many, tmp_path / out, parallel=parallel)
 
-    tiny.run_ranks(_train, world_size, recipe("straight"), timeout=120)
-    with pytest.raises(tiny.RankFailure, match="rank 1 died without a word, exit code -9"):
-        tiny.run_ranks(_dies_in_a_sharded_save, world_size, recipe("killed"), 1, timeout=120)
+    run_ranks(_train, world_size, recipe("straight"), timeout=120)
+    with pytest.raises(RankFailure, match="rank 1 died without a word, exit code -9"):
+        run_ranks(_dies_in_a_sharded_save, world_size, recipe("killed"), 1, timeout=120)
     killed = tmp_path / "killed" / "run"
     assert latest_checkpoint(killed) == checkpoint_folder(killed, 2)
     assert (killed / "checkpoints" / ".step-00000004.partial").is_dir()
-    tiny.run_ranks(_train, world_size, recipe("killed"), timeout=120)
+    run_ranks(_train, world_size, recipe("killed"), timeout=120)
     assert losses(killed) == losses(tmp_path / "straight" / "run")
-    expected = tiny_runs.final_tensors(tmp_path / "straight" / "run")
-    tiny_runs.assert_same_tensors(tiny_runs.final_tensors(killed), expected)
+    expected = small_runs.final_tensors(tmp_path / "straight" / "run")
+    small_runs.assert_same_tensors(small_runs.final_tensors(killed), expected)
 
 
 def _logging_samples(rank: int, world_size: int, recipe: Recipe, log: Path, die_at: int | None) -> None:
@@ -348,8 +348,8 @@ def test_on_other_ranks_every_sample_of_the_epoch_is_seen_once(
 ):
     (log := tmp_path / "log").mkdir()
     arguments = _ranks_recipe(small, many, tmp_path, first[1]), log, 4
-    with pytest.raises(tiny.RankFailure, match="died without a word, exit code -9"):
-        tiny.run_ranks(_logging_samples, first[0], *arguments, timeout=120)
+    with pytest.raises(RankFailure, match="died without a word, exit code -9"):
+        run_ranks(_logging_samples, first[0], *arguments, timeout=120)
     folder = tmp_path / "run"
     assert latest_checkpoint(folder) == folder / "checkpoints" / "step-00000002"
     before = [sample for step, sample in _logged(log) if step < 2]  # what the checkpoint holds; step 3 was lost
@@ -359,7 +359,7 @@ def test_on_other_ranks_every_sample_of_the_epoch_is_seen_once(
     if second[0] == 1:
         assert in_child(lambda: _logging_samples(0, 1, *arguments)) == 0
     else:
-        tiny.run_ranks(_logging_samples, second[0], *arguments, timeout=120)
+        run_ranks(_logging_samples, second[0], *arguments, timeout=120)
     after = [sample for _, sample in _logged(log)]
     assert sorted([*before, *after]) == sorted(f"many.jsonl:{row}" for row in range(1, 27))
     assert len(before) > 3
@@ -395,7 +395,7 @@ def test_fifteen_kills_at_random_moments(small: Path, many: Path, tmp_path: Path
 
     (pids := tmp_path / "pids").mkdir()
     started = time.monotonic()
-    tiny.run_ranks(_rank_with_pid, world_size, recipe("straight"), pids, timeout=300)
+    run_ranks(_rank_with_pid, world_size, recipe("straight"), pids, timeout=300)
     expected, seconds = losses(tmp_path / "straight" / "run"), time.monotonic() - started
     generator, kills, runs, steps = random.Random(world_size), 0, 0, []
     while kills < 15:
@@ -408,9 +408,9 @@ def test_fifteen_kills_at_random_moments(small: Path, many: Path, tmp_path: Path
                 arguments = pids, generator.randrange(world_size), generator.uniform(0.0, 0.7 * seconds)
                 threading.Thread(target=_kill_one, args=arguments, daemon=True).start()
             try:
-                tiny.run_ranks(_rank_with_pid, world_size, recipe(out), pids, timeout=300)
+                run_ranks(_rank_with_pid, world_size, recipe(out), pids, timeout=300)
                 done = True
-            except tiny.RankFailure as failure:
+            except RankFailure as failure:
                 if "exit code -9" not in str(failure):
                     raise
                 kills += 1

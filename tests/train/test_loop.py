@@ -3,21 +3,21 @@ import shutil
 from pathlib import Path
 
 import pytest
-import tiny_runs
 import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from qwen3vl_train.batch import IGNORE_LABEL
 from qwen3vl_train.config import load_recipe
+from qwen3vl_train.data.open import open_collator
 from qwen3vl_train.data.sources import JsonlSource
 from qwen3vl_train.model.text import Qwen3VLTextAttention
 from qwen3vl_train.model.vision import Qwen3VLVisionAttention
-from qwen3vl_train.train.data import open_collator
+from qwen3vl_train.tracking.metrics import read_metrics
+from qwen3vl_train.train.load_run import restore_run
 from qwen3vl_train.train.loop import train
-from qwen3vl_train.train.metrics import read_metrics
-from qwen3vl_train.train.restore import restore_run
 from qwen3vl_train.train.step import NonFiniteError
+from tests.helpers import small_runs
 
 
 def _count_calls(monkeypatch: pytest.MonkeyPatch, kind: type) -> list[int]:
@@ -32,14 +32,14 @@ def _count_calls(monkeypatch: pytest.MonkeyPatch, kind: type) -> list[int]:
     return calls
 
 
-@pytest.mark.parametrize("tune", [tiny_runs.FULL, tiny_runs.LORA], ids=["full", "lora-dropout"])
+@pytest.mark.parametrize("tune", [small_runs.FULL, small_runs.LORA], ids=["full", "lora-dropout"])
 def test_activation_checkpointing_changes_nothing(tiny_folder, task, tmp_path, monkeypatch, tune):
     # Not those of the blocks: their own call is what checkpoints the rest.
     calls = [_count_calls(monkeypatch, kind) for kind in (Qwen3VLVisionAttention, Qwen3VLTextAttention)]
     runs, counts = {}, {}
     for setting in ("none", "full"):
         calls[0][0] = calls[1][0] = 0
-        recipe = tiny_runs.make_recipe(
+        recipe = small_runs.make_recipe(
             tiny_folder,
             task,
             tmp_path / setting,
@@ -50,22 +50,22 @@ def test_activation_checkpointing_changes_nothing(tiny_folder, task, tmp_path, m
         runs[setting] = train(recipe)
         counts[setting] = [count[0] for count in calls]
     # The same arithmetic is done twice, so nothing at all may differ, dropout included.
-    assert tiny_runs.losses(runs["full"]) == tiny_runs.losses(runs["none"])
-    tiny_runs.assert_same_tensors(tiny_runs.final_tensors(runs["full"]), tiny_runs.final_tensors(runs["none"]))
+    assert small_runs.losses(runs["full"]) == small_runs.losses(runs["none"])
+    small_runs.assert_same_tensors(small_runs.final_tensors(runs["full"]), small_runs.final_tensors(runs["none"]))
     assert counts["full"] == [2 * count for count in counts["none"]]
 
 
 @pytest.fixture(scope="module")
 def evaluated(tiny_folder: Path, task: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of 5 steps with two held-out files, judged every 2."""
-    recipe = tiny_runs.make_recipe(
+    recipe = small_runs.make_recipe(
         tiny_folder,
         task,
         tmp_path_factory.mktemp("evaluated"),
         data__eval=[{"path": str(task / "eval.jsonl")}, {"path": str(task / "train.jsonl"), "name": "whole"}],
         eval__every_steps=2,
         train__num_steps=5,
-        tune=tiny_runs.LORA,
+        tune=small_runs.LORA,
     )
     return train(recipe)
 
@@ -94,13 +94,13 @@ def test_the_held_out_loss_is_the_mean_over_all_its_labels_without_dropout(evalu
 
 
 def test_judging_changes_no_training(evaluated, tiny_folder, task, tmp_path):
-    recipe = tiny_runs.make_recipe(tiny_folder, task, tmp_path, train__num_steps=5, tune=tiny_runs.LORA)
-    assert tiny_runs.losses(train(recipe)) == tiny_runs.losses(evaluated)
+    recipe = small_runs.make_recipe(tiny_folder, task, tmp_path, train__num_steps=5, tune=small_runs.LORA)
+    assert small_runs.losses(train(recipe)) == small_runs.losses(evaluated)
 
 
 def test_two_held_out_files_of_one_name_are_refused(tiny_folder, task, tmp_path):
     same = [{"path": str(task / "eval.jsonl")}, {"path": str(task / "train.jsonl"), "name": "eval"}]
-    recipe = tiny_runs.make_recipe(tiny_folder, task, tmp_path, data__eval=same)
+    recipe = small_runs.make_recipe(tiny_folder, task, tmp_path, data__eval=same)
     with pytest.raises(ValueError, match=r"^data\.eval: two files are called eval; give one of them a name$"):
         train(recipe)
 
@@ -111,7 +111,7 @@ def test_a_non_finite_loss_ends_the_run_with_step_and_samples(tiny_folder, task,
     weights["model.visual.merger.linear_fc2.bias"][0] = float("nan")
     save_file(weights, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
     # With this seed the first step is text alone, which never meets the NaN; the second has a picture.
-    recipe = tiny_runs.make_recipe(
+    recipe = small_runs.make_recipe(
         tmp_path / "model", task, tmp_path, data__max_tokens_per_pack=64, train__packs_per_step=1, train__seed=2
     )
     with pytest.raises(NonFiniteError, match=r"^step 2: loss nan.*; no weight was changed\. Samples: train\.jsonl:\d+"):
@@ -121,7 +121,7 @@ def test_a_non_finite_loss_ends_the_run_with_step_and_samples(tiny_folder, task,
 
 
 def test_the_metrics_add_up_over_an_epoch(tiny_folder, task, tmp_path):
-    recipe = tiny_runs.make_recipe(tiny_folder, task, tmp_path, train={"num_epochs": 1, "packs_per_step": 3})
+    recipe = small_runs.make_recipe(tiny_folder, task, tmp_path, train={"num_epochs": 1, "packs_per_step": 3})
     rows = read_metrics(train(recipe) / "metrics.jsonl")
     source, collate = JsonlSource(task / "train.jsonl", task), open_collator(recipe)
     packs = [collate([source.sample(number)]) for number in range(len(source))]

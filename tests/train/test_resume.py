@@ -5,22 +5,22 @@ import shutil
 from pathlib import Path
 
 import pytest
-import tiny
-import tiny_runs
-from tiny_runs import in_child, kill_self, losses
 
-from qwen3vl_train.checkpoint import files
+from qwen3vl_train.checkpoint import atomic as files
 from qwen3vl_train.checkpoint.manifest import latest_checkpoint
-from qwen3vl_train.checkpoint.run import CheckpointWriter
+from qwen3vl_train.checkpoint.writer import CheckpointWriter
 from qwen3vl_train.config import Recipe
+from qwen3vl_train.tracking.metrics import MetricsLog, read_metrics
 from qwen3vl_train.train.loop import train
-from qwen3vl_train.train.metrics import MetricsLog, read_metrics
+from tests.helpers import small_runs
+from tests.helpers.ranks import run_ranks
+from tests.helpers.small_runs import in_child, kill_self, losses
 
 CASES = {
-    "full-float32": {"tune": tiny_runs.FULL},
-    "lora-float32-workers": {"tune": tiny_runs.LORA, "data__num_workers": 2},
-    "full-bfloat16-workers": {"tune": tiny_runs.FULL, "model__dtype": "bfloat16", "data__num_workers": 2},
-    "lora-bfloat16": {"tune": tiny_runs.LORA, "model__dtype": "bfloat16"},
+    "full-float32": {"tune": small_runs.FULL},
+    "lora-float32-workers": {"tune": small_runs.LORA, "data__num_workers": 2},
+    "full-bfloat16-workers": {"tune": small_runs.FULL, "model__dtype": "bfloat16", "data__num_workers": 2},
+    "lora-bfloat16": {"tune": small_runs.LORA, "model__dtype": "bfloat16"},
 }
 
 
@@ -50,8 +50,8 @@ def _killed_after(step: int, recipe: Recipe) -> int:
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_a_killed_run_goes_on_as_if_it_had_not_been(tiny_folder: Path, task: Path, tmp_path: Path, case: dict):
-    straight = train(tiny_runs.make_recipe(tiny_folder, task, tmp_path / "straight", **case))
-    recipe = tiny_runs.make_recipe(tiny_folder, task, tmp_path / "killed", **case)
+    straight = train(small_runs.make_recipe(tiny_folder, task, tmp_path / "straight", **case))
+    recipe = small_runs.make_recipe(tiny_folder, task, tmp_path / "killed", **case)
     # Epochs have 2 steps, checkpoints come every 2: the first kill falls into an epoch, the second behind a resume.
     assert _killed_after(3, recipe) == -9
     assert _killed_after(5, recipe) == -9
@@ -59,12 +59,12 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(tiny_folder: Path, task: Pat
     rows = [json.loads(line)["step"] for line in (killed / "metrics.jsonl").read_text().splitlines()]
     assert rows == [1, 2, 3, 3, 4, 5, 5, 6]  # a step that is done again is written again
     assert losses(killed) == losses(straight)
-    tiny_runs.assert_same_tensors(tiny_runs.final_tensors(killed), tiny_runs.final_tensors(straight))
+    small_runs.assert_same_tensors(small_runs.final_tensors(killed), small_runs.final_tensors(straight))
 
 
 def test_a_run_killed_while_saving_goes_on_from_the_checkpoint_before(tiny_folder: Path, task: Path, tmp_path: Path):
-    straight = train(tiny_runs.make_recipe(tiny_folder, task, tmp_path / "straight"))
-    recipe = tiny_runs.make_recipe(tiny_folder, task, tmp_path / "killed")
+    straight = train(small_runs.make_recipe(tiny_folder, task, tmp_path / "straight"))
+    recipe = small_runs.make_recipe(tiny_folder, task, tmp_path / "killed")
     run = tmp_path / "killed" / "run"
 
     def work() -> None:
@@ -85,13 +85,13 @@ def test_a_run_killed_while_saving_goes_on_from_the_checkpoint_before(tiny_folde
     assert latest_checkpoint(run) == run / "checkpoints" / "step-00000002"
     train(recipe)
     assert losses(run) == losses(straight)
-    tiny_runs.assert_same_tensors(tiny_runs.final_tensors(run), tiny_runs.final_tensors(straight))
+    small_runs.assert_same_tensors(small_runs.final_tensors(run), small_runs.final_tensors(straight))
     assert sorted(folder.name for folder in (run / "checkpoints").iterdir()) == ["step-00000004", "step-00000006"]
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_again(tiny_folder: Path, task: Path, tmp_path: Path):
-    straight = train(tiny_runs.make_recipe(tiny_folder, task, tmp_path / "straight", train__num_steps=2))
-    recipe = tiny_runs.make_recipe(tiny_folder, task, tmp_path / "killed", train__num_steps=2)
+    straight = train(small_runs.make_recipe(tiny_folder, task, tmp_path / "straight", train__num_steps=2))
+    recipe = small_runs.make_recipe(tiny_folder, task, tmp_path / "killed", train__num_steps=2)
     assert _killed_after(1, recipe) == -9
     run = train(recipe)
     assert losses(run) == losses(straight)
@@ -102,23 +102,23 @@ def _go_on(rank: int, world_size: int, recipe: Recipe) -> None:
     train(recipe)
 
 
-@pytest.mark.parametrize("tune", [tiny_runs.FULL, tiny_runs.LORA], ids=["full", "lora"])
+@pytest.mark.parametrize("tune", [small_runs.FULL, small_runs.LORA], ids=["full", "lora"])
 def test_a_run_of_one_rank_goes_on_with_two(tiny_folder: Path, task: Path, tmp_path: Path, tune: dict):
-    straight = train(tiny_runs.make_recipe(tiny_folder, task, tmp_path / "straight", tune=tune))
-    recipe = tiny_runs.make_recipe(tiny_folder, task, tmp_path / "killed", tune=tune)
+    straight = train(small_runs.make_recipe(tiny_folder, task, tmp_path / "straight", tune=tune))
+    recipe = small_runs.make_recipe(tiny_folder, task, tmp_path / "killed", tune=tune)
     assert _killed_after(3, recipe) == -9
-    tiny.run_ranks(_go_on, 2, recipe)
+    run_ranks(_go_on, 2, recipe)
     run = tmp_path / "killed" / "run"
     # Two packs a step: the sum of two gradients is the same in either order, so this too holds bit for bit.
     assert losses(run) == losses(straight)
-    tiny_runs.assert_same_tensors(tiny_runs.final_tensors(run), tiny_runs.final_tensors(straight))
+    small_runs.assert_same_tensors(small_runs.final_tensors(run), small_runs.final_tensors(straight))
 
 
 @pytest.fixture(scope="module")
 def finished(tiny_folder: Path, task: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The output folder of a run that has done its 6 steps. Copy it before changing it."""
     out = tmp_path_factory.mktemp("finished")
-    train(tiny_runs.make_recipe(tiny_folder, task, out, checkpoint__keep_last=2))
+    train(small_runs.make_recipe(tiny_folder, task, out, checkpoint__keep_last=2))
     return out
 
 
@@ -135,13 +135,13 @@ def test_only_the_newest_checkpoints_are_kept(finished: Path):
 
 def test_a_finished_run_has_nothing_to_do(tiny_folder, task, copied, capsys):
     before = (copied / "run" / "metrics.jsonl").read_bytes()
-    train(tiny_runs.make_recipe(tiny_folder, task, copied))
+    train(small_runs.make_recipe(tiny_folder, task, copied))
     assert "nothing to do: all 6 steps are done" in capsys.readouterr().out.splitlines()
     assert (copied / "run" / "metrics.jsonl").read_bytes() == before
 
 
 def test_what_does_not_change_training_may_change(tiny_folder, task, copied, capsys):
-    recipe = tiny_runs.make_recipe(
+    recipe = small_runs.make_recipe(
         tiny_folder, task, copied, checkpoint={"every_steps": 5, "keep_last": 1}, data__num_workers=1
     )
     shutil.rmtree(copied / "run" / "checkpoints" / "step-00000006")
@@ -152,7 +152,7 @@ def test_what_does_not_change_training_may_change(tiny_folder, task, copied, cap
 
 
 def test_another_run_in_the_folder_is_refused_with_its_differences(tiny_folder, task, copied):
-    recipe = tiny_runs.make_recipe(tiny_folder, task, copied, optim__lr=2e-3, train__seed=1, tune=tiny_runs.LORA)
+    recipe = small_runs.make_recipe(tiny_folder, task, copied, optim__lr=2e-3, train__seed=1, tune=small_runs.LORA)
     with pytest.raises(ValueError) as fault:
         train(recipe)
     lines = str(fault.value).splitlines()
@@ -165,19 +165,19 @@ def test_another_run_in_the_folder_is_refused_with_its_differences(tiny_folder, 
 
 def test_resume_never_meets_a_started_run(tiny_folder, task, copied):
     with pytest.raises(ValueError) as fault:
-        train(tiny_runs.make_recipe(tiny_folder, task, copied, checkpoint__resume="never"))
+        train(small_runs.make_recipe(tiny_folder, task, copied, checkpoint__resume="never"))
     assert str(fault.value) == (
         f"{copied / 'run'}: holds this run already; choose another name, or set checkpoint.resume: auto to go on"
     )
 
 
 def test_resume_never_starts_where_nothing_is(tiny_folder, task, tmp_path):
-    recipe = tiny_runs.make_recipe(tiny_folder, task, tmp_path, checkpoint__resume="never", train__num_steps=1)
+    recipe = small_runs.make_recipe(tiny_folder, task, tmp_path, checkpoint__resume="never", train__num_steps=1)
     assert len(losses(train(recipe))) == 1
 
 
 def test_a_folder_of_something_else_is_left_alone(tiny_folder, task, tmp_path):
-    recipe = tiny_runs.make_recipe(tiny_folder, task, tmp_path)
+    recipe = small_runs.make_recipe(tiny_folder, task, tmp_path)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.tex").write_text("dear")
     with pytest.raises(ValueError, match=r"run: holds other files, but no recipe\.yaml; choose another name or output"):
@@ -208,8 +208,8 @@ def _lose(file: Path) -> str:
 
 @pytest.mark.parametrize("damage", [_cut, _alter, _lose], ids=lambda damage: damage.__name__[1:])
 def test_a_damaged_checkpoint_is_told_and_the_one_before_is_taken(tiny_folder, task, copied, capsys, damage):
-    recipe = tiny_runs.make_recipe(tiny_folder, task, copied)
-    expected, tensors = losses(copied / "run"), tiny_runs.final_tensors(copied / "run")
+    recipe = small_runs.make_recipe(tiny_folder, task, copied)
+    expected, tensors = losses(copied / "run"), small_runs.final_tensors(copied / "run")
     checkpoint = copied / "run" / "checkpoints" / "step-00000006"
     (file,) = (checkpoint / "state").iterdir()
     fault = damage(file)
@@ -218,7 +218,7 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_is_taken(tiny_folder, t
     assert f"falling back to an earlier checkpoint: {file}: {fault}" in lines
     assert "resuming after step 4 of 6" in lines
     assert losses(copied / "run") == expected
-    tiny_runs.assert_same_tensors(tiny_runs.final_tensors(copied / "run"), tensors)
+    small_runs.assert_same_tensors(small_runs.final_tensors(copied / "run"), tensors)
     kept = sorted(folder.name for folder in (copied / "run" / "checkpoints").iterdir())
     assert kept == ["damaged-step-00000006", "step-00000004", "step-00000006"]
 
@@ -229,13 +229,13 @@ def test_a_run_with_damaged_checkpoints_alone_stops_and_names_them(tiny_folder, 
         (file,) = (copied / "run" / "checkpoints" / f"step-{step:08d}" / "state").iterdir()
         faults.append(f"\n  - {file}: {_lose(file)}")
     with pytest.raises(ValueError) as fault:
-        train(tiny_runs.make_recipe(tiny_folder, task, copied))
+        train(small_runs.make_recipe(tiny_folder, task, copied))
     assert str(fault.value) == f"{copied / 'run'}: none of 2 checkpoints is whole{''.join(faults)}"
 
 
 def test_changed_data_stops_a_resume(tiny_folder, task, tmp_path):
     shutil.copytree(task, tmp_path / "task")
-    recipe = tiny_runs.make_recipe(tiny_folder, tmp_path / "task", tmp_path)
+    recipe = small_runs.make_recipe(tiny_folder, tmp_path / "task", tmp_path)
     assert _killed_after(3, recipe) == -9
     rows = (tmp_path / "task" / "train.jsonl").read_text()
     (tmp_path / "task" / "train.jsonl").write_text(rows.replace("Question 6?", "Question 9?"))
@@ -248,8 +248,8 @@ def test_rows_rejected_before_a_kill_still_count_after_it(tiny_folder, task, tmp
     broken = tmp_path / "task" / "images" / "6-0.png"
     broken.write_bytes(broken.read_bytes()[:-2000])  # its header is whole: only decoding shows the damage
     case = {"data__max_rejected_fraction": 0.1}
-    straight = train(tiny_runs.make_recipe(tiny_folder, tmp_path / "task", tmp_path / "straight", **case))
-    recipe = tiny_runs.make_recipe(tiny_folder, tmp_path / "task", tmp_path / "killed", **case)
+    straight = train(small_runs.make_recipe(tiny_folder, tmp_path / "task", tmp_path / "straight", **case))
+    recipe = small_runs.make_recipe(tiny_folder, tmp_path / "task", tmp_path / "killed", **case)
     assert _killed_after(5, recipe) == -9
     killed = train(recipe)
     assert losses(killed) == losses(straight)

@@ -3,21 +3,21 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import tiny
-import tiny_runs
 import torch
-from tiny_runs import ONE_IMAGE, TEXT_ONLY, TWO_IMAGES, Trainee
 from torch.nn import functional as F
 
 from qwen3vl_train.batch import IGNORE_LABEL, PackedBatch
-from qwen3vl_train.dist import start_ranks
-from qwen3vl_train.model.groups import group_of
+from qwen3vl_train.dist.rendezvous import start_ranks
+from qwen3vl_train.modules import group_of
 from qwen3vl_train.train.step import NonFiniteError, StepSums
+from tests.helpers import small_runs
+from tests.helpers.ranks import run_ranks
+from tests.helpers.small_runs import ONE_IMAGE, TEXT_ONLY, TWO_IMAGES, Trainee
 
 
 @pytest.fixture(scope="module")
 def pack(tiny_folder: Path, task: Path):
-    return tiny_runs.packer(tiny_folder, task)
+    return small_runs.packer(tiny_folder, task)
 
 
 def test_the_loss_is_the_mean_over_the_labels_of_all_packs(tiny_folder, pack):
@@ -73,7 +73,7 @@ def test_only_the_named_groups_move(tiny_folder, pack, train):
 
 
 def test_lora_moves_adapters_alone(tiny_folder, pack):
-    trainee = Trainee(tiny_folder, tune=tiny_runs.LORA)
+    trainee = Trainee(tiny_folder, tune=small_runs.LORA)
     before = trainee.weights()
     for step in range(2):  # A moves from the second step on: its gradient passes through B, which starts at zero
         trainee.step([pack(ONE_IMAGE)], step=step)
@@ -101,7 +101,7 @@ def test_what_no_pack_touched_has_a_gradient_of_zero(tiny_folder, pack):
 def test_dropout_depends_on_seed_step_and_place_alone(tiny_folder, pack):
     def loss(packs: list[PackedBatch], numbers: list[int], **options) -> float:
         # The first step makes B other than zero, so that dropout shows in the second.
-        trainee = Trainee(tiny_folder, tune=tiny_runs.LORA)
+        trainee = Trainee(tiny_folder, tune=small_runs.LORA)
         trainee.step([pack(ONE_IMAGE)], lr_factor=20.0)
         return trainee.step(packs, numbers, **{"step": 1, **options}).loss
 
@@ -171,7 +171,7 @@ def _step_on_ranks(rank: int, world_size: int, folder: Path, shares: list[list[P
 
 
 def test_all_ranks_stop_for_a_non_finite_loss_of_one(tiny_folder, pack):
-    messages = tiny.run_ranks(_step_on_ranks, 2, tiny_folder, [[pack(TEXT_ONLY)], [pack(ONE_IMAGE)]])
+    messages = run_ranks(_step_on_ranks, 2, tiny_folder, [[pack(TEXT_ONLY)], [pack(ONE_IMAGE)]])
     assert messages[0] == messages[1]
     assert "Samples: train.jsonl:1. " in messages[0]
 
@@ -184,5 +184,5 @@ def _share_a_step(rank: int, world_size: int, folder: Path, shares: list[list[Pa
 def test_a_rank_without_packs_takes_part_in_the_step(tiny_folder, pack):
     packs = [pack(ONE_IMAGE), pack(TEXT_ONLY)]
     alone = Trainee(tiny_folder).step(packs)
-    for of_rank in tiny.run_ranks(_share_a_step, 2, tiny_folder, [packs, []]):
+    for of_rank in run_ranks(_share_a_step, 2, tiny_folder, [packs, []]):
         assert of_rank == alone

@@ -1,28 +1,28 @@
 import pytest
-import tiny_runs
 import torch
-from tiny_runs import ALONE, ONE_IMAGE, TEXT_ONLY, Trainee
 from torch import nn
 
 from qwen3vl_train.config import OptimSection
 from qwen3vl_train.train.tune import GradientCheck, check_rates, report_groups
+from tests.helpers import small_runs
+from tests.helpers.small_runs import ALONE, ONE_IMAGE, TEXT_ONLY, Trainee
 
 
 @pytest.fixture(scope="module")
 def pack(tiny_folder, task):
-    return tiny_runs.packer(tiny_folder, task)
+    return small_runs.packer(tiny_folder, task)
 
 
 def _check(check: GradientCheck, trainee: Trainee, step: int, *, media: bool, labels: bool = True) -> str | None:
     return check.after_step(step, trainee.optimizer.touched, with_labels=labels, with_media=media, ranks=ALONE)
 
 
-@pytest.mark.parametrize("tune", [tiny_runs.FULL, tiny_runs.LORA], ids=["full", "lora"])
+@pytest.mark.parametrize("tune", [small_runs.FULL, small_runs.LORA], ids=["full", "lora"])
 def test_a_first_step_with_an_image_is_judged_whole_and_once(tiny_folder, pack, tune):
     trainee = Trainee(tiny_folder, tune=tune)
     check = GradientCheck(trainee.model)
     trainee.step([pack(ONE_IMAGE)])
-    number = 121 if tune is tiny_runs.FULL else 104
+    number = 121 if tune is small_runs.FULL else 104
     expected = f"gradient check, step 1: all {number} trained tensors got a gradient, nothing else did"
     assert _check(check, trainee, 1, media=True) == expected
     assert _check(check, trainee, 2, media=True) is None
@@ -90,7 +90,7 @@ def test_a_frozen_tensor_with_a_gradient_is_named(tiny_folder, pack):
 def test_the_report_counts_what_trains_by_group(tiny_folder, task, tmp_path):
     values = {"tune": {"method": "full", "train": ["merger", "text"]}, "optim": {"lr": 1e-3, "merger_lr": 2e-3}}
     trainee = Trainee(tiny_folder, **values)
-    reports = report_groups(trainee.model, tiny_runs.make_recipe(tiny_folder, task, tmp_path, **values))
+    reports = report_groups(trainee.model, small_runs.make_recipe(tiny_folder, task, tmp_path, **values))
     trained = {report.group: (report.num_trained_tensors, report.lr) for report in reports}
     assert trained == {
         "vision_attn": (0, 0.0),

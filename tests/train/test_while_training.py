@@ -11,32 +11,31 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import tiny
-import tiny_engines
-import tiny_runs
 import torch
 from safetensors.torch import load_file
 
 from qwen3vl_train.checkpoint.hf import load_qwen3_vl_model
 from qwen3vl_train.checkpoint.manifest import checkpoint_folder, latest_checkpoint, read_record
-from qwen3vl_train.checkpoint.names import to_huggingface
-from qwen3vl_train.checkpoint.run import CheckpointWriter, read_tensors
+from qwen3vl_train.checkpoint.writer import CheckpointWriter, read_tensors
 from qwen3vl_train.config import Recipe, run_dir
-from qwen3vl_train.dist import Ranks
+from qwen3vl_train.dist.ranks import Ranks
+from qwen3vl_train.dist.stop import StopRequest
+from qwen3vl_train.dist.watchdog import Watchdog
+from qwen3vl_train.model.hf_names import to_huggingface
 from qwen3vl_train.parallel.optim import MasterAdamW
+from qwen3vl_train.tracking.metrics import read_metrics
+from qwen3vl_train.tracking.wandb import SilentTracker
 from qwen3vl_train.train import loop, record
 from qwen3vl_train.train.export import export_run
 from qwen3vl_train.train.loop import train
-from qwen3vl_train.train.metrics import read_metrics
 from qwen3vl_train.train.record import Recorder
-from qwen3vl_train.train.stop import StopRequest
-from qwen3vl_train.train.track import SilentTracker
-from qwen3vl_train.watch import Watch
+from tests.helpers import engine_runs, small_runs
+from tests.helpers.ranks import run_ranks
 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_engines.write_small_checkpoint(tmp_path_factory.mktemp("small") / "model")
+    return engine_runs.write_small_checkpoint(tmp_path_factory.mktemp("small") / "model")
 
 
 def _train(rank: int, world_size: int, recipe: Recipe) -> None:
@@ -44,7 +43,7 @@ def _train(rank: int, world_size: int, recipe: Recipe) -> None:
 
 
 def test_the_wait_for_a_checkpoint_is_in_the_metrics_of_the_next_step(small: Path, task: Path, tmp_path: Path):
-    run = train(tiny_runs.make_recipe(small, task, tmp_path))
+    run = train(small_runs.make_recipe(small, task, tmp_path))
     stalls = [row["checkpoint_stall_seconds"] for row in read_metrics(run / "metrics.jsonl")]
     assert [stall > 0 for stall in stalls] == [False, False, True, False, True, False]
 
@@ -54,7 +53,7 @@ def test_what_the_optimizer_takes_to_give_its_state_is_part_of_the_wait(
 ):
     give = MasterAdamW.state_tensors
     monkeypatch.setattr(MasterAdamW, "state_tensors", lambda optimizer: time.sleep(0.4) or give(optimizer))
-    run = train(tiny_runs.make_recipe(small, task, tmp_path, train__num_steps=3))
+    run = train(small_runs.make_recipe(small, task, tmp_path, train__num_steps=3))
     assert read_metrics(run / "metrics.jsonl")[2]["checkpoint_stall_seconds"] > 0.4
 
 
@@ -63,17 +62,17 @@ def test_an_evaluation_is_heard_of_at_every_pack(
 ):
     """Else a long one would be told as a rank that is late."""
     heard: list[int] = []
-    monkeypatch.setattr(Watch, "beat", lambda watch, step: heard.append(step))
+    monkeypatch.setattr(Watchdog, "beat", lambda watch, step: heard.append(step))
     case = {"data__eval": [{"path": str(task / "eval.jsonl"), "name": "held"}], "data__max_tokens_per_pack": 64}
-    train(tiny_runs.make_recipe(small, task, tmp_path / "held", train__num_steps=1, **case))
+    train(small_runs.make_recipe(small, task, tmp_path / "held", train__num_steps=1, **case))
     assert heard[:3] == [0, 0, 0]  # the data, the model, the start
     assert heard[3:].count(1) > 3  # the step, and packs of four rows
 
 
 def test_the_manifest_says_who_wrote_it_and_what_for(small: Path, task: Path, tmp_path: Path):
     case = {"data__eval": [{"path": str(task / "eval.jsonl"), "name": "held"}], "eval__every_steps": 2}
-    recipe = tiny_runs.make_recipe(small, task, tmp_path, parallel={"engine": "fsdp2"}, train__num_steps=3, **case)
-    tiny.run_ranks(_train, 2, recipe)
+    recipe = small_runs.make_recipe(small, task, tmp_path, parallel={"engine": "fsdp2"}, train__num_steps=3, **case)
+    run_ranks(_train, 2, recipe)
     run = tmp_path / "run"
     second, third = (read_record(checkpoint_folder(run, step), checksums=True) for step in (2, 3))
     assert (second["step"], second["engine"], second["world_size"]) == (2, "fsdp2", 2)
@@ -93,7 +92,7 @@ def test_the_id_of_the_tracked_run_is_in_the_checkpoint(
         return SilentTracker(run_id or "abc123")
 
     monkeypatch.setattr(record, "open_tracker", track)
-    recipe = tiny_runs.make_recipe(small, task, tmp_path, train__num_steps=2, checkpoint__every_steps=1)
+    recipe = small_runs.make_recipe(small, task, tmp_path, train__num_steps=2, checkpoint__every_steps=1)
     run = train(recipe)
     assert read_record(checkpoint_folder(run, 1))["wandb_run_id"] == "abc123"
     shutil.rmtree(checkpoint_folder(run, 2))
@@ -105,9 +104,9 @@ def test_the_id_of_the_tracked_run_is_in_the_checkpoint(
 def test_a_stop_is_no_failure_to_the_tracker(small: Path, task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     codes: list[int] = []
     monkeypatch.setattr(SilentTracker, "finish", lambda tracker, code=0: codes.append(code))
-    recipe = tiny_runs.make_recipe(small, task, tmp_path)
+    recipe = small_runs.make_recipe(small, task, tmp_path)
     for error in (None, StopRequest("saved"), RuntimeError("broke")):
-        recorder = Recorder(recipe, tmp_path, tiny_runs.ALONE, sys.stdout, num_steps=1, start_step=0)
+        recorder = Recorder(recipe, tmp_path, small_runs.ALONE, sys.stdout, num_steps=1, start_step=0)
         recorder.__exit__(type(error) if error else None, error, None)
     assert codes == [0, 75, 1]
 
@@ -119,7 +118,7 @@ def test_the_best_checkpoint_stays_behind_the_newest(small: Path, task: Path, tm
         "checkpoint": {"every_steps": 1, "keep_last": 1, "keep_every_steps": 3, "keep_best": "held"},
         "optim": {"lr": 0.03, "schedule": "constant"},  # far too high: the loss first falls, then jumps about
     }
-    run = train(tiny_runs.make_recipe(small, task, tmp_path, **case))
+    run = train(small_runs.make_recipe(small, task, tmp_path, **case))
     lines = (run / "eval.jsonl").read_text().splitlines()
     logged = {row["step"]: row["loss"] for row in map(json.loads, lines)}
     best = min(logged, key=lambda step: logged[step])
@@ -169,10 +168,10 @@ def test_all_ranks_end_when_one_cannot_save(
     small: Path, task: Path, tmp_path: Path, engine: str, victim: int, num_steps: int
 ):
     """Under ddp rank 0 writes alone. With four steps the write that fails is the last one."""
-    recipe = tiny_runs.make_recipe(
+    recipe = small_runs.make_recipe(
         small, task, tmp_path, parallel={"engine": engine}, train__num_steps=num_steps, checkpoint__every_steps=2
     )
-    first, second = tiny.run_ranks(_fills_up, 2, recipe, victim)
+    first, second = run_ranks(_fills_up, 2, recipe, victim)
     assert first == second
     run = tmp_path / "run"
     assert first.startswith(f"{checkpoint_folder(run, 4)}: could not be saved (")
@@ -199,7 +198,7 @@ def _cannot_export(rank: int, world_size: int, recipe: Recipe) -> str:
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
 def test_all_ranks_end_when_the_form_for_others_cannot_be_written(small: Path, task: Path, tmp_path: Path, engine: str):
     case = {"checkpoint": {"export_every_steps": 2}, "train__num_steps": 3, "parallel": {"engine": engine}}
-    first, second = tiny.run_ranks(_cannot_export, 2, tiny_runs.make_recipe(small, task, tmp_path, **case))
+    first, second = run_ranks(_cannot_export, 2, small_runs.make_recipe(small, task, tmp_path, **case))
     assert first == second
     out = tmp_path / "run" / "export" / "step-00000002"
     assert first.startswith(f"{out}: could not be written (")
@@ -211,7 +210,7 @@ def test_all_ranks_end_when_the_form_for_others_cannot_be_written(small: Path, t
     assert out.parent.is_file() or not any(out.parent.iterdir())
 
 
-EXPORTS = {"full": tiny_runs.FULL, "lora": tiny_runs.LORA}
+EXPORTS = {"full": small_runs.FULL, "lora": small_runs.LORA}
 
 
 @pytest.mark.parametrize("engine", ["single", "fsdp2"])
@@ -220,11 +219,11 @@ def test_the_form_for_others_is_written_while_training(
     small: Path, task: Path, tmp_path: Path, capfd: pytest.CaptureFixture, engine: str, tune: str
 ):
     case = {"tune": EXPORTS[tune], "checkpoint": {"every_steps": 2, "export_every_steps": 2}, "train__num_steps": 3}
-    recipe = tiny_runs.make_recipe(small, task, tmp_path / "out", parallel={"engine": engine}, **case)
+    recipe = small_runs.make_recipe(small, task, tmp_path / "out", parallel={"engine": engine}, **case)
     if engine == "single":
         train(recipe)
     else:
-        tiny.run_ranks(_train, 2, recipe)
+        run_ranks(_train, 2, recipe)
     run = tmp_path / "out" / "run"
     assert [folder.name for folder in (run / "export").iterdir()] == ["step-00000002"]
     written = run / "export" / "step-00000002"
@@ -246,8 +245,8 @@ def test_the_form_for_others_is_written_while_training(
 
 
 def test_an_export_of_a_step_done_again_is_replaced(small: Path, task: Path, tmp_path: Path):
-    case = {"tune": tiny_runs.LORA, "checkpoint": {"every_steps": 2, "export_every_steps": 2}, "train__num_steps": 2}
-    recipe = tiny_runs.make_recipe(small, task, tmp_path, **case)
+    case = {"tune": small_runs.LORA, "checkpoint": {"every_steps": 2, "export_every_steps": 2}, "train__num_steps": 2}
+    recipe = small_runs.make_recipe(small, task, tmp_path, **case)
     stale = tmp_path / "run" / "export" / "step-00000002" / "stale"
     run = train(recipe)
     stale.write_text("left by a run that was killed and went back")
@@ -261,7 +260,7 @@ def test_an_export_of_a_step_done_again_is_replaced(small: Path, task: Path, tmp
 
 def test_what_was_written_while_training_is_what_export_writes(small: Path, task: Path, tmp_path: Path):
     case = {"checkpoint": {"every_steps": 2, "export_every_steps": 2}, "train__num_steps": 2}
-    run = train(tiny_runs.make_recipe(small, task, tmp_path / "out", **case))
+    run = train(small_runs.make_recipe(small, task, tmp_path / "out", **case))
     export_run(run, tmp_path / "export", merge=True)
     written = run / "export" / "step-00000002"
     names = sorted(file.name for file in (tmp_path / "export").iterdir())
@@ -271,7 +270,7 @@ def test_what_was_written_while_training_is_what_export_writes(small: Path, task
 
 
 def test_an_altered_checkpoint_is_not_exported(small: Path, task: Path, tmp_path: Path):
-    run = train(tiny_runs.make_recipe(small, task, tmp_path, tune=tiny_runs.LORA, train__num_steps=1))
+    run = train(small_runs.make_recipe(small, task, tmp_path, tune=small_runs.LORA, train__num_steps=1))
     (file,) = (checkpoint_folder(run, 1) / "state").iterdir()
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
@@ -282,14 +281,14 @@ def test_an_altered_checkpoint_is_not_exported(small: Path, task: Path, tmp_path
 
 def test_deterministic_kernels_are_asked_for(small: Path, task: Path, tmp_path: Path):
     try:
-        plain = train(tiny_runs.make_recipe(small, task, tmp_path / "plain", train__num_steps=2))
+        plain = train(small_runs.make_recipe(small, task, tmp_path / "plain", train__num_steps=2))
         assert not torch.are_deterministic_algorithms_enabled()
-        recipe = tiny_runs.make_recipe(
+        recipe = small_runs.make_recipe(
             small, task, tmp_path / "exact", train={"num_steps": 2, "packs_per_step": 2, "deterministic": True}
         )
         exact = train(recipe)
         assert torch.are_deterministic_algorithms_enabled()
         assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
-        assert tiny_runs.losses(exact) == pytest.approx(tiny_runs.losses(plain), rel=1e-6)
+        assert small_runs.losses(exact) == pytest.approx(small_runs.losses(plain), rel=1e-6)
     finally:
         torch.use_deterministic_algorithms(False)

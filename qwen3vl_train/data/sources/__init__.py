@@ -1,8 +1,8 @@
 """Where rows come from. A source knows its rows by number, or gives them one after the other; it keeps none of them."""
 
 from qwen3vl_train.data.sources.base import FileSource, Source, StreamRow, StreamSource
-from qwen3vl_train.data.sources.json_files import JsonlSource
-from qwen3vl_train.data.sources.opening import entry_rules, open_sources, open_stream
+from qwen3vl_train.data.sources.jsonl import JsonlSource
+from qwen3vl_train.data.sources.open import entry_rules, open_sources, open_stream
 
 __all__ = [
     "FileSource",

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from qwen3vl_train.data.download import Remote, reaches_web
-from qwen3vl_train.data.faults import RowFault
-from qwen3vl_train.data.formats import Sample
-from qwen3vl_train.data.rows import Find, RowRules
+from qwen3vl_train.data.errors import RowFault
+from qwen3vl_train.data.media.remote import Remote, reaches_web
+from qwen3vl_train.data.rows.parse import Find, RowRules
+from qwen3vl_train.data.rows.sample import Sample
 from qwen3vl_train.data.sources.files import explained, is_compressed, is_url, stamp, unpacked
 
 Place = dict[str, int]
@@ -164,5 +164,5 @@ def check_unchanged(path: str, seen: list[int | str], when: str = "indexed") -> 
     if now != seen:
         what = f"{seen[0]} bytes then, {now[0]} now" if now[0] != seen[0] else "its time differs"
         raise RowFault(
-            f"{path} changed since it was {when} ({what}); put it back and resume, or start a new run", passing=True
+            f"{path} changed since it was {when} ({what}); put it back and resume, or start a new run", transient=True
         )

@@ -4,8 +4,8 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from qwen3vl_train.data.download import Remote
-from qwen3vl_train.data.rows import RowRules
+from qwen3vl_train.data.media.remote import Remote
+from qwen3vl_train.data.rows.parse import RowRules
 from qwen3vl_train.data.sources.base import FileSource, RawRow
 
 _HUB = "hf://"

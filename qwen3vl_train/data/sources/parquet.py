@@ -7,8 +7,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from qwen3vl_train.data.faults import RowFault
-from qwen3vl_train.data.rows import RowRules
+from qwen3vl_train.data.errors import RowFault
+from qwen3vl_train.data.rows.parse import RowRules
 from qwen3vl_train.data.sources.base import FileSource, Place, RawRow
 from qwen3vl_train.data.sources.files import damaged, explained, open_file, unpack_once
 
@@ -79,7 +79,7 @@ class ParquetSource(FileSource):
         except (pa.ArrowException, OSError) as error:
             raise RowFault(
                 f"{self.name}: its copy {self._copy} cannot be read ({_short(error)}); remove it and start again",
-                passing=True,
+                transient=True,
             ) from None
         place = row - (ends[number] - batch.num_rows)
         return RawRow(as_python(batch.slice(place, 1)), row + 1, {})

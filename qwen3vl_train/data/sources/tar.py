@@ -14,19 +14,12 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from qwen3vl_train.data.download import MAX_BYTES
-from qwen3vl_train.data.faults import MediaFault, RowFault
-from qwen3vl_train.data.rows import MAX_ROW_BYTES, RowRules, decode_row
-from qwen3vl_train.data.shapes import holds_media
+from qwen3vl_train.data.errors import MediaFault, RowFault
+from qwen3vl_train.data.media.remote import MAX_BYTES
+from qwen3vl_train.data.rows.formats import holds_media
+from qwen3vl_train.data.rows.parse import MAX_ROW_BYTES, RowRules, decode_row
 from qwen3vl_train.data.sources.base import FileSource, Place, RawRow
-from qwen3vl_train.data.sources.files import (
-    damaged,
-    explained,
-    is_compressed,
-    open_file,
-    read_span,
-    unpacked,
-)
+from qwen3vl_train.data.sources.files import damaged, explained, is_compressed, open_file, read_span, unpacked
 
 _IMAGES = {"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "jp2", "avif"}
 _VIDEOS = {"mp4", "mov", "mkv", "webm", "avi", "mpg", "mpeg", "m4v"}
@@ -89,9 +82,9 @@ class TarSource(FileSource):
                 file.seek(int(self._starts[row]))
                 group = next(_groups(file, self.name, row), None)
         except ValueError as error:
-            raise RowFault(str(error), passing=True) from None
+            raise RowFault(str(error), transient=True) from None
         if group is None:
-            raise RowFault(f"{self.name}: ends before row {row + 1}; copy the shard again", passing=True)
+            raise RowFault(f"{self.name}: ends before row {row + 1}; copy the shard again", transient=True)
         return _row_of(group, self.plain, row + 1)
 
     def row_number(self, row: int) -> int:
@@ -201,7 +194,7 @@ def _content(member: _Member, plain: str, limit: int) -> bytes:
         content = read_span(plain, member.start, member.size)
     except OSError as error:
         raise MediaFault(
-            f"{member.name[:200]}: cannot be read ({error}); check the disk or the address", passing=True
+            f"{member.name[:200]}: cannot be read ({error}); check the disk or the address", transient=True
         ) from None
     if len(content) != member.size:
         raise MediaFault(f"{member.name[:200]}: the shard ends in it; copy the shard again")

@@ -1,0 +1,1 @@
+"""`Sample` -> tokens, labels, positions and patches -> `PackedBatch`."""

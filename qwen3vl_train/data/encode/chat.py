@@ -1,0 +1,221 @@
+"""Qwen3-VL's chat markup, written out by our own rules, so that every character is known to be trained or not.
+
+A dialect turns messages into pieces. Special tokens are pieces of their own and never text, so nothing that a user
+types can become one. `template.py` checks that a dialect renders what the checkpoint's own template renders.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from qwen3vl_train.data.encode.tokenizer import IMAGE_PAD, TURN_END, TURN_START, VIDEO_PAD, VISION_END, VISION_START
+from qwen3vl_train.data.errors import RowFault
+from qwen3vl_train.data.rows.sample import ImagePart, Message, TextPart, VideoPart
+
+
+class Special(NamedTuple):
+    """One special token, by name. weight: 0 where it is not trained."""
+
+    name: str
+    weight: float = 0.0
+
+
+class Text(NamedTuple):
+    """Plain text. Neighbouring texts are one run to the tokenizer. weight: 0 where it is not trained."""
+
+    text: str
+    weight: float = 0.0
+
+
+class Slot(NamedTuple):
+    """Where a medium stands, with the markup around it still to be written. where: `messages[0].content[1]`."""
+
+    part: ImagePart | VideoPart
+    where: str
+
+
+class Pad(NamedTuple):
+    """`count` placeholder tokens that features of the vision tower will fill."""
+
+    name: str
+    count: int
+
+
+Piece = Special | Text | Slot | Pad
+Dialect = Callable[..., list[Piece]]
+"""(messages, tools, *, generation_prompt) -> pieces. Raises RowFault for what the template would drop silently."""
+
+_TOOLS_HEAD = (
+    "# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
+    "You are provided with function signatures within <tools></tools> XML tags:\n<tools>"
+)
+_TOOLS_FOOT = (
+    "\n</tools>\n\nFor each function call, return a json object with function name and arguments within "
+    '<tool_call></tool_call> XML tags:\n<tool_call>\n{"name": <function-name>, "arguments": <args-json-object>}\n'
+    "</tool_call>"
+)
+
+
+def markup(slot: Slot, num_tokens: int, times: Sequence[float] = (), *, wrapped: bool = False) -> list[Piece]:
+    """Write out a slot. num_tokens: placeholders of an image or of each frame pair of a clip; times: of the pairs.
+
+    A clip reads `<0.3 seconds>`, then the pair between vision marks like an image, and so on. wrapped: with one more
+    pair of marks around the whole clip, as transformers 5.10 to 5.23 write it; 4.57 to 5.9 and Qwen's own code do not.
+    """
+    if isinstance(slot.part, ImagePart):
+        return [Special(VISION_START), Pad(IMAGE_PAD, num_tokens), Special(VISION_END)]
+    pieces: list[Piece] = []
+    for time in times:
+        pieces += [
+            Text(f"<{time:.1f} seconds>"),
+            Special(VISION_START),
+            Pad(VIDEO_PAD, num_tokens),
+            Special(VISION_END),
+        ]
+    return [Special(VISION_START), *pieces, Special(VISION_END)] if wrapped else pieces
+
+
+def as_text(pieces: Sequence[Piece]) -> str:
+    """Return the text the checkpoint's template makes of the same messages (one placeholder for an image or clip)."""
+    words = []
+    for piece in pieces:
+        if isinstance(piece, Slot):
+            pad = IMAGE_PAD if isinstance(piece.part, ImagePart) else VIDEO_PAD
+            words.append(VISION_START + pad + VISION_END)
+        elif isinstance(piece, Pad):
+            words.append(piece.name * piece.count)
+        else:
+            words.append(piece.text if isinstance(piece, Text) else piece.name)
+    return "".join(words)
+
+
+def as_json(value: Any) -> str:
+    """Write tools and arguments of calls as the template does."""
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _content(message: Message, place: int) -> list[Piece]:
+    return [
+        Text(part.text) if isinstance(part, TextPart) else Slot(part, f"messages[{place}].content[{number}]")
+        for number, part in enumerate(message.content)
+    ]
+
+
+def _calls(message: Message, has_content: bool) -> str:
+    """Render the tool calls of an assistant message as the text that follows its content."""
+    words = []
+    for number, call in enumerate(message.tool_calls):
+        arguments = call.arguments if isinstance(call.arguments, str) else as_json(call.arguments)
+        gap = "\n" if number or has_content else ""
+        words.append(f'{gap}<tool_call>\n{{"name": "{call.name}", "arguments": {arguments}}}\n</tool_call>')
+    return "".join(words)
+
+
+def _system(messages: Sequence[Message], tools: Sequence[Any]) -> list[Piece]:
+    """The turn at the front: the system message, the description of the tools, both, or nothing."""
+    own = messages[0] if messages[0].role == "system" else None
+    if own is None and not tools:
+        return []
+    text = own.text if own else ""
+    if tools:
+        gap = "\n\n" if own else ""
+        text += gap + _TOOLS_HEAD + "".join("\n" + as_json(tool) for tool in tools) + _TOOLS_FOOT
+    return [*_turn("system", [Text(text)])]
+
+
+def _turn(role: str, content: Sequence[Piece], end_weight: float = 0.0) -> list[Piece]:
+    return [Special(TURN_START), Text(f"{role}\n"), *content, Special(TURN_END, end_weight), Text("\n")]
+
+
+def _tool_results(messages: Sequence[Message], place: int) -> list[Piece]:
+    """One tool message; the first of a row of them opens a user turn, the last closes it."""
+    opens = place == 0 or messages[place - 1].role != "tool"
+    closes = place + 1 == len(messages) or messages[place + 1].role != "tool"
+    return [
+        *([Special(TURN_START), Text("user")] if opens else []),
+        Text("\n<tool_response>\n"),
+        *_content(messages[place], place),
+        Text("\n</tool_response>"),
+        *([Special(TURN_END), Text("\n")] if closes else []),
+    ]
+
+
+def render_instruct(
+    messages: Sequence[Message], tools: Sequence[Any] = (), *, generation_prompt: bool = False
+) -> list[Piece]:
+    """Render as the Instruct checkpoints do. An answer is trained from its first character through `<|im_end|>`."""
+    pieces = _system(messages, tools)
+    for place, message in enumerate(messages):
+        if message.role == "system" and place:
+            raise RowFault(
+                f"messages[{place}]: a system message that is not the first, which the template drops; "
+                "move it to the front"
+            )
+        if message.reasoning is not None:
+            raise RowFault(
+                f"messages[{place}]: reasoning_content, which the template of an Instruct checkpoint drops; take it "
+                "out or use a Thinking checkpoint"
+            )
+        if message.role == "user":
+            pieces += _turn("user", _content(message, place))
+        elif message.role == "assistant":
+            answer = message.text + _calls(message, bool(message.content))
+            pieces += _turn("assistant", [Text(answer, message.loss_weight)], message.loss_weight)
+        elif message.role == "tool":
+            pieces += _tool_results(messages, place)
+    if generation_prompt:
+        pieces += [Special(TURN_START), Text("assistant\n")]
+    return pieces
+
+
+def render_thinking(
+    messages: Sequence[Message], tools: Sequence[Any] = (), *, generation_prompt: bool = False
+) -> list[Piece]:
+    """Render as the Thinking checkpoints do: reasoning stays only in answers behind the last question of the user.
+
+    Generation always starts behind `<think>\\n`, so only answers that have it are trained, from there through
+    `<|im_end|>`; earlier answers stand without their reasoning, in a state the served model is never in.
+    """
+    pieces = _system(messages, tools)
+    last_query = _last_query(messages)
+    for place, message in enumerate(messages):
+        if message.role == "user" or (message.role == "system" and place):
+            pieces += _turn(message.role, _content(message, place))
+        elif message.role == "assistant":
+            reasoning, answer = _split_reasoning(message)
+            calls = _calls(message, bool(answer))
+            if place > last_query and (place + 1 == len(messages) or reasoning):
+                thought = reasoning.strip("\n") + "\n</think>\n\n" + answer.lstrip("\n") + calls
+                weight = message.loss_weight
+                pieces += _turn("assistant", [Text("<think>\n"), Text(thought, weight)], weight)
+            else:
+                pieces += _turn("assistant", [Text(answer + calls)])
+        elif message.role == "tool":
+            pieces += _tool_results(messages, place)
+    if generation_prompt:
+        pieces += [Special(TURN_START), Text("assistant\n<think>\n")]
+    return pieces
+
+
+def _last_query(messages: Sequence[Message]) -> int:
+    """Place of the last user message that is not a wrapped tool response; the last message when there is none."""
+    for place in range(len(messages) - 1, -1, -1):
+        text = as_text(_content(messages[place], place))
+        wrapped = text.startswith("<tool_response>") and text.endswith("</tool_response>")
+        if messages[place].role == "user" and not wrapped:
+            return place
+    return len(messages) - 1
+
+
+def _split_reasoning(message: Message) -> tuple[str, str]:
+    """Return (reasoning, answer); reasoning may stand in its own field or in `<think>` marks in the text."""
+    text = message.text
+    if message.reasoning is not None:
+        return message.reasoning, text
+    if "</think>" not in text:
+        return "", text
+    before = text.split("</think>")[0].rstrip("\n").split("<think>")[-1].lstrip("\n")
+    return before, text.split("</think>")[-1].lstrip("\n")
+
+
+DIALECTS: dict[str, Dialect] = {"instruct": render_instruct, "thinking": render_thinking}

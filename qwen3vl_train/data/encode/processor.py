@@ -1,0 +1,168 @@
+"""Image and video settings of a checkpoint, read from its preprocessor files and held against what this code does."""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from qwen3vl_train.arch import Qwen3VLArch
+from qwen3vl_train.data.media.clips import FRAMES_PER_PATCH, ClipRules
+from qwen3vl_train.data.media.image import FACTOR, MERGE, PATCH
+from qwen3vl_train.data.rows.sample import MAX_FPS
+
+_SAMPLING = {"fps": 2, "min_frames": 4, "max_frames": 768}
+
+
+class ImageLimits(NamedTuple):
+    """Area of an image after resizing, in pixels; one visual token is 32x32 of them."""
+
+    min_pixels: int
+    max_pixels: int
+
+
+def read_image_limits(model_path: str | Path, arch: Qwen3VLArch) -> ImageLimits:
+    """Read processor_config.json (transformers 5) or preprocessor_config.json. Raises ValueError.
+
+    Everything that shapes pixels is checked, since the class defaults of transformers are not Qwen3-VL's: a missing
+    patch size or mean would silently mean another one there.
+    """
+    found = _settings(Path(model_path), "image_processor", "preprocessor_config.json")
+    if found is None:
+        names = "preprocessor_config.json or processor_config.json"
+        raise ValueError(f"{model_path}: no {names}; copy it from the checkpoint")
+    settings, where = found
+    faults = _pixel_faults(settings, arch)
+    limits = _area_limits(settings, faults)
+    if faults:
+        raise ValueError(f"{where}: {'; '.join(faults)}; use the preprocessor file of this checkpoint")
+    return limits
+
+
+def read_clip_rules(model_path: str | Path, arch: Qwen3VLArch) -> ClipRules | None:
+    """Read processor_config.json or video_preprocessor_config.json; None where there is neither. Raises ValueError.
+
+    Sampling that the published files leave out is that of transformers' Qwen3VLVideoProcessor: two frames a second, 4
+    to 768 of them.
+    """
+    found = _settings(Path(model_path), "video_processor", "video_preprocessor_config.json")
+    if found is None:
+        return None
+    settings, where = found
+    faults = _pixel_faults(settings, arch)
+    if settings.get("cap_pixels_per_frame"):
+        faults.append("cap_pixels_per_frame is true, Qwen3-VL was trained with the limit of the whole clip alone")
+    limits = _area_limits(settings, faults)
+    fps, fewest, most = (settings.get(key) or usual for key, usual in _SAMPLING.items())
+    numbers = isinstance(fps, int | float) and isinstance(fewest, int) and isinstance(most, int)
+    if not (numbers and 0 < fps <= MAX_FPS and FRAMES_PER_PATCH <= fewest <= most):
+        faults.append(f"fps, min_frames, max_frames are {fps!r}, {fewest!r}, {most!r}, Qwen3-VL has 2, 4, 768")
+    if faults:
+        raise ValueError(f"{where}: {'; '.join(faults)}; use the video preprocessor file of this checkpoint")
+    return ClipRules(float(fps), fewest, most, *limits)
+
+
+def _pixel_faults(settings: dict[str, Any], arch: Qwen3VLArch) -> list[str]:
+    vision = arch.vision
+    wanted = {
+        "patch_size": (PATCH, vision.patch_size),
+        "merge_size": (MERGE, vision.spatial_merge_size),
+        "temporal_patch_size": (FRAMES_PER_PATCH, vision.temporal_patch_size),
+    }
+    faults = []
+    for key, (value, of_model) in wanted.items():
+        if settings.get(key) != value or of_model != value:
+            faults.append(f"{key} is {settings.get(key)} here and {of_model} in config.json, Qwen3-VL has {value}")
+    for key in ("image_mean", "image_std"):
+        if settings.get(key) != [0.5, 0.5, 0.5]:
+            faults.append(f"{key} is {settings.get(key)}, Qwen3-VL has [0.5, 0.5, 0.5]")
+    if abs(settings.get("rescale_factor", 1 / 255) - 1 / 255) > 1e-9:
+        faults.append(f"rescale_factor is {settings['rescale_factor']}, Qwen3-VL has 1/255")
+    if settings.get("resample", 3) != 3:
+        faults.append(f"resample is {settings['resample']}, Qwen3-VL has 3 (bicubic)")
+    for key in ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"):
+        if not settings.get(key, True):
+            faults.append(f"{key} is false, Qwen3-VL has true")
+    return faults
+
+
+def _area_limits(settings: dict[str, Any], faults: list[str]) -> ImageLimits:
+    size = settings.get("size")
+    size = size if isinstance(size, dict) else {}
+    least = settings.get("min_pixels") or size.get("shortest_edge") or size.get("min_pixels")
+    most = settings.get("max_pixels") or size.get("longest_edge") or size.get("max_pixels")
+    if not (isinstance(least, int) and isinstance(most, int) and 0 < least <= most):
+        least = most = 0
+        faults.append(f"size is {settings.get('size')}, not {{'shortest_edge': pixels, 'longest_edge': more pixels}}")
+    return ImageLimits(least, most)
+
+
+def _settings(folder: Path, section: str, own_file: str) -> tuple[dict[str, Any], str] | None:
+    """Find the settings in their section of processor_config.json, or else in a file of their own."""
+    for name in ("processor_config.json", own_file):
+        file = folder / name
+        if not file.is_file():
+            continue
+        try:
+            settings = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{file}: not JSON ({error}); copy the file again") from None
+        if name == "processor_config.json":
+            settings = settings.get(section) if isinstance(settings, dict) else None
+        if isinstance(settings, dict):
+            return settings, str(file)
+    return None
+
+
+def budget(limits: ImageLimits, min_visual_tokens: int | None, max_visual_tokens: int | None) -> ImageLimits:
+    """Put a budget in visual tokens an image in the place of the checkpoint's limits.
+
+    A maximum below the checkpoint's minimum (or the other way round) takes that along. Raises ValueError.
+    """
+    for name, tokens in (("min", min_visual_tokens), ("max", max_visual_tokens)):
+        if tokens is not None and tokens < 1:
+            raise ValueError(f"data.{name}_visual_tokens_per_image: got {tokens}; use at least 1")
+    if min_visual_tokens is not None and max_visual_tokens is not None and min_visual_tokens > max_visual_tokens:
+        raise ValueError(
+            f"data.min_visual_tokens_per_image: got {min_visual_tokens}, more than the maximum of {max_visual_tokens}; "
+            "lower it"
+        )
+    least, most = limits
+    if max_visual_tokens is not None:
+        most = max_visual_tokens * FACTOR**2
+        least = min(least, most)
+    if min_visual_tokens is not None:
+        least = min_visual_tokens * FACTOR**2
+        most = max(least, most)
+    return ImageLimits(least, most)
+
+
+def clip_rules(
+    rules: ClipRules,
+    fps: float | None,
+    min_frames: int | None,
+    max_frames: int | None,
+    max_visual_tokens: int | None,
+) -> ClipRules:
+    """Put the recipe's sampling and budget in the place of the checkpoint's; None leaves its own.
+
+    One visual token is 32x32 pixels of two frames. As in transformers, the budget bounds the area of all frames: the
+    pair that an odd number of frames ends with may come on top. A limit takes its counterpart along. Raises ValueError.
+    """
+    if fps is not None and not 0 < fps <= MAX_FPS:
+        raise ValueError(f"data.fps: got {fps}; use a number above 0 and at most {MAX_FPS}")
+    for name, value in (("min_frames", min_frames), ("max_frames", max_frames)):
+        if value is not None and value < FRAMES_PER_PATCH:
+            raise ValueError(f"data.{name}: got {value}; use at least {FRAMES_PER_PATCH}")
+    if max_visual_tokens is not None and max_visual_tokens < 1:
+        raise ValueError(f"data.max_visual_tokens_per_video: got {max_visual_tokens}; use at least 1")
+    if min_frames is not None and max_frames is not None and min_frames > max_frames:
+        raise ValueError(f"data.min_frames: got {min_frames}, more than data.max_frames {max_frames}; lower it")
+    fewest, most = rules.min_frames, rules.max_frames
+    if max_frames is not None:
+        most, fewest = max_frames, min(fewest, max_frames)
+    if min_frames is not None:
+        fewest, most = min_frames, max(most, min_frames)
+    least_area, most_area = rules.min_pixels, rules.max_pixels
+    if max_visual_tokens is not None:
+        most_area = max_visual_tokens * FRAMES_PER_PATCH * FACTOR**2
+        least_area = min(least_area, most_area)
+    return ClipRules(rules.fps if fps is None else float(fps), fewest, most, least_area, most_area)

@@ -1,0 +1,143 @@
+"""Find the checkpoint's chat template and check that one of our dialects renders exactly what it renders."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from qwen3vl_train.data.encode.chat import DIALECTS, as_text
+from qwen3vl_train.data.rows.sample import parse_sample
+
+_TOOLS = [{"type": "function", "function": {"name": "f", "description": "é <b>", "parameters": {"type": "object"}}}]
+_ASK = {"role": "user", "content": "Hi"}
+_KIND = [{"type": "text", "text": "Be"}, {"type": "text", "text": " kind"}]
+_PICTURE = {"type": "image", "image": "a.png"}
+_CLIP = {"type": "video", "video": "a.mp4"}
+_CALLS = [
+    {"type": "function", "function": {"name": "f", "arguments": {"x": "é", "n": [1, None]}}},
+    {"name": "g", "arguments": '{"raw": 1}'},
+]
+_RESULTS = [
+    {"role": "tool", "content": "one"},
+    {"role": "tool", "content": [{"type": "text", "text": "two"}, _PICTURE]},
+]
+
+_COMMON: dict[str, dict[str, Any]] = {
+    "question": {"messages": [_ASK]},
+    "system": {"messages": [{"role": "system", "content": " Be kind.\n"}, _ASK]},
+    "system in parts": {"messages": [{"role": "system", "content": _KIND}, _ASK]},
+    "two turns": {
+        "messages": [_ASK, {"role": "assistant", "content": "\n\nHello "}, {"role": "user", "content": " And?\n"},
+                     {"role": "assistant", "content": _KIND}]
+    },
+    "pictures": {
+        "messages": [{"role": "user", "content": [_PICTURE, {"type": "text", "text": "a"}, _PICTURE, _PICTURE,
+                                                  {"type": "text", "text": "b"}]}, {"role": "assistant", "content": ""}]
+    },
+    "clips": {
+        "messages": [{"role": "user", "content": [{"text": "a"}, _CLIP, _PICTURE, {"video": "b.mp4"}, {"text": "b"}]},
+                     {"role": "assistant", "content": "c"}]
+    },
+    "picture by url": {
+        "messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "a.png"}}, {"text": "?"}]}]
+    },
+    "reasoning in text": {
+        "messages": [_ASK, {"role": "assistant", "content": "<think>\nwhy\n</think>\n\nOld"}, _ASK,
+                     {"role": "assistant", "content": "<think>\nhow\n</think>\n\nNew"}]
+    },
+    "tools": {"messages": [{"role": "system", "content": "Be kind."}, _ASK], "tools": _TOOLS},
+    "tools, no system": {"messages": [_ASK, {"role": "assistant", "content": "x"}], "tools": _TOOLS},
+    "calls": {
+        "messages": [_ASK, {"role": "assistant", "content": "Look:", "tool_calls": _CALLS}, *_RESULTS,
+                     {"role": "assistant", "content": "", "tool_calls": _CALLS}, _RESULTS[0],
+                     {"role": "assistant", "content": "Done."}, _ASK],
+        "tools": _TOOLS,
+    },
+}  # fmt: skip
+_THINKING: dict[str, dict[str, Any]] = {
+    "late system": {"messages": [_ASK, {"role": "system", "content": "Be kind."}, _ASK]},
+    "reasoning_content": {
+        "messages": [_ASK, {"role": "assistant", "content": "Old", "reasoning_content": "why"}, _ASK,
+                     {"role": "assistant", "content": "\nx", "reasoning_content": "\nhow\n", "tool_calls": _CALLS},
+                     *_RESULTS, {"role": "assistant", "content": "New"}]
+    },
+    "wrapped tool response": {
+        "messages": [_ASK, {"role": "assistant", "content": "a", "reasoning_content": "b"},
+                     {"role": "user", "content": "<tool_response>\n1\n</tool_response>"},
+                     {"role": "assistant", "content": "c"}]
+    },
+}  # fmt: skip
+PROBES = {"instruct": _COMMON, "thinking": {**_COMMON, **_THINKING}}
+"""Conversations that between them reach every branch of the templates, for each dialect."""
+
+
+def find_template(model_path: str | Path) -> tuple[str, str]:
+    """Return (text of the chat template, where it stands). Raises ValueError when the checkpoint has none."""
+    folder = Path(model_path)
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8"), str(file)
+    for name in ("chat_template.json", "tokenizer_config.json"):
+        file = folder / name
+        if not file.is_file():
+            continue
+        try:
+            template = json.loads(file.read_text(encoding="utf-8")).get("chat_template")
+        except (ValueError, AttributeError) as error:
+            raise ValueError(f"{file}: not a JSON object ({error}); copy the file again") from None
+        if isinstance(template, list):
+            template = next((entry["template"] for entry in template if entry.get("name") == "default"), None)
+        if isinstance(template, str):
+            return template, str(file)
+    raise ValueError(
+        f"{folder}: no chat template (chat_template.jinja, chat_template.json, or chat_template in "
+        "tokenizer_config.json); copy it from the checkpoint"
+    )
+
+
+def render_template(template: str, messages: list[Any], tools: list[Any] | None, generation_prompt: bool) -> str:
+    """Render with the template itself, in a sandbox, set up as transformers does. Raises jinja2.TemplateError."""
+    from jinja2 import TemplateError
+    from jinja2.ext import loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    def refuse(message: str) -> None:
+        raise TemplateError(message)
+
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    environment.filters["tojson"] = lambda value, **options: json.dumps(value, **{"ensure_ascii": False, **options})
+    environment.globals["raise_exception"] = refuse
+    return environment.from_string(template).render(
+        messages=messages, tools=tools, add_generation_prompt=generation_prompt
+    )
+
+
+def check_template(template: str, where: str = "chat_template") -> str:
+    """Return the name of the dialect that a checkpoint's template speaks: 'instruct' or 'thinking'.
+
+    Every probe is rendered by the template and by our rules, with and without the prompt for an answer. Raises
+    ValueError that shows the first place where the two differ.
+    """
+    from jinja2 import TemplateError
+
+    try:
+        prompt = render_template(template, [_ASK], None, True)
+        dialect = "thinking" if prompt.endswith("<think>\n") else "instruct"
+        for name, probe in PROBES[dialect].items():
+            sample = parse_sample(probe)
+            for generation_prompt in (False, True):
+                theirs = render_template(template, probe["messages"], probe.get("tools"), generation_prompt)
+                ours = as_text(DIALECTS[dialect](sample.messages, sample.tools, generation_prompt=generation_prompt))
+                if theirs != ours:
+                    raise ValueError(
+                        f"{where}: probe {name!r} renders {_around(theirs, ours)}, but Qwen3-VL {dialect} renders "
+                        f"{_around(ours, theirs)}; use the template this checkpoint was published with"
+                    )
+    except (TemplateError, TypeError) as error:
+        raise ValueError(f"{where}: cannot be rendered ({error}); copy the template again") from None
+    return dialect
+
+
+def _around(text: str, other: str) -> str:
+    """Show the neighbourhood of the first place where text differs from other."""
+    place = next((i for i, (a, b) in enumerate(zip(text, other, strict=False)) if a != b), min(len(text), len(other)))
+    return repr(text[max(0, place - 20) : place + 20])

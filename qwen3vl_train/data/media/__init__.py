@@ -1,0 +1,1 @@
+"""Bytes and file headers -> sizes, pixels and patches of images and clips."""

@@ -1,0 +1,101 @@
+"""How a clip becomes frames, times, a size and patches: the arithmetic of Qwen3-VL's video processor."""
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qwen3vl_train.data.errors import MediaFault
+from qwen3vl_train.data.media.image import FACTOR, MAX_ASPECT, PATCH, resize_to_patches
+
+FRAMES_PER_PATCH = 2
+
+
+class ClipRules(NamedTuple):
+    """fps: frames taken a second of a clip, between min_frames and max_frames in all, never more than it has.
+
+    min_pixels, max_pixels: limits on the area of a resized frame times the number of frames.
+    """
+
+    fps: float
+    min_frames: int
+    max_frames: int
+    min_pixels: int
+    max_pixels: int
+
+
+def sample_indices(num_frames: int, clip_fps: float, rules: ClipRules) -> list[int]:
+    """Return the numbers of the frames that are taken, evenly spread from the first to the last.
+
+    Agrees with `sample_frames` of transformers' Qwen3VLVideoProcessor (halves round to even): 24 frames at 12 a second,
+    two taken a second -> 0, 8, 15, 23.
+    """
+    count = int(num_frames / clip_fps * rules.fps)
+    count = min(max(count, rules.min_frames), rules.max_frames, num_frames)
+    return np.linspace(0, num_frames - 1, count).round().astype(int).tolist()
+
+
+def pair_times(times: Sequence[float]) -> list[float]:
+    """Return one time for each pair of frames, the mean of the two; an odd last frame counts twice.
+
+    0.0, 0.5, 1.0 -> 0.25, 1.0
+    """
+    padded = [*times, times[-1]] if len(times) % FRAMES_PER_PATCH else times
+    return [(first + second) / 2 for first, second in zip(padded[::2], padded[1::2], strict=True)]
+
+
+def resize_clip(num_frames: int, height: int, width: int, *, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+    """Return the (height, width) that every frame is resized to.
+
+    Agrees with `smart_resize` of transformers 5's Qwen3VLVideoProcessor: limits hold for the whole clip, a side below
+    32 pixels is scaled up first, and an odd number of frames is rounded to an even one by halves to even (5 counts as
+    4, 7 as 8) in the test against the limits, though not in the scale. Raises MediaFault beyond 200:1.
+    """
+    if height < FACTOR or width < FACTOR:
+        scale = max(FACTOR / height, FACTOR / width)
+        height, width = int(height * scale), int(width * scale)
+    if max(height, width) > MAX_ASPECT * min(height, width):
+        raise MediaFault(f"frames of {width}x{height}: are more extreme than {MAX_ASPECT}:1; crop or pad them")
+    rows, cols = round(height / FACTOR) * FACTOR, round(width / FACTOR) * FACTOR
+    area = round(num_frames / FRAMES_PER_PATCH) * FRAMES_PER_PATCH * rows * cols
+    if area > max_pixels:
+        shrink = math.sqrt(num_frames * height * width / max_pixels)
+        rows = max(FACTOR, math.floor(height / shrink / FACTOR) * FACTOR)
+        cols = max(FACTOR, math.floor(width / shrink / FACTOR) * FACTOR)
+    elif area < min_pixels:
+        grow = math.sqrt(min_pixels / (num_frames * height * width))
+        rows = math.ceil(height * grow / FACTOR) * FACTOR
+        cols = math.ceil(width * grow / FACTOR) * FACTOR
+    return rows, cols
+
+
+def clip_patches(frames: Iterable[tuple[int, Tensor]], indices: Sequence[int], grid: tuple[int, int, int]) -> Tensor:
+    """Resize and cut frames as they come, one at a time, into uint8 (P, 1536) patches of frame pairs.
+
+    frames: (number, uint8 (3, H, W)) in any order, each number of `indices` at least once. grid: pairs, and patches of
+    a frame. A patch is (channel, frame of the pair, row, column), flattened; an odd last frame stands twice. Bit-equal
+    to transformers' Qwen3VLVideoProcessor on the same frames.
+    """
+    pairs, rows, cols = grid
+    patches = torch.empty(pairs, rows * cols, 3, FRAMES_PER_PATCH, PATCH * PATCH, dtype=torch.uint8)
+    places: dict[int, list[int]] = {}
+    for place in range(pairs * FRAMES_PER_PATCH):
+        places.setdefault(indices[min(place, len(indices) - 1)], []).append(place)
+    missing = set(places)
+    for number, rgb in frames:
+        frame = resize_to_patches(rgb, (rows, cols)).view(rows * cols, 3, PATCH * PATCH)
+        for place in places[number]:
+            patches[place // FRAMES_PER_PATCH, :, :, place % FRAMES_PER_PATCH] = frame
+        missing.discard(number)
+    assert not missing, f"frames {sorted(missing)[:5]} of the clip never came"
+    return patches.view(pairs * rows * cols, 3 * FRAMES_PER_PATCH * PATCH * PATCH)
+
+
+def doubled(patches: Tensor) -> Tensor:
+    """Repeat the one frame of stills (P, 768), as it stands beside clips: (P, 1536). Clips come back as they are."""
+    if patches.shape[1] != 3 * PATCH * PATCH:
+        return patches
+    return patches.view(-1, 3, 1, PATCH * PATCH).expand(-1, -1, FRAMES_PER_PATCH, -1).flatten(1)

@@ -1,0 +1,1 @@
+"""Costs -> packs -> steps -> this rank's packs."""

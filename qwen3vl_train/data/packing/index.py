@@ -1,0 +1,261 @@
+"""The cost of every row, found once before training from text and media headers, and the rows that cannot be used."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from qwen3vl_train.data.encode.collator import MultimodalCollator
+from qwen3vl_train.data.encode.encoder import SampleCost, fewest_tokens, is_trained
+from qwen3vl_train.data.errors import MediaFault, Reject, RowFault
+from qwen3vl_train.data.packing.index_cache import RowReject, SourceIndex, load_index, save_index
+from qwen3vl_train.data.packing.workers import in_workers
+from qwen3vl_train.data.rows.formats import SHAPES
+from qwen3vl_train.data.rows.media_files import is_fetched, local_files, read_stats
+from qwen3vl_train.data.rows.sample import Sample
+from qwen3vl_train.data.sources import Source
+
+_ROWS_PER_CHUNK = 256
+_WORTH_PROCESSES = 2000
+"""Rows that take about as long to look at as a few processes to start."""
+
+
+class LengthRule(NamedTuple):
+    """What becomes of a sample that is too long: drop leaves it out, reject lists it as a fault of the data.
+
+    shrink_media: the collator was told to shrink; what is too long all the same is rejected. field: of the recipe that
+    sets max_tokens, for messages. max_patches: of a pack.
+    """
+
+    max_tokens: int
+    field: str = "data.max_tokens_per_pack"
+    max_patches: int | None = None
+    too_long: Literal["drop", "reject", "shrink_media"] = "reject"
+
+    def admit(self, sample: Sample, collator: MultimodalCollator) -> SampleCost | None:
+        """Return the cost of a sample, None where it is dropped. Decodes no pixels.
+
+        Raises RowFault, also where the template trains nothing of the sample.
+        """
+        encoder = collator.encoder
+        pieces = encoder.render(sample)
+        if not is_trained(pieces):
+            raise RowFault(
+                "nothing to learn: a Thinking checkpoint is trained on answers behind the last question, and none "
+                "there is trained; end the row with its answer, or take an Instruct checkpoint"
+            )
+        # To tokenise millions of characters only to leave them out takes seconds and gigabytes.
+        fewest = fewest_tokens(pieces, collator.tokenizer)
+        if fewest > self.max_tokens:
+            return self._too_long(f"at least {fewest} tokens of text is longer than {self.field} {self.max_tokens}")
+        cost = encoder.cost_of(pieces, sample.media_root)
+        too_many = self.max_patches is not None and cost.patches > self.max_patches
+        if cost.tokens <= self.max_tokens and not too_many:
+            return cost
+        if cost.tokens > self.max_tokens:
+            what = f"{cost.tokens} tokens ({cost.visual_tokens} visual) is longer than {self.field} {self.max_tokens}"
+        else:
+            what = f"{cost.patches} patches is more than data.max_patches_per_pack {self.max_patches}"
+        return self._too_long(what)
+
+    def _too_long(self, what: str) -> None:
+        if self.too_long == "drop":
+            return
+        others = "" if self.too_long == "shrink_media" else ", or set data.too_long to drop or shrink_media"
+        raise RowFault(f"sample of {what}; raise it, lower data.max_visual_tokens_per_image{others}")
+
+
+@dataclass
+class Index:
+    """Costs of the rows of all sources, numbered through: source s has rows starts[s] .. starts[s+1]-1.
+
+    tokens, visual_tokens, patches, patch_pairs, num_shrunk: int64 (rows,), all 0 where the row is not used. stamps:
+    int64 (rows,), of the media files as they were, see `stamps.row_stamps`. shapes: int8 (rows,), see `SourceIndex`.
+    num_dropped: rows left out by rule.
+    """
+
+    starts: np.ndarray
+    tokens: np.ndarray
+    visual_tokens: np.ndarray
+    patches: np.ndarray
+    patch_pairs: np.ndarray
+    num_shrunk: np.ndarray
+    stamps: np.ndarray
+    shapes: np.ndarray
+    rejects: list[Reject] = field(default_factory=list)
+    num_dropped: int = 0
+
+    @classmethod
+    def from_sources(cls, names: Sequence[str], parts: Sequence[SourceIndex]) -> "Index":
+        """Put the indexes of all sources one behind the other. names: of the sources."""
+        lengths = np.array([part.num_rows for part in parts], dtype=np.int64)
+        joined = SourceIndex.join(parts, num_costs=len(SampleCost._fields))
+        return cls(
+            np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+            *joined.costs,
+            stamps=joined.stamps(),
+            shapes=joined.shapes,
+            rejects=[
+                Reject(name, reject.number, reject.reason)
+                for name, part in zip(names, parts, strict=True)
+                for reject in part.rejects
+            ],
+            num_dropped=int(joined.dropped.sum()),
+        )
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def num_usable(self) -> int:
+        return int(np.count_nonzero(self.tokens))
+
+    def usable(self, source: int) -> np.ndarray:
+        """Return the numbers of the usable rows of one source, ascending."""
+        start, end = self.starts[source], self.starts[source + 1]
+        return start + np.flatnonzero(self.tokens[start:end])
+
+    def count_shapes(self, source: int) -> Counter[str]:
+        """Return how many rows of one source have each shape, without those that could not be read."""
+        found = self.shapes[self.starts[source] : self.starts[source + 1]]
+        return Counter({shape: int((found == place).sum()) for place, shape in enumerate(SHAPES)})
+
+    def locate(self, number: int) -> tuple[int, int]:
+        """Return (source, row of that source) of a row number."""
+        source = int(np.searchsorted(self.starts, number, side="right")) - 1
+        return source, int(number - self.starts[source])
+
+    def digest(self) -> str:
+        """Return a hash over all costs: it changes with the data, the template and the budgets."""
+        digest = hashlib.sha256(self.starts.tobytes())
+        for name in SampleCost._fields:
+            digest.update(getattr(self, name).tobytes())
+        return digest.hexdigest()
+
+
+def build_index(
+    sources: Sequence[Source],
+    collator: MultimodalCollator,
+    rule: LengthRule,
+    *,
+    num_workers: int = 0,
+    cache_folder: Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Index:
+    """Find the cost of every row of every source; what cannot be used goes to `Index.rejects`.
+
+    cache_folder: where what was found is kept; a source whose content, template, budgets and media files are as they
+    were is read from there, and only rows whose media files changed, or whose fault may have passed, are looked at
+    again. progress: called with (rows looked at, rows to look at). What is wrong with the rows raises nothing here: see
+    `check_rejects`.
+    """
+    keys = [_cache_key(source, collator, rule) for source in sources]
+    parts = [
+        load_index(cache_folder, key, len(source)) if cache_folder else None
+        for source, key in zip(sources, keys, strict=True)
+    ]
+    wanted = [
+        np.arange(len(source)) if part is None else part.rows_to_look_at()
+        for source, part in zip(sources, parts, strict=True)
+    ]
+    look = _Look(sources, collator, rule)
+    looked_at = _look_at(look, wanted, num_workers, progress)
+    for place, (part, rows) in enumerate(zip(parts, wanted, strict=True)):
+        if part is None or len(rows):
+            fresh = SourceIndex.join(looked_at[place], num_costs=len(SampleCost._fields))
+            parts[place] = fresh = fresh if part is None else part.with_rows(rows, fresh)
+            if cache_folder:
+                save_index(cache_folder, keys[place], fresh)
+    return Index.from_sources([source.name for source in sources], [part for part in parts if part is not None])
+
+
+def _look_at(
+    look: "_Look", wanted: Sequence[np.ndarray], num_workers: int, progress: Callable[[int, int], None] | None
+) -> list[list[SourceIndex]]:
+    """Look at some rows of each source, stretch by stretch."""
+    total, done = sum(map(len, wanted)), 0
+    chunks = [
+        (place, rows[start : start + _ROWS_PER_CHUNK])
+        for place, rows in enumerate(wanted)
+        for start in range(0, len(rows), _ROWS_PER_CHUNK)
+    ]
+    results = in_workers(look, chunks, num_workers if total >= _WORTH_PROCESSES else 0)
+    looked_at: list[list[SourceIndex]] = [[] for _ in wanted]
+    for (place, rows), found in zip(chunks, results, strict=True):
+        looked_at[place].append(found)
+        done += len(rows)
+        if progress is not None:
+            progress(done, total)
+    return looked_at
+
+
+class _Look:
+    """Looks at a stretch of rows of one source; sent to worker processes."""
+
+    def __init__(self, sources: Sequence[Source], collator: MultimodalCollator, rule: LengthRule) -> None:
+        self.sources, self.collator, self.rule = sources, collator, rule
+
+    def __call__(self, chunk: tuple[int, np.ndarray]) -> SourceIndex:
+        place, rows = chunk
+        source = self.sources[place]
+        costs = np.zeros((len(SampleCost._fields), len(rows)), dtype=np.int64)
+        dropped = np.zeros(len(rows), dtype=bool)
+        shapes = np.full(len(rows), -1, dtype=np.int8)
+        rejects: list[RowReject] = []
+        files: list[list[str]] = []
+        for at, row in enumerate(rows.tolist()):
+            sample = None
+            try:
+                sample = source.sample(row)
+                cost = self.rule.admit(sample, self.collator)
+            except RowFault as fault:
+                sample = sample or fault.sample
+                # What a server sent may be no image today and one tomorrow.
+                transient = fault.transient or (
+                    isinstance(fault, MediaFault) and sample is not None and is_fetched(sample)
+                )
+                rejects.append(RowReject(at, source.row_number(row), str(fault), transient))
+            else:
+                if cost is None:
+                    dropped[at] = True
+                else:
+                    costs[:, at] = cost
+            files.append([] if sample is None else local_files(sample))
+            if sample is not None:
+                shapes[at] = SHAPES.index(sample.shape)
+        paths = [path for of_row in files for path in of_row]
+        num_files = np.array([len(of_row) for of_row in files], dtype=np.int64)
+        return SourceIndex(costs, dropped, shapes, rejects, paths, num_files, read_stats(paths))
+
+
+def _cache_key(source: Source, collator: MultimodalCollator, rule: LengthRule) -> dict[str, Any]:
+    """Everything that the costs of a source follow from, but for its media files."""
+    return {
+        "rows": source.fingerprint(),
+        "media_root": source.media_root,
+        "rules": repr(source.rules),
+        "encoder": collator.fingerprint(),
+        "length": list(rule),
+        "name": source.name,
+    }
+
+
+def check_rejects(index: Index, sources: Sequence[Source], max_rejected_fraction: float) -> None:
+    """Raise ValueError when there is nothing to learn from, or too much of the data is rejected."""
+    rejected = len(index.rejects)
+    shown = "".join(f"\n  - {reject}" for reject in index.rejects[:3])
+    if not index.num_usable:
+        names = ", ".join(source.name for source in sources)
+        raise ValueError(
+            f"{names}: nothing to learn from, none of {index.num_rows} rows can be used; mend the rows{shown}"
+        )
+    if rejected > max_rejected_fraction * index.num_rows:
+        raise ValueError(
+            f"data: {rejected} of {index.num_rows} rows cannot be used, more than data.max_rejected_fraction "
+            f"{max_rejected_fraction:g}; mend them or raise it{shown}"
+        )

@@ -1,0 +1,108 @@
+"""Several sources as one endless stream of rows, epoch after epoch, that can be entered at any row."""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from qwen3vl_train.data.errors import RowFault
+from qwen3vl_train.data.packing.plan import random_stream
+from qwen3vl_train.data.sources import Source, StreamRow, StreamSource
+
+Cursor = dict[str, Any]
+"""Where a mixture goes on, as JSON: the epoch, and for each part its pass, its row in that, the state of its source,
+and how many rows were drawn from it."""
+
+
+class InOrder:
+    """A stream, read in its own order."""
+
+    def __init__(self, source: StreamSource, num_rows: int | None = None) -> None:
+        """num_rows: as far as known."""
+        self.source, self.num_rows = source, num_rows
+
+    def rows(self, state: dict[str, Any] | None, seed: tuple[int, ...]) -> Iterator[StreamRow]:
+        """Yield the rows behind a state; seed is not asked."""
+        return self.source.rows(state)
+
+
+class Shuffled:
+    """A source whose rows are known by number, read in an order that the seed draws."""
+
+    def __init__(self, source: Source) -> None:
+        self.source, self.num_rows = source, len(source)
+
+    def rows(self, state: dict[str, Any] | None, seed: tuple[int, ...]) -> Iterator[StreamRow]:
+        """Yield the rows behind a state."""
+        order = random_stream(seed).permutation(len(self.source))
+        for place in range(state["place"] if state else 0, len(order)):
+            row = int(order[place])
+            try:
+                sample = self.source.sample(row)
+            except RowFault as fault:
+                sample = fault
+            yield StreamRow({"place": place + 1}, sample, self.source.row_number(row), self.source.name)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One source of a mixture. weight: how often a row of it is drawn in an epoch; a fraction draws by chance."""
+
+    reader: InOrder | Shuffled
+    weight: float
+
+    @property
+    def name(self) -> str:
+        return self.reader.source.name
+
+    def draw(self, place: dict[str, Any], seed: tuple[int, ...]) -> Iterator[tuple[dict[str, Any], StreamRow]]:
+        """Yield (where to go on, row) from a place on, through all passes of one epoch."""
+        whole, fraction = int(self.weight), self.weight - int(self.weight)
+        number, state, count = place["pass"], place["state"], place["row"]
+        while number < whole + (fraction > 0):
+            for row in self.reader.rows(state, (*seed, number)):
+                count += 1
+                if number < whole or _chance((*seed, number, count)) < fraction:
+                    yield {"pass": number, "state": row.state, "row": count}, row
+            number, state, count = number + 1, None, 0
+
+
+class Mixture:
+    """Rows of all parts in turn, each at its own even pace until it has no more in this epoch.
+
+    Where the number of rows of every part is known, all end together; else the pace is the weight alone.
+    """
+
+    def __init__(self, parts: Sequence[Part], seed: int) -> None:
+        self.parts, self.seed = parts, seed
+        known = [part.reader.num_rows for part in parts]
+        self.paces = [
+            part.weight * (1 if None in known else (rows or 1)) for part, rows in zip(parts, known, strict=True)
+        ]
+
+    def start(self, epoch: int = 0) -> Cursor:
+        """Return the cursor of the first row of an epoch."""
+        return {"epoch": epoch, "parts": [{"pass": 0, "state": None, "row": 0, "drawn": 0} for _ in self.parts]}
+
+    def rows(self, cursor: Cursor) -> Iterator[tuple[Cursor, StreamRow]]:
+        """Yield (cursor behind the row, row) to the end of the cursor's epoch."""
+        epoch, places = cursor["epoch"], list(cursor["parts"])
+        draws = {
+            number: part.draw(places[number], (self.seed, epoch, number)) for number, part in enumerate(self.parts)
+        }
+        while draws:
+            # The part that is furthest behind its pace; whether it has ended shows when it is asked.
+            number = min(draws, key=lambda number: ((places[number]["drawn"] + 1) / self.paces[number], number))
+            drawn = next(draws[number], None)
+            if drawn is None:
+                del draws[number]
+                continue
+            place, row = drawn
+            places[number] = {**place, "drawn": places[number]["drawn"] + 1}
+            yield {"epoch": epoch, "parts": list(places)}, row
+
+
+def _chance(parts: tuple[int, ...]) -> float:
+    """Return a number in 0..1 that follows from its arguments alone."""
+    words = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(words) / 2**64

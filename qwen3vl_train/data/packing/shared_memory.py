@@ -1,0 +1,69 @@
+"""A pack on its way from a worker process: all of its tensors in one block of shared memory.
+
+Tensor by tensor, a pack would hold fifteen file descriptors open here for as long as it lives, and the usual limit of
+1,024 is met by a step of 64 packs.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qwen3vl_train.batch import PackedBatch
+
+_ALIGNMENT = 64
+
+
+@dataclass(frozen=True)
+class SharedMemoryPack:
+    """block: uint8, the tensors of a pack one behind the other. form: the pack, its tensors without their content."""
+
+    block: Tensor
+    form: PackedBatch
+
+    @classmethod
+    def from_pack(cls, pack: PackedBatch) -> "SharedMemoryPack":
+        """Copy a pack into shared memory: the one copy that the way to the other process takes."""
+        tensors: list[Tensor] = []
+
+        def emptied(tensor: Tensor) -> Tensor:
+            tensors.append(tensor)
+            return tensor.to("meta")
+
+        form = pack._apply(emptied)
+        size = sum(_room(tensor) for tensor in tensors)
+        block = torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(size))  # type: ignore[call-overload]
+        shipment = cls(block, form)
+        views: list[Tensor] = []
+        shipment._views(views.append)
+        for view, tensor in zip(views, tensors, strict=True):
+            view.copy_(tensor)
+        return shipment
+
+    def unpack(self) -> PackedBatch:
+        """Return the pack. Its tensors are views of the block: nothing is copied."""
+        return self._views(lambda view: None)
+
+    def _views(self, note: Callable[[Tensor], Any]) -> PackedBatch:
+        start = 0
+
+        def view(empty: Tensor) -> Tensor:
+            nonlocal start
+            end = start + empty.numel() * empty.element_size()
+            found = self.block[start:end].view(empty.dtype).view(empty.shape)
+            start += _room(empty)
+            note(found)
+            return found
+
+        return self.form._apply(view)
+
+    def pin_memory(self) -> "SharedMemoryPack":
+        """Copy to page-locked memory, see `PackedBatch.pin_memory`."""
+        return replace(self, block=self.block.pin_memory())
+
+
+def _room(tensor: Tensor) -> int:
+    return math.ceil(tensor.numel() * tensor.element_size() / _ALIGNMENT) * _ALIGNMENT

@@ -1,0 +1,1 @@
+"""Any row -> a checked `Sample`."""

@@ -1,0 +1,79 @@
+"""From an entry under data.train or data.eval to its sources."""
+
+import os
+
+from qwen3vl_train.config.fields import EvalSource, TrainSource
+from qwen3vl_train.data.rows.boxes import Convention
+from qwen3vl_train.data.rows.parse import RowRules
+from qwen3vl_train.data.sources.base import FileSource, StreamSource, check_media_root
+from qwen3vl_train.data.sources.files import find_files, is_url, suffix_of
+from qwen3vl_train.data.sources.hub import HubSource, is_saved_dataset
+from qwen3vl_train.data.sources.jsonl import JsonlSource
+from qwen3vl_train.data.sources.parquet import ParquetSource
+from qwen3vl_train.data.sources.streams import FileStream, HubStream
+from qwen3vl_train.data.sources.tar import TarSource
+
+ENDINGS = (".jsonl", ".json", ".parquet", ".tar")
+"""Of the files that a folder or a pattern finds; each but Parquet also with .gz, .zst or .zstd behind it."""
+
+Entry = TrainSource | EvalSource
+
+
+def entry_rules(entry: Entry) -> RowRules:
+    """Return how the rows of an entry are read. Their label is its name, or the last part of its path."""
+    return RowRules(
+        label=entry.name or os.path.basename(entry.path.rstrip("/")).replace(":", "_"),
+        format=entry.format,
+        columns={**entry.columns},
+        train_on=entry.train_on,
+        boxes=Convention(entry.bbox, entry.bbox_layout),
+        allow_urls=entry.allow_urls,
+    )
+
+
+def open_sources(entry: Entry) -> list[FileSource]:
+    """Open every file of an entry, one source each. Raises ValueError for what cannot be read.
+
+    Media are looked for in media_root, or else beside each file, and nowhere outside. With `split`, or for a folder
+    that `datasets` saved, the path is read by `datasets`.
+    """
+    rules = entry_rules(entry)
+    if _is_dataset(entry):
+        return [HubSource(entry.path, _hub_root(entry), rules, split=entry.split, subset=entry.subset)]
+    _check_web(entry, rules)
+    return [_open(path, entry.media_root or _folder(path), rules) for path in find_files(entry.path, ENDINGS)]
+
+
+def open_stream(entry: Entry) -> StreamSource:
+    """Open an entry as a stream over all of its files. Raises ValueError for what cannot be read."""
+    rules = entry_rules(entry)
+    if _is_dataset(entry):
+        return HubStream(entry.path, _hub_root(entry), rules, split=entry.split, subset=entry.subset)
+    _check_web(entry, rules)
+    files = find_files(entry.path, ENDINGS)
+    return FileStream(entry.path, files, entry.media_root or _folder(files[0]), rules)
+
+
+def _open(path: str, media_root: str, rules: RowRules) -> FileSource:
+    kinds = {".parquet": ParquetSource, ".tar": TarSource}
+    return kinds.get(suffix_of(path), JsonlSource)(path, media_root, rules)
+
+
+def _check_web(entry: Entry, rules: RowRules) -> None:
+    """Refuse media on the web that the recipe does not allow, before a file of the entry is asked for there."""
+    root = entry.media_root or _folder(entry.path)
+    if is_url(root) and suffix_of(entry.path) != ".tar":
+        check_media_root(entry.path, root, rules)
+
+
+def _is_dataset(entry: Entry) -> bool:
+    return entry.split is not None or is_saved_dataset(entry.path)
+
+
+def _folder(path: str) -> str:
+    return path.rpartition("/")[0] if is_url(path) else os.path.dirname(path) or "."
+
+
+def _hub_root(entry: Entry) -> str:
+    """Pictures of a data set are mostly inside it; of a folder, or beside one, where they are paths."""
+    return entry.media_root or (entry.path if os.path.isdir(entry.path) else ".")

@@ -1,0 +1,119 @@
+"""The one set of names for parts of the model, for freezing, learning rates, LoRA targets, gradient norms and reports.
+
+`merger` is the main merger alone and `deepstack` the DeepStack mergers alone: neither ever means the other.
+"""
+
+import difflib
+import re
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # recipes name groups too, and reading a recipe imports no torch
+    from torch import nn
+
+GROUPS: tuple[str, ...] = (
+    "vision_attn",
+    "vision_mlp",
+    "vision_embed",
+    "merger",
+    "deepstack",
+    "text_attn",
+    "text_mlp",
+    "text_embed",
+    "lm_head",
+)
+
+VISION_GROUPS: tuple[str, ...] = ("vision_attn", "vision_mlp", "vision_embed")
+
+UNIONS: dict[str, tuple[str, ...]] = {
+    "vision": VISION_GROUPS,
+    "text": ("text_attn", "text_mlp", "text_embed", "lm_head"),
+    "all": GROUPS,
+}
+
+# Embeddings and the head take no LoRA here: adapters go on the linear layers of blocks and mergers.
+LORA_GROUPS: tuple[str, ...] = tuple(g for g in GROUPS if g not in ("vision_embed", "text_embed", "lm_head"))
+
+
+def expand_groups(names: Iterable[str]) -> tuple[str, ...]:
+    """Replace unions by their groups; each group once, in the order of GROUPS.
+
+    ["text_attn", "vision"] -> ("vision_attn", "vision_mlp", "vision_embed", "text_attn")
+    Raises ValueError for a name that is neither a group nor a union, with near names.
+    """
+    wanted: set[str] = set()
+    for name in names:
+        if not is_group(name):
+            raise ValueError(unknown_group(name, (*GROUPS, *UNIONS)))
+        wanted.update(UNIONS.get(name, (name,)))
+    return tuple(group for group in GROUPS if group in wanted)
+
+
+def is_group(name: str) -> bool:
+    """Whether this is the name of a group or a union."""
+    return name in GROUPS or name in UNIONS
+
+
+def expand_lora_groups(names: Iterable[str]) -> tuple[str, ...]:
+    """`expand_groups`, without the groups that take no LoRA: `text` -> text_attn, text_mlp."""
+    return tuple(group for group in expand_groups(names) if group in LORA_GROUPS)
+
+
+def unknown_group(name: str, allowed: Iterable[str]) -> str:
+    """Say that `name` is not one of `allowed`, with the nearest names, or all of them when none is near."""
+    allowed = list(allowed)
+    near = difflib.get_close_matches(name, allowed, n=2, cutoff=0.6)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"use {', '.join(allowed)}"
+    return f"{name!r} is not a module group; {hint}"
+
+
+# Norms go with the part that reads them; the final norm goes with the head.
+_GROUP_OF_PATTERN = {
+    r"visual\.vision\.(patch_embed|pos_embed)": "vision_embed",
+    r"visual\.vision\.blocks\.\d+\.(norm1|attn)": "vision_attn",
+    r"visual\.vision\.blocks\.\d+\.(norm2|mlp)": "vision_mlp",
+    r"visual\.vision\.merger": "merger",
+    r"visual\.vision\.deepstack_merger_list\.\d+": "deepstack",
+    r"language_model\.model\.embed_tokens": "text_embed",
+    r"language_model\.model\.layers\.\d+\.(input_layernorm|self_attn)": "text_attn",
+    r"language_model\.model\.layers\.\d+\.(post_attention_layernorm|mlp)": "text_mlp",
+    r"language_model\.(model\.norm|lm_head)": "lm_head",
+}
+_ANY_GROUP = re.compile("|".join(f"(?P<g{i}>{pattern})" for i, pattern in enumerate(_GROUP_OF_PATTERN)))
+_GROUPS = list(_GROUP_OF_PATTERN.values())
+
+
+def group_of(name: str) -> str:
+    """The group of a parameter or module, by its name in our module tree (LoRA parts included).
+
+    A tied head is `text_embed`: it is the embedding's parameter.
+    """
+    match = _ANY_GROUP.match(name)
+    assert match is not None, f"{name} belongs to no module group"
+    assert match.lastgroup is not None
+    return _GROUPS[int(match.lastgroup[1:])]
+
+
+def grouped_parameters(model: "nn.Module") -> "dict[str, list[tuple[str, nn.Parameter]]]":
+    """All parameters by group, each once, in the order of the module tree."""
+    groups: dict[str, list[tuple[str, nn.Parameter]]] = {}
+    for name, parameter in model.named_parameters():
+        groups.setdefault(group_of(name), []).append((name, parameter))
+    return groups
+
+
+def train_only(model: "nn.Module", groups: set[str]) -> None:
+    """Let exactly the parameters of these groups train.
+
+    Raises ValueError for a tied head named without its embedding.
+    """
+    present = grouped_parameters(model)
+    tied = all(not name.endswith("lm_head.weight") for name, _ in present["lm_head"])
+    if tied and ("lm_head" in groups) != ("text_embed" in groups):
+        raise ValueError(
+            "tune.train: the head of this checkpoint is tied to its embedding, so lm_head and text_embed train "
+            f"together; got only {'lm_head' if 'lm_head' in groups else 'text_embed'}, name both or neither"
+        )
+    for group, parameters in present.items():
+        for _, parameter in parameters:
+            parameter.requires_grad_(group in groups)

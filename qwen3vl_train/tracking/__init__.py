@@ -1,0 +1,1 @@
+"""Everything that a run reports: metrics, trackers, the terminal."""

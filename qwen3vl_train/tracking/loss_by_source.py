@@ -1,0 +1,57 @@
+"""The loss of every data set of a mixture by itself."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from qwen3vl_train.batch import PackedBatch
+from qwen3vl_train.config import Recipe
+from qwen3vl_train.data.rows.parse import source_of
+from qwen3vl_train.data.sources import entry_rules
+
+
+class SourceLoss(NamedTuple):
+    """loss: mean over the label tokens of one data set in a step; None where it had none."""
+
+    loss: float | None
+    label_tokens: int
+
+
+def source_names(recipe: Recipe) -> list[str]:
+    """Names of the training data sets, as they stand at the front of sample ids; entries may share one."""
+    return list(dict.fromkeys(entry_rules(entry).label or entry.path for entry in recipe.data.train))
+
+
+class SourceTally:
+    """Adds up losses and labels by data set over this rank's packs of a step; waits for the device once, at the end."""
+
+    def __init__(self, names: Sequence[str], device: torch.device) -> None:
+        """names: of all data sets, the same on every rank."""
+        self._numbers = {name: number for number, name in enumerate(names)}
+        self._labels = torch.zeros(len(names), dtype=torch.int64)
+        self._losses = torch.zeros(len(names), dtype=torch.float64, device=device)
+
+    def add(self, batch: PackedBatch, losses_R: Tensor) -> None:
+        """batch: on the host. losses_R: of its `label_rows`, on the device."""
+        if not batch.num_labels:
+            return
+        of_sequence = torch.tensor([self._numbers[source_of(name)] for name in batch.sample_ids])
+        sequences_R = torch.searchsorted(batch.segments.cu_seqlens[1:], batch.label_rows.int(), right=True)
+        sources_R = of_sequence[sequences_R]
+        self._labels += sources_R.bincount(minlength=len(self._numbers))
+        self._losses.index_add_(0, sources_R.to(self._losses.device), losses_R.double())
+
+    def values(self) -> list[float]:
+        """Sums of losses, then numbers of labels, in the order of the names; to be summed over ranks."""
+        return [*self._losses.tolist(), *map(float, self._labels.tolist())]
+
+    def means(self, values: Sequence[float]) -> dict[str, SourceLoss]:
+        """What `values` say once they are summed over all ranks, by name."""
+        count = len(self._numbers)
+        sums, labels = values[:count], values[count:]
+        return {
+            name: SourceLoss(sums[number] / labels[number] if labels[number] else None, int(labels[number]))
+            for name, number in self._numbers.items()
+        }

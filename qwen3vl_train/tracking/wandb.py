@@ -1,0 +1,194 @@
+"""What a run shows while it goes on: a tracker (Weights & Biases, offline unless asked) and the terminal."""
+
+import math
+import netrc
+import os
+import secrets
+import subprocess
+import sys
+import time
+from collections import deque
+from datetime import timedelta
+from pathlib import Path
+from typing import IO, Any, Protocol
+from urllib.parse import urlsplit
+
+from rich.console import Console as RichConsole
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from qwen3vl_train.config import Recipe, public_dict
+from qwen3vl_train.dist.stop import STOPPED
+
+LOG_SECONDS = 5.0
+
+
+class Tracker(Protocol):
+    run_id: str | None
+
+    def log(self, metrics: dict[str, Any], step: int) -> None:
+        """Record numbers of a step. Steps never go back; several calls for one step are joined."""
+        ...
+
+    def finish(self, exit_code: int = 0) -> None:
+        """Close the run; an exit code other than 0 marks it as failed, STOPPED as one that will go on."""
+        ...
+
+
+class SilentTracker:
+    """Of ranks other than 0, and of `track.wandb: off`. run_id: handed on for a start that tracks again."""
+
+    def __init__(self, run_id: str | None = None) -> None:
+        self.run_id = run_id
+
+    def log(self, metrics: dict[str, Any], step: int) -> None:
+        pass
+
+    def finish(self, exit_code: int = 0) -> None:
+        pass
+
+
+class WandbTracker:
+    """One W&B run, kept under `run_dir/wandb/`; offline it needs neither account nor network.
+
+    The run's id is kept in `run_dir/wandb_run_id`, so a resumed run goes on as the same W&B run; run_id is put there
+    where the file is missing. Each offline session is a folder of its own there; `wandb sync --append` sends them as
+    parts of one run.
+    """
+
+    def __init__(self, recipe: Recipe, run_dir: Path, run_id: str | None = None) -> None:
+        import wandb
+        from wandb.errors import Error as WandbError
+
+        run_dir.mkdir(parents=True, exist_ok=True)
+        self.run_id: str | None = _run_id(run_dir, run_id)
+        online = recipe.track.wandb == "online"
+        if online and not _has_login(wandb.setup().settings.base_url):
+            raise ValueError(_NO_LOGIN.format(what="no W&B login found"))
+        settings = wandb.Settings(
+            console="off",  # the terminal stays ours; our lines are not copied into W&B
+            silent=not online,
+            disable_git=True,  # git state is in the config, without the remote's address, which may hold a password
+            save_code=False,
+        )
+        try:
+            self._run = wandb.init(
+                mode="online" if online else "offline",
+                dir=str(run_dir),
+                id=self.run_id,
+                resume="allow" if online else None,  # offline, the id alone joins the parts
+                project=recipe.track.project,
+                name=recipe.name,
+                config={**public_dict(recipe), "git": git_state(Path.cwd())},
+                settings=settings,
+            )
+        except WandbError as error:
+            raise ValueError(_NO_LOGIN.format(what=f"W&B did not start ({error})")) from error
+
+    def log(self, metrics: dict[str, Any], step: int) -> None:
+        self._run.log({key: value for key, value in metrics.items() if value is not None and key != "step"}, step=step)
+
+    def finish(self, exit_code: int = 0) -> None:
+        if exit_code == STOPPED:
+            self._run.mark_preempting()
+        self._run.finish(exit_code=exit_code)
+
+
+_NO_LOGIN = "track.wandb: online, but {what}; run `wandb login`, set WANDB_API_KEY, or use track.wandb=offline"
+
+
+def open_tracker(recipe: Recipe, run_dir: Path, rank: int, run_id: str | None = None) -> Tracker:
+    """Start tracking on rank 0; every other rank, and `track.wandb: off`, gets a tracker that does nothing.
+
+    run_id: of the W&B run to go on with where `run_dir` does not know it.
+
+    Raises ValueError, before any prompt, where `online` is asked for and no login is found, or W&B refuses to start.
+    """
+    if rank != 0 or recipe.track.wandb == "off":
+        return SilentTracker(run_id)
+    return WandbTracker(recipe, run_dir, run_id)
+
+
+def _run_id(run_dir: Path, known: str | None) -> str:
+    file = run_dir / "wandb_run_id"
+    if not file.is_file():
+        file.write_text((known or secrets.token_hex(4)) + "\n", encoding="utf-8")
+    run_id = file.read_text(encoding="utf-8").strip()
+    if not (run_id.isascii() and run_id.isalnum() and len(run_id) <= 64):
+        raise ValueError(f"{file}: {run_id[:64]!r} is not a W&B run id; delete the file to start a new W&B run")
+    return run_id
+
+
+def _has_login(base_url: str) -> bool:
+    """Whether W&B would find credentials without asking: environment, or the netrc file that `wandb login` writes."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    host = urlsplit(base_url).hostname or "api.wandb.ai"
+    for file in (os.environ.get("NETRC"), Path.home() / ".netrc", Path.home() / "_netrc"):
+        try:
+            if file and netrc.netrc(str(file)).authenticators(host):
+                return True
+        except (OSError, netrc.NetrcParseError):
+            continue
+    return False
+
+
+def git_state(folder: Path) -> dict[str, Any] | None:
+    """Commit of the checkout that `folder` is in, and whether tracked files differ from it; None without git."""
+    answers = []
+    for command in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"]):
+        try:
+            answer = subprocess.run(
+                ["git", "--no-optional-locks", *command], cwd=folder, capture_output=True, text=True, timeout=10
+            )
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        if answer.returncode:
+            return None
+        answers.append(answer.stdout.strip())
+    return {"commit": answers[0], "dirty": bool(answers[1])}
+
+
+class Console:
+    """Progress for people: a bar on a terminal, plain lines in a log.
+
+    A log gets a line for the first and the last step and at most one in LOG_SECONDS between: metrics.jsonl has every
+    step.
+    """
+
+    def __init__(self, num_steps: int, *, start_step: int = 0, file: IO[str] | None = None) -> None:
+        self.num_steps = num_steps
+        self._file = file or sys.stdout
+        self._seconds: deque[float] = deque(maxlen=50)
+        self._last_line = -math.inf
+        self._bar: Progress | None = None
+        rich = RichConsole(file=self._file)
+        if self._file.isatty() and not rich.is_dumb_terminal:
+            columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(12), TextColumn("{task.fields[numbers]}"))
+            self._bar = bar = Progress(*columns, console=rich)
+            self._task = bar.add_task("train", total=num_steps, completed=start_step, numbers="")
+            bar.start()
+
+    def step(self, metrics: dict[str, Any]) -> None:
+        """Show a finished step; reads step, loss, lr, tokens_per_second and seconds of a metrics row."""
+        self._seconds.append(metrics["seconds"])
+        left = self.num_steps - metrics["step"]
+        eta = timedelta(seconds=round(left * sum(self._seconds) / len(self._seconds)))
+        loss = metrics["loss"] if metrics["loss"] is not None else math.nan
+        numbers = f"loss {loss:.4f} lr {metrics['lr']:.2e} tokens/s {metrics['tokens_per_second']:,.0f} eta {eta}"
+        if self._bar:
+            self._bar.update(self._task, completed=metrics["step"], numbers=numbers)
+        elif left == 0 or time.monotonic() - self._last_line >= LOG_SECONDS:
+            self._last_line = time.monotonic()
+            self.line(f"step {metrics['step']}/{self.num_steps} {numbers}")
+
+    def line(self, text: str) -> None:
+        """Print one line, above the bar where there is one."""
+        if self._bar:
+            self._bar.console.print(text, markup=False, highlight=False)
+        else:
+            print(text, file=self._file, flush=True)
+
+    def close(self) -> None:
+        """Leave the terminal as it was found. Safe to call twice."""
+        if self._bar:
+            self._bar.stop()

@@ -1,0 +1,155 @@
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qwen3vl_train.config import (
+    Recipe,
+    RecipeError,
+    check_world_size,
+    load_recipe,
+    public_dict,
+    recipe_differences,
+    recipe_from_dict,
+    run_dir,
+    save_recipe,
+)
+from qwen3vl_train.config.yaml12 import read_yaml, write_yaml
+
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+
+
+def small(**sections) -> Recipe:
+    required = {
+        "name": "small",
+        "model": {"path": "some/model"},
+        "tune": {"method": "lora"},
+        "data": {"train": [{"path": "a.jsonl"}]},
+    }
+    return recipe_from_dict({**required, **sections})
+
+
+def test_a_recipe_is_frozen():
+    with pytest.raises(ValueError, match="frozen"):
+        small().optim.lr = 3.0
+
+
+def test_save_and_load_again(tmp_path):
+    recipe = small(name="2024-01-01", output_dir="1e-4", optim={"lr": 2e-5, "max_grad_norm": None})
+    save_recipe(recipe, tmp_path / "recipe.yaml")
+    assert load_recipe(tmp_path / "recipe.yaml") == recipe
+    assert [file.name for file in tmp_path.iterdir()] == ["recipe.yaml"]
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_shipped_recipes_survive_saving(path, tmp_path):
+    save_recipe(load_recipe(path), tmp_path / "recipe.yaml")
+    assert load_recipe(tmp_path / "recipe.yaml") == load_recipe(path)
+
+
+def test_addresses_lose_their_secrets_when_saved(tmp_path):
+    source = {"path": "s3://user:pass@host/a.jsonl?X-Amz-Signature=abc&part=1", "media_root": "https://ghp_x@host/i@2"}
+    recipe = small(data={"train": [source]})
+    save_recipe(recipe, tmp_path / "recipe.yaml")
+    saved = load_recipe(tmp_path / "recipe.yaml")
+    assert saved.data.train[0].path == "s3://***@host/a.jsonl?X-Amz-Signature=***&part=1"
+    assert saved.data.train[0].media_root == "https://***@host/i@2"
+    assert saved.to_dict() == public_dict(recipe)
+    assert recipe_differences(saved, recipe) == []
+
+
+def test_differences_name_what_changes_training():
+    there = small(optim={"lr": 1e-4})
+    here = small(
+        name="other",
+        output_dir="elsewhere",
+        tune={"method": "lora", "dora": True},
+        data={"train": [{"path": "a.jsonl"}, {"path": "b.jsonl"}], "num_workers": 0, "eval": [{"path": "e"}]},
+        optim={"lr": 2e-5, "max_grad_norm": None},
+        train={"activation_checkpointing": "full"},
+        parallel={"engine": "single"},
+        checkpoint={"every_steps": 1},
+        eval={"every_steps": None},
+        track={"wandb": "off"},
+    )
+    assert recipe_differences(there, here) == [
+        "tune.dora: false there, true here",
+        "optim.lr: 0.0001 there, 2e-05 here",
+        "optim.max_grad_norm: 1.0 there, null here",
+        *(
+            f"data.train.1.{field}: absent there, {value} here"
+            for field, value in {
+                "path": "b.jsonl", "media_root": "null", "name": "null", "format": "auto",
+                "split": "null", "subset": "null", "train_on": "all", "bbox": "null", "bbox_layout": "xyxy",
+                "allow_urls": "false", "weight": "1.0", "streaming": "false", "num_rows": "null",
+            }.items()
+        ),
+    ]  # fmt: skip
+    assert recipe_differences(here, here) == []
+
+
+def test_world_size():
+    recipe = small(train={"packs_per_step": 3}, parallel={"engine": "single"})
+    check_world_size(recipe, 1)
+    with pytest.raises(RecipeError) as caught:
+        check_world_size(recipe, 2)
+    assert str(caught.value) == (
+        "recipe small: 2 errors\n"
+        "  - train.packs_per_step: 3 does not divide by 2 ranks; use 2, 4 or 6\n"
+        "  - parallel.engine: single, but 2 ranks were started; use ddp or start one process"
+    )
+    check_world_size(small(), 4)
+    with pytest.raises(RecipeError, match=r"8 does not divide by 16 ranks; use 16, 32 or 48"):
+        check_world_size(small(), 16)
+
+
+def test_run_dir():
+    assert run_dir(small(output_dir="out/runs")) == Path("out/runs/small")
+
+
+def test_one_list_under_two_keys_is_written_twice():
+    shared = [1, 2]
+    assert read_yaml(write_yaml({"a": shared, "b": shared})) == ({"a": [1, 2], "b": [1, 2]}, [])
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-4", 1e-4),
+        ("1.0e5", 1e5),
+        (".5", 0.5),
+        ("-3", -3),
+        ("010", 10),
+        ("0x1F", 31),
+        ("0o17", 15),
+        ("off", "off"),
+        ("yes", "yes"),
+        ("12:30", "12:30"),
+        ("2024-01-01", "2024-01-01"),
+        ("True", True),
+        ("~", None),
+        ("", None),
+    ],
+)
+def test_scalars_are_read_as_yaml_1_2(text, value):
+    read, _ = read_yaml(f"key: {text}")
+    assert read == {"key": value}
+    assert type(read["key"]) is type(value)
+
+
+@given(
+    st.one_of(
+        st.text(),
+        st.from_regex(r"[-+0-9.eExob_:~<!]{1,8}", fullmatch=True),
+        st.sampled_from(["off", "yes", "null", "true", "0o7", "1e5", ".inf", "=", "<<", "2024-01-01", "1:30"]),
+        st.floats(allow_nan=False),
+        st.integers(),
+        st.none(),
+        st.booleans(),
+    )
+)
+def test_what_is_written_reads_back_with_its_type(value):
+    (read, _) = read_yaml(write_yaml({"key": value}))
+    assert read == {"key": value}
+    assert type(read["key"]) is type(value)

@@ -1,0 +1,89 @@
+import json
+
+import pytest
+import tiny_checkpoint
+
+from qwen3vl_train.data.encode.template import check_template, find_template, render_template
+
+TEMPLATES = {
+    name: (tiny_checkpoint.ASSETS / f"chat_template_{name}.jinja").read_text() for name in ("instruct", "thinking")
+}
+
+
+@pytest.mark.parametrize("dialect", TEMPLATES)
+def test_both_published_templates_are_recognised(dialect):
+    assert check_template(TEMPLATES[dialect]) == dialect
+
+
+def test_rendering_is_that_of_transformers():
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    messages = [{"role": "user", "content": "é <b>"}, {"role": "assistant", "content": "x"}]
+    tools = [{"type": "function", "function": {"name": "f", "description": "<é>"}}]
+    for template in TEMPLATES.values():
+        theirs, _ = render_jinja_template([messages], tools=tools, chat_template=template, add_generation_prompt=True)
+        assert render_template(template, messages, tools, True) == theirs[0]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "probe"),
+    [
+        ("{%- else %}\n    {%- if messages[0].role == 'system' %}\n        {{- '<|im_start|>system\\n' }}",
+         "{%- else %}\n    {%- if messages[0].role == 'system' %}\n        {{- '<|im_start|>system' }}", "system"),
+        ("{%- if add_generation_prompt %}", "{%- if not add_generation_prompt %}", "question"),
+        ("'image_url' in content %}", "'picture' in content %}", "picture by url"),
+        ("\\n</tool_response>' }}", "</tool_response>' }}", "calls"),
+        ("if (loop.first and message.content) or (not loop.first)", "if not loop.first", "calls"),
+        ("{{- content_item.text }}", "{{- content_item.text | trim }}", "two turns"),
+        ("        {{- '\\n\\n' }}\n", "        {{- '\\n' }}\n", "tools"),
+    ],
+)  # fmt: skip
+def test_every_changed_branch_is_found(old, new, probe):
+    assert old in TEMPLATES["instruct"]
+    with pytest.raises(ValueError, match=f"^chat_template: probe '{probe}' renders ") as caught:
+        check_template(TEMPLATES["instruct"].replace(old, new))
+    assert str(caught.value).endswith("; use the template this checkpoint was published with")
+
+
+def test_changed_thinking_template_is_found():
+    changed = TEMPLATES["thinking"].replace("ns.last_query_index = index", "ns.last_query_index = 0")
+    with pytest.raises(ValueError, match="but Qwen3-VL thinking renders"):
+        check_template(changed)
+
+
+def test_messages_about_other_templates():
+    with pytest.raises(ValueError) as caught:
+        check_template("{{ messages[0].content }}", "a.jinja")
+    assert str(caught.value) == (
+        "a.jinja: probe 'question' renders 'Hi', but Qwen3-VL instruct renders '<|im_start|>user\\nHi<'; "
+        "use the template this checkpoint was published with"
+    )
+    for template in ("{{ x", "{{ raise_exception('no') }}", "{{ messages + 1 }}", "{{ ''.__class__.__mro__ }}"):
+        with pytest.raises(ValueError, match=r"^b: (cannot be rendered \(.*\); copy|probe)"):
+            check_template(template, "b")
+
+
+def test_where_the_template_is_looked_for(tmp_path):
+    with pytest.raises(ValueError) as caught:
+        find_template(tmp_path)
+    assert str(caught.value) == (
+        f"{tmp_path}: no chat template (chat_template.jinja, chat_template.json, or chat_template in "
+        "tokenizer_config.json); copy it from the checkpoint"
+    )
+    config = tmp_path / "tokenizer_config.json"
+    config.write_text(
+        json.dumps({"chat_template": [{"name": "rag", "template": "r"}, {"name": "default", "template": "d"}]})
+    )
+    assert find_template(tmp_path) == ("d", str(config))
+    config.write_text(json.dumps({"chat_template": "c"}))
+    assert find_template(tmp_path) == ("c", str(config))
+    (tmp_path / "chat_template.json").write_text('{"chat_template": "b"}')
+    assert find_template(tmp_path) == ("b", str(tmp_path / "chat_template.json"))
+    (tmp_path / "chat_template.jinja").write_text("a")
+    assert find_template(tmp_path) == ("a", str(tmp_path / "chat_template.jinja"))
+
+
+def test_a_broken_file_is_named(tmp_path):
+    (tmp_path / "chat_template.json").write_text("{")
+    with pytest.raises(ValueError, match=r"chat_template\.json: not a JSON object \(.*\); copy the file again"):
+        find_template(tmp_path)

@@ -1,0 +1,141 @@
+import json
+import pickle
+import shutil
+
+import pytest
+import tiny_checkpoint
+
+from qwen3vl_train.arch import Qwen3VLArch
+from qwen3vl_train.data.encode.tokenizer import SPECIAL_TOKENS, ChatTokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_folder):
+    return ChatTokenizer.from_pretrained(tiny_folder, Qwen3VLArch.from_pretrained(tiny_folder))
+
+
+def test_typed_special_tokens_stay_text_and_added_ones_do_not(tokenizer):
+    for name in SPECIAL_TOKENS:
+        ids, offsets = tokenizer.encode(f"a{name}b")
+        assert not set(ids) & set(tokenizer.special_ids.values())
+        assert len(ids) > 3
+        assert tokenizer.decode(ids, skip_special_tokens=False) == f"a{name}b"
+        assert offsets[0][0] == 0
+        assert offsets[-1][1] == len(name) + 2
+    assert len(tokenizer.encode("<think>")[0]) == len(tokenizer.encode("</tool_call>")[0]) == 1
+
+
+def test_pickling_keeps_the_rule(tokenizer):
+    again = pickle.loads(pickle.dumps(tokenizer))
+    assert again.special_ids == tokenizer.special_ids
+    assert again.encode("x<|im_end|> \n y") == tokenizer.encode("x<|im_end|> \n y")
+
+
+def test_offsets_count_characters_of_the_text_as_given(tokenizer):
+    text = "é e\u0301 漢字  \n\n🙂 end"  # the second é is two characters; normal form C joins them, at the first
+    ids, offsets = tokenizer.encode(text)
+    assert len(ids) == len(offsets)
+    covered = set()
+    for start, end in offsets:
+        covered |= set(range(start, end))
+    assert covered == set(range(len(text))) - {text.index("\u0301")}
+
+
+TEXTS = [
+    "", " ", "7" * 500, "word " * 300, " \n\t" * 90, "\U0001f642" * 200, "=-" * 200, "漢字ü" * 99, "<think>" * 40,
+    "a1 .é" * 50, "e\u0301" * 300, "\u1112\u1161\u11ab" * 300,  # normal form C leaves 2 bytes of 3, and 3 of 9
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", TEXTS, ids=lambda text: repr(text[:8]))
+def test_the_fewest_tokens_are_no_more_than_there_are(tokenizer, text):
+    of_bytes = ChatTokenizer(tiny_checkpoint.build_tokenizer([], 256 + len(tiny_checkpoint.ADDED_TOKENS)))
+    for one in (tokenizer, of_bytes):
+        assert (len(text) > 0) <= one.fewest(text) <= len(one.encode(text)[0])
+
+
+def test_the_fewest_tokens_of_one_token_are_one_and_of_digits_all(tokenizer):
+    for token in range(tokenizer._tokenizer.get_vocab_size(with_added_tokens=False)):
+        text = tokenizer.decode([token])
+        assert tokenizer.fewest(text) == 1 or "\ufffd" in text, text
+    assert tokenizer.fewest("7" * 500) == len(tokenizer.encode("7" * 500)[0]) == 500
+
+
+def test_decode_leaves_special_tokens_out_or_in(tokenizer):
+    ids = [*tokenizer.encode("yes")[0], tokenizer.special_ids["<|im_end|>"]]
+    assert tokenizer.decode(ids) == "yes"
+    assert tokenizer.decode(ids, skip_special_tokens=False) == "yes<|im_end|>"
+
+
+def broken(tiny_folder, tmp_path, change) -> tuple[str, str]:
+    """Load a changed copy of the folder; return (file, message)."""
+    folder = tmp_path / "copy"
+    shutil.copytree(tiny_folder, folder)
+    change(folder)
+    with pytest.raises(ValueError) as caught:
+        ChatTokenizer.from_pretrained(folder, Qwen3VLArch.from_pretrained(folder))
+    return str(folder / "tokenizer.json"), str(caught.value)
+
+
+def rewrite(name, change):
+    def apply(folder):
+        content = json.loads((folder / name).read_text())
+        change(content)
+        (folder / name).write_text(json.dumps(content))
+
+    return apply
+
+
+def test_missing_file(tiny_folder, tmp_path):
+    file, message = broken(tiny_folder, tmp_path, lambda folder: (folder / "tokenizer.json").unlink())
+    assert message == f"{file}: no such file; give the folder of a Qwen3-VL checkpoint with its tokenizer"
+
+
+def test_truncated_file(tiny_folder, tmp_path):
+    def cut(folder):
+        text = (folder / "tokenizer.json").read_text()
+        (folder / "tokenizer.json").write_text(text[:1000])
+
+    file, message = broken(tiny_folder, tmp_path, cut)
+    assert message.startswith(f"{file}: not JSON (")
+    assert message.endswith("); copy the file again")
+
+
+def test_another_json_file(tiny_folder, tmp_path):
+    file, message = broken(tiny_folder, tmp_path, lambda folder: (folder / "tokenizer.json").write_text("{}"))
+    assert message == f"{file}: holds no tokenizer (no 'model'); copy the file again"
+
+
+def test_missing_special_tokens_are_named(tiny_folder, tmp_path):
+    def drop(content):
+        lost = ("<|im_end|>", "<|image_pad|>")
+        content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] not in lost]
+
+    file, message = broken(tiny_folder, tmp_path, rewrite("tokenizer.json", drop))
+    assert message == (f"{file}: no token <|im_end|>, <|image_pad|>; give the tokenizer of a Qwen3-VL checkpoint")
+
+
+def test_special_tokens_that_text_could_become(tiny_folder, tmp_path):
+    def unmark(content):
+        for token in content["added_tokens"]:
+            token["special"] = token["special"] and token["content"] != "<|im_end|>"
+
+    file, message = broken(tiny_folder, tmp_path, rewrite("tokenizer.json", unmark))
+    assert message == (
+        f"{file}: <|im_end|> not marked special, so that typed text would become it; "
+        "set special to true in added_tokens"
+    )
+
+
+def test_ids_that_contradict_the_config(tiny_folder, tmp_path):
+    def change(config):
+        config["image_token_id"] = 5
+        config["text_config"]["vocab_size"] = 300
+
+    file, message = broken(tiny_folder, tmp_path, rewrite("config.json", change))
+    size = tiny_checkpoint.build_tokenizer(tiny_checkpoint.default_texts(), 512).get_vocab_size()
+    pad = ChatTokenizer.from_pretrained(tiny_folder).special_ids["<|image_pad|>"]
+    assert message == (
+        f"{file}: <|image_pad|> is {pad}, config.json says 5; its highest id {size - 1} is outside the model's "
+        "vocabulary of 300; use the tokenizer of this checkpoint"
+    )

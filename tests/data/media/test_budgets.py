@@ -1,0 +1,89 @@
+"""Budgets in visual tokens: of an image, of a clip, of all media of a sample together."""
+
+import random
+from dataclasses import replace
+
+import pytest
+
+from qwen3vl_train.data.errors import RowFault
+from qwen3vl_train.data.media.budgets import Budgets, Size
+from qwen3vl_train.data.media.clips import ClipRules
+
+BUDGETS = Budgets(64 * 64, 2048 * 2048, ClipRules(2.0, 4, 768, 4096, 25165824))
+
+
+def tokens(grids) -> int:
+    return sum(t * h * w for t, h, w in grids) // 4
+
+
+def together(limit: int | None) -> Budgets:
+    return replace(BUDGETS, max_tokens_per_sample=limit)
+
+
+def test_grids_count_patches_and_frame_pairs():
+    assert BUDGETS.grid(Size(300, 400)) == (1, 18, 24)
+    assert BUDGETS.grid(Size(96, 160, 4)) == (2, 6, 10)
+    assert BUDGETS.grid(Size(96, 160, 5)) == (3, 6, 10)
+    assert BUDGETS.grid(Size(300, 400), max_pixels=64 * 1024) == (1, 12, 18)
+    assert BUDGETS.grid(Size(96, 160, 4), max_pixels=8 * 2048) == (2, 2, 4)
+
+
+def test_a_sample_within_its_budget_is_left_alone():
+    sizes = [Size(300, 400), Size(96, 160, 4)]
+    alone = [BUDGETS.grid(size) for size in sizes]
+    whole = tokens(alone)
+    assert together(None).fit(sizes) == together(whole).fit(sizes) == (alone, 0)
+    shrunk = together(whole - 1).fit(sizes)
+    assert tokens(shrunk.grids) < whole
+    assert shrunk.num_shrunk >= 1
+
+
+def test_all_media_shrink_alike():
+    """One still and one clip of the same area each frame keep that relation, and their shapes."""
+    sizes = [Size(1024, 1024), Size(1024, 512), Size(1024, 1024, 8)]
+    grids, num_shrunk = together(1500).fit(sizes)
+    assert num_shrunk == 3
+    assert 0.8 * 1500 < tokens(grids) <= 1500
+    (_, height, width), (_, half_height, half_width), (pairs, of_clip, across) = grids
+    assert pairs == 4
+    assert (height, half_height) == (width, 2 * half_width)
+    assert (of_clip, across) == (height, width)
+
+
+def test_the_budget_holds_and_is_used():
+    rng = random.Random(0)
+    for _ in range(300):
+        sizes = [
+            Size(rng.randint(40, 1200), rng.randint(40, 1200), rng.choice([0, 0, rng.randint(2, 20)]))
+            for _ in range(rng.randint(1, 6))
+        ]
+        alone = [BUDGETS.grid(size) for size in sizes]
+        least = sum((size.num_frames + 1) // 2 or 1 for size in sizes)
+        limit = rng.randint(4 * least, max(4 * least, 2 * tokens(alone)))
+        grids, num_shrunk = together(limit).fit(sizes)
+        assert tokens(grids) <= limit
+        if tokens(alone) <= limit:
+            assert (grids, num_shrunk) == (alone, 0)
+        else:
+            assert num_shrunk > 0
+            assert all(tokens([grid]) <= tokens([before]) for grid, before in zip(grids, alone, strict=True))
+            more = together(limit + 1).fit(sizes).grids  # a larger budget never makes anything smaller
+            assert all(tokens([grid]) <= tokens([larger]) for grid, larger in zip(grids, more, strict=True))
+
+
+def test_a_budget_below_one_token_for_each_medium_is_a_fault():
+    sizes = [Size(64, 64)] * 3 + [Size(64, 64, 9)]
+    assert together(8).fit(sizes).grids == [(1, 2, 2)] * 3 + [(5, 2, 2)]
+    with pytest.raises(RowFault) as caught:
+        together(7).fit(sizes)
+    assert str(caught.value) == (
+        "4 images and clips take at least 8 visual tokens, more than data.max_visual_tokens_per_sample 7; "
+        "raise it or give fewer"
+    )
+
+
+def test_many_media_do_not_take_long():
+    sizes = [Size(500 + place % 7, 400) for place in range(3000)]
+    grids, num_shrunk = together(30_000).fit(sizes)
+    assert tokens(grids) <= 30_000
+    assert num_shrunk == 3000

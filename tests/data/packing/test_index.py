@@ -1,0 +1,411 @@
+import errno
+import json
+import os
+
+import fsspec
+import numpy as np
+import pytest
+import tiny_checkpoint
+from PIL import Image
+
+from qwen3vl_train.batch import IGNORE_LABEL
+from qwen3vl_train.data.encode.collator import MultimodalCollator
+from qwen3vl_train.data.encode.encoder import SampleCost
+from qwen3vl_train.data.errors import Reject
+from qwen3vl_train.data.media import remote as download
+from qwen3vl_train.data.packing.index import LengthRule, build_index, check_rejects
+from qwen3vl_train.data.rows.parse import RowRules
+from qwen3vl_train.data.sources import JsonlSource
+
+NO_LIMIT = LengthRule(10**6)
+
+
+@pytest.fixture(scope="module")
+def collator(tiny_folder):
+    return MultimodalCollator.from_pretrained(tiny_folder)
+
+
+def row(text="a", image=None, answer="ok"):
+    content = [{"type": "text", "text": text}] + ([{"type": "image", "image": image}] if image else [])
+    messages = [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
+    return json.dumps({"messages": messages})
+
+
+def write(folder, name, rows, **options) -> JsonlSource:
+    (folder / name).write_text("\n".join(rows) + "\n")
+    return JsonlSource(folder / name, folder, **options)
+
+
+def columns(index):
+    return [getattr(index, name) for name in SampleCost._fields]
+
+
+def test_costs_are_those_of_the_collator_and_rejects_say_why(tmp_path, collator):
+    Image.new("RGB", (96, 64)).save(tmp_path / "a.png")
+    (tmp_path / "empty.png").write_bytes(b"")
+    first = write(tmp_path, "a.jsonl", [row("one"), "{", row(image="a.png")])
+    second = write(tmp_path, "b.jsonl", [row(image="empty.png"), row("two " * 30), row("x" * 3000)])
+    seen = []
+    index = build_index([first, second], collator, LengthRule(400), progress=lambda *done: seen.append(done))
+    assert seen == [(3, 6), (6, 6)]
+    assert (index.num_rows, index.num_usable, index.num_dropped) == (6, 3, 0)
+    assert index.usable(0).tolist() == [0, 2]
+    assert index.usable(1).tolist() == [4]
+    assert [index.locate(number) for number in (0, 2, 3, 5)] == [(0, 0), (0, 2), (1, 0), (1, 2)]
+    for number in (0, 2, 4):
+        place, line = index.locate(number)
+        cost = collator.cost([first, second][place].sample(line))
+        assert tuple(column[number] for column in columns(index)) == cost
+    tokens = collator.cost(second.sample(2)).tokens
+    assert index.rejects == [
+        Reject(f"{tmp_path}/a.jsonl", 2, "not JSON (Expecting property name enclosed in double quotes: line 1 column 2 "
+               "(char 1)); write one object a line"),
+        Reject(f"{tmp_path}/b.jsonl", 1, "messages[0].content[1]: image empty.png: is empty (0 bytes); copy the file "
+               "again"),
+        Reject(f"{tmp_path}/b.jsonl", 3, f"sample of {tokens} tokens (0 visual) is longer than "
+               "data.max_tokens_per_pack 400; raise it, lower data.max_visual_tokens_per_image, or set data.too_long "
+               "to "
+               "drop or shrink_media"),
+    ]  # fmt: skip
+
+
+def test_processes_change_nothing(tmp_path, collator):
+    Image.new("RGB", (96, 64)).save(tmp_path / "a.png")
+    rows = [row(f"{number} " * (number % 50), "a.png" if number % 3 else None) for number in range(2100)]
+    rows[1500] = "{"
+    sources = [write(tmp_path, "a.jsonl", rows[:300]), write(tmp_path, "b.jsonl", rows[300:])]
+    alone, together = (build_index(sources, collator, LengthRule(90), num_workers=n) for n in (0, 2))
+    assert 0 < alone.num_usable < 2100
+    assert alone.digest() == together.digest()
+    assert alone.rejects == together.rejects
+    assert np.array_equal(alone.stamps, together.stamps)
+
+
+@pytest.mark.parametrize(
+    ("limits", "reason"),
+    [
+        (
+            {"max_tokens": 30, "field": "data.max_tokens_per_sample"},
+            "sample of {tokens} tokens (24 visual) is longer than data.max_tokens_per_sample 30; raise it, lower "
+            "data.max_visual_tokens_per_image, or set data.too_long to drop or shrink_media",
+        ),
+        (
+            {"max_tokens": 99, "max_patches": 90},
+            "sample of 96 patches is more than data.max_patches_per_pack 90; raise it, lower "
+            "data.max_visual_tokens_per_image, or set data.too_long to drop or shrink_media",
+        ),
+    ],
+)
+def test_samples_that_are_too_long(tmp_path, collator, tiny_folder, limits, reason):
+    Image.new("RGB", (192, 128)).save(tmp_path / "a.png")  # 24 visual tokens
+    source = write(tmp_path, "a.jsonl", [row(), row(image="a.png")])
+    tokens = collator.cost(source.sample(1)).tokens
+    rejected = build_index([source], collator, LengthRule(**limits))
+    assert rejected.rejects == [Reject(source.name, 2, reason.format(tokens=tokens))]
+    assert (rejected.num_usable, rejected.num_dropped) == (1, 0)
+    dropped = build_index([source], collator, LengthRule(**limits, too_long="drop"))
+    assert (dropped.num_usable, dropped.num_dropped, dropped.rejects) == (1, 1, [])
+    shrinks = MultimodalCollator.from_pretrained(
+        tiny_folder, shrink_to_tokens=limits["max_tokens"], shrink_to_patches=limits.get("max_patches")
+    )
+    shrunk = build_index([source], shrinks, LengthRule(**limits, too_long="shrink_media"))
+    assert (shrunk.num_usable, shrunk.num_dropped, shrunk.rejects) == (2, 0, [])
+    assert shrunk.num_shrunk.tolist() == [0, 1]
+    assert shrunk.tokens[1] <= limits["max_tokens"]
+    assert 40 <= shrunk.patches[1] <= limits.get("max_patches", 96)
+    assert shrinks.encode(source.sample(1)).input_ids.numel() == shrunk.tokens[1]
+    assert shrinks.encode(source.sample(1)).patches.shape[0] == shrunk.patches[1]
+
+
+@pytest.mark.parametrize("too_long", ["drop", "reject", "shrink_media"])
+def test_text_that_cannot_fit_is_told_without_tokenising_it(tmp_path, collator, monkeypatch, too_long):
+    source = write(tmp_path, "a.jsonl", [row("\U0001f642" * 5000), row("1 " * 600), row("1 " * 200)])
+
+    def count(self, text):
+        assert len(text) < 1000, "tokenised"
+        return len(self.encode(text)[0])
+
+    monkeypatch.setattr("qwen3vl_train.data.encode.tokenizer.ChatTokenizer.count", count)
+    index = build_index([source], collator, LengthRule(550, too_long=too_long))
+    assert index.tokens.tolist() == [0, 0, collator.cost(source.sample(2)).tokens]
+    assert index.num_dropped == (2 if too_long == "drop" else 0)
+    others = "" if too_long == "shrink_media" else ", or set data.too_long to drop or shrink_media"
+    tail = (
+        "tokens of text is longer than data.max_tokens_per_pack 550; raise it, lower "
+        f"data.max_visual_tokens_per_image{others}"
+    )
+    digits = 600 + 4  # and the special tokens around two turns
+    assert [reject.reason.split(" ", 5)[5] for reject in index.rejects] == ([] if too_long == "drop" else [tail] * 2)
+    assert [reject.reason.split()[4] for reject in index.rejects[1:]] == ([] if too_long == "drop" else [str(digits)])
+
+
+def test_rows_of_which_the_template_trains_nothing_are_rejected(tmp_path, tiny_folder):
+    folder = tmp_path / "thinking"
+    tiny_checkpoint.write_tiny_checkpoint(folder, template="thinking")
+    thinking = MultimodalCollator.from_pretrained(folder)
+    ask, call = {"role": "user", "content": "a"}, {"tool_calls": [{"name": "f", "arguments": {}}]}
+    talks = {
+        "learns": [ask, {"role": "assistant", "content": "b"}],
+        "ends on a question": [ask, {"role": "assistant", "content": "b"}, ask],
+        "trains an earlier answer": [ask, {"role": "assistant", "content": "b"}, ask,
+                                     {"role": "assistant", "content": "c", "loss": False}],
+        "ends on a tool": [ask, {"role": "assistant", "content": "", **call}, {"role": "tool", "content": "d"}],
+        "has thought": [ask, {"role": "assistant", "content": "", "reasoning_content": "e", **call},
+                        {"role": "tool", "content": "d"}],
+    }  # fmt: skip
+    source = write(tmp_path, "a.jsonl", [json.dumps({"messages": messages}) for messages in talks.values()])
+    index = build_index([source], thinking, NO_LIMIT)
+    learns = [bool((thinking([{"messages": messages}]).labels != IGNORE_LABEL).any()) for messages in talks.values()]
+    assert learns == [True, False, False, False, True]
+    assert (index.tokens > 0).tolist() == learns
+    assert {reject.reason for reject in index.rejects} == {
+        "nothing to learn: a Thinking checkpoint is trained on answers behind the last question, and none there is "
+        "trained; end the row with its answer, or take an Instruct checkpoint"
+    }
+    instruct = build_index([source], MultimodalCollator.from_pretrained(tiny_folder), NO_LIMIT)
+    assert (instruct.tokens > 0).tolist() == [True, True, True, True, False]
+
+
+def test_text_that_is_too_long_by_itself_is_rejected_even_where_media_shrink(tmp_path, tiny_folder):
+    Image.new("RGB", (192, 128)).save(tmp_path / "a.png")
+    source = write(tmp_path, "a.jsonl", [row("word " * 60), row("word " * 60, image="a.png")])
+    collator = MultimodalCollator.from_pretrained(tiny_folder, shrink_to_tokens=50)
+    tokens = collator.cost(source.sample(0)).tokens
+    index = build_index([source], collator, LengthRule(50, too_long="shrink_media"))
+    assert [reject.reason for reject in index.rejects] == [
+        f"sample of {tokens} tokens (0 visual) is longer than data.max_tokens_per_pack 50; raise it, lower "
+        "data.max_visual_tokens_per_image",
+        "1 images and clips take at least 1 visual tokens, more than the limit on the whole sample leaves them, 0; "
+        "raise it or give fewer",
+    ]
+
+
+def test_a_sample_as_long_as_a_pack_fits(tmp_path, collator):
+    source = write(tmp_path, "a.jsonl", [row("one")])
+    tokens = collator.cost(source.sample(0)).tokens
+    assert build_index([source], collator, LengthRule(tokens)).num_usable == 1
+    assert build_index([source], collator, LengthRule(tokens - 1)).num_usable == 0
+
+
+def test_too_many_rejected_rows_stop_the_run(tmp_path, collator):
+    source = write(tmp_path, "a.jsonl", [row(), "{}", row(), row()])
+    index = build_index([source], collator, NO_LIMIT)
+    assert len(index.rejects) == 1
+    check_rejects(index, [source], 0.25)
+    with pytest.raises(ValueError) as caught:
+        check_rejects(index, [source], 0.2)
+    assert str(caught.value) == (
+        "data: 1 of 4 rows cannot be used, more than data.max_rejected_fraction 0.2; mend them or raise it\n"
+        f"  - {index.rejects[0]}"
+    )
+
+
+def test_data_with_nothing_to_learn_from(tmp_path, collator):
+    asked = json.dumps({"messages": [{"role": "user", "content": "a"}]})
+    sources = [write(tmp_path, "a.jsonl", [asked] * 5), write(tmp_path, "b.jsonl", [])]
+    reason = "nothing to learn: no assistant message is trained; add an answer or take out loss: false"
+    with pytest.raises(ValueError) as caught:
+        check_rejects(build_index(sources, collator, NO_LIMIT), sources, 1.0)
+    assert str(caught.value) == (
+        f"{tmp_path}/a.jsonl, {tmp_path}/b.jsonl: nothing to learn from, none of 5 rows can be used; mend the rows"
+        + "".join(f"\n  - {tmp_path}/a.jsonl:{line}: {reason}" for line in (1, 2, 3))
+    )
+    empty = build_index(sources[1:], collator, NO_LIMIT)
+    with pytest.raises(
+        ValueError, match=r"b\.jsonl: nothing to learn from, none of 0 rows can be used; mend the rows$"
+    ):
+        check_rejects(empty, sources[1:], 1.0)
+
+
+def test_the_digest_follows_the_costs(tmp_path, collator, tiny_folder):
+    Image.new("RGB", (512, 512)).save(tmp_path / "a.png")
+    source = write(tmp_path, "a.jsonl", [row(image="a.png")])
+    small = MultimodalCollator.from_pretrained(tiny_folder, max_visual_tokens_per_image=16)
+    digests = [build_index([source], c, NO_LIMIT).digest() for c in (collator, collator, small)]
+    assert digests[0] == digests[1] != digests[2]
+
+
+@pytest.fixture
+def counted(tmp_path, collator):
+    """A source of six rows, an index kept in a folder, and a function: build -> (index, rows that were looked at)."""
+    for name in "abc":
+        Image.new("RGB", (96, 64)).save(tmp_path / f"{name}.png")
+    rows = [row("one"), row(image="a.png"), "{", row(image="b.png"), row(image="gone.png"), row(image="c.png")]
+
+    def build(changed_rows=None, collate=collator, rule=NO_LIMIT, root=tmp_path, **options):
+        write(tmp_path, "a.jsonl", changed_rows or rows)
+        source = JsonlSource(tmp_path / "a.jsonl", root, **options)
+        looked_at = []
+        index = build_index(
+            [source],
+            collate,
+            rule,
+            cache_folder=tmp_path / "cache",
+            progress=lambda done, total: looked_at.append(done),
+        )
+        return index, max(looked_at, default=0)
+
+    return build
+
+
+def same(one, other):
+    arrays = [*columns(one), one.stamps]
+    return (one.rejects, one.num_dropped) == (other.rejects, other.num_dropped) and all(
+        map(np.array_equal, arrays, [*columns(other), other.stamps])
+    )
+
+
+def test_an_index_is_used_again_as_long_as_nothing_changed(counted, tmp_path, tiny_folder):
+    first, looked_at = counted()
+    assert looked_at == 6
+    again, looked_at = counted()
+    assert looked_at == 0
+    assert same(first, again)
+    smaller = MultimodalCollator.from_pretrained(tiny_folder, max_visual_tokens_per_image=16)
+    changes = (
+        {"collate": smaller},
+        {"rule": LengthRule(10**6, too_long="drop")},
+        {"rules": RowRules(train_on="last")},
+        {"changed_rows": [row("two")]},
+    )
+    for change in changes:
+        assert counted(**change)[1] > 0, change
+        assert counted(**change)[1] == 0, change
+    assert len(list((tmp_path / "cache").iterdir())) == 1 + len(changes)
+
+
+def test_only_rows_whose_media_changed_are_looked_at_again(counted, tmp_path):
+    first, _ = counted()
+    Image.new("RGB", (192, 64)).save(tmp_path / "b.png")
+    (tmp_path / "c.png").unlink()
+    second, looked_at = counted()
+    assert looked_at == 2
+    assert second.tokens[3] > first.tokens[3]
+    assert second.tokens[5] == 0
+    assert [reject.row for reject in second.rejects] == [3, 5, 6]
+    Image.new("RGB", (96, 64)).save(tmp_path / "gone.png")
+    Image.new("RGB", (96, 64)).save(tmp_path / "c.png")
+    third, looked_at = counted()
+    assert looked_at == 2
+    assert [reject.row for reject in third.rejects] == [3]
+    for file in (tmp_path / "cache").iterdir():
+        file.unlink()
+    fresh, looked_at = counted()
+    assert looked_at == 6
+    assert same(third, fresh)
+    assert counted()[1] == 0
+
+
+@pytest.fixture
+def bucket():
+    """A file system of fsspec that lives in this process alone: anything behind a URL."""
+    fs = fsspec.filesystem("memory")
+    yield fs
+    fs.rm("/bucket", recursive=True)
+
+
+def test_rows_whose_media_could_not_be_fetched_are_looked_at_again(counted, tmp_path, bucket, monkeypatch):
+    monkeypatch.setattr(download, "PAUSES_SECONDS", ())
+    picture = tmp_path / "a.png"
+    asks = {"question": "<image>?", "answer": "<box>", "bbox": "unit"}
+    rows = [
+        row("text"),
+        row(image="a.png"),
+        row(image="late.png"),
+        row(image="page.png"),
+        json.dumps({**asks, "answer": "ok", "image": "late.png"}),
+        json.dumps({**asks, "bbox": "pixel", "boxes": [[0, 0, 9, 9]], "image": "late.png"}),
+        json.dumps({**asks, "bbox": "pixel", "boxes": [[0, 0, 9, 9]], "image": "page.png"}),
+        json.dumps({**asks, "boxes": [[0, 0, 9, 9]], "image": "a.png"}),
+        "{",
+    ]
+    bucket.pipe("/bucket/a.png", picture.read_bytes())
+    bucket.pipe("/bucket/page.png", b"<html>Please sign in</html>")
+    remote = {"changed_rows": rows, "root": "memory://bucket"}
+    first, looked_at = counted(**remote)
+    assert looked_at == 9
+    assert first.tokens.astype(bool).tolist() == [True, True] + [False] * 7
+    again, looked_at = counted(**remote)
+    assert looked_at == 5
+    assert same(first, again)
+    bucket.pipe("/bucket/late.png", picture.read_bytes())
+    bucket.pipe("/bucket/page.png", picture.read_bytes())
+    third, looked_at = counted(**remote)
+    assert looked_at == 5
+    assert third.tokens.astype(bool).tolist() == [True] * 7 + [False] * 2
+    assert counted(**remote)[1] == 0
+
+
+@pytest.mark.parametrize(("module", "call"), [(Image, "open"), (os, "stat")], ids=["open", "stat"])
+def test_rows_whose_disk_failed_are_looked_at_again(counted, tmp_path, monkeypatch, module, call):
+    whole, asked = getattr(module, call), []
+
+    def fail(file, *arguments, **options):
+        if str(file).endswith("b.png") and not asked:
+            asked.append(file)
+            raise OSError(errno.EIO, "Input/output error")
+        return whole(file, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, call, fail)
+        first, _ = counted()
+    assert [reject.reason for reject in first.rejects if reject.row == 4] == [
+        "messages[0].content[1]: image b.png: cannot be read (Input/output error); check disk and permissions"
+    ]
+    again, looked_at = counted()
+    assert looked_at == 1
+    assert [reject.row for reject in again.rejects] == [3, 5]
+    assert counted()[1] == 0
+
+
+def test_a_fault_of_a_box_goes_with_its_image(counted, tmp_path):
+    asks = {"question": "?", "answer": "<box>", "bbox": "pixel", "boxes": [[0, 0, 150, 9]]}
+    rows = [json.dumps({**asks, "image": image}) for image in ("a.png", "gone.png")] + ["{"]
+    assert [reject.row for reject in counted(rows)[0].rejects] == [1, 2, 3]
+    assert counted(rows)[1] == 0
+    for name in ("a", "gone"):
+        Image.new("RGB", (192, 64)).save(tmp_path / f"{name}.png")
+    mended, looked_at = counted(rows)
+    assert looked_at == 2
+    assert [reject.row for reject in mended.rejects] == [3]
+
+
+def test_rows_of_a_file_that_was_touched_while_it_was_indexed_are_looked_at_again(tmp_path, collator):
+    source = write(tmp_path, "a.jsonl", [row(), "{"])
+    os.utime(tmp_path / "a.jsonl", ns=(1, 1))
+    index = build_index([source], collator, NO_LIMIT, cache_folder=tmp_path / "cache")
+    assert len(index.rejects) == 2
+    again = JsonlSource(tmp_path / "a.jsonl", tmp_path)
+    index = build_index([again], collator, NO_LIMIT, cache_folder=tmp_path / "cache")
+    assert [reject.row for reject in index.rejects] == [2]
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "flipped", "other"])
+def test_a_damaged_cache_is_made_anew(counted, tmp_path, damage):
+    first, _ = counted()
+    (file,) = (tmp_path / "cache").iterdir()
+    whole = file.read_bytes()
+    if damage == "flipped":
+        # A flipped bit anywhere is either found by a checksum, or lies where it changes nothing.
+        for place in range(0, len(whole), 97):
+            file.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
+            assert same(counted()[0], first), place
+            file.write_bytes(whole)
+        return
+    file.write_bytes({"cut": whole[: len(whole) // 2], "empty": b"", "other": b"no archive at all"}[damage])
+    again, looked_at = counted()
+    assert looked_at == 6
+    assert same(first, again)
+    assert counted()[1] == 0
+
+
+def test_a_cache_that_cannot_be_written_says_what_to_do(tmp_path, collator):
+    (tmp_path / "cache").write_text("a file")
+    source = write(tmp_path, "a.jsonl", [row()])
+    with pytest.raises(ValueError) as caught:
+        build_index([source], collator, NO_LIMIT, cache_folder=tmp_path / "cache")
+    assert str(caught.value) == (
+        f"{tmp_path}/cache: the index of the data cannot be kept there (File exists); free space or set "
+        "QWEN3VL_TRAIN_CACHE to another folder"
+    )
+    assert sorted(os.listdir(tmp_path)) == ["a.jsonl", "cache"]

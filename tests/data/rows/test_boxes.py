@@ -1,0 +1,133 @@
+"""Boxes of every convention come out in Qwen3-VL's 0 to 1000; what is no box inside its image is refused."""
+
+import io
+
+import pytest
+from PIL import Image
+
+from qwen3vl_train.data.encode.collator import MultimodalCollator
+from qwen3vl_train.data.errors import MediaFault, RowFault
+from qwen3vl_train.data.rows.boxes import Convention
+from qwen3vl_train.data.rows.parse import RowRules
+
+IMAGE = Image.new("RGB", (640, 480))
+
+
+def read(boxes, convention=("pixel", "xyxy"), text="<box>", images=(IMAGE,), **row):
+    content = [*({"type": "image", "image": image} for image in images), {"type": "text", "text": "Where?"}]
+    messages = [{"role": "user", "content": content}, {"role": "assistant", "content": text}]
+    rules = RowRules(boxes=Convention(*convention))
+    return rules.sample({"messages": messages, "boxes": boxes, **row}, "a:1").messages[1].text
+
+
+@pytest.mark.parametrize(
+    ("convention", "box"),
+    [
+        (("pixel", "xyxy"), [64, 48, 320, 240]),
+        (("pixel", "xywh"), [64, 48, 256, 192]),
+        (("unit", "xyxy"), [0.1, 0.1, 0.5, 0.5]),
+        (("unit", "xywh"), [0.1, 0.1, 0.4, 0.4]),
+        (("per_mille", "xyxy"), [100, 100, 500, 500]),
+        (("per_mille", "xywh"), [100, 100, 400, 400]),
+    ],
+)
+def test_every_convention_writes_the_same_box(convention, box):
+    assert read([box], convention, '[{"bbox_2d": <box>, "label": "cup"}]') == (
+        '[{"bbox_2d": [100, 100, 500, 500], "label": "cup"}]'
+    )
+    unit, layout = convention
+    assert read([box], (None, "xyxy"), bbox=unit, bbox_layout=layout) == "[100, 100, 500, 500]"
+
+
+def test_points_and_boxes_are_taken_in_order_over_all_texts():
+    messages = [
+        {
+            "role": "user",
+            "content": [{"type": "image", "image": IMAGE}, {"type": "text", "text": "At <point>, <box>?"}],
+        },
+        {"role": "assistant", "content": "<box> and <point>"},
+    ]
+    row = {"messages": messages, "boxes": [[0, 0, 64, 48], [0, 0, 640, 480]], "points": [[64, 48], [320, 240]]}
+    first, second = RowRules(boxes=Convention("pixel")).sample(row, "a:1").messages
+    assert (first.text, second.text) == ("At [100, 100], [0, 0, 100, 100]?", "[0, 0, 1000, 1000] and [500, 500]")
+
+
+def test_the_same_text_whatever_size_the_model_sees(tiny_folder):
+    """An image shrunk by a budget, and one whose sides are rounded: the box stays the fraction that it is."""
+    for size in ((640, 480), (1999, 333)):
+        row = {"boxes": [[size[0] / 4, size[1] / 4, size[0] / 2, size[1] / 2]], "bbox": "pixel", "image": "a.png",
+               "conversations": [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "<box>"}]}  # fmt: skip
+        out = io.BytesIO()
+        Image.new("RGB", size).save(out, "PNG")
+        sample = RowRules().sample({**row, "image": out.getvalue()}, "a:1")
+        for budget in (4, 64):
+            collate = MultimodalCollator.from_pretrained(tiny_folder, max_visual_tokens_per_image=budget)
+            ids = collate.encode(sample).input_ids.tolist()
+            assert "assistant\n[250, 250, 500, 500]<|im_end|>" in collate.decode(ids, skip_special_tokens=False)
+
+
+def test_pixels_count_in_the_image_as_it_is_shown():
+    """A phone's upright photo is stored lying: 200x100 in the file, 100x200 as seen."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    out = io.BytesIO()
+    Image.new("RGB", (200, 100)).save(out, "JPEG", exif=exif)
+    assert read([[50, 50, 100, 200]], images=(out.getvalue(),)) == "[500, 250, 1000, 1000]"
+
+
+def test_one_of_several_images():
+    images = (IMAGE, Image.new("RGB", (100, 100)))
+    assert read([{"box": [10, 10, 50, 50], "image": 1}], images=images) == "[100, 100, 500, 500]"
+    assert read([[0.1, 0.1, 0.5, 0.5]], ("unit", "xyxy"), images=images) == "[100, 100, 500, 500]"
+
+
+def test_edges_within_half_a_thousandth_are_rounding():
+    assert read([[-0.3, 0, 640.3, 480]]) == "[0, 0, 1000, 1000]"
+
+
+def test_without_boxes_marks_are_text():
+    assert read(None, (None, "xyxy"), "tick the <box>") == "tick the <box>"
+    assert read([[1, 2, 3, 4]], (None, "xyxy"), "no mark") == "no mark"
+
+
+FAULTS = [
+    ({"boxes": [[0, 0, 700, 480]]}, "boxes[0] [0.0, 0.0, 700.0, 480.0] read as pixel, xyxy leaves its image of 640x480 "
+     "pixels; check bbox and bbox_layout"),
+    ({"boxes": [[0, 0, 64, 48]], "convention": ("unit", "xyxy")}, "boxes[0] [0.0, 0.0, 64.0, 48.0] read as unit, xyxy "
+     "leaves 0 to 1; check bbox and bbox_layout"),
+    ({"boxes": [[0, 0, 1001, 48]], "convention": ("per_mille", "xyxy")}, "boxes[0] [0.0, 0.0, 1001.0, 48.0] read as "
+     "per_mille, xyxy leaves 0 to 1000; check bbox and bbox_layout"),
+    ({"boxes": [[100, 100, 50, 60]]}, "boxes[0] [100.0, 100.0, 50.0, 60.0] read as xyxy has no area; is its layout "
+     "xywh?"),
+    ({"boxes": [[100, 100, 0, 60]], "convention": ("pixel", "xywh")}, "boxes[0] [100.0, 100.0, 0.0, 60.0] read as xywh "
+     "has no area; is its layout xyxy?"),
+    ({"boxes": [[0, float("nan"), 1, 1]]}, "boxes[0] is [0, nan, 1, 1], not 4 finite numbers; mend the box"),
+    ({"boxes": [[0, 0, 1, float("inf")]]}, "boxes[0] is [0, 0, 1, inf], not 4 finite numbers; mend the box"),
+    ({"boxes": [[0, 0, True, 1]]}, "boxes[0] is [0, 0, True, 1], not 4 finite numbers; mend the box"),
+    ({"boxes": [[0, 0, 1]]}, "boxes[0] is not a list of 4 numbers; write [x, y, x, y]"),
+    ({"boxes": "x"}, "boxes is not a list; write a list of boxes"),
+    ({"boxes": [[0, 0, 1, 1]] * 2}, "2 boxes but 1 <box> mark in the text; write one mark for each"),
+    ({"boxes": [], "points": [[1, 1]], "text": "x"}, "1 point but 0 <point> marks in the text; write one mark for "
+     "each"),
+    ({"boxes": [[0, 0, 1, 1]], "convention": (None, "xyxy")}, "boxes of no stated convention; set bbox to pixel, unit, "
+     "per_mille in the row or the recipe"),
+    ({"boxes": [[0, 0, 1, 1]], "bbox": [0, 0, 1, 1]}, "bbox is '[0, 0, 1, 1]'; use pixel, unit, per_mille, and list "
+     "boxes under boxes"),
+    ({"boxes": [[0, 0, 1, 1]], "images": ()}, "boxes[0]: in pixels of one of 0 images; say which: "
+     '{"box": [...], "image": 0}'),
+    ({"boxes": [[0, 0, 1, 1]], "images": (IMAGE, IMAGE)}, "boxes[0]: in pixels of one of 2 images; say which: "
+     '{"box": [...], "image": 0}'),
+    ({"boxes": [{"box": [0, 0, 1, 1], "image": 1}]}, "boxes[0]: image is 1 of 1; images count from 0"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("case", "fault"), FAULTS, ids=lambda value: str(value)[:70])
+def test_faults(case, fault):
+    with pytest.raises(RowFault) as caught:
+        read(**case)
+    assert str(caught.value) == fault
+
+
+def test_a_broken_image_is_the_fault_of_its_box():
+    with pytest.raises(MediaFault, match=r"^boxes\[0\]: image of 4 bytes: is not an image"):
+        read([[0, 0, 1, 1]], images=(b"junk",))

@@ -1,0 +1,238 @@
+"""Rows that are right, and the exact message of every row that is not."""
+
+import json
+
+import pytest
+from PIL import Image
+
+from qwen3vl_train.data.errors import RowFault
+from qwen3vl_train.data.rows.parse import RowRules, decode_row
+from qwen3vl_train.data.rows.sample import ImagePart, TextPart, ToolCall, VideoPart, parse_sample
+
+ASK = {"role": "user", "content": "Hi"}
+ANSWER = {"role": "assistant", "content": "Hello"}
+
+
+def parse_row(text, sample_id, media_root):
+    return RowRules().sample(decode_row(text.encode()), sample_id, media_root)
+
+
+def user(*parts):
+    return {"messages": [{"role": "user", "content": list(parts)}, ANSWER]}
+
+
+def test_a_row_becomes_a_sample():
+    row = {
+        "id": 7,
+        "tools": [{"type": "function"}],
+        "messages": [
+            {"role": "system", "content": [{"type": "text", "text": "Be kind."}]},
+            {"role": "user", "name": "Ann", "content": [{"type": "image", "image": "a.png"}, {"text": "What?"}]},
+            {"role": "assistant", "content": "No.", "loss": False},
+            {"role": "user", "content": [{"image": "b.png"}, {"type": "image_url", "image_url": {"url": "c.png"}}]},
+            {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": {"x": 1}}}]},
+            {"role": "tool", "tool_call_id": "1", "content": [{"type": "image", "image": "d.png"}]},
+            {"role": "assistant", "content": "", "loss_weight": 2},
+        ],
+    }
+    sample = parse_row(json.dumps(row), "train.jsonl:17", "images")
+    assert (sample.sample_id, sample.media_root, sample.tools) == ("train.jsonl:17", "images", ({"type": "function"},))
+    assert [message.loss_weight for message in sample.messages] == [0, 0, 0, 0, 1, 0, 2]
+    assert sample.messages[1].content == (ImagePart("a.png"), TextPart("What?"))
+    assert sample.messages[3].content == (ImagePart("b.png"), ImagePart("c.png"))
+    assert sample.messages[4].tool_calls == (ToolCall("f", {"x": 1}),)
+    assert sample.messages[5].content == (ImagePart("d.png"),)
+    assert sample.messages[6].content == ()
+
+
+def test_columns_filled_with_null_count_as_absent():
+    part = {"type": "image", "image": "a.png", "text": None, "video": None}
+    sample = parse_sample(user(part, {"type": "text", "text": "?", "image": None}))
+    assert sample.messages[0].content == (ImagePart("a.png"), TextPart("?"))
+    assert parse_sample({"messages": [{**ASK, "tool_calls": None, "loss_weight": None}], "tools": None}).tools == ()
+
+
+def test_bytes_and_pil_images_are_taken():
+    image = Image.new("RGB", (4, 4))
+    content = (
+        parse_sample(user({"type": "image", "image": b"x"}, {"type": "image", "image": image})).messages[0].content
+    )
+    assert content == (ImagePart(b"x"), ImagePart(image))
+
+
+ROW_FAULTS = {
+    '{"messages": [}': "not JSON (Expecting value: line 1 column 15 (char 14)); write one object a line",
+    "[" * 100000: "not JSON (nested too deeply); write one object a line",
+    "[1]": 'row is a list, not an object; write {"messages": [...]}',
+    '"x"': 'row is a string, not an object; write {"messages": [...]}',
+    '{"text": 1, "id": 2}': (
+        "no messages, no conversations and no answer among its keys (id, text); write "
+        '{"messages": [{"role": ..., "content": ...}, ...]} or name its columns under columns'
+    ),
+    '{"messages": "x"}': "messages is a string, not a list; write a list of messages",
+    '{"messages": []}': "messages is empty; write at least a question and an answer",
+    '{"messages": [7]}': "messages[0] is a number, not an object; write role and content",
+    '{"messages": [{"content": "x"}]}': "messages[0]: no role; write one of system, user, assistant, tool",
+    '{"messages": [{"role": "human", "content": "x"}]}': (
+        "messages[0]: unknown role 'human'; use system, user, assistant, tool"
+    ),
+    '{"messages": [{"role": "user"}]}': "messages[0]: no content; write text or a list of parts",
+    '{"messages": [{"role": "user", "content": 5}]}': "messages[0].content is a number; write text or a list of parts",
+    '{"messages": [{"role": "user", "content": "x"}]}': (
+        "nothing to learn: no assistant message is trained; add an answer or take out loss: false"
+    ),
+    '{"messages": [{"role": "user", "content": "\\ud800"}]}': (
+        "messages[0].content holds half a surrogate pair; write whole characters"
+    ),
+    '{"messages": [{"role": "user", "content": "x"}], "tools": {"a": 1}}': (
+        "tools is not a list of objects; write OpenAI function descriptions"
+    ),
+}
+
+
+@pytest.mark.parametrize("text", ROW_FAULTS, ids=lambda text: text[:40])
+def test_faults_of_rows(text):
+    with pytest.raises(RowFault) as caught:
+        parse_row(text, "a.jsonl:1", None)
+    assert str(caught.value) == ROW_FAULTS[text]
+
+
+KEYS = "content, loss, loss_weight, name, reasoning_content, role, tool_call_id, tool_calls"
+MESSAGE_FAULTS = [
+    ({**ASK, "weight": 1, "los": 2}, f"messages[1]: unknown key los, weight; known are {KEYS}"),
+    ({**ASK, "loss": True}, "messages[1]: loss on a user message; only assistant messages are trained"),
+    ({**ASK, "loss_weight": 1}, "messages[1]: loss on a user message; only assistant messages are trained"),
+    ({**ANSWER, "loss": "no"}, "messages[1].loss is a string; write true or false"),
+    ({**ANSWER, "loss": 0}, "messages[1].loss is a number; write true or false"),
+    ({**ANSWER, "loss_weight": "2"}, "messages[1].loss_weight is a string; write a number of at least 0"),
+    ({**ANSWER, "loss_weight": True}, "messages[1].loss_weight is true or false; write a number of at least 0"),
+    ({**ANSWER, "loss_weight": -0.5}, "messages[1].loss_weight is -0.5; write a finite number of at least 0"),
+    ({**ANSWER, "loss_weight": float("nan")}, "messages[1].loss_weight is nan; write a finite number of at least 0"),
+    ({**ANSWER, "loss_weight": float("inf")}, "messages[1].loss_weight is inf; write a finite number of at least 0"),
+    ({**ANSWER, "loss": False, "loss_weight": 2},
+     "messages[1]: loss is false but loss_weight is 2; take one of them out"),
+    ({**ASK, "tool_calls": [{}]}, "messages[1]: tool_calls in a user message; only assistant messages call tools"),
+    ({**ANSWER, "tool_calls": {"a": 1}}, "messages[1].tool_calls is an object, not a list; write a list of calls"),
+    ({**ANSWER, "tool_calls": [{"name": "f"}]},
+     'messages[1].tool_calls[0]: no name and arguments; write {"name": ..., "arguments": {...}}'),
+    ({**ASK, "reasoning_content": "x"},
+     "messages[1]: reasoning_content in a user message; only assistant messages have it"),
+    ({"role": "assistant", "content": [{"image": "a.png"}]},
+     "messages[1]: the assistant message has an image, which the template drops; move it to a user message"),
+    ({"role": "system", "content": [{"image": "a.png"}]},
+     "messages[1]: the system message has an image, which the template drops; move it to a user message"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("message", "fault"), MESSAGE_FAULTS, ids=lambda value: str(value)[:60])
+def test_faults_of_messages(message, fault):
+    with pytest.raises(RowFault) as caught:
+        parse_sample({"messages": [ASK, message]})
+    assert str(caught.value) == fault
+
+
+PART_FAULTS = [
+    ("x", 'messages[0].content[1] is a string, not an object; write {"type": "text", "text": ...}'),
+    ({"type": "audio", "audio": "a.wav"},
+     "messages[0].content[1]: unknown content type 'audio'; use text, image or video"),
+    ({"caption": "x"}, "messages[0].content[1]: no type; use text, image or video"),
+    ({"type": "image", "path": "a.png"},
+     'messages[0].content[1]: no key \'image\' beside type \'image\'; write {"type": "image", "image": ...}'),
+    ({"type": "image", "image": "a.png", "max_pixels": 9},
+     "messages[0].content[1]: unknown key max_pixels in a part of type image; take it out"),
+    ({"text": "x", "image": "a.png"},
+     "messages[0].content[1]: unknown key image in a part of type text; take it out"),
+    ({"type": "text", "text": 5}, "messages[0].content[1].text is a number, not a string; write text"),
+    ({"type": "image", "image": 5},
+     "messages[0].content[1].image is a number; write a path, a data URI, bytes or a PIL image"),
+    ({"type": "image_url", "image_url": {"path": "x"}},
+     "messages[0].content[1].image_url is null; write a path, a data URI, bytes or a PIL image"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("part", "fault"), PART_FAULTS, ids=lambda value: str(value)[:60])
+def test_faults_of_parts(part, fault):
+    with pytest.raises(RowFault) as caught:
+        parse_sample(user({"text": "a"}, part))
+    assert str(caught.value) == fault
+
+
+def test_only_rows_of_a_file_need_something_to_learn():
+    assert len(parse_sample({"messages": [ASK]}).messages) == 1
+    for answer in ({"loss": False}, {"loss_weight": 0}):
+        with pytest.raises(RowFault, match=r"^nothing to learn"):
+            parse_row(json.dumps({"messages": [ASK, {**ANSWER, **answer}]}), "a", None)
+
+
+def test_clips_are_files_or_lists_of_frames():
+    frames = ["0.png", b"1", "2.png"]
+    parts = [
+        {"type": "video", "video": "a.mp4"},
+        {"video": b"\0"},
+        {"type": "video", "video": {"bytes": None, "path": "b.mp4"}, "fps": None},
+        {"type": "video", "video": frames, "fps": 12},
+        {"video": frames, "sample_fps": 2, "timestamps": None},
+        {"video": frames, "timestamps": [0, 0.5, 0.5]},
+        {"video": {"frames": frames, "fps": 12, "timestamps": None}},
+        {"type": "video", "video": {"frames": frames}, "sample_fps": 2},
+    ]
+    assert parse_sample(user(*parts)).messages[0].content == (
+        VideoPart("a.mp4"),
+        VideoPart(b"\0"),
+        VideoPart("b.mp4"),
+        VideoPart(tuple(frames), fps=12.0),
+        VideoPart(tuple(frames), timestamps=(0.0, 0.5, 1.0)),
+        VideoPart(tuple(frames), timestamps=(0.0, 0.5, 0.5)),
+        VideoPart(tuple(frames), fps=12.0),
+        VideoPart(tuple(frames), timestamps=(0.0, 0.5, 1.0)),
+    )
+
+
+ONE_OF = 'give one of fps, sample_fps, timestamps, as in {"frames": [...], "fps": 2}'
+CLIP_FAULTS = [
+    ({"video": 7}, ".video is a number; write a path, a data URI, bytes or a list of frames"),
+    ({"video": "a.mp4", "fps": 2}, ": fps beside a video file, whose header says it; take it out"),
+    ({"video": "a.mp4", "nframes": 2}, ": unknown key nframes in a part of type video; take it out"),
+    ({"video": ["a.png"], "fps": 2}, ".video: 1 frames, a clip needs 2; add frames or give an image"),
+    ({"video": ["a.png", 3], "fps": 2}, ".video[1] is a number; write a path, a data URI, bytes or a PIL image"),
+    ({"video": ["a", "b"]}, f": a list of frames with no times; {ONE_OF}"),
+    ({"video": {"frames": ["a", "b"]}}, f": a list of frames with no times; {ONE_OF}"),
+    ({"video": {"frames": ["a", "b"], "fps": 1, "sample_fps": 1}},
+     f": a list of frames with fps and sample_fps; {ONE_OF}"),
+    ({"video": {"frames": ["a", "b"], "fps": 1}, "fps": 1}, ": fps in the video and beside it; keep one of them"),
+    ({"video": {"frames": ["a", "b"], "fps": 1, "size": 2}}, ": unknown key size in a part of type video; take it out"),
+    ({"video": {"frames": "a.mp4"}}, ".video.frames is a string, not a list; write a list of images"),
+    ({"video": {"frames": None, "fps": 1}}, ".video.frames is null, not a list; write a list of images"),
+    ({"video": ["a", "b"], "fps": 1, "timestamps": [0, 1]},
+     f": a list of frames with fps and timestamps; {ONE_OF}"),
+    ({"video": ["a", "b"], "fps": 0}, ".fps is 0; write a number of frames a second, above 0 and at most 1000"),
+    ({"video": ["a", "b"], "fps": float("nan")},
+     ".fps is nan; write a number of frames a second, above 0 and at most 1000"),
+    ({"video": ["a", "b"], "sample_fps": 1001},
+     ".sample_fps is 1001; write a number of frames a second, above 0 and at most 1000"),
+    ({"video": ["a", "b"], "fps": True}, ".fps is True; write a number of frames a second, above 0 and at most 1000"),
+    ({"video": ["a", "b"], "fps": "2"}, ".fps is '2'; write a number of frames a second, above 0 and at most 1000"),
+    ({"video": ["a", "b"], "timestamps": [0]}, ".timestamps: 1 times for 2 frames; give one for each frame"),
+    ({"video": ["a", "b"], "timestamps": [0, 1, 2]}, ".timestamps: 3 times for 2 frames; give one for each frame"),
+    ({"video": ["a", "b"], "timestamps": 3}, ".timestamps is a number; write a list of seconds, one for each frame"),
+    ({"video": ["a", "b"], "timestamps": [1, 0.5]},
+     ".timestamps[1] is 0.5; write seconds from 0 on that never go back"),
+    ({"video": ["a", "b"], "timestamps": [-1, 0]}, ".timestamps[0] is -1; write seconds from 0 on that never go back"),
+    ({"video": ["a", "b"], "timestamps": [0, float("inf")]},
+     ".timestamps[1] is inf; write seconds from 0 on that never go back"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("part", "fault"), CLIP_FAULTS, ids=lambda value: str(value)[:60])
+def test_faults_of_clips(part, fault):
+    with pytest.raises(RowFault) as caught:
+        parse_sample(user({"type": "video", **part}))
+    assert str(caught.value) == f"messages[0].content[0]{fault}"
+
+
+def test_clips_stand_where_the_template_shows_them():
+    with pytest.raises(RowFault) as caught:
+        parse_sample({"messages": [ASK, {"role": "assistant", "content": [{"video": "a.mp4"}]}]})
+    assert str(caught.value) == (
+        "messages[1]: the assistant message has a video, which the template drops; move it to a user message"
+    )

@@ -1,0 +1,81 @@
+"""The same rows in every kind of file and every shape become the same tokens, labels, positions and patches."""
+
+import json
+
+import pytest
+import torch
+
+from qwen3vl_train.config.fields import TrainSource
+from qwen3vl_train.data.encode.collator import MultimodalCollator
+from qwen3vl_train.data.rows.parse import RowRules
+from qwen3vl_train.data.sources import open_sources, open_stream
+from tests.helpers.row_files import KINDS, NUM_ROWS, png, table, talk, write_all
+
+
+@pytest.fixture(scope="module")
+def collate(tiny_folder):
+    return MultimodalCollator.from_pretrained(tiny_folder)
+
+
+@pytest.fixture(scope="module")
+def reference(collate):
+    """Encoded straight from messages, the form that is held against transformers elsewhere."""
+    return [collate.encode({"messages": [
+        {"role": "user", "content": [{"type": "image", "image": png(n)}, {"type": "text", "text": f"Nr {n}?"}]},
+        {"role": "assistant", "content": "ü" * n + "."}]}) for n in range(NUM_ROWS)]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    return write_all(tmp_path_factory.mktemp("files"))
+
+
+def assert_same(encoded, expected):
+    assert encoded.loss_weights is expected.loss_weights is None
+    assert (encoded.slices, encoded.grids) == (expected.slices, expected.grids)
+    for name in ("input_ids", "labels", "positions", "patches"):
+        assert torch.equal(getattr(encoded, name), getattr(expected, name)), name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_kinds_of_files(files, kind, collate, reference):
+    entry = TrainSource(path=str(files[kind]))
+    (source,) = open_sources(entry)
+    for row, (expected, streamed) in enumerate(zip(reference, open_stream(entry).rows(), strict=True)):
+        assert_same(collate.encode(source.sample(row)), expected)
+        assert_same(collate.encode(streamed.sample), expected)
+        assert collate.cost(source.sample(row)).tokens == expected.input_ids.numel()
+
+
+def shapes(number: int) -> dict[str, dict]:
+    """One row in every shape, the image as bytes."""
+    cell = table()[number]
+    image, question, answer = cell["image"]["bytes"], cell["question"], cell["answer"]
+    parts = [{"type": "image", "text": None}, {"type": "text", "text": question, "image": None}]
+    turns = [{"role": "user", "content": parts}, {"role": "assistant", "content": answer}]
+    marked = [{"role": "user", "content": f"<image>\n{question}"}, {"role": "assistant", "content": answer}]
+    return {
+        "columns": cell,
+        "messages with images apart": {"messages": turns, "images": [image]},
+        "messages with marks": {"messages": marked, "images": [{"bytes": image, "path": "x.png"}]},
+        "messages of typed columns": {"messages": [
+            {**turns[0], "content": [{**parts[0], "image": {"bytes": image, "path": None}}, parts[1]], "loss": None},
+            {**turns[1], "tool_calls": None}], "tools": None},
+        "llava": {"image": image, "conversations": talk(f"<image>\n{question}", answer), "id": "7"},
+        "sharegpt with roles": {"image": [image], "conversations": marked},
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", list(shapes(0)))
+def test_shapes_of_rows(shape, collate, reference):
+    for number, expected in enumerate(reference):
+        assert_same(collate.encode(RowRules().sample(shapes(number)[shape], "a:1")), expected)
+
+
+def test_qwens_own_json_with_data_path(files, tmp_path, collate, reference):
+    rows = [{"image": f"{n}.png", "conversations": talk(f"<image>\nNr {n}?", "ü" * n + "."),
+             "data_path": str(files["a.jsonl"].parent)} for n in range(NUM_ROWS)]  # fmt: skip
+    (tmp_path / "qwen.json").write_text(json.dumps(rows))
+    (source,) = open_sources(TrainSource(path=str(tmp_path / "qwen.json"), media_root=str(files["a.jsonl"].parent)))
+    for row, expected in enumerate(reference):
+        assert_same(collate.encode(source.sample(row)), expected)

@@ -1,0 +1,291 @@
+"""Every kind of file gives its rows by number and as a stream, from any row on; damage is named with file and row."""
+
+import io
+import json
+import os
+import pickle
+import zipfile
+from pathlib import Path
+
+import datasets
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from fsspec.registry import _registry as registry
+
+from qwen3vl_train.config.fields import TrainSource
+from qwen3vl_train.data.encode.collator import MultimodalCollator
+from qwen3vl_train.data.errors import MediaFault, RowFault
+from qwen3vl_train.data.media.image import load_rgb
+from qwen3vl_train.data.media.remote import Remote
+from qwen3vl_train.data.packing.index import LengthRule, build_index
+from qwen3vl_train.data.rows.parse import shapes_line
+from qwen3vl_train.data.sources import JsonlSource, open_sources, open_stream
+from qwen3vl_train.data.sources import jsonl as json_module
+from tests.helpers.row_files import KINDS, NUM_ROWS, ROW, png, talks, texts, write_all, write_tar
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    return write_all(tmp_path_factory.mktemp("files"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_by_number(files, kind):
+    (source,) = open_sources(TrainSource(path=str(files[kind])))
+    assert len(source) == NUM_ROWS
+    source = pickle.loads(pickle.dumps(source))
+    for row in (8, 0, 3, 4):
+        sample = source.sample(row)
+        assert texts(sample) == [f"Nr {row}?", "ü" * row + "."]
+        number = row + 1
+        assert (sample.sample_id, source.row_number(row)) == (f"{kind}:{number}", number)
+        image = sample.messages[0].content[0].image
+        assert (Path(sample.media_root or "", image).read_bytes() if isinstance(image, str) else image) == png(row)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_stream_goes_on_behind_any_row(files, kind):
+    entry = TrainSource(path=str(files[kind]))
+    rows = list(open_stream(entry).rows())
+    assert [texts(row.sample)[0] for row in rows] == [f"Nr {n}?" for n in range(NUM_ROWS)]
+    assert [row.row_number for row in rows] == list(range(1, NUM_ROWS + 1))
+    (source,) = open_sources(entry)
+    assert [row.sample for row in rows] == [source.sample(n) for n in range(NUM_ROWS)]
+    for row in rows:
+        state = json.loads(json.dumps(row.state))
+        rest = pickle.loads(pickle.dumps(open_stream(entry))).rows(state)
+        assert [(row.row_number, row.sample) for row in rest] == [
+            (row.row_number, row.sample) for row in rows[row.row_number :]
+        ]
+
+
+def test_fingerprints_follow_the_content_not_the_place(files, tmp_path):
+    for kind in KINDS[:-1]:
+        copy = tmp_path / kind
+        copy.write_bytes(files[kind].read_bytes())
+        source, same = (open_sources(TrainSource(path=str(file)))[0] for file in (files[kind], copy))
+        assert same.fingerprint() == source.fingerprint()
+        assert json.loads(json.dumps(same.fingerprint())) == same.fingerprint()
+    (tmp_path / "a.jsonl").write_text(ROW % "a")
+    (tmp_path / "c.jsonl").write_text(ROW % "c")
+    one, other = (JsonlSource(tmp_path / f"{name}.jsonl").fingerprint() for name in "ac")
+    assert one != other
+    assert one["size"] == other["size"]
+
+
+def test_patterns_and_folders_are_a_source_for_each_file(tmp_path):
+    for name in ("b-2.jsonl", "b-1.jsonl", "c.json", "notes.txt"):
+        (tmp_path / name).write_text(ROW % name)
+    sources = open_sources(TrainSource(path=f"{tmp_path}/b-*.jsonl", name="mine"))
+    assert [source.name for source in sources] == [f"{tmp_path}/b-1.jsonl", f"{tmp_path}/b-2.jsonl"]
+    assert sources[1].sample(0).sample_id == "mine:b-2.jsonl:1"
+    assert open_sources(TrainSource(path=f"{tmp_path}/b-*.jsonl"))[0].sample(0).sample_id == "b-*.jsonl:b-1.jsonl:1"
+    stream = open_stream(TrainSource(path=str(tmp_path)))
+    rows = list(stream.rows())
+    assert [Path(row.file).name for row in rows] == ["b-1.jsonl", "b-2.jsonl", "c.json"]
+    assert [row.file for row in stream.rows(rows[0].state)] == [row.file for row in rows[1:]]
+    with pytest.raises(ValueError) as caught:
+        open_sources(TrainSource(path=f"{tmp_path}/d-*"))
+    assert str(caught.value) == (
+        f"{tmp_path}/d-*: no file in it ends with .jsonl, .json, .parquet, .tar; check the paths under data"
+    )
+
+
+@pytest.fixture
+def remote():
+    """A file system of fsspec that lives in this process alone."""
+    fs = fsspec.filesystem("memory")
+    yield fs
+    fs.rm("/bucket", recursive=True)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "saved"])
+def test_files_and_media_behind_any_url(files, kind, remote):
+    for path in files.values():
+        if path.is_file():
+            remote.pipe(f"/bucket/x/{path.name}", path.read_bytes())
+    for number in range(NUM_ROWS):
+        remote.pipe(f"/bucket/x/{number}.png", png(number))
+    (source,) = open_sources(TrainSource(path=f"memory://bucket/x/{kind}"))
+    image = source.sample(5).messages[0].content[0].image
+    assert texts(source.sample(5)) == ["Nr 5?", "ü" * 5 + "."]
+    assert (image if isinstance(image, bytes) else image.fetch()) == png(5)
+    rows = list(open_stream(TrainSource(path=f"memory://bucket/x/{kind}")).rows())
+    assert [row.sample for row in rows] == [source.sample(n) for n in range(NUM_ROWS)]
+    found = open_sources(TrainSource(path=f"memory://bucket/*/{kind}"))
+    assert [source.name for source in found] == [f"memory:///bucket/x/{kind}"]
+
+
+def test_media_do_not_leave_a_remote_root(remote):
+    remote.pipe("/bucket/x/a.jsonl", "\n".join(
+        json.dumps({"image": path, "question": "?", "answer": "x"}) for path in ("../b.png", "/b.png", "s3://b/c.png")
+    ).encode())  # fmt: skip
+    for row in open_stream(TrainSource(path="memory://bucket/x/a.jsonl")).rows():
+        assert isinstance(row.sample, MediaFault)
+        assert "leaves media_root memory://bucket/x; give a path below it" in str(row.sample)
+
+
+def test_the_hub_library_reads_folders_by_split_and_leaves_pictures_encoded(files, tmp_path):
+    os.symlink(files["a.parquet"], tmp_path / "train-0.parquet")
+    entry = TrainSource(path=str(tmp_path), split="train")
+    (source,) = open_sources(entry)
+    assert source.sample(2).messages[0].content[0].image == png(2)
+    assert [row.sample for row in open_stream(entry).rows()] == [source.sample(n) for n in range(NUM_ROWS)]
+    datasets.DatasetDict({"test": datasets.Dataset.from_list([{"x": 1}])}).save_to_disk(str(tmp_path / "dict"))
+    for split, fault in (
+        (None, f"{tmp_path}/dict: no split None among test; set split to one of them"),
+        ("test", f"{tmp_path}/dict: has the columns x, and none that rows are made from; name them under columns"),
+    ):
+        with pytest.raises(ValueError) as caught:
+            open_sources(TrainSource(path=str(tmp_path / "dict"), split=split))
+        assert str(caught.value) == fault
+    with pytest.raises(
+        ValueError, match=r"^no/such: |^no/such \(no folder here, so a name on the Hugging Face hub\): "
+    ):
+        open_sources(TrainSource(path="no/such", split="train"))
+
+
+class Hub(type(fsspec.filesystem("memory"))):
+    """The hub's file system, but in this process."""
+
+    protocol = "hf"
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return super()._strip_protocol(path.replace("hf://", "memory://"))
+
+
+def test_pictures_that_a_data_set_keeps_on_the_hub_are_fetched_there(tmp_path, remote, monkeypatch):
+    monkeypatch.setitem(registry, "hf", Hub)
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as packed:
+        packed.writestr("b.png", png(2))
+    remote.pipe({"/bucket/me@main/a.png": png(1), "/bucket/me@main/b.zip": out.getvalue()})
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "c.png").write_bytes(png(3))
+    paths = [
+        "hf://bucket/me@main/a.png", "zip://b.png::hf://bucket/me@main/b.zip", "c.png", "https://nobody.invalid/d.png",
+        "file:///etc/passwd::hf://bucket/me@main/a.png", "s3://bucket/a.png", "hf://bucket/none.png",
+    ]  # fmt: skip
+    rows = [{"question": "?", "answer": "x", "image": {"bytes": None, "path": path}} for path in paths]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows" / "train-0.parquet")
+    entry = TrainSource(path=str(tmp_path / "rows"), split="train")
+    (source,) = open_sources(entry)
+    samples = [source.sample(row) for row in range(len(rows))]
+    assert [row.sample for row in open_stream(entry).rows()] == samples
+    images = [(sample.messages[0].content[0].image, sample.media_root) for sample in samples]
+    assert [int(load_rgb(*image)[0, 0, 0]) for image in images[:3]] == [1, 2, 3]
+    for image, fault in zip(images[3:], (
+        "image https://nobody.invalid/d.png: is a https URL and nothing is downloaded; give a local path or set "
+        "allow_urls: true",
+        "image file:///etc/passwd::hf://bucket/me@main/a.png: is a file URL and nothing is downloaded; give a local ",
+        "image s3://bucket/a.png: is a s3 URL and nothing is downloaded; give a local path",
+        "hf://bucket/none.png: cannot be read (",
+    ), strict=True):  # fmt: skip
+        with pytest.raises(MediaFault) as caught:
+            load_rgb(*image)
+        assert str(caught.value).startswith(fault)
+    allowed = TrainSource(path=str(tmp_path / "rows"), split="train", allow_urls=True)
+    assert open_sources(allowed)[0].sample(3).messages[0].content[0].image == Remote(paths[3])
+    elsewhere = TrainSource(path=str(tmp_path / "rows"), split="train", media_root="memory://bucket")
+    found = [open_sources(elsewhere)[0].sample(row).messages[0].content[0].image for row in (0, 2)]
+    assert found == [Remote(paths[0]), Remote("memory://bucket/c.png")]
+    # A row of a plain file may say what it likes.
+    (tmp_path / "a.jsonl").write_text(json.dumps({"question": "?", "answer": "x", "image": paths[0]}))
+    (plain,) = open_sources(TrainSource(path=str(tmp_path / "a.jsonl")))
+    with pytest.raises(MediaFault, match=r"is a hf URL and nothing is downloaded"):
+        load_rgb(plain.sample(0).messages[0].content[0].image, str(tmp_path))
+
+
+def test_rows_are_lines_and_blank_ones_are_skipped(tmp_path):
+    file = tmp_path / "train.jsonl"
+    rows = [ROW % text for text in ("ä", "b", "c\\r")]
+    file.write_bytes(("\ufeff" + rows[0] + "\r\n\n  \n" + rows[1] + "\n" + rows[2]).encode())
+    source = JsonlSource(file, tmp_path)
+    assert len(source) == 3
+    assert [source.raw(row).row for row in (2, 0, 1)] == [json.loads(rows[row]) for row in (2, 0, 1)]
+    assert [source.row_number(row) for row in range(3)] == [1, 4, 5]
+    assert (source.sample(1).sample_id, source.sample(1).media_root) == ("train.jsonl:4", str(tmp_path))
+    streamed = list(open_stream(TrainSource(path=str(file))).rows())
+    assert [row.sample for row in streamed] == [source.sample(row) for row in range(3)]
+    assert [row.row_number for row in streamed] == [1, 4, 5]
+
+
+@pytest.mark.parametrize("block", [1, 7, 64])
+def test_cuts_between_blocks_change_nothing(tmp_path, monkeypatch, block):
+    monkeypatch.setattr(json_module, "_BLOCK", block)
+    rows = [{"question": f'ü {n} " ] \\ }}', "answer": "€" * n + "x"} for n in range(5)]
+    (tmp_path / "a.json").write_text(" \n" + json.dumps(rows, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    (tmp_path / "a.jsonl").write_text(
+        "\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8"
+    )
+    for name in ("a.json", "a.jsonl"):
+        source = JsonlSource(tmp_path / name)
+        assert [source.raw(row).row for row in range(len(source))] == rows
+        stream = list(open_stream(TrainSource(path=str(tmp_path / name))).rows())
+        rest = list(open_stream(TrainSource(path=str(tmp_path / name))).rows(stream[1].state))
+        assert [texts(row.sample) for row in rest] == [[row["question"], row["answer"]] for row in rows[2:]]
+
+
+def test_an_array_is_told_from_lines_by_its_first_character(tmp_path):
+    (tmp_path / "a.json").write_text(ROW % "a" + "\n" + ROW % "b")
+    assert len(JsonlSource(tmp_path / "a.json")) == 2
+    for text in ("", "[]", " [ ] "):
+        (tmp_path / "a.json").write_text(text)
+        assert len(JsonlSource(tmp_path / "a.json")) == 0
+
+
+def test_columns_of_parquet_that_no_rule_names_are_not_read(tmp_path):
+    pq.write_table(pa.table({"q": ["?"], "a": ["x"], "junk": [b"1"]}), tmp_path / "a.parquet")
+    entry = TrainSource(path=str(tmp_path / "a.parquet"), columns={"question": "q", "answer": "a"})
+    (source,) = open_sources(entry)
+    assert source.raw(0).row == {"q": "?", "a": "x"}
+    with pytest.raises(ValueError) as caught:
+        open_sources(TrainSource(path=str(tmp_path / "a.parquet")))
+    assert str(caught.value) == (
+        f"{tmp_path}/a.parquet: has the columns q, a, junk, and none that rows are made from; name them under columns"
+    )
+
+
+def test_media_of_a_shard_are_found_by_name_ending_or_not_at_all(tmp_path):
+    talk = [{"role": "user", "content": [{"type": "image", "image": "jpg"}, {"type": "image", "image": "1.seg.png"}]},
+            {"role": "assistant", "content": "ok"}]  # fmt: skip
+    write_tar(tmp_path / "a.tar", [
+        ("d/1.jpg", b"one"), ("d/1.seg.png", b"two"), ("d/1.json", json.dumps({"messages": talk}).encode()),
+        ("d/2.json", json.dumps({"messages": talk}).encode()),
+        ("d/3.txt", "ein Bär".encode()), ("d/3.jpg", b"three"),
+        ("d/4.json", b"{"), ("d/5.jpg", b"x"), ("d/6.txt", b"\xff"),
+    ])  # fmt: skip
+    (source,) = open_sources(TrainSource(path=str(tmp_path / "a.tar"), columns={"answer": "txt"}))
+    assert [part.image for part in source.sample(0).messages[0].content] == [b"one", b"two"]
+    assert source.sample(2).messages[0].content[0].image == b"three"
+    assert texts(source.sample(2)) == ["", "ein Bär"]
+    for row, fault in (
+        (1, "jpg: not among the files of its row in the shard (d/2.json); name one of them"),
+        (3, "not JSON (Expecting property name enclosed in double quotes: line 1 column 2 (char 1)); write one object "
+            "a line"),
+        (4, "no messages, no conversations and no txt among its keys (images, jpg, videos); write "
+            '{"messages": [{"role": ..., "content": ...}, ...]} or name its columns under columns'),
+        (5, "d/6.txt: not UTF-8 (byte 0); save it as UTF-8"),
+    ):  # fmt: skip
+        with pytest.raises(RowFault) as caught:
+            source.sample(row)
+        assert str(caught.value) == fault
+
+
+def test_rows_of_mixed_shapes_in_one_file(tmp_path, tiny_folder):
+    rows = [ROW % "a", json.dumps({"question": "?", "answer": "x"}), json.dumps(talks(1)[0]), "{}", "[1]", "7"]
+    (tmp_path / "a.jsonl").write_text("\n".join(rows))
+    streamed = list(open_stream(TrainSource(path=str(tmp_path / "a.jsonl"))).rows())
+    assert [row.sample.shape for row in streamed[:3]] == ["openai", "columns", "sharegpt"]
+    assert [isinstance(row.sample, RowFault) for row in streamed] == [False] * 3 + [True] * 3
+    for _ in range(2):  # the second time from what was kept of the first
+        collate = MultimodalCollator.from_pretrained(tiny_folder)
+        (tmp_path / "0.png").write_bytes(png(0))
+        sources = open_sources(TrainSource(path=str(tmp_path / "a.jsonl")))
+        index = build_index(sources, collate, LengthRule(500), cache_folder=tmp_path / "index")
+        line = shapes_line("a.jsonl", index.count_shapes(0))
+        assert line == "a.jsonl: 3 rows, openai 1, sharegpt 1, columns 1"
+        assert len(index.rejects) == 3

@@ -1,0 +1,167 @@
+"""A signal lets the run finish its step, save, and end with a code that says: start me again."""
+
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tests.helpers import oracles
+from tests.helpers.ranks import RankFailure, run_ranks
+from tests.helpers import engine_runs
+from tests.helpers import small_runs
+import torch
+from tests.helpers.small_runs import in_child, losses
+
+from qwen3vl_train.checkpoint.manifest import latest_checkpoint
+from qwen3vl_train.config import Recipe, save_recipe
+from qwen3vl_train.dist.ranks import Ranks
+from qwen3vl_train.train import loop
+from qwen3vl_train.train.cli import sft
+from qwen3vl_train.train.loop import train
+from qwen3vl_train.dist.stop import StopRequest, StopSignals
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return engine_runs.write_small_checkpoint(tmp_path_factory.mktemp("small") / "model")
+
+
+def _within_step(number: int, act: Callable[[], None]) -> None:
+    """From now on in this process: act while step `number`, counted from one, is under way."""
+    take = loop.train_step
+
+    def take_and_act(*arguments, step: int, **options):
+        if step + 1 == number:
+            act()
+        return take(*arguments, step=step, **options)
+
+    loop.train_step = take_and_act
+
+
+def _send(*numbers: signal.Signals) -> Callable[[], None]:
+    return lambda: [os.kill(os.getpid(), number) for number in numbers] and None
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signalled_run_saves_its_step_and_goes_on_later(small: Path, task: Path, tmp_path: Path, number, capfd):
+    case = {"checkpoint__every_steps": 4, "tune": small_runs.LORA}
+    straight = train(small_runs.make_recipe(small, task, tmp_path / "straight", **case))
+    recipe = small_runs.make_recipe(small, task, tmp_path / "stopped", **case)
+    save_recipe(recipe, file := tmp_path / "recipe.yaml")
+
+    def work() -> None:
+        _within_step(3, _send(number))
+        sys.exit(sft([str(file)]))
+
+    assert in_child(work) == 75
+    run = tmp_path / "stopped" / "run"
+    assert f"{run}: asked to stop, saved after step 3; start it again to go on" in capfd.readouterr().out
+    assert len(losses(run)) == 3
+    assert latest_checkpoint(run) == run / "checkpoints" / "step-00000003"
+    assert in_child(lambda: sys.exit(sft([str(file)]))) == 0
+    assert losses(run) == losses(straight)
+    small_runs.assert_same_tensors(small_runs.final_tensors(run), small_runs.final_tensors(straight))
+
+
+@pytest.mark.parametrize(
+    ("signals", "code"),
+    [((signal.SIGTERM, signal.SIGTERM), 128 + 15), ((signal.SIGTERM, signal.SIGUSR1), 128 + 10)],
+    ids=["term-term", "term-usr1"],
+)
+def test_a_second_signal_ends_the_run_at_once(small: Path, task: Path, tmp_path: Path, signals, code):
+    recipe = small_runs.make_recipe(small, task, tmp_path)
+
+    def work() -> None:
+        _within_step(2, _send(*signals))
+        train(recipe)
+
+    assert in_child(work) == code
+    assert len(losses(tmp_path / "run")) == 1
+    assert latest_checkpoint(tmp_path / "run") is None
+
+
+def test_a_stop_comes_before_an_export(small: Path, task: Path, tmp_path: Path):
+    recipe = small_runs.make_recipe(small, task, tmp_path, checkpoint={"export_every_steps": 2}, tune=small_runs.LORA)
+
+    def work() -> None:
+        _within_step(2, _send(signal.SIGTERM))
+        with pytest.raises(StopRequest):
+            train(recipe)
+
+    assert in_child(work) == 0
+    assert latest_checkpoint(tmp_path / "run") == tmp_path / "run" / "checkpoints" / "step-00000002"
+    assert not (tmp_path / "run" / "export").exists()
+
+
+def _waits_for_nobody(rank: int, world_size: int, ready: Path) -> None:
+    ranks = Ranks(rank, world_size, rank, torch.device("cpu"))
+    if rank == 0:
+        with StopSignals():
+            ready.write_text(str(os.getpid()))
+            ranks.barrier()
+    while not ready.exists():
+        time.sleep(0.02)
+    time.sleep(0.5)  # until the other is in its barrier
+    pid = int(ready.read_text())
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        os.kill(pid, number)
+        time.sleep(0.5)
+    while True:
+        time.sleep(1)
+
+
+def test_a_second_signal_ends_a_rank_that_waits_for_another_one(tmp_path: Path):
+    """Within torch's C++ no Python handler runs."""
+    with pytest.raises(RankFailure, match=f"rank 0 died without a word, exit code {128 + signal.SIGUSR1}$"):
+        run_ranks(_waits_for_nobody, 2, tmp_path / "ready", timeout=20)
+
+
+def test_a_signal_in_the_last_step_changes_nothing(small: Path, task: Path, tmp_path: Path):
+    recipe = small_runs.make_recipe(small, task, tmp_path, train__num_steps=2)
+
+    def work() -> None:
+        _within_step(2, _send(signal.SIGTERM))
+        train(recipe)
+
+    assert in_child(work) == 0
+    assert latest_checkpoint(tmp_path / "run") == tmp_path / "run" / "checkpoints" / "step-00000002"
+
+
+def _signalled_on_rank_one(rank: int, world_size: int, recipe: Recipe) -> str:
+    if rank == 1:
+        _within_step(2, _send(signal.SIGUSR1))
+    with pytest.raises(StopRequest) as stop:
+        train(recipe)
+    return str(stop.value)
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_all_ranks_stop_after_the_same_step_when_one_is_asked(small: Path, task: Path, tmp_path: Path, engine: str):
+    recipe = small_runs.make_recipe(small, task, tmp_path, parallel__engine=engine, train__packs_per_step=2)
+    messages = run_ranks(_signalled_on_rank_one, 2, recipe)
+    run = tmp_path / "run"
+    assert messages == [f"{run}: asked to stop, saved after step 2; start it again to go on"] * 2
+    assert latest_checkpoint(run) == run / "checkpoints" / "step-00000002"
+
+
+def test_the_handlers_that_were_there_come_back():
+    before = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    try:
+        with StopSignals() as stop:
+            assert not stop.received
+            os.kill(os.getpid(), signal.SIGUSR1)
+            assert stop.received
+            worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,), daemon=True)
+            worker.start()  # holds open what it inherits
+        worker.kill()
+        worker.join()
+        assert signal.getsignal(signal.SIGUSR1) is signal.SIG_IGN
+        assert signal.set_wakeup_fd(-1) == -1
+        assert "signals" not in [thread.name for thread in threading.enumerate()]
+    finally:
+        signal.signal(signal.SIGUSR1, before)

@@ -1,0 +1,247 @@
+import ast
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qwen3vl_train.config import Recipe
+from qwen3vl_train.config.rules import RecipeError
+from qwen3vl_train.parallel.deepspeed.config import BUCKET_ELEMENTS, KNOWN_OF_ZERO, REFUSED, deepspeed_config
+from tests.helpers import engine_runs
+
+
+def _recipe(folder: Path, content: Any = None, **overrides: Any) -> Recipe:
+    if content is not None:
+        (folder / "ds.json").write_text(content if isinstance(content, str) else json.dumps(content))
+        overrides["deepspeed_config"] = str(folder / "ds.json")
+    return engine_runs.engine_recipe(folder, engine_runs.FULL, "deepspeed", **overrides)
+
+
+def _errors(folder: Path, content: Any, world_size: int = 2, **overrides: Any) -> list[str]:
+    with pytest.raises(RecipeError) as error:
+        deepspeed_config(_recipe(folder, content, **overrides), world_size)
+    assert error.value.where == str(folder / "ds.json")
+    return error.value.errors
+
+
+def test_the_recipe_alone(tmp_path: Path):
+    config = deepspeed_config(_recipe(tmp_path, zero_stage=2, dtype="bfloat16", offload_optimizer=True), 2)
+    assert config == {
+        "steps_per_print": None,
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": 0.0,
+        "gradient_allreduce_op": "sum",
+        "communication_data_type": "fp32",
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "bf16": {"enabled": True},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": {
+            "stage": 2,
+            "reduce_bucket_size": BUCKET_ELEMENTS,
+            "allgather_bucket_size": BUCKET_ELEMENTS,
+            "offload_optimizer": {"device": "cpu"},
+            "offload_param": None,
+        },
+    }
+
+
+def test_a_file_that_agrees_is_taken_whole(tmp_path: Path):
+    content = {
+        "train_batch_size": 8,
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": 4,
+        "gradient_clipping": 1.0,
+        "steps_per_print": 7,
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "betas": [0.9, 0.999], "weight_decay": "auto"}},
+        "bf16": {"enabled": False},
+        "fp16": {"enabled": False, "loss_scale": 0},
+        "wall_clock_breakdown": False,
+        "comms_logger": {"enabled": False},
+        "data_types": {"grad_accum_dtype": "fp32", "keep_in_fp32_modules": []},
+        "zero_optimization": {
+            "stage": 3,
+            "overlap_comm": True,
+            "reduce_bucket_size": "auto",
+            "stage3_param_persistence_threshold": 10,
+            "offload_param": {"device": "cpu", "pin_memory": True},
+        },
+    }
+    config = deepspeed_config(_recipe(tmp_path, content, zero_stage=3, offload_parameters=True), 2)
+    assert "optimizer" not in config
+    assert config["steps_per_print"] == 7
+    assert config["comms_logger"] == {"enabled": False}
+    assert config["gradient_clipping"] == 0.0
+    assert config["gradient_allreduce_op"] == "mean"
+    assert config["data_types"] == {"grad_accum_dtype": "fp32", "keep_in_fp32_modules": []}
+    assert config["zero_optimization"] == {
+        "stage": 3,
+        "overlap_comm": True,
+        "reduce_bucket_size": BUCKET_ELEMENTS,
+        "allgather_bucket_size": BUCKET_ELEMENTS,
+        "stage3_param_persistence_threshold": 10,
+        "offload_optimizer": None,
+        "offload_param": {"device": "cpu", "pin_memory": True},
+    }
+
+
+@pytest.mark.parametrize(
+    ("content", "error"),
+    [
+        ({"train_batch_size": 16}, "train_batch_size: 16, but the recipe says 8 (train.packs_per_step)"),
+        (
+            {"gradient_accumulation_steps": 8},
+            "gradient_accumulation_steps: 8, but the recipe says 4 (train.packs_per_step over 2 ranks)",
+        ),
+        ({"gradient_clipping": 0.5}, "gradient_clipping: 0.5, but the recipe says 1.0 (optim.max_grad_norm)"),
+        ({"bf16": {"enabled": True}}, "bf16.enabled: true, but the recipe says false (model.dtype)"),
+        ({"fp16": {"enabled": True}}, "fp16.enabled: true, but the recipe says false (model.dtype)"),
+        (
+            {"zero_optimization": {"stage": 1}},
+            "zero_optimization.stage: 1, but the recipe says 2 (parallel.zero_stage)",
+        ),
+        (
+            {"zero_optimization": {"offload_optimizer": {"device": "nvme"}}},
+            'zero_optimization.offload_optimizer.device: "nvme", but the recipe says "none" '
+            "(parallel.offload_optimizer)",
+        ),
+        (
+            {"optimizer": {"type": "AdamW", "params": {"lr": 3e-5}}},
+            "optimizer.params.lr: 3e-05, but the recipe says 0.001 (optim.lr)",
+        ),
+        ({"optimizer": {"type": "Lion"}}, 'optimizer.type: "Lion", but the recipe says "AdamW" (optim)'),
+        (
+            {"zero_force_ds_cpu_optimizer": True},
+            "zero_force_ds_cpu_optimizer: true, but the recipe says false (the optimizer is torch's AdamW)",
+        ),
+        (
+            {"zero_optimization": {"zero_hpz_partition_size": 8}},
+            "zero_optimization.zero_hpz_partition_size: 8, but the recipe says 1 (all ranks hold one copy)",
+        ),
+        (
+            {"communication_data_type": "bf16"},
+            'communication_data_type: "bf16", but the recipe says "fp32" (parallel.reduce_dtype)',
+        ),
+    ],
+)
+def test_what_contradicts_the_recipe_is_an_error(content: dict, error: str, tmp_path: Path):
+    assert _errors(tmp_path, content) == [f"{error}; take it out or make them agree"]
+
+
+@pytest.mark.parametrize(
+    ("content", "error"),
+    [
+        ({"scheduler": {"type": "WarmupLR"}}, "scheduler: cannot be set here, the schedule is optim.schedule"),
+        (
+            {"activation_checkpointing": {"partition_activations": True}},
+            "activation_checkpointing: cannot be set here, it is train.activation_checkpointing",
+        ),
+        (
+            {"optimizer": {"params": {"amsgrad": True}}},
+            "optimizer.params.amsgrad: cannot be set here, the optimizer is the recipe's",
+        ),
+        (
+            {"zero_optimization": {"zero_quantized_weights": True}},
+            "zero_optimization.zero_quantized_weights: cannot be set here, weights travel in model.dtype",
+        ),
+        (
+            {"zero_optimization": {"mics_shard_size": 8}},
+            "zero_optimization.mics_shard_size: cannot be set here, all ranks hold one copy; several copies are engine "
+            "fsdp2 with parallel.replicate",
+        ),
+        (
+            {"zero_optimization": {"cpu_offload": True}},
+            "zero_optimization.cpu_offload: cannot be set here, it is parallel.offload_optimizer",
+        ),
+        ({"sparse_gradients": True}, "sparse_gradients: cannot be set here, gradients are dense"),
+        (
+            {"progressive_layer_drop": {"enabled": True, "theta": 0.5}},
+            "progressive_layer_drop: cannot be set here, the model is trained as it is",
+        ),
+        ({"hybrid_engine": {"enabled": True}}, "hybrid_engine: cannot be set here, nothing is generated by it"),
+        ({"eigenvalue": {"enabled": True}}, "eigenvalue: cannot be set here, the model is trained as it is"),
+        ({"compile": {"deepcompile": True}}, "compile: cannot be set here, the model is not compiled"),
+    ],
+)
+def test_what_would_not_be_used_is_an_error(content: dict, error: str, tmp_path: Path):
+    assert _errors(tmp_path, content) == [f"{error}; take it out"]
+
+
+@pytest.mark.parametrize(
+    ("content", "error"),
+    [
+        (
+            {"zero_optimisation": {"stage": 2}},
+            "zero_optimisation: unknown to DeepSpeed; did you mean zero_optimization?",
+        ),
+        ({"gradient_clip": 1.0}, "gradient_clip: unknown to DeepSpeed; did you mean gradient_clipping?"),
+        ({"blue": 1}, "blue: unknown to DeepSpeed; take it out"),
+        (
+            {"zero_optimization": {"zero_hpp_partition_size": 8}},
+            "zero_optimization.zero_hpp_partition_size: unknown to DeepSpeed; did you mean "
+            "zero_optimization.zero_hpz_partition_size?",
+        ),
+    ],
+)
+def test_a_key_that_deepspeed_does_not_know_is_an_error(content: dict, error: str, tmp_path: Path):
+    assert _errors(tmp_path, content) == [error]
+
+
+def test_the_keys_are_those_of_the_deepspeed_that_is_installed():
+    """Found in its sources, not by an import, which would ask a compiler about every operator."""
+    spec = importlib.util.find_spec("deepspeed")
+    if spec is None or spec.origin is None:
+        pytest.skip("deepspeed is not installed")
+    runtime = Path(spec.origin).parent / "runtime"
+    (model,) = [
+        node
+        for node in ast.parse((runtime / "zero" / "config.py").read_text()).body
+        if isinstance(node, ast.ClassDef) and node.name == "DeepSpeedZeroConfig"
+    ]
+    fields = {}
+    for node in model.body:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            given = node.value.keywords if isinstance(node.value, ast.Call) else []
+            alias = [word.value.value for word in given if word.arg == "alias" and isinstance(word.value, ast.Constant)]
+            fields[node.target.id] = alias[0] if alias else node.target.id
+    refused = {key.removeprefix("zero_optimization.") for key in REFUSED if key.startswith("zero_optimization.")}
+    assert set(fields.values()) <= KNOWN_OF_ZERO | refused
+    assert set(fields.values()) >= KNOWN_OF_ZERO
+
+
+def test_only_a_part_of_the_optimizer_cannot_be_offloaded(tmp_path: Path):
+    content = {"zero_optimization": {"offload_optimizer": {"device": "cpu", "ratio": 0.3}}}
+    assert _errors(tmp_path, content, offload_optimizer=True) == [
+        "zero_optimization.offload_optimizer.ratio: 0.3, but the recipe says 1.0 (parallel.offload_optimizer is all or "
+        "nothing); take it out or make them agree"
+    ]
+
+
+def test_all_conflicts_are_listed_at_once(tmp_path: Path):
+    content = {"scheduler": {"type": "WarmupLR"}, "gradient_clipping": 0.5, "zero_optimization": {"stage": 3}}
+    assert [error.partition(":")[0] for error in _errors(tmp_path, content)] == [
+        "scheduler",
+        "gradient_clipping",
+        "zero_optimization.stage",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"bf16": {}, "bf16": {}}', "ds.json: bf16 is given twice; keep one of them"),
+        ("{", "ds.json: not a JSON file that can be read"),
+        ("[1]", "ds.json: holds a list; a DeepSpeed configuration is an object of keys"),
+    ],
+)
+def test_a_file_that_cannot_be_used(content: str, message: str, tmp_path: Path):
+    with pytest.raises(ValueError, match=message):
+        deepspeed_config(_recipe(tmp_path, content), 2)
+
+
+def test_a_missing_file(tmp_path: Path):
+    with pytest.raises(ValueError, match=r"parallel\.deepspeed_config: no/ds\.json does not exist; give a JSON file"):
+        deepspeed_config(_recipe(tmp_path, deepspeed_config="no/ds.json"), 2)
