@@ -33,14 +33,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _within_step(number: int, act: Callable[[], None]) -> None:
     """From now on in this process: act while step `number`, counted from one, is under way."""
-    take = loop.train_step
-
-    def take_and_act(*arguments, step: int, **options):
-        if step + 1 == number:
-            act()
-        return take(*arguments, step=step, **options)
-
-    loop.train_step = take_and_act
+    faults.around_steps(before=lambda step: act() if step == number else None)
 
 
 def _send(*numbers: signal.Signals) -> Callable[[], None]:
