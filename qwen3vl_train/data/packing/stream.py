@@ -50,9 +50,9 @@ class _BuildSamples:
                     raise row.sample
                 made = self.collator.encode(row.sample)
                 if made.input_ids.numel() != row.tokens or stamp_of(row.sample) != row.stamp:
-                    raise RowFault(changed_media(row.sample, "read"))
+                    raise RowFault(changed_media(row.sample, "read"), kind="changed")
             except RowFault as fault:
-                rejected.append(Reject(row.file, row.number, str(fault)))
+                rejected.append(Reject.from_fault(row.file, row.number, fault))
             else:
                 encoded.append(made)
         return PackResult(self.collator.pack(encoded) if encoded else None, rejected)
