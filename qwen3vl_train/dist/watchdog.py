@@ -31,7 +31,7 @@ REPORT_AT = 0.9  # of the timeout: NCCL ends the process at the timeout itself, 
 
 
 class LateRankError(RuntimeError):
-    """A collective failed because a rank did not join it; the message names it and lists the last step of every rank."""
+    """A collective failed because a rank did not join it; the message names it and has the last step of every rank."""
 
 
 @dataclass(frozen=True)

@@ -29,12 +29,17 @@ def _one_is_late(rank: int, world_size: int, late: int, folder: Path) -> str:
     )
     ranks = Ranks(rank, world_size, rank, CPU)
     reports: list[str] = []
-    with pytest.raises(LateRankError) as caught, Watchdog(ranks, timeout_seconds=5, report=reports.append) as watchdog:
-        for step in range(1, 10):
-            while step == 4 and rank == late and not (folder / "timed-out").exists():
-                time.sleep(0.05)
-            ranks.reduce([1.0])
-            watchdog.heartbeat(step)
+
+    def run() -> None:
+        with Watchdog(ranks, timeout_seconds=5, report=reports.append) as watchdog:
+            for step in range(1, 10):
+                while step == 4 and rank == late and not (folder / "timed-out").exists():
+                    time.sleep(0.05)
+                ranks.reduce([1.0])
+                watchdog.heartbeat(step)
+
+    with pytest.raises(LateRankError) as caught:
+        run()
     (folder / "timed-out").touch()
     torch.distributed.destroy_process_group()
     if rank == late:  # it finds that the other one is gone

@@ -1,4 +1,4 @@
-"""Streams for the tests of the loaders: rows that each have a picture of their own, and a broadcast within one process."""
+"""Streams for the tests of the loaders: rows with a picture each, and a broadcast within one process."""
 
 import json
 from pathlib import Path

@@ -101,9 +101,9 @@ class StreamLoader:
         """Prepare; nothing is read until iteration.
 
         window: rows that are planned together. Exactly one of num_epochs and num_steps ends the run. With workers, one
-        more process reads the stream. broadcast: by which rank 0 tells the others what it found; every rank must iterate
-        as often as rank 0 does, with as many workers. Without one a rank looks at the rows itself, and has the same steps
-        only while every rank can read every row. Raises ValueError for settings out of range.
+        more process reads the stream. broadcast: by which rank 0 tells the others what it found; every rank must
+        iterate as often as rank 0 does, with as many workers. Without one a rank looks at the rows itself, and has the
+        same steps only while every rank can read every row. Raises ValueError for settings out of range.
         """
         check_weights([(part, part.weight) for part in parts])
         check_run(packs_per_step, num_epochs, num_steps)
