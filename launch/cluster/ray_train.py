@@ -4,9 +4,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from qwen3vl_train.dist.rendezvous import NCCL_SETTINGS
-
 from qwen3vl_train.config import Recipe, load_recipe
+from qwen3vl_train.dist.rendezvous import NCCL_SETTINGS
 
 
 def train_recipe(values: dict) -> None:

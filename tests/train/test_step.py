@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from qwen3vl_train.dist.rendezvous import start_ranks
 from torch.nn import functional as F
 
 from qwen3vl_train.batch import IGNORE_LABEL, PackedBatch
+from qwen3vl_train.dist.rendezvous import start_ranks
 from qwen3vl_train.modules import group_of
 from qwen3vl_train.train.step import NonFiniteError, StepSums
 from tests.helpers import small_runs
