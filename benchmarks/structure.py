@@ -91,7 +91,8 @@ def print_static() -> None:
         lengths = {file.relative_to(folder).as_posix(): num_lines(file) for file in python_files(folder)}
         longest = max(lengths, key=lambda name: lengths[name])
         print(
-            f"  {'all':<24}{len(lengths):>4}{sum(lengths.values()):>8,}   median {statistics.median(lengths.values()):g}"
+            f"  {'all':<24}{len(lengths):>4}{sum(lengths.values()):>8,}   "
+            f"median {statistics.median(lengths.values()):g}"
         )
         print(f"  longest file {longest}, {lengths[longest]}; most files in a room {max(map(len, rooms.values()))}")
     lines, name, file = max(

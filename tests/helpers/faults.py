@@ -104,7 +104,7 @@ def slow_optimizer_state(seconds: float) -> None:
 def note_heartbeats() -> list[int]:
     """Return a list that collects the step of every heartbeat; none is sent."""
     steps: list[int] = []
-    _patches.setattr(Watchdog, "beat", lambda watch, step: steps.append(step))
+    _patches.setattr(Watchdog, "heartbeat", lambda watch, step: steps.append(step))
     return steps
 
 
