@@ -2,20 +2,16 @@
 
 import hashlib
 import json
-import os
 import random
 import time
-import uuid
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any, TypeVar
 
 import numpy
 import torch
 import torch.distributed as torch_dist
-from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 T = TypeVar("T")
 
@@ -197,16 +193,6 @@ def _told(fault: Exception) -> tuple[str, str]:
 
 def _retold(kind: str, text: str) -> Exception:
     return _KINDS[kind](text)
-
-
-
-
-
-
-
-
-
-
 
 
 def seed_everything(*parts: int) -> None:

@@ -142,7 +142,7 @@ class Watchdog:
 
 
 def where(frame: FrameType | None) -> tuple[str, bool]:
-    """The innermost line of this package (dist/ranks.py apart) that a thread is at, and whether it is inside a collective."""
+    """Return the innermost line of this package (without dist/ranks.py) that a thread is at, and whether it waits."""
     place, waits = "", False
     while frame is not None:
         code = frame.f_code

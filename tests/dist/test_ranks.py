@@ -4,12 +4,11 @@ from datetime import timedelta
 
 import numpy
 import pytest
-from tests.helpers import oracles
-from tests.helpers.ranks import run_ranks
 import torch
 
 from qwen3vl_train.dist.ranks import Board, Ranks, seed_everything
 from qwen3vl_train.dist.rendezvous import start_ranks, stop_ranks
+from tests.helpers.ranks import run_ranks
 
 ALONE = Ranks(0, 1, 0, torch.device("cpu"))
 

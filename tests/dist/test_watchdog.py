@@ -7,13 +7,12 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
-from tests.helpers import oracles
-from tests.helpers.ranks import run_ranks
 import torch
 
-from qwen3vl_train.dist.rendezvous import NCCL_SETTINGS, start_ranks, stop_ranks
 from qwen3vl_train.dist.ranks import Ranks, await_main
+from qwen3vl_train.dist.rendezvous import NCCL_SETTINGS, start_ranks, stop_ranks
 from qwen3vl_train.dist.watchdog import LateRankError, RankState, Watchdog, describe, where
+from tests.helpers.ranks import run_ranks
 
 CPU = torch.device("cpu")
 
