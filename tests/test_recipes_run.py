@@ -37,7 +37,7 @@ def test_a_recipe_runs_three_steps_on_two_ranks(path: Path, tiny_folder: Path, t
     }
     values["train"] |= {"num_steps": 3, "packs_per_step": 2}
     values["track"]["wandb"] = "off"
-    run_ranks(_train, 2, recipe_from_dict(values), timeout=120)
+    run_ranks(_train, 2, recipe_from_dict(values))
     losses = small_runs.losses(tmp_path / path.stem)
     assert len(losses) == 3
     # A fresh model of 512 tokens starts at ln 512 = 6.2 and a little; three steps of warm-up leave it near there.

@@ -38,12 +38,12 @@ def test_a_rank_that_dies_is_reported():
 
 def _hang_on_one(rank: int, world_size: int) -> None:
     if rank == 1:
-        time.sleep(60)
+        time.sleep(9000)
 
 
 def test_a_rank_that_hangs_is_stopped_and_its_stack_shown():
-    with pytest.raises(RankFailure, match=r"(?s)not done after 3 seconds.*rank 1 was at.*_hang_on_one"):
-        run_ranks(_hang_on_one, 2, timeout=3)
+    with pytest.raises(RankFailure, match=r"(?s)not done after 6 seconds.*rank 1 was at.*_hang_on_one"):
+        run_ranks(_hang_on_one, 2, timeout=6)
 
 
 def test_pictures_and_conversations_are_the_same_on_every_call():

@@ -113,7 +113,7 @@ def test_loading_takes_the_shard_and_a_quarter_at_most(
         for folder in (half_a_gigabyte, small)
     )
     stored = (half_a_gigabyte / "model.safetensors").stat().st_size
-    for shard, peak, after in run_ranks(_load, 2, recipe, like_it, timeout=120):
+    for shard, peak, after in run_ranks(_load, 2, recipe, like_it):
         print(
             f"{engine} {tune} {dtype}: shard {shard / MEBIBYTE:.0f} MiB, peak {peak / MEBIBYTE:.0f} MiB, "
             f"after {after / MEBIBYTE:.0f} MiB of {stored / MEBIBYTE:.0f} MiB stored"

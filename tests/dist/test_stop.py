@@ -108,7 +108,7 @@ def _waits_for_nobody(rank: int, world_size: int, ready: Path) -> None:
 def test_a_second_signal_ends_a_rank_that_waits_for_another_one(tmp_path: Path):
     """Within torch's C++ no Python handler runs."""
     with pytest.raises(RankFailure, match=f"rank 0 died without a word, exit code {128 + signal.SIGUSR1}$"):
-        run_ranks(_waits_for_nobody, 2, tmp_path / "ready", timeout=20)
+        run_ranks(_waits_for_nobody, 2, tmp_path / "ready")
 
 
 def test_a_signal_in_the_last_step_changes_nothing(small: Path, task: Path, tmp_path: Path):

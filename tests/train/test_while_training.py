@@ -115,7 +115,7 @@ def test_the_best_checkpoint_stays_behind_the_newest(small: Path, task: Path, tm
 # ---- what one rank alone meets ends the run on all of them
 
 
-def _wait_until(true: Callable[[], bool], seconds: float = 30) -> None:
+def _wait_until(true: Callable[[], bool], seconds: float = 900) -> None:
     deadline = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < deadline, f"not so after {seconds} seconds"

@@ -84,6 +84,7 @@ def test_every_row_once_an_epoch_in_another_order(source, collator, index):
     assert ids_of(loader(source, collator, index, seed=6)) != ids_of(steps)
 
 
+@pytest.mark.process
 def test_workers_change_nothing(source, collator, index):
     alone, workers = (list(loader(source, collator, index, num_workers=n)) for n in (0, 2))
     assert ids_of(alone) == ids_of(workers)

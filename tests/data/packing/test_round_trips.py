@@ -101,6 +101,7 @@ def test_the_same_ranks_go_on_with_the_identical_pack(make, kind, workers, world
                         assert torch.equal(getattr(pack, field), getattr(same, field)), field
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("kind", ["a.jsonl", "a.json", "b.jsonl.gz", "a.parquet", "a.tar", "b.tar.gz", "saved"])
 def test_every_kind_of_file_streams_packs_and_resumes(tmp_path, collator, kind):
     path = row_files.write_all(tmp_path)[kind]

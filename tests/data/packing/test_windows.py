@@ -194,7 +194,7 @@ def run_rank(rank, world_size, folders, tiny_folder, workers):
 def test_ranks_with_fewer_packs_in_a_step_wait_for_no_note_that_comes_later(folder, copy, tiny_folder, workers):
     """Three packs for two ranks, and windows of about two packs: who has one pack a step would ask far ahead."""
     (copy / "9.png").unlink()
-    first, second = run_ranks(run_rank, 2, [folder, copy], tiny_folder, workers, timeout=120)
+    first, second = run_ranks(run_rank, 2, [folder, copy], tiny_folder, workers)
     assert [step[:2] for step in first[0]] == [step[:2] for step in second[0]]
     trained = Counter(name for steps, _ in (first, second) for step in steps for name in step[2])
     lost = [row for steps, _ in (first, second) for step in steps for row in step[3]]
