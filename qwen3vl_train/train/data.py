@@ -17,17 +17,18 @@ from qwen3vl_train.data.encode.collator import MultimodalCollator
 from qwen3vl_train.data.errors import Reject, RowFault
 from qwen3vl_train.data.open import cost_model, length_rule, open_collator, pack_limits
 from qwen3vl_train.data.packing.index import Index, build_index, check_rejects
-from qwen3vl_train.data.packing.loader import TrainLoader, eval_packs
+from qwen3vl_train.data.packing.loader import Loader, StepPacks
 from qwen3vl_train.data.packing.mixture import InOrder, Part, Shuffled
+from qwen3vl_train.data.packing.packs import eval_packs
 from qwen3vl_train.data.packing.plan import PackLimits, plan_figures
-from qwen3vl_train.data.packing.steps import StepPacks
-from qwen3vl_train.data.packing.stream import StreamLoader
+from qwen3vl_train.data.packing.stream import StreamedWindows
+from qwen3vl_train.data.packing.windows import IndexedWindows, WindowProducer
 from qwen3vl_train.data.rejects import KnownRejects
 from qwen3vl_train.data.rows.parse import shapes_line, source_of
 from qwen3vl_train.data.sources import FileSource, StreamSource, open_sources, open_stream
 from qwen3vl_train.data.sources.files import cache_folder
 from qwen3vl_train.data.sources.hub import HubSource
-from qwen3vl_train.dist.ranks import Board, Ranks
+from qwen3vl_train.dist.ranks import Ranks, StoreBroadcast
 from qwen3vl_train.tracking.console import IndexProgress
 from qwen3vl_train.train.consistency import Held, check_same_data, plan_fault
 
@@ -49,7 +50,7 @@ class TrainingData:
     first of them. stream_shapes: of the first rows of each stream, by its name, as `data.shapes`.
     """
 
-    loader: TrainLoader | StreamLoader
+    loader: Loader
     index: Index
     evals: dict[str, EvalPass]
     files: list[tuple[Index, list[FileSource]]]
@@ -85,15 +86,15 @@ class TrainingData:
         except Exception as error:  # whatever it is, the others must not train without this rank
             fault = error
         waited = time.perf_counter() - started
-        mark, rejected = (-1.0, 0.0) if fault else (float(step.mark.both()), float(len(step.rejected)))
-        highest, negated_lowest, most_rejected = ranks.maxima([mark, -mark, rejected])
+        mark, rejected = (-1.0, 0.0) if fault else (float(step.plan_hash.combined()), float(len(step.rejected)))
+        highest, negated_lowest, most_rejected = ranks.reduce([mark, -mark, rejected], "max")
         if negated_lowest == 1.0:
             ranks.raise_together(fault)
         if highest != -negated_lowest:
-            raise RuntimeError(plan_fault(step.state["steps_done"], ranks.gather(list(step.mark))))
+            raise RuntimeError(plan_fault(step.state["steps_done"], ranks.gather(list(step.plan_hash))))
         if most_rejected:
             step = replace(step, rejected=[reject for of_rank in ranks.gather(step.rejected) for reject in of_rank])
-        if isinstance(self.loader, StreamLoader):
+        if isinstance(self.loader.producer, StreamedWindows):
             self.num_stream_rejects += len(step.rejected)
             self.stream_rejects = (self.stream_rejects + step.rejected)[:_SHOWN]
         return step, waited
@@ -115,7 +116,7 @@ class TrainingData:
 
     def share_rejects(self, rejected: list[Reject], ranks: Ranks) -> list[Reject]:
         """Note the rows that broke while decoding on any rank. Every rank must call it, and gets those that are new."""
-        if not ranks.max(float(len(rejected))):
+        if not ranks.any(bool(rejected)):
             return []
         return self.add_rejects([reject for of_rank in ranks.gather(rejected) for reject in of_rank])
 
@@ -134,7 +135,7 @@ class TrainingData:
         """Raise ValueError where a larger share of the rows is rejected than `data.max_rejected_fraction` allows."""
         for index, sources in self.files:
             check_rejects(index, sources, self.max_rejected_fraction)
-        if isinstance(self.loader, StreamLoader):
+        if isinstance(self.loader.producer, StreamedWindows):
             # Both count a row as often as it is met: of a stream it is not known how many it has.
             seen, rejected = self.loader.num_seen, self.num_stream_rejects
             if rejected > self.max_rejected_fraction * seen:
@@ -155,18 +156,18 @@ class TrainingData:
 
     def report_lines(self) -> list[str]:
         """What the terminal says of the data."""
-        if isinstance(self.loader, StreamLoader):
-            names = ", ".join(part.name for part in self.loader.parts)
-            lines = [f"data: streamed from {names}, packed {self.loader.window:,} rows at a time"]
+        if isinstance(self.loader.producer, StreamedWindows):
+            names = ", ".join(part.name for part in self.loader.producer.parts)
+            lines = [f"data: streamed from {names}, packed {self.loader.producer.size:,} rows at a time"]
             return lines + [f"data: begins with {shapes_line(*found)}" for found in self.stream_shapes.items()]
         index, loader = self.index, self.loader
         packs = loader.epoch_packs(loader.epoch)
         figures = plan_figures(
-            [int(index.tokens[pack].sum()) for pack in packs],
-            [int(loader.work[pack].sum()) for pack in packs],
-            max_tokens=loader.max_tokens,
+            [pack.tokens for pack in packs],
+            [pack.work for pack in packs],
+            max_tokens=loader.limits.tokens,
             packs_per_step=loader.packs_per_step,
-            world_size=loader.world_size,
+            world_size=loader.data_world_size,
         )
         lines = [
             f"data: {index.num_usable:,} samples, {int(index.tokens.sum()):,} tokens of which "
@@ -193,14 +194,14 @@ def open_data(recipe: Recipe, ranks: Ranks, *, loader_state: dict[str, Any] | No
     looked at here: see `TrainingData.check_rejects`.
     """
     data = recipe.data
-    opened = ranks.everywhere(lambda: _open(recipe))
+    opened = ranks.on_all(lambda: _open(recipe))
     check_same_data(opened.held(), ranks)
 
     def look_on_main(sources: Sequence[FileSource]) -> Index:
         with IndexProgress() as progress:
 
             def went_on(done: int, total: int) -> None:
-                ranks.beat()
+                ranks.heartbeat()
                 progress(done, total)
 
             return build_index(
@@ -209,11 +210,9 @@ def open_data(recipe: Recipe, ranks: Ranks, *, loader_state: dict[str, Any] | No
             )  # fmt: skip
 
     def look_at(sources: Sequence[FileSource]) -> Index:
-        return ranks.from_main(lambda: look_on_main(sources))
+        return ranks.on_main(lambda: look_on_main(sources))
 
     loader, index = _make_loader(recipe, ranks, opened, look_at)
-    # Where it is made of the times of files, machines with copies of their own do not share it.
-    loader.fingerprint = ranks.from_main(lambda: loader.fingerprint)
     if loader_state is not None:
         loader.load_state_dict(loader_state)
     files = [] if opened.streams else [(index, opened.train_files())]
@@ -223,15 +222,15 @@ def open_data(recipe: Recipe, ranks: Ranks, *, loader_state: dict[str, Any] | No
         files += [(eval_index, [file]) for file, eval_index in looked_at]
         evals[name] = partial(_packs, looked_at, opened.collate, pack_limits(data), ranks, data.num_workers)
     opening = TrainingData(loader, index, evals, files, data.max_rejected_fraction)
-    if isinstance(loader, StreamLoader):
-        opening.stream_shapes = ranks.from_main(lambda: _first_shapes(loader, recipe.train.seed))
+    if isinstance(producer := loader.producer, StreamedWindows):
+        opening.stream_shapes = ranks.on_main(lambda: _first_shapes(producer.parts, recipe.train.seed))
     return opening
 
 
-def _first_shapes(loader: StreamLoader, seed: int) -> dict[str, Counter[str]]:
+def _first_shapes(parts: Sequence[Part], seed: int) -> dict[str, Counter[str]]:
     """Read the first rows of each part. Raises ValueError where that is not possible."""
     counts: dict[str, Counter[str]] = {}
-    for part in loader.parts:
+    for part in parts:
         for row in islice(part.reader.rows(None, (seed,)), _PEEKED_ROWS):
             if not isinstance(row.sample, RowFault):
                 counts.setdefault(source_of(row.sample.sample_id), Counter())[row.sample.shape] += 1
@@ -286,31 +285,49 @@ def _open(recipe: Recipe) -> _Opened:
 
 def _make_loader(
     recipe: Recipe, ranks: Ranks, opened: _Opened, look_at: Callable[[Sequence[FileSource]], Index]
-) -> tuple[TrainLoader | StreamLoader, Index]:
+) -> tuple[Loader, Index]:
     """Return the loader, and the index it plans from, which is empty where a source is a stream."""
     data, train = recipe.data, recipe.train
-    options: dict[str, Any] = {
-        "packs_per_step": train.packs_per_step,
-        "limits": pack_limits(data),
-        "seed": train.seed,
-        "rank": ranks.rank,
-        "world_size": ranks.world_size,
-        "num_workers": data.num_workers,
-        "num_epochs": train.num_epochs if train.num_steps is None else None,
-        "num_steps": train.num_steps,
-        "cost_model": cost_model(recipe),
-        "pin_memory": ranks.device.type == "cuda",
-    }
+    index = Index.from_sources([], []) if opened.streams else look_at(opened.train_files())
+    producer = _make_producer(recipe, ranks, opened, index)
+    loader = Loader(
+        producer,
+        opened.collate,
+        packs_per_step=train.packs_per_step,
+        limits=pack_limits(data),
+        num_epochs=train.num_epochs if train.num_steps is None else None,
+        num_steps=train.num_steps,
+        data_rank=ranks.rank,
+        data_world_size=ranks.world_size,
+        num_workers=data.num_workers,
+        pin_memory=ranks.device.type == "cuda",
+        # Where it is made of the times of files, machines with copies of their own do not share it.
+        fingerprint=ranks.on_main(producer.fingerprint),
+    )
+    return loader, index
+
+
+def _make_producer(recipe: Recipe, ranks: Ranks, opened: _Opened, index: Index) -> WindowProducer:
+    """Return what makes windows of the training rows. index: of all of them, unless a source is a stream."""
+    data, seed, cost = recipe.data, recipe.train.seed, cost_model(recipe)
     if not opened.streams:
-        index = look_at(opened.train_files())
         weighted = [(source, entry.weight) for source, entry in opened.train if isinstance(source, FileSource)]
-        return TrainLoader(weighted, opened.collate, index, **options), index
+        return IndexedWindows(weighted, index, seed=seed, cost_model=cost)
     parts = [
         Part(Shuffled(source) if isinstance(source, FileSource) else InOrder(source, entry.num_rows), entry.weight)
         for source, entry in opened.train
     ]
-    options |= {"window": data.stream_window, "board": Board(ranks) if ranks.world_size > 1 else None}
-    return StreamLoader(parts, opened.collate, length_rule(data), **options), Index.from_sources([], [])
+    return StreamedWindows(
+        parts,
+        opened.collate,
+        length_rule(data),
+        seed=seed,
+        size=data.stream_window,
+        cost_model=cost,
+        broadcast=StoreBroadcast(ranks) if ranks.world_size > 1 else None,
+        is_scanner=ranks.is_main,
+        in_worker=data.num_workers > 0,
+    )
 
 
 def _packs(
@@ -327,8 +344,8 @@ def _packs(
             collate,
             index,
             limits=limits,
-            rank=ranks.rank,
-            world_size=ranks.world_size,
+            data_rank=ranks.rank,
+            data_world_size=ranks.world_size,
             num_workers=num_workers,
         ):
             rejected += result.rejected

@@ -10,20 +10,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tests.helpers import oracles
-from tests.helpers.ranks import RankFailure, run_ranks
-from tests.helpers import engine_runs
-from tests.helpers import small_runs
 import torch
-from tests.helpers.small_runs import in_child, losses
 
 from qwen3vl_train.checkpoint.manifest import latest_checkpoint
 from qwen3vl_train.config import Recipe, save_recipe
 from qwen3vl_train.dist.ranks import Ranks
+from qwen3vl_train.dist.stop import StopRequest, StopSignals
 from qwen3vl_train.train import loop
 from qwen3vl_train.train.cli import sft
 from qwen3vl_train.train.loop import train
-from qwen3vl_train.dist.stop import StopRequest, StopSignals
+from tests.helpers import engine_runs, small_runs
+from tests.helpers.ranks import RankFailure, run_ranks
+from tests.helpers.small_runs import in_child, losses
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +101,7 @@ def _waits_for_nobody(rank: int, world_size: int, ready: Path) -> None:
     if rank == 0:
         with StopSignals():
             ready.write_text(str(os.getpid()))
-            ranks.barrier()
+            ranks.gather(None)
     while not ready.exists():
         time.sleep(0.02)
     time.sleep(0.5)  # until the other is in its barrier

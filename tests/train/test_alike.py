@@ -87,7 +87,7 @@ def taken(rank, world_size, recipe, how):
     ranks = Ranks(rank, world_size, rank, torch.device("cpu"))
     data = open_data(recipe, ranks)
     if how == "apart" and rank == 1:
-        data.loader.seed += 1
+        data.loader.producer.seed += 1
     steps = iter(data.loader)
 
     def one_and_no_more(steps):

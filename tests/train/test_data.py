@@ -11,8 +11,8 @@ import torch
 from qwen3vl_train.checkpoint.manifest import latest_checkpoint, read_record
 from qwen3vl_train.data.errors import Reject
 from qwen3vl_train.data.open import cost_model
-from qwen3vl_train.data.packing.loader import TrainLoader
-from qwen3vl_train.data.packing.stream import StreamLoader
+from qwen3vl_train.data.packing.stream import StreamedWindows
+from qwen3vl_train.data.packing.windows import IndexedWindows
 from qwen3vl_train.dist.ranks import Ranks
 from qwen3vl_train.modules import GROUPS
 from qwen3vl_train.tracking.metrics import read_metrics
@@ -28,9 +28,9 @@ def open_on_rank(rank, world_size, recipe, folder):
     data = open_data(recipe, Ranks(rank, world_size, rank, torch.device("cpu")))
     steps = [step.packs for step in data.loader]
     names = [name for packs in steps for pack in packs for name in pack.sample_ids]
-    # Rank 0 tells the others that it goes on, so that they wait however long it takes.
-    beats = torch.distributed.distributed_c10d._get_default_store().add("main/beats", 0)
-    return data.index.digest(), data.found_rejects(), len(data.rejects), beats > 0, names
+    # Rank 0 sends heartbeats, so that the others wait however long it takes.
+    heartbeats = torch.distributed.distributed_c10d._get_default_store().add("main/heartbeats", 0)
+    return data.index.digest(), data.found_rejects(), len(data.rejects), heartbeats > 0, names
 
 
 def test_rank_0_looks_at_the_rows_for_all(tiny_folder, task, tmp_path):
@@ -114,11 +114,11 @@ def test_too_many_rejected_rows_stop_a_stream(tiny_folder, task, tmp_path):
 
 def test_the_loader_follows_the_recipe(tiny_folder, task, tmp_path):
     files = open_data(make_recipe(tiny_folder, task, tmp_path), ALONE)
-    assert isinstance(files.loader, TrainLoader)
+    assert isinstance(files.loader.producer, IndexedWindows)
     assert "the busiest rank does 1.000 of the mean" in files.report_lines()[0]
     entries = [{"path": str(task / "train.jsonl"), "streaming": True}]
     stream = open_data(make_recipe(tiny_folder, task, tmp_path, data__train=entries), ALONE)
-    assert isinstance(stream.loader, StreamLoader)
+    assert isinstance(stream.loader.producer, StreamedWindows)
     assert stream.report_lines() == [
         f"data: streamed from {task}/train.jsonl, packed 2,048 rows at a time",
         "data: begins with train.jsonl: 11 rows, openai 11",

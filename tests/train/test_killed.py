@@ -17,7 +17,7 @@ from qwen3vl_train.checkpoint import manifest
 from qwen3vl_train.checkpoint import writer as run
 from qwen3vl_train.checkpoint.manifest import checkpoint_folder, latest_checkpoint
 from qwen3vl_train.config import Recipe, run_dir, save_recipe
-from qwen3vl_train.data.packing import loader
+from qwen3vl_train.data.packing import packs
 from qwen3vl_train.tracking.metrics import read_metrics
 from qwen3vl_train.train import loop
 from qwen3vl_train.train.loop import train
@@ -119,7 +119,7 @@ def _kill_after_the_save() -> None:
 
 def _kill_in_the_loader() -> None:
     count = iter(range(100))
-    _replaced(loader.BuildRows, "__call__", before=True, when=lambda *_: next(count) == 7)
+    _replaced(packs.PackBuilder, "__call__", before=True, when=lambda *_: next(count) == 7)
 
 
 STAGES = {

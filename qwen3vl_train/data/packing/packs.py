@@ -77,7 +77,7 @@ class PackBuilder:
             try:
                 encoded.append(self._encode(row))
             except RowFault as fault:
-                rejected.append(Reject(row.file, row.number, str(fault)))
+                rejected.append(Reject.from_fault(row.file, row.number, fault))
         return PackResult(self.collator.pack(encoded) if encoded else None, rejected)
 
     def _encode(self, row: ScannedRow) -> EncodedSample:
@@ -89,13 +89,15 @@ class PackBuilder:
             named = ", ".join(paths[:3]) + (f" or {len(paths) - 3} more" if len(paths) > 3 else "")
             raise RowFault(
                 f"size or time of {named} is not what it was when the row was scanned; the row is skipped, start again "
-                "to take it as it is now"
+                "to take it as it is now",
+                kind="changed",
             )
         encoded = self.collator.encode(row.sample)
         if encoded.input_ids.numel() != row.tokens:
             raise RowFault(
                 f"sample has {encoded.input_ids.numel()} tokens but had {row.tokens} when it was scanned; its row or "
-                "its media changed since, start again"
+                "its media changed since, start again",
+                kind="changed",
             )
         return encoded
 

@@ -34,12 +34,12 @@ _CHUNKS_AHEAD = 8
 """That it reads before they are asked for: as many rows as the usual window."""
 
 
-class StoreBroadcast(Protocol):
-    """Messages of rank 0 to the other ranks, as JSON; `read` waits for a message that is not written yet."""
+class Broadcast(Protocol):
+    """Messages from rank 0 to all other ranks, as JSON; `receive` waits for a message that is not sent yet."""
 
-    def write(self, key: str, message: Any) -> None: ...
+    def send(self, key: str, message: Any) -> None: ...
 
-    def read(self, key: str) -> Any: ...
+    def receive(self, key: str) -> Any: ...
 
 
 @dataclass
@@ -125,7 +125,7 @@ class StreamReader:
                     raise row.sample
                 cost = self.rule.admit(row.sample, self.collator)
             except RowFault as fault:
-                result.rejects.append(Reject(row.file, row.row_number, str(fault)))
+                result.rejects.append(Reject.from_fault(row.file, row.row_number, fault))
                 result.skipped.append(position)
             else:
                 if cost is None:
@@ -172,7 +172,7 @@ class StreamedWindows:
         seed: int,
         size: int = 2048,
         cost_model: CostModel | None = None,
-        broadcast: StoreBroadcast | None = None,
+        broadcast: Broadcast | None = None,
         is_scanner: bool = True,
         in_worker: bool = False,
     ) -> None:
@@ -274,22 +274,22 @@ def _check_same_rows(found: list[ScannedRow], result: ScanResult, surplus: Scann
     )
 
 
-def _sent(scans: Iterator[Scan], broadcast: StoreBroadcast, keys: Iterator[str]) -> Iterator[Scan]:
+def _sent(scans: Iterator[Scan], broadcast: Broadcast, keys: Iterator[str]) -> Iterator[Scan]:
     """Send what was found of each window to the other ranks, and the error where reading ends with one."""
     for key in keys:
         try:
             result, rows = next(scans)
         except Exception as error:  # whatever it is, the others wait for it
-            broadcast.write(key, {"error": str(error), "is_value_error": isinstance(error, ValueError)})
+            broadcast.send(key, {"error": str(error), "is_value_error": isinstance(error, ValueError)})
             raise
-        broadcast.write(key, result.__dict__)
+        broadcast.send(key, result.__dict__)
         yield result, rows
 
 
-def _received(broadcast: StoreBroadcast, keys: Iterator[str]) -> Iterator[ScanResult]:
+def _received(broadcast: Broadcast, keys: Iterator[str]) -> Iterator[ScanResult]:
     """Yield what rank 0 sent. Raises ValueError or RuntimeError where it met an error."""
     for key in keys:
-        message = broadcast.read(key)
+        message = broadcast.receive(key)
         if "error" in message:
             raise (ValueError if message["is_value_error"] else RuntimeError)(message["error"])
         yield ScanResult.from_json(message)
