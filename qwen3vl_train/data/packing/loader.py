@@ -177,8 +177,8 @@ class Loader:
         """
         if missing := [name for name in Position._fields if name not in state]:
             raise ValueError(
-                f"resume: the position in the data has no {', '.join(missing)}: the checkpoint is of an earlier version "
-                "of qwen3vl_train; go on with that version, or start a new run"
+                f"resume: the position in the data has no {', '.join(missing)}: the checkpoint is of an earlier "
+                "version of qwen3vl_train; go on with that version, or start a new run"
             )
         _check_fingerprint(state["fingerprint"], self.fingerprint)
         self._epoch_lengths.update(enumerate(state["epoch_lengths"]))

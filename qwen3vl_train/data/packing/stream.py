@@ -1,12 +1,12 @@
 """Windows of streams, which come row after row and need not say how many rows they have.
 
 Rank 0 scans the rows (text and headers only) and broadcasts what it found; the other ranks read the rows alone and
-replay the scan. So all hold the same plan whatever a rank may fail to read, and no rank but one downloads media to learn
-their size. Going on from a position reads its window again.
+replay the scan. So all hold the same plan whatever a rank may fail to read, and no rank but one downloads media to
+learn their size. Going on from a position reads its window again.
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, count, zip_longest
 from typing import Any, Protocol
@@ -160,8 +160,8 @@ class StreamReader:
 class StreamedWindows:
     """A `WindowProducer` over a mixture of streams."""
 
-    num_usable = None
-    counts = (0, 0)
+    num_usable: int | None = None
+    counts: tuple[int, int] = (0, 0)
 
     def __init__(
         self,
@@ -188,7 +188,7 @@ class StreamedWindows:
         check_weights([(part, part.weight) for part in parts])
         self.parts, self.seed, self.size = parts, seed, size
         self.cost_model = cost_model or CostModel()
-        self.read_row = _unchanged
+        self.read_row: Callable[[Any], ScannedRow] = _unchanged
         self._encoder = [collator.fingerprint(), list(rule)]
         self._reader = StreamReader(Mixture(parts, seed), collator, rule, size)
         self._broadcast, self._is_scanner, self._in_process, self._num_rounds = broadcast, is_scanner, not in_worker, 0

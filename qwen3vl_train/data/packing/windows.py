@@ -110,8 +110,9 @@ class IndexedWindows:
         self.index, self.seed, self.size = index, seed, size
         self.cost_model = cost_model or CostModel()
         self.work = self.cost_model.work(index.tokens, index.patches, index.patch_pairs)
-        self.num_usable, self.counts = index.num_usable, (index.num_rows, index.num_dropped)
-        self.read_row = ReadIndexedRow(self.sources, index)
+        self.num_usable: int | None = index.num_usable
+        self.counts: tuple[int, int] = (index.num_rows, index.num_dropped)
+        self.read_row: Callable[[Any], ScannedRow] = ReadIndexedRow(self.sources, index)
 
     def start(self, epoch: int = 0) -> Cursor:
         """See `WindowProducer.start`. window: number of the window in its epoch."""
