@@ -13,13 +13,13 @@ import pytest
 import torch
 
 from qwen3vl_train.data.encode.collator import MultimodalCollator
-from qwen3vl_train.data.packing import loader as module
 from qwen3vl_train.data.packing.index import LengthRule, build_index
 from qwen3vl_train.data.packing.loader import Loader
 from qwen3vl_train.data.packing.packs import eval_packs
 from qwen3vl_train.data.packing.plan import PackLimits, share
 from qwen3vl_train.data.packing.windows import IndexedWindows
 from qwen3vl_train.data.sources import JsonlSource
+from tests.helpers import faults
 from tests.helpers.loaders import (
     EVERY_ROW,
     KINDS,
@@ -411,24 +411,14 @@ def test_weights_repeat_and_thin_out_sources(make):
     assert drawn[0] != drawn[1]
 
 
-@pytest.fixture
-def planned(monkeypatch):
-    """The epochs of the windows that were planned, in their order."""
-    epochs = []
-    plan = Loader._plan
-    monkeypatch.setattr(
-        Loader, "_plan", lambda self, window, *rest: epochs.append(window.epoch) or plan(self, window, *rest)
-    )
-    return epochs
-
-
-def test_no_epoch_is_planned_twice_in_a_row(make, planned):
+def test_no_epoch_is_planned_twice_in_a_row(make):
+    planned = faults.note_planned_windows()
     train = make("indexed", num_epochs=3, window=200)
     assert train.num_steps == train.num_steps
     assert train.epoch_packs(0)  # as the start-up report does
     steps = list(train)
     assert len(steps) == train.num_steps
-    assert planned == [1, 2, 0, 1, 2]
+    assert [epoch for epoch, _ in planned] == [1, 2, 0, 1, 2]
     state = saved(next(step for step in steps if step.epoch == 1).state)
     planned.clear()
     train = make("indexed", num_epochs=3, window=200)
@@ -436,18 +426,14 @@ def test_no_epoch_is_planned_twice_in_a_row(make, planned):
     assert (train.num_steps, train.epoch) == (len(steps), 1)  # the lengths of all epochs are in the state
     assert train.epoch_packs(1)
     assert contents_of(train) == contents_of(steps[state["steps_done"] :])
-    assert planned == [1, 2]
+    assert [epoch for epoch, _ in planned] == [1, 2]
 
 
-def test_epoch_is_planned_window_by_window_as_it_is_trained(make, monkeypatch):
-    sizes = []
-    plan = module.plan_packs
-    monkeypatch.setattr(
-        module, "plan_packs", lambda costs, *rest: sizes.append(len(costs.tokens)) or plan(costs, *rest)
-    )
+def test_epoch_is_planned_window_by_window_as_it_is_trained(make):
+    planned = faults.note_planned_windows()
     train = make("indexed", num_epochs=None, num_steps=1, window=40)
     assert train.num_steps == len(list(train)) == 1
-    assert sizes == [40]
+    assert planned == [(0, 40)]
 
 
 @pytest.mark.parametrize("ends", [{"num_epochs": 2}, {"num_steps": 4}])

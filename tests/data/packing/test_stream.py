@@ -25,7 +25,7 @@ from qwen3vl_train.data.rows.parse import RowRules
 from qwen3vl_train.data.sources import open_stream
 from qwen3vl_train.data.sources.streams import FileStream
 from qwen3vl_train.dist.ranks import Ranks, StoreBroadcast
-from tests.helpers import loaders, row_files
+from tests.helpers import faults, loaders, row_files
 from tests.helpers.loaders import EVERY_ROW, NUM_ROWS, contents_of, make_loader, names_of, plan_of, write_folder
 from tests.helpers.ranks import run_ranks
 
@@ -170,8 +170,7 @@ def test_error_on_rank_0_stops_all_ranks_after_the_same_step(folder, collator, w
     for rank in range(2):
         train = stream_loader(folder, collator, rank=rank, world_size=2, broadcast=broadcast, num_workers=workers)
         if rank == 0:
-            mixture = train.producer._reader.mixture
-            mixture.parts = [Part(InOrder(BreaksOff(folder, fault)), 1.0), mixture.parts[1]]
+            faults.replace_first_part(train, Part(InOrder(BreaksOff(folder, fault)), 1.0))
         with pytest.raises(ValueError if isinstance(fault, ValueError) else Exception) as caught:
             list(train)
         assert str(fault) in str(caught.value)
@@ -265,7 +264,7 @@ def test_stream_with_nothing_to_learn_from_ends_with_an_error(tmp_path, collator
 @pytest.mark.parametrize("workers", [0, 1])
 def test_stream_that_breaks_off_says_where(tmp_path, collator, workers):
     row = json.dumps({"messages": [{"role": "user", "content": "q" * 99}, {"role": "assistant", "content": "x"}]})
-    content = gzip.compress((row + "\n").encode() * 1500, compresslevel=0)
+    content = gzip.compress((row + " " * 900 + "\n").encode() * 1500, compresslevel=0)
     file = tmp_path / "a.jsonl.gz"
     file.write_bytes(content[: len(content) - 100])
     train = file_loader(file, collator, packs_per_step=100, num_steps=5000, window=256, num_workers=workers)
