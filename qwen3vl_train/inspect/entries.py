@@ -8,7 +8,7 @@ import numpy as np
 
 from qwen3vl_train.data.errors import Reject
 from qwen3vl_train.data.packing.index import Index
-from qwen3vl_train.data.rows.boxes import NOT_SAID
+from qwen3vl_train.data.rows.boxes import NO_CONVENTION
 from qwen3vl_train.data.rows.sample import Sample
 from qwen3vl_train.data.sources import FileSource, Source
 from qwen3vl_train.inspect.marks import Listed
@@ -81,7 +81,7 @@ class Entry:
         if not any(entries.values()):
             return None
         without = {key: value for key, value in raw.row.items() if key not in {*columns.values(), "bbox"}}
-        unfilled = replace(rules, boxes=NOT_SAID).sample(without, "unfilled", source.media_root, raw.find)
+        unfilled = replace(rules, boxes=NO_CONVENTION).sample(without, "unfilled", source.media_root, raw.resolve)
         return Listed(unfilled, entries)
 
     def visual_tokens(self, ref: RowRef) -> int:

@@ -25,7 +25,7 @@ _SHRUNK, _ENLARGED = 0.5, 4.0
 class RowFacts:
     """One usable row.
 
-    shape: how the row was written, a member of `shapes.SHAPES`. turns: assistant messages. label_tokens: tokens that
+    shape: how the row was written, a member of `formats.FORMATS`. turns: assistant messages. label_tokens: tokens that
     are trained. sizes: (height, width) of each still. hazards: kinds of `kinds.KINDS` that this row shows. key: equal
     for rows of equal text and equal media sizes. boxes: None where the row has no picture or no box.
     """
@@ -60,7 +60,7 @@ def read_row(sample: Sample, visual_tokens: int, collate: MultimodalCollator) ->
         kept = visual_tokens * FACTOR**2 / sum(height * width for height, width in sizes)
         found |= {"shrunk"} if kept < _SHRUNK else {"enlarged"} if kept > _ENLARGED else set()
     return RowFacts(
-        shape=sample.shape,
+        shape=sample.row_format,
         turns=sum(message.role == "assistant" for message in sample.messages),
         label_tokens=sum(weight > 0 for weight in layout.weights),
         sizes=sizes,

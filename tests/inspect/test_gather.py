@@ -120,7 +120,7 @@ def test_progress_ends_at_its_total(recipe):
     assert [done for done, _ in seen] == list(range(1, 26))
 
 
-def write_boxes(folder, box):
+def fill_boxes(folder, box):
     picture(200, 100, 0).save(folder / "small.png")
     numbered = [row(f"Where {number}?", f"[{number}, {number}, {box}]", ["small.png"]) for number in range(25)]
     write_rows(folder / "train.jsonl", numbered)
@@ -128,9 +128,9 @@ def write_boxes(folder, box):
 
 
 def test_boxes_that_all_fit_small_pictures_are_suspected(tiny_folder, tmp_path):
-    data = write_boxes(tmp_path, "190, 95")
+    data = fill_boxes(tmp_path, "190, 95")
     assert of_kind(inspect_recipe(hazards_recipe(tiny_folder, tmp_path, data=data)), "boxes_small_pixel") == []
-    data = write_boxes(tmp_path, "190, 900")
+    data = fill_boxes(tmp_path, "190, 900")
     assert of_kind(inspect_recipe(hazards_recipe(tiny_folder, tmp_path, data=data)), "boxes_small_pixel") is None
 
 

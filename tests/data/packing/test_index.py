@@ -202,7 +202,7 @@ def test_too_many_rejected_rows_stop_the_run(tmp_path, collator):
 def test_data_with_nothing_to_learn_from(tmp_path, collator):
     asked = json.dumps({"messages": [{"role": "user", "content": "a"}]})
     sources = [write(tmp_path, "a.jsonl", [asked] * 5), write(tmp_path, "b.jsonl", [])]
-    reason = "nothing to learn: no assistant message is trained; add an answer or take out loss: false"
+    reason = "nothing to learn: no assistant message is trained; add an answer or remove loss: false"
     with pytest.raises(ValueError) as caught:
         check_rejects(build_index(sources, collator, NO_LIMIT), sources, 1.0)
     assert str(caught.value) == (
@@ -304,7 +304,7 @@ def bucket():
 
 
 def test_rows_whose_media_could_not_be_fetched_are_looked_at_again(counted, tmp_path, bucket, monkeypatch):
-    monkeypatch.setattr(download, "PAUSES_SECONDS", ())
+    monkeypatch.setattr(download, "RETRY_DELAYS_SECONDS", ())
     picture = tmp_path / "a.png"
     asks = {"question": "<image>?", "answer": "<box>", "bbox": "unit"}
     rows = [
