@@ -23,12 +23,13 @@ from qwen3vl_train.dist.stop import StopRequest
 from qwen3vl_train.dist.watchdog import Watchdog
 from qwen3vl_train.model.hf_names import to_huggingface
 from qwen3vl_train.parallel.optim import MasterAdamW
+from qwen3vl_train.tracking import recorder
 from qwen3vl_train.tracking.metrics import read_metrics
+from qwen3vl_train.tracking.recorder import Recorder
 from qwen3vl_train.tracking.wandb import SilentTracker
-from qwen3vl_train.train import loop, record
+from qwen3vl_train.train import loop
 from qwen3vl_train.train.export import export_run
 from qwen3vl_train.train.loop import train
-from qwen3vl_train.train.record import Recorder
 from tests.helpers import engine_runs, small_runs
 from tests.helpers.ranks import run_ranks
 
@@ -91,7 +92,7 @@ def test_the_id_of_the_tracked_run_is_in_the_checkpoint(
         given.append(run_id)
         return SilentTracker(run_id or "abc123")
 
-    monkeypatch.setattr(record, "open_tracker", track)
+    monkeypatch.setattr(recorder, "open_tracker", track)
     recipe = small_runs.make_recipe(small, task, tmp_path, train__num_steps=2, checkpoint__every_steps=1)
     run = train(recipe)
     assert read_record(checkpoint_folder(run, 1))["wandb_run_id"] == "abc123"
@@ -106,8 +107,8 @@ def test_a_stop_is_no_failure_to_the_tracker(small: Path, task: Path, tmp_path: 
     monkeypatch.setattr(SilentTracker, "finish", lambda tracker, code=0: codes.append(code))
     recipe = small_runs.make_recipe(small, task, tmp_path)
     for error in (None, StopRequest("saved"), RuntimeError("broke")):
-        recorder = Recorder(recipe, tmp_path, small_runs.ALONE, sys.stdout, num_steps=1, start_step=0)
-        recorder.__exit__(type(error) if error else None, error, None)
+        opened = Recorder(recipe, tmp_path, small_runs.ALONE, sys.stdout, num_steps=1, start_step=0)
+        opened.__exit__(type(error) if error else None, error, None)
     assert codes == [0, 75, 1]
 
 
