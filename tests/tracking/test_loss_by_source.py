@@ -77,7 +77,7 @@ def test_curves_of_a_mixture_are_the_same_on_two_ranks(tiny_folder: Path, task: 
 
 
 def test_each_data_set_is_a_curve_of_the_tracker(tiny_folder: Path, task: Path, tmp_path: Path, monkeypatch):
-    from qwen3vl_train.train import record
+    from qwen3vl_train.tracking import recorder
 
     logged: list[dict] = []
 
@@ -90,7 +90,7 @@ def test_each_data_set_is_a_curve_of_the_tracker(tiny_folder: Path, task: Path, 
         def finish(self, exit_code: int = 0) -> None:
             pass
 
-    monkeypatch.setattr(record, "open_tracker", lambda *_, **__: Tracker())
+    monkeypatch.setattr(recorder, "open_tracker", lambda *_, **__: Tracker())
     mixture = [_named(task, "first"), _named(task, "second")]
     run = train(small_runs.make_recipe(tiny_folder, task, tmp_path, data__train=mixture, train__num_steps=2))
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
