@@ -6,8 +6,8 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from qwen3vl_train.model import loss as loss_module
 from qwen3vl_train.model.loss import linear_cross_entropy_sum
+from tests.helpers import faults
 
 ROWS, DIM, VOCAB = 37, 16, 101
 
@@ -27,8 +27,8 @@ def plain(hidden, head, labels, weights):
 
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("chunk_elements", [1, 5 * VOCAB, 2**25], ids=["one row", "five rows", "all rows"])
-def test_equals_cross_entropy(monkeypatch, chunk_elements, weighted):
-    monkeypatch.setattr(loss_module, "CHUNK_ELEMENTS", chunk_elements)
+def test_equals_cross_entropy(chunk_elements, weighted):
+    faults.set_loss_chunk(chunk_elements)
     hidden, head, labels, weights = inputs()
     weights = weights if weighted else None
     mine, expected = linear_cross_entropy_sum(hidden, head, labels, weights), plain(hidden, head, labels, weights)
@@ -42,8 +42,8 @@ def test_equals_cross_entropy(monkeypatch, chunk_elements, weighted):
 
 @pytest.mark.parametrize("trains", [True, False])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_the_terms_of_the_sum_are_told_without_changing_it(monkeypatch, weighted, trains):
-    monkeypatch.setattr(loss_module, "CHUNK_ELEMENTS", 5 * VOCAB)
+def test_the_terms_of_the_sum_are_told_without_changing_it(weighted, trains):
+    faults.set_loss_chunk(5 * VOCAB)
     hidden, head, labels, weights = inputs()
     weights = weights if weighted else None
     terms = torch.full((ROWS,), float("nan"))
@@ -61,8 +61,8 @@ def test_the_terms_of_the_sum_are_told_without_changing_it(monkeypatch, weighted
 
 
 @pytest.mark.parametrize("chunk_elements", [5 * VOCAB, 2**25], ids=["five rows", "all rows"])
-def test_in_bfloat16(monkeypatch, chunk_elements):
-    monkeypatch.setattr(loss_module, "CHUNK_ELEMENTS", chunk_elements)
+def test_in_bfloat16(chunk_elements):
+    faults.set_loss_chunk(chunk_elements)
     hidden, head, labels, weights = inputs(torch.bfloat16)
     mine, expected = linear_cross_entropy_sum(hidden, head, labels, weights), plain(hidden, head, labels, weights)
     assert mine.dtype == torch.float32
@@ -117,8 +117,8 @@ class TallestLogits(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("graph", [True, False])
-def test_logits_of_one_chunk_exist_at_a_time(monkeypatch, graph):
-    monkeypatch.setattr(loss_module, "CHUNK_ELEMENTS", 5 * VOCAB + 50)
+def test_logits_of_one_chunk_exist_at_a_time(graph):
+    faults.set_loss_chunk(5 * VOCAB + 50)
     hidden, head, labels, weights = inputs()
     with torch.set_grad_enabled(graph), TallestLogits() as tallest:
         value = linear_cross_entropy_sum(hidden, head, labels, weights)

@@ -10,7 +10,6 @@ import pytest
 
 from qwen3vl_train.config import recipe_from_dict, save_recipe
 from qwen3vl_train.config.yaml12 import write_yaml
-from qwen3vl_train.tracking import console as console_module
 from qwen3vl_train.tracking.console import Console
 from qwen3vl_train.tracking.wandb import SilentTracker, git_state, open_tracker
 
@@ -165,7 +164,7 @@ def test_git_state(tmp_path, monkeypatch):
 
 def test_a_log_gets_plain_lines_but_not_one_for_every_quick_step(monkeypatch):
     now = 100.0
-    monkeypatch.setattr(console_module.time, "monotonic", lambda: now)
+    monkeypatch.setattr("time.monotonic", lambda: now)
     out = io.StringIO()
     console = Console(300, file=out)
     for step, loss, seconds in ((12, 1.23456, 0.0), (13, 1.0, 1.0), (14, 1.0, 3.9), (15, None, 0.2), (300, 1.0, 0.1)):

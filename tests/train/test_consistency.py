@@ -13,11 +13,10 @@ from safetensors.torch import load_file, save_file
 from qwen3vl_train.checkpoint.manifest import latest_checkpoint, read_record
 from qwen3vl_train.dist.ranks import Ranks
 from qwen3vl_train.tracking.metrics import read_metrics
-from qwen3vl_train.train import consistency
 from qwen3vl_train.train.consistency import StepStatus, check_same_folder, check_same_weights
 from qwen3vl_train.train.data import open_data
 from qwen3vl_train.train.loop import train
-from tests.helpers import engine_runs
+from tests.helpers import engine_runs, faults
 from tests.helpers.ranks import run_ranks
 from tests.helpers.small_runs import make_recipe, write_rows
 
@@ -26,7 +25,7 @@ HOST = socket.gethostname()
 
 
 def _check_folder(rank: int, world_size: int, folders: list[Path]) -> str | None:
-    consistency.FOLDER_WAIT_SECONDS = 1.0
+    faults.look_for_folder(1.0)
     try:
         check_same_folder(folders[rank], Ranks(rank, world_size, rank, CPU))
     except ValueError as error:
@@ -85,9 +84,9 @@ def test_a_rank_with_other_weights_is_named_on_all_ranks(tmp_path: Path):
 
 
 def _train_apart(rank: int, world_size: int, models: list[Path], out: Path, task: Path, blind: int | None) -> str:
-    consistency.FOLDER_WAIT_SECONDS = 1.0
+    faults.look_for_folder(1.0)
     if rank == blind:
-        consistency.os.listdir = lambda _: []  # its disk has the folder, and not what rank 0 writes
+        faults.see_no_files_of_others()  # its disk has the folder, and not what rank 0 writes
     with pytest.raises(ValueError) as caught:
         train(make_recipe(models[rank], task, out, parallel={"engine": "ddp"}))
     return str(caught.value)
