@@ -48,7 +48,7 @@ class StepPacks:
     num_shrunk: media in the step, over all ranks, that a budget made smaller.
     num_seen, num_dropped: rows scanned since the run began, and those of them dropped as too long.
 
-    Which source a sample is of is in its name: `rows.source_of(name)` for each of `PackedBatch.sample_ids`.
+    Which source a sample is of is in its name: `rows.parse.dataset_of(name)` for each of `PackedBatch.sample_ids`.
     """
 
     packs: list[PackedBatch]

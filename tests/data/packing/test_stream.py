@@ -268,7 +268,7 @@ def test_stream_that_breaks_off_says_where(tmp_path, collator, workers):
     file = tmp_path / "a.jsonl.gz"
     file.write_bytes(content[: len(content) - 100])
     train = file_loader(file, collator, packs_per_step=100, num_steps=5000, window=256, num_workers=workers)
-    with pytest.raises(ValueError, match=f"^{file}: is truncated or damaged behind row [0-9]+ .*; copy the file agai"):
+    with pytest.raises(ValueError, match=f"^{file}: is truncated or damaged after row [0-9]+ .*; copy the file agai"):
         list(train)
     assert train.num_seen >= 256
 
