@@ -51,11 +51,12 @@ def view_pack(training: Training, recipe: Recipe) -> dict[str, Any] | None:
 
 
 def _sequences(pack: PackedBatch) -> list[dict[str, Any]]:
+    is_label, is_visual_token = pack.labels != IGNORE_LABEL, pack.visual_pos_mask
     sequences, start = [], 0
     for name, length in zip(pack.sample_ids, pack.segments.lengths, strict=True):
         span = slice(start, start + length)
-        trained = (pack.labels[span] != IGNORE_LABEL).roll(1).tolist()
-        visual = pack.visual_pos_mask[span].tolist()
+        trained = is_label[span].roll(1).tolist()
+        visual = is_visual_token[span].tolist()
         runs: list[list[Any]] = []  # [kind, length], in order
         for is_visual, is_trained in zip(visual, trained, strict=True):
             kind = "visual" if is_visual else "trained" if is_trained else "prompt"

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from itertools import zip_longest
 from typing import Any
 
-from qwen3vl_train.batch import IGNORE_LABEL
 from qwen3vl_train.data.encode.collator import MultimodalCollator
 from qwen3vl_train.data.encode.encoder import EncodedSample
 from qwen3vl_train.data.encode.tokenizer import ChatTokenizer
@@ -59,15 +58,15 @@ def view_sample(entry: Entry, ref: RowRef, kinds: frozenset[str], collate: Multi
 def view_tokens(encoded: EncodedSample, tokenizer: ChatTokenizer) -> dict[str, Any]:
     """Return id, text, weight and position of every token. weight: 0 where the model is not trained to write it."""
     ids = encoded.input_ids.tolist()
-    # labels[i] is the token behind place i, so token i is trained by what stands at i - 1.
-    learnt = [label != IGNORE_LABEL for label in encoded.labels.tolist()]
-    weights = [float(flag) for flag in learnt] if encoded.loss_weights is None else encoded.loss_weights.tolist()
+    weights = [0.0] * len(ids)
+    for row, weight in zip(encoded.label_rows.tolist(), encoded.label_weights.tolist(), strict=True):
+        weights[row + 1] = weight  # a label is the token after its row
     special = set(tokenizer.special_ids.values())
     return {
         "ids": ids,
         "texts": token_texts(ids, tokenizer),
         "special": [place for place, token in enumerate(ids) if token in special],
-        "weights": [0.0, *weights[:-1]],
+        "weights": weights,
         "positions": encoded.positions.tolist(),
         "visual": [[slot.offset, slot.length] for slot in encoded.slices],
     }

@@ -3,6 +3,8 @@
 T packed tokens, D hidden, N query heads, K key/value heads, H head dim, F MLP width, V vocabulary, M visual rows.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -108,39 +110,33 @@ class Qwen3VLTextModel(nn.Module):
         positions: Tensor,
         segments: Segments | None,
         *,
-        visual_pos_mask: Tensor | None = None,
-        deepstack_visual_embeds: list[Tensor] | None = None,
+        deepstack_visual_embeds: Sequence[Tensor] = (),
         visual_rows: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
         """Run the decoder over a packed row. Returns the normed hidden states (T, D).
 
-        inputs_embeds (T, D); positions (3, T); segments: the sequences of the row, None when decoding from a cache.
-        deepstack_visual_embeds: feature k (M, D) is added after layer k at the places where visual_pos_mask (T,) is
-        true, in order. visual_rows (M,): those places as numbers, where the collator has them already; it saves reading
-        the mask. Raises ValueError for DeepStack features without a mask: visual tokens are never simply at the front.
+        inputs_embeds: (T, D).
+        positions: (3, T).
+        deepstack_visual_embeds: (M, D) each; feature k is added after layer k to the tokens visual_rows.
+        visual_rows: (M,) int64.
+
+        Raises ValueError where DeepStack features do not fit visual_rows: visual tokens are never simply at the front.
         """
         cos_TH, sin_TH = mrope_cos_sin(positions, self.arch.head_dim, self.arch.rope_theta, self.arch.mrope_section)
         rope = (cos_TH.to(inputs_embeds.dtype), sin_TH.to(inputs_embeds.dtype))
-        deepstack = deepstack_visual_embeds or []
-        if deepstack:
-            if visual_pos_mask is None:
-                raise ValueError(
-                    "text model: DeepStack features came without visual_pos_mask; pass the mask of their tokens"
-                )
-            if visual_rows is None:
-                visual_rows = visual_pos_mask.nonzero().squeeze(1)
-            if visual_rows.numel() != deepstack[0].shape[0]:
-                raise ValueError(
-                    f"text model: visual_pos_mask marks {visual_rows.numel()} tokens, but DeepStack has "
-                    f"{deepstack[0].shape[0]} rows"
-                )
+        num_rows = 0 if visual_rows is None else visual_rows.numel()
+        if any(features.shape[0] != num_rows for features in deepstack_visual_embeds):
+            raise ValueError(
+                f"text model: DeepStack has {deepstack_visual_embeds[0].shape[0]} rows for {num_rows} visual_rows; "
+                "pass the row of each one's token"
+            )
         x_TD = inputs_embeds
         for number, layer in enumerate(self.layers):
             x_TD = layer(x_TD, rope, segments, cache)
-            if number < len(deepstack):
+            if number < len(deepstack_visual_embeds):
                 assert visual_rows is not None
-                x_TD = x_TD.index_add(0, visual_rows, deepstack[number].to(x_TD.dtype))
+                x_TD = x_TD.index_add(0, visual_rows, deepstack_visual_embeds[number].to(x_TD.dtype))
         return self.norm(x_TD)
 
 

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 import torch
 
 from qwen3vl_train.arch import Qwen3VLArch
-from qwen3vl_train.batch import IGNORE_LABEL, PackedBatch
+from qwen3vl_train.batch import PackedBatch
 from qwen3vl_train.dist.ranks import Ranks, seed_everything
 from qwen3vl_train.model.costs import FlopsCounter
+from qwen3vl_train.model.loss import LossFunction, cross_entropy_loss
 from qwen3vl_train.model.qwen3vl import Qwen3VLForConditionalGeneration
 from qwen3vl_train.parallel.optim import Optimizer
 from qwen3vl_train.tracking.loss_by_source import SourceLoss, SourceTally
@@ -49,6 +50,7 @@ def train_step(
     lr_factor: float,
     max_grad_norm: float | None,
     sources: Sequence[str],
+    loss_function: LossFunction = cross_entropy_loss,
 ) -> StepSums:
     """Move the weights by the gradient of (sum of losses) / (number of labels), both over all packs of all ranks.
 
@@ -69,12 +71,11 @@ def train_step(
     tally = SourceTally(sources, ranks.device)
     for place, batch in enumerate(passes):
         seed_everything(seed, step, pack_numbers[place] if place < len(packs) else 0)
-        losses_R = torch.empty(batch.num_labels, dtype=torch.float32, device=ranks.device)
-        loss_sum, _ = model(batch.to(ranks.device, non_blocking=True), losses_R)
+        loss_sum, _, terms_R = model(batch.to(ranks.device, non_blocking=True), loss_function)
         if loss_sum.requires_grad:  # not where only the vision side trains and the pack holds no image
             optimizer.backward(loss_sum / num_labels, last=place == num_passes - 1)
         losses.append(loss_sum.detach())
-        tally.add(batch, losses_R)
+        tally.add(batch, terms_R)
 
     norms = optimizer.gradient_norms()
     of_rank = float(torch.stack(losses).sum(dtype=torch.float64)) if losses else 0.0
@@ -100,8 +101,9 @@ def empty_pack(arch: Qwen3VLArch) -> PackedBatch:
         input_ids=torch.zeros(1, dtype=torch.int64),
         positions=torch.zeros(3, 1, dtype=torch.int64),
         sequence_lengths=[1],
-        labels=torch.full((1,), IGNORE_LABEL),
-        loss_weights=None,
+        label_rows=torch.zeros(0, dtype=torch.int64),
+        label_ids=torch.zeros(0, dtype=torch.int64),
+        label_weights=torch.zeros(0),
         pixel_values=nothing,
         grid_thw=[],
         vision_slices_per_seq=[[]],
