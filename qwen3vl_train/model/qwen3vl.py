@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from qwen3vl_train.arch import Qwen3VLArch, VisionArch
 from qwen3vl_train.batch import PackedBatch, VisionIndex, VisionSlice, slice_rows
-from qwen3vl_train.model.attention import KVCache
+from qwen3vl_train.model.attention import Attention, PackedAttention
 from qwen3vl_train.model.loss import cross_entropy_loss
 from qwen3vl_train.model.text import Qwen3VLTextForCausalLM
 from qwen3vl_train.model.vision import Qwen3VLVisionModel, VisionOutput
@@ -105,8 +105,11 @@ class Qwen3VLForConditionalGeneration(nn.Module):
         self.visual = Qwen3VisionEncoder(arch.vision)
         self.language_model = Qwen3VLTextForCausalLM(arch.text, tie_word_embeddings=arch.tie_word_embeddings)
 
-    def hidden_states(self, batch: PackedBatch, cache: KVCache | None = None) -> Tensor:
-        """Return the normed hidden states (T, D) of a pack; fills the cache when one is given."""
+    def hidden_states(self, batch: PackedBatch, attention: Attention | None = None) -> Tensor:
+        """Return the normed hidden states (T, D) of a pack.
+
+        attention: of the decoder; by default causal inside each sequence.
+        """
         text = self.language_model.model
         x_TD = text.embed_tokens(batch.input_ids)
         deepstack: list[Tensor] = []
@@ -116,14 +119,8 @@ class Qwen3VLForConditionalGeneration(nn.Module):
             deepstack = vision.deepstack_features
         elif self.always_run_vision:
             x_TD = x_TD + self._dummy_vision_forward(x_TD)
-        return text(
-            x_TD,
-            batch.positions,
-            batch.segments,
-            deepstack_visual_embeds=deepstack,
-            visual_rows=batch.visual_rows,
-            cache=cache,
-        )
+        attention = attention or PackedAttention(batch.segments, causal=True)
+        return text(x_TD, batch.positions, attention, deepstack_visual_embeds=deepstack, visual_rows=batch.visual_rows)
 
     def _dummy_vision_forward(self, like: Tensor) -> Tensor:
         """Run the vision side on four grey patches and return a zero that depends on all of it.

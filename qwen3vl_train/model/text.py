@@ -10,12 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qwen3vl_train.arch import TextArch
-from qwen3vl_train.batch import Segments
 from qwen3vl_train.model.activation_checkpointing import Checkpointing, run_block
-from qwen3vl_train.model.attention import KVCache, attend
-from qwen3vl_train.model.rope import apply_rope, mrope_cos_sin
-
-Rope = tuple[Tensor, Tensor]
+from qwen3vl_train.model.attention import Attention
+from qwen3vl_train.model.rope import Rope, apply_rope, mrope_cos_sin
 
 
 class Qwen3VLTextRMSNorm(nn.Module):
@@ -45,21 +42,11 @@ class Qwen3VLTextAttention(nn.Module):
         self.q_norm = Qwen3VLTextRMSNorm(arch.head_dim, arch.rms_norm_eps)
         self.k_norm = Qwen3VLTextRMSNorm(arch.head_dim, arch.rms_norm_eps)
 
-    def forward(self, x_TD: Tensor, rope: Rope, segments: Segments | None, cache: KVCache | None) -> Tensor:
-        """With segments: a packed row; its keys and values go to the cache, if any. Without: one new token per cached
-        sequence.
-        """
+    def forward(self, x_TD: Tensor, rope: Rope, attention: Attention) -> Tensor:
         q_TNH = apply_rope(self.q_norm(self.q_proj(x_TD).unflatten(-1, (-1, self.head_dim))), *rope)
         k_TKH = apply_rope(self.k_norm(self.k_proj(x_TD).unflatten(-1, (-1, self.head_dim))), *rope)
         v_TKH = self.v_proj(x_TD).unflatten(-1, (-1, self.head_dim))
-        if segments is not None:
-            if cache is not None:
-                cache.fill(self.layer, k_TKH, v_TKH)
-            out_TNH = attend(q_TNH, k_TKH, v_TKH, segments, causal=True)
-        else:
-            assert cache is not None, "decoding one token needs a cache"
-            out_TNH = cache.attend(self.layer, q_TNH, k_TKH, v_TKH)
-        return self.o_proj(out_TNH.flatten(1))
+        return self.o_proj(attention.attend(self.layer, q_TNH, k_TKH, v_TKH).flatten(1))
 
 
 class Qwen3VLTextMLP(nn.Module):
@@ -76,7 +63,10 @@ class Qwen3VLTextMLP(nn.Module):
 
 
 class Qwen3VLTextDecoderLayer(nn.Module):
-    """checkpointing is a setting from outside; it lies inside the layer, so that sharding may wrap around it."""
+    """One decoder layer.
+
+    checkpointing: activation checkpointing, set from outside. It runs inside the layer, so that sharding may wrap it.
+    """
 
     def __init__(self, arch: TextArch, layer: int) -> None:
         super().__init__()
@@ -86,11 +76,11 @@ class Qwen3VLTextDecoderLayer(nn.Module):
         self.input_layernorm = Qwen3VLTextRMSNorm(arch.hidden_size, arch.rms_norm_eps)
         self.post_attention_layernorm = Qwen3VLTextRMSNorm(arch.hidden_size, arch.rms_norm_eps)
 
-    def forward(self, x_TD: Tensor, rope: Rope, segments: Segments | None, cache: KVCache | None = None) -> Tensor:
-        return run_block(self.checkpointing, self._forward, x_TD, rope, segments, cache)
+    def forward(self, x_TD: Tensor, rope: Rope, attention: Attention) -> Tensor:
+        return run_block(self.checkpointing, self._forward, x_TD, rope, attention)
 
-    def _forward(self, x_TD: Tensor, rope: Rope, segments: Segments | None, cache: KVCache | None) -> Tensor:
-        x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), rope, segments, cache)
+    def _forward(self, x_TD: Tensor, rope: Rope, attention: Attention) -> Tensor:
+        x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), rope, attention)
         return x_TD + self.mlp(self.post_attention_layernorm(x_TD))
 
 
@@ -108,13 +98,12 @@ class Qwen3VLTextModel(nn.Module):
         self,
         inputs_embeds: Tensor,
         positions: Tensor,
-        segments: Segments | None,
+        attention: Attention,
         *,
         deepstack_visual_embeds: Sequence[Tensor] = (),
         visual_rows: Tensor | None = None,
-        cache: KVCache | None = None,
     ) -> Tensor:
-        """Run the decoder over a packed row. Returns the normed hidden states (T, D).
+        """Return the normed hidden states (T, D) of a packed row.
 
         inputs_embeds: (T, D).
         positions: (3, T).
@@ -133,7 +122,7 @@ class Qwen3VLTextModel(nn.Module):
             )
         x_TD = inputs_embeds
         for number, layer in enumerate(self.layers):
-            x_TD = layer(x_TD, rope, segments, cache)
+            x_TD = layer(x_TD, rope, attention)
             if number < len(deepstack_visual_embeds):
                 assert visual_rows is not None
                 x_TD = x_TD.index_add(0, visual_rows, deepstack_visual_embeds[number].to(x_TD.dtype))

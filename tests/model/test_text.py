@@ -2,12 +2,13 @@ import pytest
 import torch
 
 from qwen3vl_train.batch import Segments
+from qwen3vl_train.model.attention import PackedAttention
 
 
-def decoder_inputs(small, tokens: int = 6) -> tuple[torch.Tensor, torch.Tensor, Segments]:
+def decoder_inputs(small, tokens: int = 6) -> tuple[torch.Tensor, torch.Tensor, PackedAttention]:
     generator = torch.Generator().manual_seed(0)
     embeds = torch.randn(tokens, small.arch.text.hidden_size, generator=generator)
-    return embeds, torch.arange(tokens).expand(3, -1), Segments.from_lengths([tokens])
+    return embeds, torch.arange(tokens).expand(3, -1), PackedAttention(Segments.from_lengths([tokens]), causal=True)
 
 
 @pytest.mark.parametrize(("rows", "number"), [(None, 0), (torch.tensor([1, 2, 3]), 3)])
