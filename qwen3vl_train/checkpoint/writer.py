@@ -84,7 +84,7 @@ class CheckpointWriter:
         self.wait()
         folder = checkpoint_folder(self._run_dir, step)
         try:
-            aside = self._ranks.from_main(lambda: _start(folder))
+            aside = self._ranks.on_main(lambda: _start(folder))
         except ValueError as error:
             raise RuntimeError(self._refused(folder, error)) from error
         sharded = any(isinstance(tensor, DTensor) for tensor in tensors.values())

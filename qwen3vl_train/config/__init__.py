@@ -1,4 +1,4 @@
-"""The recipe: one YAML file that says everything about a run. Read with `load_recipe`; its fields are in `fields`."""
+"""Load the recipe of a run, one YAML file, with `load_recipe`. Its fields are in `fields`."""
 
 from qwen3vl_train.config.fields import (
     CheckpointSection,

@@ -1,7 +1,7 @@
 """The fields of a recipe, their types, bounds and defaults. Unknown keys and near-miss types ("4" for 4) are errors.
 
-Relative paths are relative to the folder the command runs in. Reading, error texts and rules between fields live beside
-this file; a field added here needs nothing there.
+Relative paths are relative to the folder the command runs in. Reading and the texts of errors are in `loading`, rules
+between fields in `rules`; a field added here needs nothing there.
 """
 
 import re
@@ -11,7 +11,6 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic.functional_validators import AfterValidator
 from pydantic_core import PydanticCustomError
 
-from qwen3vl_train.config.rules import field_conflicts
 from qwen3vl_train.modules import (
     GROUPS,
     LORA_GROUPS,
@@ -25,7 +24,7 @@ from qwen3vl_train.modules import (
 
 
 def _refuse(message: str) -> PydanticCustomError:
-    # The text travels as a context value, so that braces in a user's regular expression are not taken as a template.
+    # The text is a context value, so that braces in a user's regular expression are not taken as a template.
     return PydanticCustomError("recipe", "{text}", {"text": message})
 
 
@@ -45,7 +44,7 @@ def _check_group(name: str) -> str:
 
 
 def _check_target(target: str) -> str:
-    """A bare word is a group name; anything else is a regular expression over module names."""
+    """Take a bare word as a group name and anything else as a regular expression over module names."""
     if target in LORA_GROUPS or target in UNIONS:
         return target
     if target in GROUPS:
@@ -69,14 +68,17 @@ Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 class Section(BaseModel):
-    """Base of every part: frozen, strictly typed, no unknown keys, no NaN or infinity."""
+    """Be frozen and strictly typed, and take no unknown keys, no NaN and no infinity: the base of all sections."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 class ModelSection(Section):
-    """video_markup: how a clip is written into the text. bare: as Qwen's own code and transformers up to 5.9 do;
-    wrapped: with one more pair of vision marks around it, as transformers 5.10 to 5.23 do. Train what will serve.
+    """Name the checkpoint to start from.
+
+    path: a local folder in Hugging Face form.
+    video_markup: how a clip is written into the text. bare: as Qwen's own code and transformers up to 5.9 do;
+        wrapped: with one more pair of vision tokens around it, as transformers 5.10 to 5.23 do. Train what will serve.
     """
 
     path: Text
@@ -85,10 +87,11 @@ class ModelSection(Section):
 
 
 class LoraTune(Section):
-    """targets: group names, or regular expressions matched against whole Hugging Face module names.
+    """Train low-rank adapters.
 
-    A union (vision, text, all) means those of its groups that take LoRA: linear layers of blocks and mergers, not
-    embeddings and head.
+    targets: group names, or regular expressions matched against whole Hugging Face module names. A union (vision,
+        text, all) means those of its groups that take LoRA: linear layers of blocks and mergers, not embeddings and
+        head.
     """
 
     method: Literal["lora"] = "lora"
@@ -100,7 +103,7 @@ class LoraTune(Section):
     dora: bool = False
 
     def trained_groups(self) -> tuple[str, ...]:
-        """Groups named as targets. What a regular expression reaches is known only with the model at hand."""
+        """Return the groups named as targets. What a regular expression reaches is known only with the model."""
         return expand_lora_groups(target for target in self.targets if is_group(target))
 
     def has_patterns(self) -> bool:
@@ -108,7 +111,10 @@ class LoraTune(Section):
 
 
 class FullTune(Section):
-    """train: the groups or unions whose weights are trained; all others are frozen."""
+    """Train whole weights.
+
+    train: the groups or unions whose weights are trained; all others are frozen.
+    """
 
     method: Literal["full"] = "full"
     train: list[Annotated[str, AfterValidator(_check_group)]] = Field(min_length=1)
@@ -127,11 +133,14 @@ Column = Literal["question", "answer", "system", "reasoning", "image", "video", 
 
 
 class RowsSection(Section):
-    """Rows of one data set. path: a file, a pattern, a folder or an fsspec URL of them (JSON, JSONL, Parquet, tar).
+    """Name the rows of one data set and how they are read (docs/rows.md).
 
-    split: read it with Hugging Face `datasets` instead, as a folder or a name on the hub. media_root: folder or URL
-    that media paths are relative to; null: the folder of the file. columns: our name -> that of the rows' column.
-    bbox, bbox_layout: how the rows' boxes are given. name: of its loss curve.
+    path: a file, a pattern, a folder or an fsspec URL of them (JSON, JSONL, Parquet, tar).
+    media_root: folder or URL that media paths are relative to; null: the folder of the file.
+    name: the name of its loss curve.
+    columns: our name -> the name of the rows' column.
+    split, subset: read the path with Hugging Face `datasets` instead, as a folder or a name on the hub.
+    bbox, bbox_layout: how the rows' boxes are given.
     """
 
     path: Text
@@ -154,14 +163,15 @@ class RowsSection(Section):
 
 
 class EvalSource(RowsSection):
-    """Rows that are held out."""
+    """Name rows that are held out."""
 
 
 class TrainSource(RowsSection):
-    """weight: how often it is drawn, relative to its size (1.0: every row once an epoch).
+    """Name rows to train on.
 
-    streaming: rows are read one after the other and never indexed; then train.num_steps must say how long to train.
-    num_rows: how many a stream has, roughly; with that of every stream, sources are mixed evenly over the epoch.
+    weight: how often it is drawn, relative to its size (1.0: every row once an epoch).
+    streaming: rows are read one after the other and never indexed; train.num_steps must then say how long to train.
+    num_rows: roughly how many rows a stream has; if every stream gives it, sources are mixed evenly over the epoch.
     """
 
     weight: Positive = 1.0
@@ -176,14 +186,15 @@ class TrainSource(RowsSection):
 
 
 class DataSection(Section):
-    """Visual-token limits and the sampling of clips are the checkpoint's own where they are null.
+    """Limits and sampling that are null are the checkpoint's own; a limit of a pack that is null is no limit.
 
-    One visual token is 32 x 32 pixels of an image, or of two neighbouring frames of a clip. fps: frames taken a second
-    of a clip, at least min_frames and at most max_frames or all it has. max_visual_tokens_per_video bounds the whole
-    clip; max_visual_tokens_per_sample shrinks all images and clips of a sample alike.
-
-    Packs keep to every max_..._per_pack; null is no limit. max_tokens_per_sample: null is that of a pack. too_long: a
-    longer sample is left out (drop), listed as a fault of the data (reject), or has its media shrunk until it fits.
+    max_tokens_per_sample: null is the limit of a pack.
+    too_long: a longer sample is skipped (drop), listed as a fault of the data (reject), or has its media shrunk until
+        it fits (shrink_media).
+    max_visual_tokens_per_image: a visual token is 32 x 32 pixels of an image, or of two neighbouring frames.
+    max_visual_tokens_per_video: bounds the whole clip.
+    max_visual_tokens_per_sample: shrinks all images and clips of a sample by the same factor.
+    fps, min_frames, max_frames: frames taken a second of a clip, and the least and the most of them.
     stream_window: rows of a stream that are packed together, and held in memory.
     """
 
@@ -207,7 +218,7 @@ class DataSection(Section):
 
 
 class OptimSection(Section):
-    """AdamW. vision_lr, merger_lr and deepstack_lr of null take lr."""
+    """Set up AdamW. A vision_lr, merger_lr or deepstack_lr of null takes lr."""
 
     lr: Positive = 1e-4
     vision_lr: Positive | None = None
@@ -222,7 +233,7 @@ class OptimSection(Section):
     max_grad_norm: Positive | None = 1.0
 
     def lr_of(self, group: str) -> float:
-        """Peak learning rate of a module group."""
+        """Return the peak learning rate of a module group."""
         own = {"merger": self.merger_lr, "deepstack": self.deepstack_lr, **dict.fromkeys(VISION_GROUPS, self.vision_lr)}
         rate = own.get(group)
         return self.lr if rate is None else rate
@@ -232,17 +243,14 @@ Checkpointing = Literal["none", "full", "selective"]
 
 
 class CheckpointingSection(Section):
-    """Activation checkpointing of the two towers, apart.
-
-    selective keeps the results of matrix products and attention.
-    """
+    """Set activation checkpointing of each tower. selective keeps the results of matrix products and attention."""
 
     vision: Checkpointing = "none"
     text: Checkpointing = "none"
 
     @model_validator(mode="before")
     @classmethod
-    def _one_word_for_both(cls, value: Any) -> Any:
+    def _same_for_both(cls, value: Any) -> Any:
         if not isinstance(value, str):
             return value
         if value not in get_args(Checkpointing):
@@ -251,10 +259,12 @@ class CheckpointingSection(Section):
 
 
 class TrainSection(Section):
-    """packs_per_step counts the packs of all ranks together. num_steps wins over num_epochs where both are given.
+    """Say how long to train, and in which steps.
 
-    activation_checkpointing: one word for both towers, or {vision: ..., text: ...}. deterministic: only kernels that
-    give the same bits every time; slower on a GPU.
+    num_steps: wins over num_epochs if both are given.
+    packs_per_step: counts the packs of all ranks together.
+    activation_checkpointing: one word for both towers, or {vision: ..., text: ...}.
+    deterministic: use only kernels that give the same bits every time; slower on a GPU.
     """
 
     num_steps: Count | None = None
@@ -266,13 +276,13 @@ class TrainSection(Section):
 
 
 class ParallelSection(Section):
-    """How the ranks share one model; the results are the same. See docs/scaling.md for which to take.
+    """Say how the ranks share one model; the results are the same. docs/scaling.md says which engine to take.
 
     timeout_seconds: how long a collective waits for the last rank before the run ends and names it.
-    replicate, shard: of fsdp2, copies of the model and pieces of each (null: all ranks); more than one copy is HSDP.
-    reshard_after_forward: of fsdp2, free gathered weights after each forward pass; auto keeps them where they are
-    small. zero_stage, deepspeed_config, offload_optimizer, offload_parameters: of deepspeed. deepspeed_config: a JSON
-    file of the user's own, taken whole; what it says against the recipe is an error.
+    replicate, shard: of fsdp2, copies of the model and shards of each (null: all ranks); more than one copy is HSDP.
+    reshard_after_forward: of fsdp2, free gathered weights after each forward pass; auto keeps them if they are small.
+    zero_stage, offload_optimizer, offload_parameters: of deepspeed.
+    deepspeed_config: of deepspeed, a JSON file of the user's, used whole; what contradicts the recipe is an error.
     """
 
     engine: Literal["single", "ddp", "fsdp2", "deepspeed"] = "ddp"
@@ -289,8 +299,11 @@ class ParallelSection(Section):
 
 
 class CheckpointSection(Section):
-    """keep_every_steps: checkpoints at multiples of it stay for good. keep_best: name of a held-out set; the checkpoint
-    with its lowest loss stays. export_every_steps: also write the Hugging Face form, to `export/` in the run folder.
+    """Say which checkpoints are written and kept.
+
+    keep_every_steps: checkpoints at multiples of it are never deleted.
+    keep_best: name of a held-out set; the checkpoint with its lowest loss is kept.
+    export_every_steps: also write the Hugging Face form, to `export/` in the run folder.
     """
 
     every_steps: Count | None = 200
@@ -311,7 +324,7 @@ class TrackSection(Section):
 
 
 class Recipe(Section):
-    """Everything about a run. Made by `load_recipe` or `recipe_from_dict`, which report all errors at once."""
+    """Hold everything about a run. `load_recipe` and `recipe_from_dict` make it and check the rules between fields."""
 
     name: Annotated[str, AfterValidator(_check_name)]
     output_dir: Text = "runs"
@@ -325,15 +338,6 @@ class Recipe(Section):
     eval: EvalSection = EvalSection()
     track: TrackSection = TrackSection()
 
-    @model_validator(mode="after")
-    def _fields_agree(self) -> "Recipe":
-        conflicts = field_conflicts(
-            self.tune, self.data, self.optim, self.train, self.parallel, self.checkpoint, self.eval
-        )
-        if conflicts:
-            raise _refuse("; ".join(f"{key}: {message}" for key, message in conflicts))
-        return self
-
     def to_dict(self) -> dict[str, Any]:
-        """Plain dicts, lists, strings and numbers, with every default filled in. `recipe_from_dict` reads it back."""
+        """Return plain values with every default filled in, which `recipe_from_dict` reads back."""
         return self.model_dump(mode="json")

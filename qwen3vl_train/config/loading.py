@@ -1,36 +1,20 @@
-"""From a file and overrides to a Recipe, or to one error that lists everything wrong with them."""
+"""Read a recipe from a file and overrides, or raise one error that lists everything that is wrong with them."""
 
-import copy
+import difflib
+import re
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic import BaseModel, ValidationError
 
-from qwen3vl_train.config.fields import (
-    CheckpointSection,
-    DataSection,
-    EvalSection,
-    OptimSection,
-    ParallelSection,
-    Recipe,
-    TrainSection,
-    Tune,
-)
-from qwen3vl_train.config.near_names import unknown_key_message
+from qwen3vl_train.config.fields import Recipe
 from qwen3vl_train.config.rules import RecipeError, field_conflicts
-from qwen3vl_train.config.yaml12 import read_yaml, shown
+from qwen3vl_train.config.yaml12 import format_value, read_yaml
 
 Fault = tuple[str, str]
-# The sections that rules between fields look at, in the order of `field_conflicts`.
-_JUDGED: dict[str, TypeAdapter] = {
-    "tune": TypeAdapter(Tune),
-    "data": TypeAdapter(DataSection),
-    "optim": TypeAdapter(OptimSection),
-    "train": TypeAdapter(TrainSection),
-    "parallel": TypeAdapter(ParallelSection),
-    "checkpoint": TypeAdapter(CheckpointSection),
-    "eval": TypeAdapter(EvalSection),
-}
+"""(dotted key, what is wrong with it)"""
+
+# Errors of pydantic -> what the field takes.
 _EXPECTED = {
     "int_type": "an integer",
     "int_from_float": "an integer",
@@ -48,25 +32,74 @@ _EXPECTED = {
     "less_than": "less than {lt}",
     "less_than_equal": "at most {le}",
 }
+# (our key, what differs in its unit or meaning): names that other tools use for it.
+_NAMES_ELSEWHERE: dict[tuple[str, str], str] = {
+    ("optim.lr", ""): "learning_rate max_lr",
+    ("optim.vision_lr", ""): "vision_tower_lr vit_lr",
+    ("optim.merger_lr", "the main merger alone; optim.deepstack_lr is for the DeepStack mergers"): (
+        "mm_projector_lr aligner_lr"
+    ),
+    ("optim.betas", "both in one list"): "adam_beta1 adam_beta2",
+    ("optim.eps", ""): "adam_epsilon",
+    ("optim.warmup_steps", "a number of steps"): "warmup_ratio",
+    ("optim.schedule", ""): "lr_scheduler_type lr_scheduler",
+    ("optim.max_grad_norm", ""): "max_norm gradient_clipping clip_grad_norm",
+    ("train.num_epochs", ""): "epochs num_train_epochs max_epochs",
+    ("train.num_steps", ""): "max_steps steps",
+    ("train.packs_per_step", "packs of all ranks together"): (
+        "batch_size global_batch_size train_batch_size gradient_accumulation_steps per_device_train_batch_size"
+    ),
+    ("train.activation_checkpointing", "none or full"): "gradient_checkpointing",
+    ("train.seed", ""): "random_seed",
+    ("data.max_tokens_per_pack", ""): "max_length cutoff_len max_seq_length max_seq_len model_max_length",
+    ("data.max_visual_tokens_per_image", "one token is 32 x 32 pixels"): "max_pixels image_max_pixels",
+    ("data.min_visual_tokens_per_image", "one token is 32 x 32 pixels"): "min_pixels image_min_pixels",
+    ("data.max_visual_tokens_per_video", "one token is 32 x 32 pixels of two frames"): "video_max_pixels total_pixels",
+    ("data.fps", "frames taken a second"): "video_fps",
+    ("data.min_frames", ""): "video_min_frames",
+    ("data.max_frames", ""): "video_max_frames video_maxlen",
+    ("data.train", "a list of {path, media_root, weight}"): "dataset train_file data_path",
+    ("data.eval", "a list of {path, media_root, name}"): "eval_dataset val_dataset",
+    ("data.train.*.media_root", ""): "image_folder image_root media_dir",
+    ("data.num_workers", ""): "dataloader_num_workers preprocessing_num_workers",
+    ("model.path", ""): "model_name_or_path model_name model_id",
+    ("model.dtype", ""): "torch_dtype",
+    ("model.dtype", "bfloat16 or float32"): "precision bf16",
+    ("tune.rank", ""): "lora_r lora_rank r",
+    ("tune.alpha", ""): "lora_alpha",
+    ("tune.dropout", ""): "lora_dropout",
+    ("tune.targets", ""): "target_modules lora_target",
+    ("tune.rslora", ""): "use_rslora",
+    ("tune.dora", ""): "use_dora",
+    ("tune.method", "lora or full"): "finetuning_type train_type",
+    ("tune.train", "module groups, with method full"): "trainable_modules",
+    ("name", ""): "run_name",
+    ("checkpoint.every_steps", ""): "save_steps save_every_steps",
+    ("checkpoint.keep_last", ""): "save_total_limit",
+    ("checkpoint.resume", "auto or never"): "resume_from_checkpoint",
+    ("eval.every_steps", ""): "eval_steps eval_every_steps",
+    ("track.wandb", "offline, online or off"): "report_to wandb_mode",
+    ("track.project", ""): "wandb_project",
+    ("parallel.engine", ""): "strategy distributed_type",
+}
+_OUR_KEYS = {name: key_and_note for key_and_note, names in _NAMES_ELSEWHERE.items() for name in names.split()}
+_SECRET = re.compile(r"(?i)(api_?key|token|password|secret)$")
 
 
 def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
-    """Read a YAML or JSON recipe, apply overrides such as `optim.lr=2e-5`, check everything.
+    """Read a YAML or JSON recipe, apply overrides such as `optim.lr=2e-5`, and check everything.
 
-    An override names a dotted key (`data.train.0.path` reaches into a list) and its value is read as YAML.
-    Raises RecipeError that lists all errors at once. Looks at no other file: paths in the recipe are not opened.
+    An override names a dotted key (`data.train.0.path` reaches into a list); its value is read as YAML. No other file
+    is read: paths in the recipe are not opened. Raises RecipeError that lists all wrong fields at once; rules between
+    fields are checked once every field is right.
     """
-    where = str(path)
     values, faults = _read(Path(path))
-    for override in overrides or []:
-        fault = _apply(values, override)
-        if fault:
-            faults.append(fault)
-    return _check(values, where, faults)
+    faults += [fault for override in overrides or [] if (fault := _apply(values, override))]
+    return _check(values, str(path), faults)
 
 
 def recipe_from_dict(values: dict[str, Any], where: str = "recipe") -> Recipe:
-    """Check plain values as `load_recipe` does those of a file. where: what the error says they came from."""
+    """Check plain values as `load_recipe` checks those of a file. where: the name for them in an error."""
     return _check(values, where, [])
 
 
@@ -85,17 +118,13 @@ def _read(path: Path) -> tuple[dict[str, Any], list[Fault]]:
     except ValueError as error:
         raise RecipeError(where, [str(error)]) from None
     if not isinstance(values, dict):
-        got = "empty" if values is None else f"line 1: a {_kind(values)}"
+        got = "empty" if values is None else f"line 1: a {'list' if isinstance(values, list) else 'single value'}"
         raise RecipeError(where, [f"{got}, not a mapping; a recipe is keys and values, such as name: my-run"])
     return values, duplicates
 
 
-def _kind(value: Any) -> str:
-    return "list" if isinstance(value, list) else "single value"
-
-
 def _apply(values: dict[str, Any], override: str) -> Fault | None:
-    """Set one `key=value` in place. Returns a fault where that cannot be done; unknown keys are found later."""
+    """Set one `key=value` in `values`. Return a fault if that is impossible; unknown keys are found later."""
     key, equals, text = override.partition("=")
     key = key.strip()
     parts = key.split(".")
@@ -107,111 +136,88 @@ def _apply(values: dict[str, Any], override: str) -> Fault | None:
         return key, f"override {override!r}: {error}"
     if duplicates:
         return f"{key}.{duplicates[0][0]}", duplicates[0][1]
-    spot: Any = values
+    node: Any = values
     for depth, part in enumerate(parts):
-        if isinstance(spot, list):
-            if not part.isdecimal() or int(part) >= len(spot):
-                return key, f"override {override!r}: {part} is no place in a list of {len(spot)}; places start at 0"
-        elif not isinstance(spot, dict):
-            return key, f"override {override!r}: {'.'.join(parts[:depth])} is {shown(spot)}, not a section"
-        place: Any = int(part) if isinstance(spot, list) else part
+        if isinstance(node, list):
+            if not part.isdecimal() or int(part) >= len(node):
+                what = f"{part} is not an index of a list of {len(node)}; indices start at 0"
+                return key, f"override {override!r}: {what}"
+        elif not isinstance(node, dict):
+            return key, f"override {override!r}: {'.'.join(parts[:depth])} is {format_value(node)}, not a section"
+        index: Any = int(part) if isinstance(node, list) else part
         if depth == len(parts) - 1:
-            spot[place] = value
-        elif isinstance(spot, dict) and spot.get(place) is None:
-            spot[place] = {}
-        spot = spot[place]
+            node[index] = value
+        elif isinstance(node, dict) and node.get(index) is None:
+            node[index] = {}
+        node = node[index]
     return None
 
 
 def _check(values: dict[str, Any], where: str, faults: list[Fault]) -> Recipe:
+    """Validate all fields, then the rules between them. faults: what reading has found already."""
+    recipe = None
     try:
         recipe = Recipe.model_validate(values)
-        if not faults:
-            return recipe
+        faults = faults + field_conflicts(recipe)
     except ValidationError as error:
-        found = [fault for detail in error.errors() if detail["loc"] for fault in _explain(detail, values)]
-        faults = faults + found + _conflicts_of_sound_parts(values, error)
+        faults = faults + [fault for detail in error.errors() for fault in _explain(detail, values)]
+    if recipe is not None and not faults:
+        return recipe
     order = list(Recipe.model_fields)
     faults.sort(key=lambda fault: order.index(top) if (top := fault[0].split(".")[0]) in order else len(order))
     raise RecipeError(where, list(dict.fromkeys(f"{key}: {message}" for key, message in faults)))
 
 
-def _conflicts_of_sound_parts(values: dict[str, Any], error: ValidationError) -> list[Fault]:
-    """Rules between fields, judged without the wrong fields, so that they need no second attempt to show."""
-    sound = copy.deepcopy(values)
-    wrong = set()
-    for detail in error.errors():
-        loc = _written_loc(detail)
-        wrong.add(".".join(map(str, loc)))
-        section = sound.get(loc[0])
-        # A default must not stand in for wrong targets: that would blame other fields for it.
-        if len(loc) == 2 and isinstance(section, dict) and (loc[0] != "tune" or detail["type"] == "extra_forbidden"):
-            section.pop(loc[1], None)
-    parts: list[Any] = []
-    for name, section in _JUDGED.items():
-        try:
-            parts.append(section.validate_python(sound.get(name, {})))
-        except ValidationError:
-            parts.append(None)
-    return [conflict for conflict in field_conflicts(*parts) if conflict[0] not in wrong]
-
-
-def _written_loc(detail: Any) -> list[Any]:
-    """Where the fault is in the file: pydantic puts the method of `tune` into the path, the file does not."""
-    loc = list(detail["loc"]) or [""]
-    if loc[0] == "tune" and len(loc) > 1 and loc[1] in ("lora", "full"):
-        del loc[1]
-    return [part for part in loc if part != "[key]"]
-
-
 def _explain(detail: Any, values: dict[str, Any]) -> list[Fault]:
     """Say one pydantic error in our words."""
-    kind, got, context = detail["type"], detail["input"], detail.get("ctx", {})
-    loc = _written_loc(detail)
+    code, got, context = detail["type"], detail["input"], detail.get("ctx", {})
+    loc = [part for part in detail["loc"] if part != "[key]"]
+    if loc[:1] == ["tune"] and loc[1:2] in (["lora"], ["full"]):
+        del loc[1]  # pydantic puts the method of `tune` into the path; the file does not
     key = ".".join(str(part) for part in loc)
-    if kind == "extra_forbidden":
+    if code == "extra_forbidden":
         return _unknown(loc, got, values)
-    if kind == "recipe":
-        return [(key, context["text"])]
-    if kind == "missing":
-        return [
-            (key, "a list of two numbers is needed" if loc[:2] == ["optim", "betas"] else "missing; it has no default")
-        ]
-    if kind == "union_tag_not_found":
-        return [("tune.method", "missing; use lora or full")]
-    if kind == "union_tag_invalid":
-        return [("tune.method", f"got {shown(got.get('method'))}; use lora or full")]
-    if kind == "literal_error":
+    if code == "recipe":
+        message = context["text"]
+    elif code == "missing":
+        betas = loc[:2] == ["optim", "betas"]
+        message = "a list of two numbers is needed" if betas else "missing; it has no default"
+    elif code == "union_tag_not_found":
+        key, message = "tune.method", "missing; use lora or full"
+    elif code == "union_tag_invalid":
+        key, message = "tune.method", f"got {format_value(got.get('method'))}; use lora or full"
+    elif code == "literal_error":
         choices = context["expected"].replace("'", "").replace("True", "true").replace("False", "false")
-        return [(key, f"got {shown(got)}; use {choices}")]
-    if kind in ("too_short", "too_long"):
-        return [(key, f"got {len(got)} entries, expected at {'least' if kind == 'too_short' else 'most'} "
-                      f"{context.get('min_length', context.get('max_length'))}")]  # fmt: skip
-    if kind == "string_too_short":
-        return [(key, "got '', expected text")]
-    if kind == "invalid_key":
-        return [(key, "unknown key; keys of a recipe are words")]
-    if got is None and kind in ("model_type", "model_attributes_type", "dict_type"):
-        return [(key, "got nothing, expected a section of keys; fill it or leave it out")]
-    return [(key, f"got {shown(got)}, expected {_EXPECTED[kind].format(**context)}")]
+        message = f"got {format_value(got)}; use {choices}"
+    elif code == "too_short":
+        message = f"got {len(got)} entries, expected at least {context['min_length']}"
+    elif code == "too_long":
+        message = f"got {len(got)} entries, expected at most {context['max_length']}"
+    elif code == "string_too_short":
+        message = "got '', expected text"
+    elif code == "invalid_key":
+        message = "unknown key; keys of a recipe are words"
+    elif got is None and _EXPECTED[code] == "a section of keys":
+        message = "got nothing, expected a section of keys; fill it or leave it out"
+    else:
+        message = f"got {format_value(got)}, expected {_EXPECTED[code].format(**context)}"
+    return [(key, message)]
 
 
 def _unknown(loc: list[Any], got: Any, values: dict[str, Any]) -> list[Fault]:
-    """An unknown key; the keys of an unknown section are each looked up, since their names say more than its own."""
+    """Explain an unknown key. The keys of an unknown section are looked up, since they say more than its own name."""
     known = _known_keys(Recipe)
     key = ".".join(str(part) for part in loc)
     if len(loc) == 2 and loc[0] == "tune" and key in known:
         method = values["tune"]["method"]
-        return [
-            (key, f"not a key of method {method}; leave it out, or use method {'full' if method == 'lora' else 'lora'}")
-        ]
-    if len(loc) == 1 and isinstance(got, dict) and got:
-        return [(f"{key}.{name}", unknown_key_message(f"{key}.{name}", known)) for name in got]
-    return [(key, unknown_key_message(key, known))]
+        other = "full" if method == "lora" else "lora"
+        return [(key, f"not a key of method {method}; leave it out, or use method {other}")]
+    inner = [f"{key}.{name}" for name in got] if len(loc) == 1 and isinstance(got, dict) else []
+    return [(one, _unknown_key_message(one, known)) for one in inner or [key]]
 
 
 def _known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
-    """Every dotted key of the recipe; `*` stands for a place in a list."""
+    """Return every dotted key of the recipe; `*` is the index of a list."""
     keys: list[str] = []
     for name, field in model.model_fields.items():
         key = f"{prefix}{name}"
@@ -226,3 +232,41 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and get_origin(annotation) is None:
         return [annotation] if issubclass(annotation, BaseModel) else []
     return [model for part in get_args(annotation) for model in _models_in(part)]
+
+
+def _unknown_key_message(key: str, known: list[str]) -> str:
+    """Say that a dotted key is unknown, and which of `known` was probably meant.
+
+    known: every dotted key of the recipe, with `*` where `key` has the index of a list.
+    """
+    *sections, leaf = key.split(".")
+    leaf = leaf.lower().replace("-", "_")
+    if _SECRET.search(leaf):
+        return "unknown key; a recipe holds no secrets, set them in the environment (WANDB_API_KEY)"
+    pattern = ".".join("*" if part.isdigit() else part for part in [*sections, leaf])
+    section = pattern.rpartition(".")[0]
+    fields = _fields_of(section, known)
+    meant, note = _OUR_KEYS.get(leaf, ("", ""))
+    if meant.rpartition(".")[2] in fields:
+        meant = f"{section}.{meant.rpartition('.')[2]}".lstrip(".")
+    meant = meant or _nearest(pattern, known)
+    if not meant or meant == pattern:
+        return f"unknown key; known here: {', '.join(fields)}" if fields else "unknown key"
+    for index in (part for part in sections if part.isdigit()):
+        meant = meant.replace("*", index, 1)
+    return f"unknown key; did you mean {meant.replace('*', '0')}{f' ({note})' if note else ''}?"
+
+
+def _nearest(pattern: str, known: list[str]) -> str:
+    """Find a near name in the same section, else the same last part elsewhere, else the nearest whole key."""
+    section, _, leaf = pattern.rpartition(".")
+    for sibling in difflib.get_close_matches(leaf, _fields_of(section, known), n=1, cutoff=0.7):
+        return f"{section}.{sibling}".lstrip(".")
+    namesakes = [key for key in known if key.rpartition(".")[2] == leaf]
+    near = difflib.get_close_matches(pattern, namesakes or known, n=1, cutoff=0.0 if namesakes else 0.7)
+    return near[0] if near else ""
+
+
+def _fields_of(section: str, known: list[str]) -> list[str]:
+    prefix = f"{section}." if section else ""
+    return [key.removeprefix(prefix) for key in known if key.startswith(prefix) and "." not in key.removeprefix(prefix)]

@@ -1,4 +1,8 @@
-"""YAML as recipes mean it: version 1.2, so 1e-4 is a number and `off` a word; no duplicate keys, no object tags."""
+"""Read and write YAML 1.2, in which 1e-4 is a number and `off` a word, without duplicate keys and object tags.
+
+PyYAML knows version 1.1 only. ruamel.yaml 0.19 knows 1.2, but also takes 1_000 for an integer and 2024-01-01 for a
+date, follows aliases and merges, stops at the first duplicate key, and writes `off` without quotes.
+"""
 
 import re
 import reprlib
@@ -20,9 +24,9 @@ _SCALARS = {
 
 
 class Loader(yaml.SafeLoader):
-    """Safe loader of the YAML 1.2 core types. Keys given twice are collected in `duplicates`; the first one is kept."""
+    """Load the YAML 1.2 core types safely, keep the first of duplicate keys and collect the others in `duplicates`."""
 
-    yaml_implicit_resolvers: ClassVar[dict] = {}  # none of YAML 1.1, so `<<` is a key as any other
+    yaml_implicit_resolvers: ClassVar[dict] = {}  # none of YAML 1.1, so `<<` is a key like any other
     yaml_constructors: ClassVar[dict] = {
         tag: make
         for tag, make in yaml.SafeLoader.yaml_constructors.items()
@@ -34,10 +38,10 @@ class Loader(yaml.SafeLoader):
         self.duplicates: list[tuple[str, str]] = []
 
     def note_duplicates(self, node: Node, prefix: str = "") -> None:
-        """Walk the tree as written, before it becomes dicts, and drop every later one of two equal keys."""
+        """Walk the nodes before they become dicts, and drop every later one of equal keys."""
         if isinstance(node, yaml.SequenceNode):
-            for place, item in enumerate(node.value):
-                self.note_duplicates(item, f"{prefix}{place}.")
+            for index, item in enumerate(node.value):
+                self.note_duplicates(item, f"{prefix}{index}.")
         if not isinstance(node, MappingNode):
             return
         first: dict[str, int] = {}
@@ -68,7 +72,7 @@ class Loader(yaml.SafeLoader):
 
 
 class Dumper(yaml.SafeDumper):
-    """Writes plain text in quotes wherever either YAML version would read it as another type."""
+    """Write plain text in quotes wherever either version of YAML would read it as another type."""
 
     yaml_implicit_resolvers: ClassVar[dict] = {
         key: list(found) for key, found in yaml.SafeDumper.yaml_implicit_resolvers.items()
@@ -90,7 +94,7 @@ def _float(loader: Loader, node: ScalarNode) -> float:
 
 
 def _text(loader: Loader, node: ScalarNode) -> str:
-    # JSON writes characters beyond 16 bits as two escapes; this joins them, and refuses half a pair.
+    # JSON writes characters beyond 16 bits as two escapes; join them, and raise on an unpaired one.
     return loader.construct_scalar(node).encode("utf-16", "surrogatepass").decode("utf-16")
 
 
@@ -103,7 +107,7 @@ Loader.add_constructor(_PLAIN + "str", _text)
 
 
 def read_yaml(text: str) -> tuple[Any, list[tuple[str, str]]]:
-    """Parse one YAML document into plain values, and the duplicate keys as (dotted key, message with both lines).
+    """Return plain values of one YAML document, and its duplicate keys as (dotted key, message with both lines).
 
     Raises ValueError with line and reason for text that is not YAML, and for tags, anchors and more than one document.
     """
@@ -123,12 +127,12 @@ def read_yaml(text: str) -> tuple[Any, list[tuple[str, str]]]:
 
 
 def write_yaml(values: dict[str, Any]) -> str:
-    """Text that `read_yaml` reads back to the same values, keys in the given order."""
+    """Return text that `read_yaml` reads back to the same values, keys in the given order."""
     return yaml.dump(values, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
-def shown(value: Any) -> str:
-    """A value for a message, cut short: text in quotes, the rest as YAML spells it."""
+def format_value(value: Any) -> str:
+    """Return a value for a message, cut short: text in quotes, the rest as YAML spells it."""
     if isinstance(value, str):
         return repr(value if len(value) <= 80 else f"{value[:77]}...")
     if value is None or isinstance(value, bool):

@@ -1,26 +1,32 @@
-"""Ranks and devices: who this process is, and the few sums that ranks exchange outside the model."""
+"""Ranks: who this process is, and what the ranks exchange outside the model."""
 
-import hashlib
 import json
 import random
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy
 import torch
 import torch.distributed as torch_dist
 
 T = TypeVar("T")
+HEARTBEATS = "main/heartbeats"
+"""Key in the store that counts the heartbeats of rank 0."""
+_ERROR_TYPES: dict[str, type[Exception]] = {"ValueError": ValueError, "RuntimeError": RuntimeError, "OSError": OSError}
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among all: rank 0..world_size-1, local_rank on its machine, its device.
+    """This process among all processes of the run.
 
-    A single process is a world of one in which every sum is its own value; no process group is made for it.
+    Every rank must call each method, except `heartbeat`, in the same order. A single process has no process group:
+    what it would exchange is its own value.
+
+    rank: 0..world_size-1.
+    local_rank: number of this process on its machine.
     """
 
     rank: int
@@ -32,149 +38,125 @@ class Ranks:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def sum(self, values: list[float]) -> list[float]:
-        """Sum each number over all ranks, in float64. Every rank must call it, with the same count of numbers."""
+    def reduce(self, values: Sequence[float], op: Literal["sum", "max"] = "sum") -> list[float]:
+        """Return the sum or the maximum of each number over all ranks, in float64."""
         if self.world_size == 1:
-            return values
+            return list(values)
         tensor = torch.tensor(values, dtype=torch.float64)
-        torch_dist.all_reduce(tensor)
+        torch_dist.all_reduce(tensor, op=torch_dist.ReduceOp.MAX if op == "max" else torch_dist.ReduceOp.SUM)
         return tensor.tolist()
 
-    def max(self, value: float) -> float:
-        """The largest of all ranks' numbers. Every rank must call it."""
-        return self.maxima([value])[0]
+    def any(self, flag: bool) -> bool:
+        """Return whether the flag is set on any rank."""
+        return self.reduce([flag], "max") == [1.0]
 
-    def maxima(self, values: list[float]) -> list[float]:
-        """The largest of all ranks' numbers at each place. Every rank must call it, with the same count of numbers."""
+    def gather(self, value: T) -> list[T]:
+        """Return one small object of every rank, in rank order."""
         if self.world_size == 1:
-            return values
-        tensor = torch.tensor(values, dtype=torch.float64)
-        torch_dist.all_reduce(tensor, op=torch_dist.ReduceOp.MAX)
-        return tensor.tolist()
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        torch_dist.all_gather_object(values, value)
+        return values
 
-    def agree(self, words: str) -> bool:
-        """Say whether all ranks hold the same text: 48 bits of its hash are compared. Every rank must call it."""
-        mark = float(int.from_bytes(hashlib.blake2b(words.encode(), digest_size=6).digest()))
-        highest, negated_lowest = self.maxima([mark, -mark])
-        return highest == -negated_lowest
+    def on_main(self, work: Callable[[], T]) -> T:
+        """Run some work on rank 0 and return its small result, or raise its error, on every rank.
 
-    def from_main(self, work: Callable[[], T]) -> T:
-        """Let rank 0 do some work and give its small result, or what it raised, to all. Every rank must call it.
-
-        The others wait as long as it takes: until rank 0 has given no sign for the timeout of the process group. Work
-        that may take longer calls `beat` now and then. What is no ValueError, RuntimeError or OSError is a RuntimeError
-        to the others.
+        The other ranks wait as long as rank 0 responds: they give up once it has sent no heartbeat for the timeout of
+        the process group. Work that may take longer calls `heartbeat` now and then. An error that is not a ValueError,
+        RuntimeError or OSError is a RuntimeError on the other ranks.
         """
         if self.world_size == 1:
             return work()
         store = _store()
         done = f"main/done/{store.add(f'main/calls/{self.rank}', 1)}"
-        outcome: list[Any] = [None, None]
-        fault: Exception | None = None
+        result: list[Any] = [None, None]
+        error: Exception | None = None
         if self.is_main:
             try:
-                outcome[0] = work()
-            except Exception as error:  # whatever it is, the others wait for it
-                fault, outcome[1] = error, _told(error)
+                result[0] = work()
+            except Exception as caught:  # of any type: the other ranks wait for it
+                error, result[1] = caught, serialize_error(caught)
             store.set(done, "1")
         else:
-            await_main(store, done)
-        torch_dist.broadcast_object_list(outcome, src=0)
-        if fault is not None:
-            raise fault
-        if outcome[1] is not None:
-            raise _retold(*outcome[1])
-        return outcome[0]
+            wait_for_main(store, done)
+        torch_dist.broadcast_object_list(result, src=0)
+        if error is not None:
+            raise error
+        if result[1] is not None:
+            raise rebuild_error(*result[1])
+        return result[0]
 
-    def beat(self) -> None:
-        """On rank 0, in work that others wait for: say that it goes on."""
-        if self.world_size > 1 and self.is_main:
-            _store().add(BEATS, 1)
-
-    def everywhere(self, work: Callable[[], T]) -> T:
-        """Let every rank do some work; where it fails on any, all raise (`raise_together`). Every rank must call it."""
+    def on_all(self, work: Callable[[], T]) -> T:
+        """Run some work on every rank; where it fails on any rank, raise on all of them (`raise_together`)."""
         result: Any = None
-        fault: Exception | None = None
+        error: Exception | None = None
         try:
             result = work()
-        except Exception as error:  # whatever it is, the others must not go on without this rank
-            fault = error
-        self.raise_together(fault)
+        except Exception as caught:  # of any type: the other ranks must not go on without this one
+            error = caught
+        if self.any(error is not None):
+            self.raise_together(error)
         return result
 
-    def raise_together(self, fault: Exception | None) -> None:
-        """Raise on every rank where any has a fault: there its own, elsewhere one of its kind that names the rank.
+    def raise_together(self, error: Exception | None) -> None:
+        """Raise on every rank: its own error, or the first of the other ranks with the number of that rank.
 
-        Every rank must call it, those that are well with None.
+        error: None on ranks that have none. At least one rank has one.
         """
-        if not self.max(float(fault is not None)):
-            return
-        told = self.gather(None if fault is None else _told(fault))
-        if fault is not None:
-            raise fault
-        ranks = [rank for rank, text in enumerate(told) if text is not None]
-        kind, text = told[ranks[0]]
-        others = f" and {len(ranks) - 1} more" if len(ranks) > 1 else ""
-        raise _retold(kind, f"rank {ranks[0]}{others}: {text}")
+        errors = self.gather(None if error is None else serialize_error(error))
+        if error is not None:
+            raise error
+        failed = [(rank, serialized) for rank, serialized in enumerate(errors) if serialized is not None]
+        rank, (name, message) = failed[0]
+        others = f" and {len(failed) - 1} more" if len(failed) > 1 else ""
+        raise rebuild_error(name, f"rank {rank}{others}: {message}")
 
-    def gather(self, value: Any) -> list[Any]:
-        """Collect one small object from every rank, in rank order, on every rank."""
-        if self.world_size == 1:
-            return [value]
-        out: list[Any] = [None] * self.world_size
-        torch_dist.all_gather_object(out, value)
-        return out
-
-    def barrier(self) -> None:
-        if self.world_size > 1:
-            torch_dist.barrier()
+    def heartbeat(self) -> None:
+        """Report from rank 0, within work that the other ranks wait for, that the work goes on."""
+        if self.world_size > 1 and self.is_main:
+            _store().add(HEARTBEATS, 1)
 
 
-class Board:
-    """Notes that rank 0 leaves for the others, through the store of the rendezvous.
+class StoreBroadcast:
+    """Messages from rank 0 to all other ranks through the rendezvous store.
 
-    No rank meets another for it: only who reads a note that is not written yet waits, and rank 0 never does.
+    It is not a collective: only a rank that receives a message before it is sent waits, and rank 0 never does.
     """
 
     def __init__(self, ranks: Ranks) -> None:
-        """Every rank must make its boards in the same order."""
-        self._ranks, self._name = ranks, f"board/{_store().add(f'boards/{ranks.rank}', 1)}"
+        """Open a broadcast. Every rank must open its broadcasts in the same order."""
+        self._ranks, self._name = ranks, f"broadcast/{_store().add(f'broadcasts/{ranks.rank}', 1)}"
 
-    def write(self, key: str, note: Any) -> None:
-        """On rank 0: leave a note, as JSON. A key is written once."""
-        _store().set(f"{self._name}/{key}", zlib.compress(json.dumps(note).encode(), 1))
-        self._ranks.beat()
+    def send(self, key: str, message: Any) -> None:
+        """Store a message as JSON, on rank 0. Each key is sent once."""
+        _store().set(f"{self._name}/{key}", zlib.compress(json.dumps(message).encode(), 1))
+        self._ranks.heartbeat()
 
-    def read(self, key: str) -> Any:
-        """On any other rank: return a note, once it is written. Each rank reads each note once; then it is gone.
+    def receive(self, key: str) -> Any:
+        """Return a message, on any other rank; waits until it is sent. The last rank to receive it deletes it.
 
-        Raises RuntimeError where rank 0 gives no sign for the timeout of the process group.
+        Raises RuntimeError where rank 0 sends no heartbeat for the timeout of the process group.
         """
         store, key = _store(), f"{self._name}/{key}"
-        await_main(store, key)
-        note = json.loads(zlib.decompress(store.get(key)))
-        if store.add(f"{key}/read", 1) == self._ranks.world_size - 1:
+        wait_for_main(store, key)
+        message = json.loads(zlib.decompress(store.get(key)))
+        if store.add(f"{key}/received", 1) == self._ranks.world_size - 1:
             store.delete_key(key)
-            store.delete_key(f"{key}/read")
-        return note
+            store.delete_key(f"{key}/received")
+        return message
 
 
-BEATS = "main/beats"
-"""In the store: how often rank 0 has said that it goes on."""
-_KINDS: dict[str, type[Exception]] = {"ValueError": ValueError, "RuntimeError": RuntimeError, "OSError": OSError}
-
-
-def await_main(store: Any, key: str) -> None:
-    """Wait until rank 0 has set a key. Raises RuntimeError once it has not beaten for the timeout of the store."""
-    # Asked again and again, not `store.wait`: that holds the connection, and warns on the terminal when it times out.
+def wait_for_main(store: Any, key: str) -> None:
+    """Wait until rank 0 has set a key. Raises RuntimeError once it has sent no heartbeat for the store's timeout."""
+    # Polled, because `store.wait` holds the connection and prints a warning when it times out.
     limit = store.timeout.total_seconds()
-    pause, beats, heard = 0.001, -1, time.monotonic()
+    pause, heartbeats, last_change = 0.001, -1, time.monotonic()
     while not store.check([key]):
-        now = store.add(BEATS, 0)
-        if now != beats:
-            beats, heard = now, time.monotonic()
-        elif time.monotonic() - heard > limit:
-            raise RuntimeError(f"timed out: rank 0 has given no sign for {limit:.0f} s; look for its error")
+        now = store.add(HEARTBEATS, 0)
+        if now != heartbeats:
+            heartbeats, last_change = now, time.monotonic()
+        elif time.monotonic() - last_change > limit:
+            raise RuntimeError(f"timed out: rank 0 has not responded for {limit:.0f} s; look for its error")
         time.sleep(pause)
         pause = min(0.2, 1.5 * pause)
 
@@ -183,16 +165,17 @@ def _store() -> Any:
     return torch_dist.distributed_c10d._get_default_store()
 
 
-def _told(fault: Exception) -> tuple[str, str]:
-    """Kind and text of a fault, for other ranks."""
-    for kind, known in _KINDS.items():
-        if isinstance(fault, known):
-            return kind, str(fault)
-    return "RuntimeError", f"{type(fault).__name__}: {fault}"
+def serialize_error(error: Exception) -> tuple[str, str]:
+    """Return type and message of an error, for other ranks."""
+    for name, known in _ERROR_TYPES.items():
+        if isinstance(error, known):
+            return name, str(error)
+    return "RuntimeError", f"{type(error).__name__}: {error}"
 
 
-def _retold(kind: str, text: str) -> Exception:
-    return _KINDS[kind](text)
+def rebuild_error(name: str, message: str) -> Exception:
+    """Return the error that `serialize_error` took apart."""
+    return _ERROR_TYPES[name](message)
 
 
 def seed_everything(*parts: int) -> None:

@@ -20,16 +20,16 @@ NCCL_SETTINGS = {
 }
 
 
-def start_ranks(*, timeout_seconds: float = 1800.0, records: str | None = None) -> Ranks:
+def start_ranks(*, timeout_seconds: float = 1800.0, nccl_trace_prefix: str | None = None) -> Ranks:
     """Read what the launcher put into the environment and join the other ranks; without it this is one process.
 
     CPU tensors travel by gloo, GPU tensors by NCCL. timeout_seconds: how long a collective waits for the last rank.
-    records: prefix of the files that NCCL's flight recorder writes on a timeout.
+    nccl_trace_prefix: of the files that NCCL's flight recorder writes on a timeout.
     """
     for name, value in NCCL_SETTINGS.items():
         os.environ.setdefault(name, value)
-    if records:
-        os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", records)
+    if nccl_trace_prefix:
+        os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", nccl_trace_prefix)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     rank = int(os.environ.get("RANK", "0"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))

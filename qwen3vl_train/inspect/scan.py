@@ -1,6 +1,5 @@
 """Add up what the rows of one entry say."""
 
-import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,21 +7,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from qwen3vl_train.data.encode.collator import MultimodalCollator
-from qwen3vl_train.data.errors import Reject, RowFault
+from qwen3vl_train.data.errors import FaultKind, Reject, RowFault
 from qwen3vl_train.inspect.boxes import BoxEvidence
 from qwen3vl_train.inspect.entries import Entry, RowRef
 from qwen3vl_train.inspect.facts import SHOWN_ROWS, DuplicateFacts, Histogram, RejectGroup, SourceFacts
 from qwen3vl_train.inspect.histogram import histogram, ratio_histogram
 from qwen3vl_train.inspect.rows import RowFacts, read_row
-
-_NOTHING = "nothing to learn"
-# The faults of `data.video` and `data.formats` that say a clip has no usable rate. All end with these words, which
-# stand behind whatever the data names, so that no name can be taken for them.
-_NO_FRAME_RATE = re.compile(
-    r": frame rate is \S+, not above 0 and at most \d+; write the file again with its rate$"
-    r"|: a list of frames with no times; give one of [a-z_, ]+, as in \{[^}]+\}$"
-    r"|; write a number of frames a second, above 0 and at most \d+$"
-)
 
 
 @dataclass(frozen=True)
@@ -43,7 +33,7 @@ def look_at(entry: Entry, ref: RowRef, collate: MultimodalCollator) -> RowFacts 
         return read_row(entry.sample(ref), entry.visual_tokens(ref), collate)
     except RowFault as fault:
         source = entry.files[ref.file].source
-        return Reject(source.name, source.row_number(ref.row), str(fault))
+        return Reject.from_fault(source.name, source.row_number(ref.row), fault)
 
 
 def add_up(entry: Entry, read: Sequence[tuple[RowRef, RowFacts]], broken: Sequence[Reject]) -> Scan:
@@ -57,8 +47,8 @@ def add_up(entry: Entry, read: Sequence[tuple[RowRef, RowFacts]], broken: Sequen
     rejects += broken
     num_rows = sum(len(file.source) for file in entry.files)
     untrained = [entry.label(ref) for ref, facts in read if not facts.label_tokens]
-    untrained += [entry.label_in(*reject[:2]) for reject in rejects if reject.reason.startswith(_NOTHING)]
-    no_rate = [reject for reject in rejects if _NO_FRAME_RATE.search(reject.reason)]
+    untrained += [entry.label_in(*reject[:2]) for reject in rejects if reject.kind == "nothing_to_learn"]
+    no_rate = [reject for reject in rejects if reject.kind == "no_frame_rate"]
     rows_of = {"fps_missing": [entry.label_in(*reject[:2]) for reject in no_rate]}
     for ref, facts in read:
         for kind in facts.hazards:
@@ -104,14 +94,13 @@ def _histograms(tokens: np.ndarray, visual_tokens: np.ndarray, read: list[RowFac
 
 
 def _group_rejects(entry: Entry, rejects: Sequence[Reject]) -> list[RejectGroup]:
-    """Join rejects whose reasons differ only in names, paths and numbers, the most frequent first.
+    """Join rejects of one kind, the most frequent first; the reason of the first stands for the group.
 
     Half a surrogate pair, which may stand in the name of a key, becomes its escape: no terminal takes it.
     """
-    groups: dict[str, list[Reject]] = {}
+    groups: dict[FaultKind, list[Reject]] = {}
     for reject in rejects:
-        alike = re.sub(r"'[^']*'|\"[^\"]*\"|\([^)]*\)|(?:image|video) [^:]*(?=: )|\S*/\S*|\d+", "*", reject.reason)
-        groups.setdefault(alike, []).append(reject)
+        groups.setdefault(reject.kind, []).append(reject)
     return [
         RejectGroup(
             group[0].reason.encode("utf-8", "backslashreplace").decode(),

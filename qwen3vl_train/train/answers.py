@@ -52,7 +52,9 @@ def split_answer(sample: Sample) -> tuple[Sample, str]:
     Raises RowFault without an answer at the end.
     """
     if sample.messages[-1].role != "assistant" or len(sample.messages) < 2:
-        raise RowFault("does not end with an answer to compare with; end it with an assistant message")
+        raise RowFault(
+            "does not end with an answer to compare with; end it with an assistant message", kind="missing_field"
+        )
     question = Sample(sample.messages[:-1], sample.tools, sample.sample_id, sample.media_root)
     return question, sample.messages[-1].text
 

@@ -1,5 +1,6 @@
 """What all ranks must hold alike: the data, and the plan of every step. Where they do not, all stop and say so."""
 
+import hashlib
 import json
 import os
 import socket
@@ -32,9 +33,10 @@ def check_same_data(held: Held, ranks: Ranks) -> None:
 
     Every rank must call it.
     """
-    if ranks.agree(json.dumps(held, sort_keys=True)):
+    digest = hashlib.sha256(json.dumps(held, sort_keys=True).encode()).hexdigest()
+    if len(set(ranks.gather(digest))) == 1:
         return
-    of_main = ranks.from_main(lambda: held)
+    of_main = ranks.on_main(lambda: held)
     told = ranks.gather(None if held == of_main else _difference(held, of_main))
     lines = [f"\n  - rank {rank}: {text}" for rank, text in enumerate(told) if text is not None]
     raise ValueError(
@@ -64,7 +66,7 @@ def check_same_folder(folder: Path, ranks: Ranks) -> None:
     """
     if ranks.world_size == 1:
         return
-    token = ranks.from_main(lambda: _write_token(folder))
+    token = ranks.on_main(lambda: _write_token(folder))
     deadline = time.monotonic() + LOOK_SECONDS
     # Listing, not asking for the name: that it is not there would be kept in mind by a network file system.
     while not (seen := folder.parent.is_dir() and token in os.listdir(folder.parent)) and time.monotonic() < deadline:

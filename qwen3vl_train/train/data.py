@@ -27,7 +27,7 @@ from qwen3vl_train.data.rows.parse import shapes_line, source_of
 from qwen3vl_train.data.sources import FileSource, StreamSource, open_sources, open_stream
 from qwen3vl_train.data.sources.files import cache_folder
 from qwen3vl_train.data.sources.hub import HubSource
-from qwen3vl_train.dist.ranks import Board, Ranks
+from qwen3vl_train.dist.ranks import Ranks, StoreBroadcast
 from qwen3vl_train.tracking.console import IndexProgress
 from qwen3vl_train.train.consistency import Held, check_same_data, plan_fault
 
@@ -86,7 +86,7 @@ class TrainingData:
             fault = error
         waited = time.perf_counter() - started
         mark, rejected = (-1.0, 0.0) if fault else (float(step.mark.both()), float(len(step.rejected)))
-        highest, negated_lowest, most_rejected = ranks.maxima([mark, -mark, rejected])
+        highest, negated_lowest, most_rejected = ranks.reduce([mark, -mark, rejected], "max")
         if negated_lowest == 1.0:
             ranks.raise_together(fault)
         if highest != -negated_lowest:
@@ -115,7 +115,7 @@ class TrainingData:
 
     def share_rejects(self, rejected: list[Reject], ranks: Ranks) -> list[Reject]:
         """Note the rows that broke while decoding on any rank. Every rank must call it, and gets those that are new."""
-        if not ranks.max(float(len(rejected))):
+        if not ranks.any(bool(rejected)):
             return []
         return self.add_rejects([reject for of_rank in ranks.gather(rejected) for reject in of_rank])
 
@@ -193,14 +193,14 @@ def open_data(recipe: Recipe, ranks: Ranks, *, loader_state: dict[str, Any] | No
     looked at here: see `TrainingData.check_rejects`.
     """
     data = recipe.data
-    opened = ranks.everywhere(lambda: _open(recipe))
+    opened = ranks.on_all(lambda: _open(recipe))
     check_same_data(opened.held(), ranks)
 
     def look_on_main(sources: Sequence[FileSource]) -> Index:
         with IndexProgress() as progress:
 
             def went_on(done: int, total: int) -> None:
-                ranks.beat()
+                ranks.heartbeat()
                 progress(done, total)
 
             return build_index(
@@ -209,11 +209,11 @@ def open_data(recipe: Recipe, ranks: Ranks, *, loader_state: dict[str, Any] | No
             )  # fmt: skip
 
     def look_at(sources: Sequence[FileSource]) -> Index:
-        return ranks.from_main(lambda: look_on_main(sources))
+        return ranks.on_main(lambda: look_on_main(sources))
 
     loader, index = _make_loader(recipe, ranks, opened, look_at)
     # Where it is made of the times of files, machines with copies of their own do not share it.
-    loader.fingerprint = ranks.from_main(lambda: loader.fingerprint)
+    loader.fingerprint = ranks.on_main(lambda: loader.fingerprint)
     if loader_state is not None:
         loader.load_state_dict(loader_state)
     files = [] if opened.streams else [(index, opened.train_files())]
@@ -224,7 +224,7 @@ def open_data(recipe: Recipe, ranks: Ranks, *, loader_state: dict[str, Any] | No
         evals[name] = partial(_packs, looked_at, opened.collate, pack_limits(data), ranks, data.num_workers)
     opening = TrainingData(loader, index, evals, files, data.max_rejected_fraction)
     if isinstance(loader, StreamLoader):
-        opening.stream_shapes = ranks.from_main(lambda: _first_shapes(loader, recipe.train.seed))
+        opening.stream_shapes = ranks.on_main(lambda: _first_shapes(loader, recipe.train.seed))
     return opening
 
 
@@ -309,7 +309,7 @@ def _make_loader(
         Part(Shuffled(source) if isinstance(source, FileSource) else InOrder(source, entry.num_rows), entry.weight)
         for source, entry in opened.train
     ]
-    options |= {"window": data.stream_window, "board": Board(ranks) if ranks.world_size > 1 else None}
+    options |= {"window": data.stream_window, "broadcast": StoreBroadcast(ranks) if ranks.world_size > 1 else None}
     return StreamLoader(parts, opened.collate, length_rule(data), **options), Index.from_sources([], [])
 
 

@@ -40,12 +40,12 @@ def evaluate_loss(
     while True:
         each()
         batch = next(remaining, None)
-        more = ranks.max(float(batch is not None)) > 0 if lockstep else batch is not None
+        more = ranks.any(batch is not None) if lockstep else batch is not None
         if not more:
             break
         loss_sum, num_labels = model((batch or empty_pack(model.arch)).to(ranks.device))
         loss += loss_sum.item()
         labels += num_labels
     model.train(was_training)
-    loss, num = ranks.sum([loss, float(labels)])
+    loss, num = ranks.reduce([loss, float(labels)])
     return EvalLoss(loss / max(1.0, num), int(num))

@@ -44,8 +44,8 @@ def train(recipe: Recipe) -> Path:
     model folder), RuntimeError for what went wrong on the way (non-finite numbers, a full disk), StopRequest after a
     signal asked the run to stop and it has saved.
     """
-    records = run_dir(recipe) / "logs" / "nccl_trace_rank_"
-    ranks = start_ranks(timeout_seconds=recipe.parallel.timeout_seconds, records=str(records))
+    nccl_trace_prefix = str(run_dir(recipe) / "logs" / "nccl_trace_rank_")
+    ranks = start_ranks(timeout_seconds=recipe.parallel.timeout_seconds, nccl_trace_prefix=nccl_trace_prefix)
     with Watchdog(ranks, recipe.parallel.timeout_seconds) as watch:
         return _train(recipe, ranks, watch)
 
@@ -70,29 +70,29 @@ class _Run:
 def _open_run(recipe: Recipe, ranks: Ranks, watch: Watchdog) -> _Run:
     """Open folder, data, model and optimizer, and bring them to the last checkpoint. Every rank must call it."""
     # Rank 0 looks at the folder for all, so that none sees it a moment earlier or later than the others.
-    folder, checkpoint, damaged = ranks.from_main(lambda: open_run_folder(recipe))
+    folder, checkpoint, damaged = ranks.on_main(lambda: open_run_folder(recipe))
     check_same_folder(folder, ranks)
     check_same_weights(recipe.model.path, ranks)
     record = read_record(checkpoint) if checkpoint else {}
     data = open_data(recipe, ranks, loader_state=record.get("loader"))
     saved = record.get("rejects", {"listed": 0, "of_streams": 0})
-    listed = ranks.from_main(
+    listed = ranks.on_main(
         lambda: restart_rejects(folder / REJECTED_FILE, data.found_rejects(), num_saved=saved["listed"])
     )
     data.check_rejects()
     # Behind the check: what broke before a stop counts on, but does not keep a run from going on once it is mended.
     data.load_rejects(saved, listed)
     step, updates = record.get("step", 0), record.get("updates", 0)
-    watch.beat(step)
+    watch.heartbeat(step)
     model, optimizer = build_engine(recipe, ranks)
     model.train()
-    watch.beat(step)
+    watch.heartbeat(step)
     if checkpoint:
         load_checkpoint(checkpoint, state := optimizer.state_tensors())
         optimizer.loaded(state, num_updates=updates)
     check_replicas(optimizer, ranks)
-    ranks.from_main(lambda: claim_run_folder(folder, recipe, checkpoint))
-    watch.beat(step)
+    ranks.on_main(lambda: claim_run_folder(folder, recipe, checkpoint))
+    watch.heartbeat(step)
     return _Run(folder, record, damaged, data, model, optimizer, step, updates)
 
 
@@ -121,7 +121,7 @@ def _train(recipe: Recipe, ranks: Ranks, watch: Watchdog) -> Path:
         while run.step < data.num_steps:
             packs, broken = take_step(stall)
             stall = 0.0
-            watch.beat(run.step)
+            watch.heartbeat(run.step)
             stopping, refused = _urgent(stop, writer, ranks)
             if refused:
                 writer.wait()
@@ -229,7 +229,7 @@ def _urgent(stop: StopSignals, writer: CheckpointWriter, ranks: Ranks) -> tuple[
 
     One message for both, after every step. A checkpoint that failed ends the run either way.
     """
-    most = ranks.max(2.0 if writer.failed() else float(stop.received))
+    most = ranks.reduce([2.0 if writer.failed() else float(stop.received)], "max")[0]
     return most == 1.0, most == 2.0
 
 
@@ -241,7 +241,11 @@ def _evaluate(run: _Run, ranks: Ranks, recorder: Recorder, watch: Watchdog) -> t
         started = time.perf_counter()
         rejected: list[Reject] = []
         result = evaluate_loss(
-            run.model, open_packs(rejected), ranks, lockstep=run.optimizer.lockstep, each=lambda: watch.beat(run.step)
+            run.model,
+            open_packs(rejected),
+            ranks,
+            lockstep=run.optimizer.lockstep,
+            each=lambda: watch.heartbeat(run.step),
         )
         recorder.evaluation(run.step, name, result, time.perf_counter() - started)
         broken += run.data.share_rejects(rejected, ranks)

@@ -60,11 +60,11 @@ def train_step(
     Raises NonFiniteError on every rank before any weight has moved.
     """
     counts = [[b.num_labels, b.num_tokens, b.num_visual_tokens, b.num_patches, flops.step(b)] for b in packs]
-    totals = ranks.sum([float(sum(column)) for column in zip(*counts, strict=True)] if counts else [0.0] * 5)
+    totals = ranks.reduce([float(sum(column)) for column in zip(*counts, strict=True)] if counts else [0.0] * 5)
     num_labels = max(1.0, totals[0])
     # Ranks that share weights or gradients in every pass must run as many of them; who has fewer packs runs empty ones.
     # One at least, also where all packs of the step have broken: ZeRO has gradients after a pass only.
-    num_passes = max(1, int(ranks.max(float(len(packs))))) if optimizer.lockstep else len(packs)
+    num_passes = max(1, int(ranks.reduce([len(packs)], "max")[0])) if optimizer.lockstep else len(packs)
     passes = [*packs, *[empty_pack(model.arch)] * (num_passes - len(packs))]
 
     losses: list[torch.Tensor] = []
@@ -79,7 +79,7 @@ def train_step(
 
     norms = optimizer.gradient_norms()
     of_rank = float(torch.stack(losses).sum(dtype=torch.float64)) if losses else 0.0
-    loss, *of_sources = ranks.sum([of_rank, *tally.values()])
+    loss, *of_sources = ranks.reduce([of_rank, *tally.values()])
     if not (math.isfinite(loss) and math.isfinite(norms["all"])):
         optimizer.discard()
         _stop_non_finite(packs, [loss.item() for loss in losses[: len(packs)]], loss / num_labels, norms, step, ranks)

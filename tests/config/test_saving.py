@@ -5,13 +5,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qwen3vl_train.config import (
-    Recipe,
     RecipeError,
     check_world_size,
     load_recipe,
     public_dict,
     recipe_differences,
-    recipe_from_dict,
     run_dir,
     save_recipe,
 )
@@ -20,22 +18,12 @@ from qwen3vl_train.config.yaml12 import read_yaml, write_yaml
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 
 
-def small(**sections) -> Recipe:
-    required = {
-        "name": "small",
-        "model": {"path": "some/model"},
-        "tune": {"method": "lora"},
-        "data": {"train": [{"path": "a.jsonl"}]},
-    }
-    return recipe_from_dict({**required, **sections})
-
-
-def test_a_recipe_is_frozen():
+def test_recipe_is_frozen(small):
     with pytest.raises(ValueError, match="frozen"):
         small().optim.lr = 3.0
 
 
-def test_save_and_load_again(tmp_path):
+def test_save_and_load_again(small, tmp_path):
     recipe = small(name="2024-01-01", output_dir="1e-4", optim={"lr": 2e-5, "max_grad_norm": None})
     save_recipe(recipe, tmp_path / "recipe.yaml")
     assert load_recipe(tmp_path / "recipe.yaml") == recipe
@@ -48,7 +36,7 @@ def test_shipped_recipes_survive_saving(path, tmp_path):
     assert load_recipe(tmp_path / "recipe.yaml") == load_recipe(path)
 
 
-def test_addresses_lose_their_secrets_when_saved(tmp_path):
+def test_urls_lose_their_secrets_when_saved(small, tmp_path):
     source = {"path": "s3://user:pass@host/a.jsonl?X-Amz-Signature=abc&part=1", "media_root": "https://ghp_x@host/i@2"}
     recipe = small(data={"train": [source]})
     save_recipe(recipe, tmp_path / "recipe.yaml")
@@ -59,7 +47,7 @@ def test_addresses_lose_their_secrets_when_saved(tmp_path):
     assert recipe_differences(saved, recipe) == []
 
 
-def test_differences_name_what_changes_training():
+def test_differences_name_what_changes_training(small):
     there = small(optim={"lr": 1e-4})
     here = small(
         name="other",
@@ -89,7 +77,7 @@ def test_differences_name_what_changes_training():
     assert recipe_differences(here, here) == []
 
 
-def test_world_size():
+def test_world_size(small):
     recipe = small(train={"packs_per_step": 3}, parallel={"engine": "single"})
     check_world_size(recipe, 1)
     with pytest.raises(RecipeError) as caught:
@@ -104,11 +92,11 @@ def test_world_size():
         check_world_size(small(), 16)
 
 
-def test_run_dir():
+def test_run_dir(small):
     assert run_dir(small(output_dir="out/runs")) == Path("out/runs/small")
 
 
-def test_one_list_under_two_keys_is_written_twice():
+def test_list_under_two_keys_is_written_twice():
     shared = [1, 2]
     assert read_yaml(write_yaml({"a": shared, "b": shared})) == ({"a": [1, 2], "b": [1, 2]}, [])
 

@@ -1,4 +1,4 @@
-"""Streams for the tests of the loaders: rows that each have a picture of their own, and a board of one process."""
+"""Streams for the tests of the loaders: rows with a picture each, and a broadcast within one process."""
 
 import json
 from pathlib import Path
@@ -16,18 +16,18 @@ from tests.helpers import small_runs
 NUM_ROWS, NUM_TEXTS = 70, 12
 
 
-class Board:
-    """What rank 0 writes, kept for ranks that run after it."""
+class Broadcast:
+    """Keep what rank 0 sends for ranks that run after it."""
 
     def __init__(self) -> None:
-        self.notes: dict[str, str] = {}
+        self.messages: dict[str, str] = {}
 
-    def write(self, key, note) -> None:
-        assert key not in self.notes
-        self.notes[key] = json.dumps(note)
+    def send(self, key, message) -> None:
+        assert key not in self.messages
+        self.messages[key] = json.dumps(message)
 
-    def read(self, key):
-        return json.loads(self.notes[key])
+    def receive(self, key):
+        return json.loads(self.messages[key])
 
 
 def write_folder(folder: Path) -> Path:

@@ -28,9 +28,9 @@ def open_on_rank(rank, world_size, recipe, folder):
     data = open_data(recipe, Ranks(rank, world_size, rank, torch.device("cpu")))
     steps = [step.packs for step in data.loader]
     names = [name for packs in steps for pack in packs for name in pack.sample_ids]
-    # Rank 0 tells the others that it goes on, so that they wait however long it takes.
-    beats = torch.distributed.distributed_c10d._get_default_store().add("main/beats", 0)
-    return data.index.digest(), data.found_rejects(), len(data.rejects), beats > 0, names
+    # Rank 0 sends heartbeats, so that the others wait however long it takes.
+    heartbeats = torch.distributed.distributed_c10d._get_default_store().add("main/heartbeats", 0)
+    return data.index.digest(), data.found_rejects(), len(data.rejects), heartbeats > 0, names
 
 
 def test_rank_0_looks_at_the_rows_for_all(tiny_folder, task, tmp_path):

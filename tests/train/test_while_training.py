@@ -62,7 +62,7 @@ def test_an_evaluation_is_heard_of_at_every_pack(
 ):
     """Else a long one would be told as a rank that is late."""
     heard: list[int] = []
-    monkeypatch.setattr(Watchdog, "beat", lambda watch, step: heard.append(step))
+    monkeypatch.setattr(Watchdog, "heartbeat", lambda watch, step: heard.append(step))
     case = {"data__eval": [{"path": str(task / "eval.jsonl"), "name": "held"}], "data__max_tokens_per_pack": 64}
     train(small_runs.make_recipe(small, task, tmp_path / "held", train__num_steps=1, **case))
     assert heard[:3] == [0, 0, 0]  # the data, the model, the start

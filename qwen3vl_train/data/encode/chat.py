@@ -149,12 +149,14 @@ def render_instruct(
         if message.role == "system" and place:
             raise RowFault(
                 f"messages[{place}]: a system message that is not the first, which the template drops; "
-                "move it to the front"
+                "move it to the front",
+                kind="dropped_by_template",
             )
         if message.reasoning is not None:
             raise RowFault(
                 f"messages[{place}]: reasoning_content, which the template of an Instruct checkpoint drops; take it "
-                "out or use a Thinking checkpoint"
+                "out or use a Thinking checkpoint",
+                kind="dropped_by_template",
             )
         if message.role == "user":
             pieces += _turn("user", _content(message, place))

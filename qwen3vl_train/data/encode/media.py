@@ -27,7 +27,10 @@ def measure(part: ImagePart | VideoPart, rules: ClipRules | None, media_root: st
     if isinstance(part, ImagePart):
         return Measured(Size(*image_size(part.image, media_root)))
     if rules is None:
-        raise MediaFault("video: the checkpoint has no video_preprocessor_config.json; copy it from its publisher")
+        raise MediaFault(
+            "video: the checkpoint has no video_preprocessor_config.json; copy it from its publisher",
+            kind="unsupported_media",
+        )
     if isinstance(part.video, tuple):
         return _measure_list(part, rules, media_root)
     header = read_header(part.video, media_root)
@@ -45,7 +48,8 @@ def _measure_list(part: VideoPart, rules: ClipRules, media_root: str | None) -> 
         if len(frames) > rules.max_frames:
             raise MediaFault(
                 f"list of {len(frames)} frames: more than the limit of {rules.max_frames}; give fewer, give fps in the "
-                "place of their times to have them sampled, or raise data.max_frames"
+                "place of their times to have them sampled, or raise data.max_frames",
+                kind="too_long",
             )
     else:
         assert part.fps is not None, part

@@ -75,7 +75,8 @@ class Budgets:
         if smallest > budget:
             raise RowFault(
                 f"{len(sizes)} images and clips take at least {smallest} visual tokens, more than {field} {budget}; "
-                "raise it or give fewer"
+                "raise it or give fewer",
+                kind="too_long",
             )
         fits, too_much = 0.0, 1.0
         for _ in range(_HALVINGS):

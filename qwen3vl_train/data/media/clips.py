@@ -58,7 +58,10 @@ def resize_clip(num_frames: int, height: int, width: int, *, min_pixels: int, ma
         scale = max(FACTOR / height, FACTOR / width)
         height, width = int(height * scale), int(width * scale)
     if max(height, width) > MAX_ASPECT * min(height, width):
-        raise MediaFault(f"frames of {width}x{height}: are more extreme than {MAX_ASPECT}:1; crop or pad them")
+        raise MediaFault(
+            f"frames of {width}x{height}: are more extreme than {MAX_ASPECT}:1; crop or pad them",
+            kind="unsupported_media",
+        )
     rows, cols = round(height / FACTOR) * FACTOR, round(width / FACTOR) * FACTOR
     area = round(num_frames / FRAMES_PER_PATCH) * FRAMES_PER_PATCH * rows * cols
     if area > max_pixels:

@@ -68,7 +68,9 @@ def locate(path: str, media_root: str | os.PathLike[str] | None, kind: str = "im
     scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", path)
     if scheme:
         remedy = " or set allow_urls: true" if is_web_address(path) else ""
-        raise MediaFault(f"{name}: is a {scheme[1]} URL and nothing is downloaded; give a local path{remedy}")
+        raise MediaFault(
+            f"{name}: is a {scheme[1]} URL and nothing is downloaded; give a local path{remedy}", kind="forbidden_path"
+        )
     if "\0" in path or not path:
         raise MediaFault(f"{name}: is not a path; give the path of a file")
     if media_root is None:
@@ -76,7 +78,9 @@ def locate(path: str, media_root: str | os.PathLike[str] | None, kind: str = "im
     root = os.path.realpath(media_root)
     real = os.path.realpath(os.path.join(root, path))
     if os.path.commonpath([root, real]) != root:
-        raise MediaFault(f"{name}: leaves media_root {os.fspath(media_root)}; move the file into it")
+        raise MediaFault(
+            f"{name}: leaves media_root {os.fspath(media_root)}; move the file into it", kind="forbidden_path"
+        )
     return real
 
 
@@ -104,9 +108,9 @@ def find_file(path: str, media_root: str | os.PathLike[str] | None, kind: str = 
     except OSError as error:
         if error.errno not in _NOT_THERE:
             raise _unreadable(name, error, "damaged") from None
-        raise MediaFault(f"{name}: no such file ({real}); check the path and media_root") from None
+        raise MediaFault(f"{name}: no such file ({real}); check the path and media_root", kind="missing_file") from None
     if not stat.S_ISREG(status.st_mode):
-        raise MediaFault(f"{name}: is not a file ({real}); check the path and media_root")
+        raise MediaFault(f"{name}: is not a file ({real}); check the path and media_root", kind="missing_file")
     if status.st_size == 0:
         raise MediaFault(f"{name}: is empty (0 bytes); copy the file again")
     return real
@@ -135,7 +139,9 @@ def _identify(file: str | IO[bytes], name: str) -> Image.Image:
     try:
         image = Image.open(file, formats=_readable())
     except Image.UnidentifiedImageError:
-        raise MediaFault(f"{name}: is not an image of a known kind ({', '.join(_readable())}); convert it") from None
+        raise MediaFault(
+            f"{name}: is not an image of a known kind ({', '.join(_readable())}); convert it", kind="unsupported_media"
+        ) from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise _too_large(name, _declared_size(file) or str(error)) from None
     except _DAMAGE as error:
@@ -149,14 +155,17 @@ def _identify(file: str | IO[bytes], name: str) -> Image.Image:
 def _unreadable(name: str, error: BaseException, what: str) -> MediaFault:
     """Tell a disk or its permissions, whose errors have a number, from what is in a file."""
     if isinstance(error, OSError) and error.errno is not None:
-        return MediaFault(f"{name}: cannot be read ({error.strerror}); check disk and permissions", transient=True)
+        return MediaFault(
+            f"{name}: cannot be read ({error.strerror}); check disk and permissions", kind="read_error", transient=True
+        )
     return MediaFault(f"{name}: is {what} ({error}); replace the file")
 
 
 def _too_large(name: str, size: str) -> MediaFault:
     return MediaFault(
         f"{name}: {size} is more than {Image.MAX_IMAGE_PIXELS} pixels, Pillow's limit against decompression bombs; "
-        "shrink the file"
+        "shrink the file",
+        kind="unsupported_media",
     )
 
 
@@ -183,7 +192,8 @@ def _reading(source: ImageSource, media_root: str | os.PathLike[str] | None) -> 
             raise MediaFault(f"{name}: {image.width}x{image.height} has no pixels; replace it")
         if image.mode == "F" or image.mode.startswith("I"):
             raise MediaFault(
-                f"{name}: mode {image.mode} has more than 8 bits and no stated range; convert it to 8 bits a channel"
+                f"{name}: mode {image.mode} has more than 8 bits and no stated range; convert it to 8 bits a channel",
+                kind="unsupported_media",
             )
         yield image
     except MediaFault:
@@ -266,7 +276,10 @@ def smart_resize(height: int, width: int, *, factor: int = FACTOR, min_pixels: i
     smallest side (one factor) wins over max_pixels. Raises MediaFault beyond 200:1. 300, 400 -> 288, 384.
     """
     if max(height, width) > MAX_ASPECT * min(height, width):
-        raise MediaFault(f"image of {width}x{height}: is more extreme than {MAX_ASPECT}:1; crop it or pad it")
+        raise MediaFault(
+            f"image of {width}x{height}: is more extreme than {MAX_ASPECT}:1; crop it or pad it",
+            kind="unsupported_media",
+        )
     rows, cols = round(height / factor) * factor, round(width / factor) * factor
     if rows * cols > max_pixels:
         shrink = math.sqrt(height * width / max_pixels)

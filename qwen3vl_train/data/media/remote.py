@@ -47,13 +47,15 @@ class Remote:
             except _Unsteady as fault:
                 pause = next(pauses, None)
                 if pause is None or time.monotonic() + pause > deadline:
-                    raise MediaFault(f"{self}: {fault}", transient=True) from None
+                    raise MediaFault(f"{self}: {fault}", kind="download_failed", transient=True) from None
                 time.sleep(pause)
             except MediaFault as fault:
-                raise MediaFault(f"{self}: {fault}", transient=True) from None
+                raise MediaFault(f"{self}: {fault}", kind="download_failed", transient=True) from None
             else:
                 if not body:
-                    raise MediaFault(f"{self}: is empty (0 bytes); copy the file again", transient=True)
+                    raise MediaFault(
+                        f"{self}: is empty (0 bytes); copy the file again", kind="download_failed", transient=True
+                    )
                 return body
 
 

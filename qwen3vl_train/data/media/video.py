@@ -65,7 +65,8 @@ def read_header(source: VideoSource, media_root: str | os.PathLike[str] | None =
         if not (math.isfinite(fps) and 0 < fps <= MAX_FPS):
             found = "missing" if not fps else f"{fps:g}"
             raise MediaFault(
-                f"{name}: frame rate is {found}, not above 0 and at most {MAX_FPS}; write the file again with its rate"
+                f"{name}: frame rate is {found}, not above 0 and at most {MAX_FPS}; write the file again with its rate",
+                kind="no_frame_rate",
             )
         height, width = stream.codec_context.height, stream.codec_context.width
         _check_size(name, height, width)
@@ -142,9 +143,14 @@ def _opened(file: str | bytes, name: str) -> Iterator[tuple["InputContainer", "V
             ]
             if not streams:
                 kinds = ", ".join(sorted({stream.type for stream in container.streams})) or "none"
-                raise MediaFault(f"{name}: has no video stream (streams: {kinds}); replace the file")
+                raise MediaFault(
+                    f"{name}: has no video stream (streams: {kinds}); replace the file", kind="unsupported_media"
+                )
             if streams[0].codec_context is None:
-                raise MediaFault(f"{name}: its codec is not one FFmpeg decodes; write the file again as H.264")
+                raise MediaFault(
+                    f"{name}: its codec is not one FFmpeg decodes; write the file again as H.264",
+                    kind="unsupported_media",
+                )
             streams[0].codec_context.thread_count = 1  # the loader's workers are the threads
             yield container, streams[0]
     except MediaFault:
@@ -152,7 +158,9 @@ def _opened(file: str | bytes, name: str) -> Iterator[tuple["InputContainer", "V
     except (FFmpegError, OSError, ValueError, MemoryError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         if getattr(error, "errno", None) in _OF_THE_MACHINE:
-            raise MediaFault(f"{name}: cannot be read ({reason}); check disk and permissions", transient=True) from None
+            raise MediaFault(
+                f"{name}: cannot be read ({reason}); check disk and permissions", kind="read_error", transient=True
+            ) from None
         raise MediaFault(
             f"{name}: is truncated, damaged or of a kind that is not read ({reason}); replace it or write it as MP4"
         ) from None
@@ -180,7 +188,8 @@ def _check_size(name: str, height: int, width: int) -> None:
     if Image.MAX_IMAGE_PIXELS is not None and height * width > Image.MAX_IMAGE_PIXELS:
         raise MediaFault(
             f"{name}: {width}x{height} is more than {Image.MAX_IMAGE_PIXELS} pixels a frame, Pillow's limit against "
-            "decompression bombs; shrink the file"
+            "decompression bombs; shrink the file",
+            kind="unsupported_media",
         )
 
 
@@ -196,7 +205,9 @@ def _turns_of_header(file: str | bytes, container: "InputContainer", stream: "Vi
 
 
 def _unturnable(name: str) -> MediaFault:
-    return MediaFault(f"{name}: is mirrored or turned by no multiple of 90 degrees; write it again upright")
+    return MediaFault(
+        f"{name}: is mirrored or turned by no multiple of 90 degrees; write it again upright", kind="unsupported_media"
+    )
 
 
 def _tabled_frames(container: "InputContainer", stream: "VideoStream", name: str) -> int | None:

@@ -46,7 +46,8 @@ class LengthRule(NamedTuple):
         if not is_trained(pieces):
             raise RowFault(
                 "nothing to learn: a Thinking checkpoint is trained on answers behind the last question, and none "
-                "there is trained; end the row with its answer, or take an Instruct checkpoint"
+                "there is trained; end the row with its answer, or take an Instruct checkpoint",
+                kind="nothing_to_learn",
             )
         # To tokenise millions of characters only to leave them out takes seconds and gigabytes.
         fewest = fewest_tokens(pieces, collator.tokenizer)
@@ -66,7 +67,7 @@ class LengthRule(NamedTuple):
         if self.too_long == "drop":
             return
         others = "" if self.too_long == "shrink_media" else ", or set data.too_long to drop or shrink_media"
-        raise RowFault(f"sample of {what}; raise it, lower data.max_visual_tokens_per_image{others}")
+        raise RowFault(f"sample of {what}; raise it, lower data.max_visual_tokens_per_image{others}", kind="too_long")
 
 
 @dataclass
@@ -100,7 +101,7 @@ class Index:
             stamps=joined.stamps(),
             shapes=joined.shapes,
             rejects=[
-                Reject(name, reject.number, reject.reason)
+                Reject(name, reject.number, reject.reason, reject.kind)
                 for name, part in zip(names, parts, strict=True)
                 for reject in part.rejects
             ],
@@ -219,7 +220,7 @@ class _Look:
                 transient = fault.transient or (
                     isinstance(fault, MediaFault) and sample is not None and is_fetched(sample)
                 )
-                rejects.append(RowReject(at, source.row_number(row), str(fault), transient))
+                rejects.append(RowReject(at, source.row_number(row), str(fault), fault.kind, transient))
             else:
                 if cost is None:
                     dropped[at] = True

@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from qwen3vl_train.data.errors import FaultKind
 from qwen3vl_train.data.rows.media_files import read_stats, row_stamps
 
-_FORM = 3
+_FORM = 4
 """Of the files written here; one more for every change in what they hold or in how costs are found."""
 _DAMAGE = (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile, zlib.error)
 """What reading a cut or altered file raises: every part of it carries a checksum."""
@@ -27,6 +28,7 @@ class RowReject(NamedTuple):
     row: int
     number: int
     reason: str
+    kind: FaultKind
     transient: bool = False
 
 

@@ -42,17 +42,18 @@ class BuildRows:
                 if made.input_ids.numel() != self.index.tokens[number]:
                     raise RowFault(
                         f"sample has {made.input_ids.numel()} tokens but had {self.index.tokens[number]} when it was "
-                        "indexed; its row or its media changed since, start again"
+                        "indexed; its row or its media changed since, start again",
+                        kind="changed",
                     )
             except RowFault as fault:
-                rejected.append(Reject(source.name, source.row_number(row), str(fault)))
+                rejected.append(Reject.from_fault(source.name, source.row_number(row), fault))
             else:
                 encoded.append(made)
         return PackResult(self.collator.pack(encoded) if encoded else None, rejected)
 
     def _check_unchanged(self, sample: Sample, number: int) -> None:
         if stamp_of(sample) != self.index.stamps[number]:
-            raise RowFault(changed_media(sample, "indexed"))
+            raise RowFault(changed_media(sample, "indexed"), kind="changed")
 
 
 def changed_media(sample: Sample, when: str) -> str:

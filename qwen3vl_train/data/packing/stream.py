@@ -27,12 +27,12 @@ from qwen3vl_train.data.packing.workers import from_worker
 from qwen3vl_train.data.rows.media_files import stamp_of
 
 
-class Board(Protocol):
-    """Notes that rank 0 leaves for the other ranks, as JSON; `read` waits for a note that is not written yet."""
+class Broadcast(Protocol):
+    """Messages from rank 0 to all other ranks, as JSON; `receive` waits for a message that is not sent yet."""
 
-    def write(self, key: str, note: Any) -> None: ...
+    def send(self, key: str, message: Any) -> None: ...
 
-    def read(self, key: str) -> Any: ...
+    def receive(self, key: str) -> Any: ...
 
 
 class _BuildSamples:
@@ -50,9 +50,9 @@ class _BuildSamples:
                     raise row.sample
                 made = self.collator.encode(row.sample)
                 if made.input_ids.numel() != row.tokens or stamp_of(row.sample) != row.stamp:
-                    raise RowFault(changed_media(row.sample, "read"))
+                    raise RowFault(changed_media(row.sample, "read"), kind="changed")
             except RowFault as fault:
-                rejected.append(Reject(row.file, row.number, str(fault)))
+                rejected.append(Reject.from_fault(row.file, row.number, fault))
             else:
                 encoded.append(made)
         return PackResult(self.collator.pack(encoded) if encoded else None, rejected)
@@ -96,14 +96,14 @@ class StreamLoader:
         window: int = 2048,
         cost_model: CostModel | None = None,
         pin_memory: bool = False,
-        board: Board | None = None,
+        broadcast: Broadcast | None = None,
     ) -> None:
         """Prepare; nothing is read until iteration.
 
         window: rows that are planned together. Exactly one of num_epochs and num_steps ends the run. With workers, one
-        more process reads the stream. board: by which rank 0 tells the others what it found; every rank must iterate as
-        often as rank 0 does, with as many workers. Without one a rank looks at the rows itself, and has the same steps
-        only while every rank can read every row. Raises ValueError for settings out of range.
+        more process reads the stream. broadcast: by which rank 0 tells the others what it found; every rank must
+        iterate as often as rank 0 does, with as many workers. Without one a rank looks at the rows itself, and has the
+        same steps only while every rank can read every row. Raises ValueError for settings out of range.
         """
         check_weights([(part, part.weight) for part in parts])
         check_run(packs_per_step, num_epochs, num_steps)
@@ -115,7 +115,7 @@ class StreamLoader:
         self.num_steps = num_steps
         """Steps of the whole run, from its beginning; None where num_epochs ends it: a stream does not say."""
         self.window = window
-        self._board, self._num_rounds = board, 0
+        self._broadcast, self._num_rounds = broadcast, 0
         self.cost_model = cost_model or CostModel()
         mixture = Mixture(parts, seed)
         self._scanner = Scanner(mixture, collator, rule, window)
@@ -205,15 +205,15 @@ class StreamLoader:
     def _windows(self, cursor: Cursor, left_out: list[int]) -> Iterator[Window]:
         """Yield the windows from a cursor on, the same on every rank."""
         in_process = self.num_workers == 0
-        if self._board is None or self.world_size == 1:
+        if self._broadcast is None or self.world_size == 1:
             return from_worker(self._scanner.windows, (cursor, left_out), in_process=in_process)
         self._num_rounds += 1
         keys = (f"{self._num_rounds}/{number}" for number in count())
         if self.rank == 0:
             windows = from_worker(self._scanner.windows, (cursor, left_out), in_process=in_process)
-            return _post(windows, self._board, keys)
+            return _post(windows, self._broadcast, keys)
         pieces = from_worker(self._scanner.pieces, cursor, in_process=in_process, ahead=PIECES_AHEAD)
-        return follow(_posted(self._board, keys), pieces)
+        return follow(_posted(self._broadcast, keys), pieces)
 
     def _ends(self, position: _Position) -> bool:
         if self.num_steps is not None:
@@ -282,21 +282,21 @@ def _check_same_again(window: Window, position: _Position) -> None:
         )
 
 
-def _post(windows: Iterator[Window], board: Board, keys: Iterator[str]) -> Iterator[Window]:
+def _post(windows: Iterator[Window], broadcast: Broadcast, keys: Iterator[str]) -> Iterator[Window]:
     """Leave what was found of each window for the other ranks, and how reading ends where it fails."""
     for key in keys:
         try:
             window = next(windows)
         except Exception as error:  # whatever it is, the others wait for it
-            board.write(key, {"fault": str(error), "mend": isinstance(error, ValueError)})
+            broadcast.send(key, {"fault": str(error), "mend": isinstance(error, ValueError)})
             raise
-        board.write(key, window.outcome())
+        broadcast.send(key, window.outcome())
         yield window
 
 
-def _posted(board: Board, keys: Iterator[str]) -> Iterator[dict[str, Any]]:
+def _posted(broadcast: Broadcast, keys: Iterator[str]) -> Iterator[dict[str, Any]]:
     for key in keys:
-        note = board.read(key)
+        note = broadcast.receive(key)
         if "fault" in note:
             raise (ValueError if note["mend"] else RuntimeError)(note["fault"])
         yield note

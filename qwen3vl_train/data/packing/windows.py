@@ -127,7 +127,7 @@ class Scanner:
                     raise row.sample
                 cost = self.rule.admit(row.sample, self.collator)
             except RowFault as fault:
-                window.rejects.append(Reject(row.file, row.row_number, str(fault)))
+                window.rejects.append(Reject.from_fault(row.file, row.row_number, fault))
                 window.left_out.append(place)
             else:
                 if cost is None:

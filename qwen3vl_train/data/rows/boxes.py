@@ -49,18 +49,22 @@ def write_boxes(sample: Sample, row: Mapping[str, Any], columns: Mapping[str, st
     listed = any(values is not None for values in lists.values())
     if convention.unit is None:
         if marks and listed:
-            raise RowFault(f"boxes of no stated convention; set bbox to {', '.join(UNITS)} in the row or the recipe")
+            raise RowFault(
+                f"boxes of no stated convention; set bbox to {', '.join(UNITS)} in the row or the recipe",
+                kind="invalid_boxes",
+            )
         return sample
     size_of = _sizes(sample)
     texts = {}
     for kind, values in lists.items():
         entries = [] if values is None else values
         if not isinstance(entries, list):
-            raise RowFault(f"{_PLURAL[kind]} is not a list; write a list of {_PLURAL[kind]}")
+            raise RowFault(f"{_PLURAL[kind]} is not a list; write a list of {_PLURAL[kind]}", kind="invalid_boxes")
         if len(entries) != (wanted := marks.count(kind)):
             raise RowFault(
                 f"{len(entries)} {kind if len(entries) == 1 else _PLURAL[kind]} but {wanted} <{kind}> "
-                f"mark{'s' * (wanted != 1)} in the text; write one mark for each"
+                f"mark{'s' * (wanted != 1)} in the text; write one mark for each",
+                kind="invalid_boxes",
             )
         where = [f"{_PLURAL[kind]}[{place}]" for place in range(len(entries))]
         texts[kind] = iter(
@@ -81,7 +85,9 @@ def _parts(sample: Sample) -> list[Part]:
 def _own(row: Mapping[str, Any], key: str, known: tuple[str, ...]) -> str | None:
     value = row.get(key)
     if value is not None and value not in known:
-        raise RowFault(f"{key} is {str(value)[:50]!r}; use {', '.join(known)}, and list boxes under boxes")
+        raise RowFault(
+            f"{key} is {str(value)[:50]!r}; use {', '.join(known)}, and list boxes under boxes", kind="invalid_boxes"
+        )
     return value
 
 
@@ -93,10 +99,12 @@ def _sizes(sample: Sample) -> Callable[[Any, str], tuple[float, float]]:
     def size_of(number: Any, where: str) -> tuple[float, float]:
         if number is None and len(images) != 1:
             raise RowFault(f"{where}: in pixels of one of {len(images)} images; say which: "
-                           '{"box": [...], "image": 0}')  # fmt: skip
+                           '{"box": [...], "image": 0}', kind="invalid_boxes")  # fmt: skip
         number = 0 if number is None else number
         if type(number) is not int or not 0 <= number < len(images):
-            raise RowFault(f"{where}: image is {str(number)[:20]} of {len(images)}; images count from 0")
+            raise RowFault(
+                f"{where}: image is {str(number)[:20]} of {len(images)}; images count from 0", kind="invalid_boxes"
+            )
         if number not in seen:
             try:
                 height, width = image_size(images[number].image, sample.media_root)
@@ -119,7 +127,7 @@ def _written(entry: Any, kind: str, where: str, convention: Convention, size_of:
         values[2:] = [values[0] + values[2], values[1] + values[3]]
     if kind == "box" and not (values[0] < values[2] and values[1] < values[3]):
         hint = "is its layout xywh?" if convention.layout == "xyxy" else "is its layout xyxy?"
-        raise RowFault(f"{shown} read as {convention.layout} has no area; {hint}")
+        raise RowFault(f"{shown} read as {convention.layout} has no area; {hint}", kind="invalid_boxes")
     within = "0 to 1" if convention.unit == "unit" else "0 to 1000"
     across, down = 1.0 if convention.unit == "unit" else 1000.0, 1.0 if convention.unit == "unit" else 1000.0
     if convention.unit == "pixel":
@@ -128,18 +136,22 @@ def _written(entry: Any, kind: str, where: str, convention: Convention, size_of:
     scaled = [1000 * value / (down if place % 2 else across) for place, value in enumerate(values)]
     if not all(-0.5 <= value <= 1000.5 for value in scaled):
         raise RowFault(
-            f"{shown} read as {convention.unit}, {convention.layout} leaves {within}; check bbox and bbox_layout"
+            f"{shown} read as {convention.unit}, {convention.layout} leaves {within}; check bbox and bbox_layout",
+            kind="invalid_boxes",
         )
     return str([round(value) for value in scaled])
 
 
 def _numbers(entry: Any, length: int, where: str) -> list[float]:
     if not isinstance(entry, list | tuple) or len(entry) != length:
-        raise RowFault(f"{where} is not a list of {length} numbers; write [{', '.join(['x', 'y'] * (length // 2))}]")
+        raise RowFault(
+            f"{where} is not a list of {length} numbers; write [{', '.join(['x', 'y'] * (length // 2))}]",
+            kind="invalid_boxes",
+        )
     try:
         values = [float(value) for value in entry if isinstance(value, int | float) and not isinstance(value, bool)]
     except OverflowError:
         values = []
     if len(values) != length or not all(math.isfinite(value) for value in values):
-        raise RowFault(f"{where} is {str(entry)[:80]}, not {length} finite numbers; mend the box")
+        raise RowFault(f"{where} is {str(entry)[:80]}, not {length} finite numbers; mend the box", kind="invalid_boxes")
     return values

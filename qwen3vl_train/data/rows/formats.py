@@ -45,7 +45,8 @@ def recognise(row: Row, columns: Mapping[str, str]) -> str:
     keys = ", ".join(sorted(str(key) for key, value in row.items() if value is not None)[:8]) or "none"
     raise RowFault(
         f"no messages, no conversations and no {columns.get('answer', 'answer')} among its keys ({keys}); write "
-        '{"messages": [{"role": ..., "content": ...}, ...]} or name its columns under columns'
+        '{"messages": [{"role": ..., "content": ...}, ...]} or name its columns under columns',
+        kind="missing_field",
     )
 
 
@@ -74,7 +75,7 @@ def to_messages(row: Row, shape: str, columns: Mapping[str, str]) -> Row:
 def _turns(row: Row) -> Any:
     turns = next((row[key] for key in ("conversations", "conversation", "messages") if row.get(key) is not None), None)
     if not isinstance(turns, list):
-        raise RowFault("conversations is not a list; write a list of {from, value}")
+        raise RowFault("conversations is not a list; write a list of {from, value}", kind="wrong_type")
     system = row.get("system")
     messages: list[Any] = [{"role": "system", "content": system}] if system else []
     return messages + [_turn(turn, f"conversations[{place}]") for place, turn in enumerate(turns)]
@@ -82,7 +83,7 @@ def _turns(row: Row) -> Any:
 
 def _turn(turn: Any, where: str) -> Row:
     if not isinstance(turn, dict):
-        raise RowFault(f"{where} is not an object; write from and value")
+        raise RowFault(f"{where} is not an object; write from and value", kind="wrong_type")
     message = {key: value for key, value in turn.items() if key not in ("from", "value") and value is not None}
     speaker = turn.get("from") if turn.get("from") is not None else turn.get("role")
     if not isinstance(speaker, str) or speaker not in _ROLES:
@@ -101,7 +102,7 @@ def _parsed(text: str, where: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise RowFault(f"{where} is not JSON ({str(error)[:80]}); write it as JSON") from None
+        raise RowFault(f"{where} is not JSON ({str(error)[:80]}); write it as JSON", kind="invalid_json") from None
 
 
 def _question_and_answer(row: Row, columns: Mapping[str, str], media: "_Media") -> list[Any]:
@@ -110,7 +111,9 @@ def _question_and_answer(row: Row, columns: Mapping[str, str], media: "_Media") 
 
     question, messages = value("question"), []
     if question is not None and not isinstance(question, str):
-        raise RowFault(f"column {columns.get('question', 'question')} is no text; name the question's column")
+        raise RowFault(
+            f"column {columns.get('question', 'question')} is no text; name the question's column", kind="wrong_type"
+        )
     if value("system"):
         messages.append({"role": "system", "content": value("system")})
     content: Any = question or ""
@@ -118,7 +121,7 @@ def _question_and_answer(row: Row, columns: Mapping[str, str], media: "_Media") 
         content = media.all_parts() + ([{"type": "text", "text": question}] if question else [])
         media.clear()
     if not content:
-        raise RowFault("neither question nor image; a row asks something")
+        raise RowFault("neither question nor image; a row asks something", kind="missing_field")
     answer = {"role": "assistant", "content": value("answer"), "reasoning_content": value("reasoning")}
     return [*messages, {"role": "user", "content": content}, answer]
 
@@ -149,7 +152,7 @@ class _Media:
             return messages
         for kind, values in self.values.items():
             if len(values) != wanted[kind]:
-                raise RowFault(_miscounted(kind, len(values), wanted[kind], own))
+                raise RowFault(_miscounted(kind, len(values), wanted[kind], own), kind="media_mismatch")
         pools = {kind: iter(values) for kind, values in self.values.items()}
         return [_with_media(message, pools) if _asks(message) else message for message in messages]
 
@@ -182,7 +185,7 @@ def _listed(row: Row, kind: str, columns: Mapping[str, str]) -> list[Any]:
     name = columns.get(kind)
     found = [key for key in ([name] if name else [kind, f"{kind}s"]) if row.get(key) not in (None, "", [])]
     if len(found) > 1:
-        raise RowFault(f"{found[0]} and {found[1]} are both given; keep one of them")
+        raise RowFault(f"{found[0]} and {found[1]} are both given; keep one of them", kind="conflicting_fields")
     if not found:
         return []
     value = row[found[0]]
@@ -198,7 +201,7 @@ def _inside(folder: Any, value: Any) -> Any:
     if not folder or not isinstance(value, str) or value.startswith("data:") or "://" in value:
         return value
     if not isinstance(folder, str):
-        raise RowFault("data_path is not a path; write a folder")
+        raise RowFault("data_path is not a path; write a folder", kind="wrong_type")
     return os.path.join(folder, value)
 
 

@@ -57,7 +57,7 @@ class RowRules:
         find: where its media are, if not under media_root, which may be a folder or an fsspec URL; see `Find`.
         """
         if not isinstance(row, dict):
-            raise RowFault(_no_object(row))
+            raise RowFault(_no_object(row), kind="wrong_type")
         shape = recognise(row, self.columns) if self.format == "auto" else self.format
         sample = replace(parse_sample(to_messages(row, shape, self.columns), sample_id, media_root), shape=shape)
         _check_size(sample)
@@ -70,7 +70,10 @@ class RowRules:
         if self.train_on == "last":
             sample = replace(sample, messages=_only_last_trained(sample.messages))
         if not any(message.loss_weight > 0 for message in sample.messages):
-            raise RowFault("nothing to learn: no assistant message is trained; add an answer or take out loss: false")
+            raise RowFault(
+                "nothing to learn: no assistant message is trained; add an answer or take out loss: false",
+                kind="nothing_to_learn",
+            )
         return sample
 
     def _with_media(self, sample: Sample, find: Find | None) -> Sample:
@@ -103,7 +106,7 @@ def _mapped(content: Iterable[Part], place: Callable[[Any], Any]) -> tuple[Part,
 
 def _under_url(root: str, path: str) -> Remote:
     if "://" in path or path.startswith("/") or ".." in path.replace("\\", "/").split("/") or not path:
-        raise MediaFault(f"{path[:200]}: leaves media_root {Remote(root)}; give a path below it")
+        raise MediaFault(f"{path[:200]}: leaves media_root {Remote(root)}; give a path below it", kind="forbidden_path")
     return Remote(f"{root.rstrip('/')}/{path}")
 
 
@@ -117,10 +120,12 @@ def decode_row(text: bytes, *, first: bool = False) -> Any:
     try:
         return json.loads(text.decode("utf-8-sig" if first else "utf-8").strip())
     except UnicodeDecodeError as error:
-        raise RowFault(f"not UTF-8 (byte {error.start} of the line); save the file as UTF-8") from None
+        raise RowFault(
+            f"not UTF-8 (byte {error.start} of the line); save the file as UTF-8", kind="invalid_json"
+        ) from None
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise RowFault(f"not JSON ({reason}); write one object a line") from None
+        raise RowFault(f"not JSON ({reason}); write one object a line", kind="invalid_json") from None
 
 
 def shapes_line(name: str, counts: Mapping[str, int]) -> str:
@@ -148,12 +153,14 @@ def _check_size(sample: Sample) -> None:
     )
     if characters > MAX_TEXT_CHARACTERS:
         raise RowFault(
-            f"{characters:,} characters of text are more than {MAX_TEXT_CHARACTERS:,}, far beyond any pack; split it"
+            f"{characters:,} characters of text are more than {MAX_TEXT_CHARACTERS:,}, far beyond any pack; split it",
+            kind="too_long",
         )
     media = sum(not isinstance(part, TextPart) for part in content)
     if media > MAX_MEDIA:
         raise RowFault(
-            f"{media:,} images and videos are more than {MAX_MEDIA:,}, beyond the model's context; split the row"
+            f"{media:,} images and videos are more than {MAX_MEDIA:,}, beyond the model's context; split the row",
+            kind="too_long",
         )
 
 

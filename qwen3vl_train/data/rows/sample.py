@@ -91,17 +91,17 @@ def parse_sample(row: Any, sample_id: str = "sample", media_root: str | None = N
     Keys that hold None count as absent, as columns of typed files fill them in. The answer may be missing.
     """
     if not isinstance(row, dict):
-        raise RowFault(f'row is {_kind(row)}, not an object; write {{"messages": [...]}}')
+        raise RowFault(f'row is {_kind(row)}, not an object; write {{"messages": [...]}}', kind="wrong_type")
     messages = row.get("messages")
     if messages is None:
-        raise RowFault('no messages; write {"messages": [{"role": ..., "content": ...}, ...]}')
+        raise RowFault('no messages; write {"messages": [{"role": ..., "content": ...}, ...]}', kind="missing_field")
     if not isinstance(messages, list):
-        raise RowFault(f"messages is {_kind(messages)}, not a list; write a list of messages")
+        raise RowFault(f"messages is {_kind(messages)}, not a list; write a list of messages", kind="wrong_type")
     if not messages:
-        raise RowFault("messages is empty; write at least a question and an answer")
+        raise RowFault("messages is empty; write at least a question and an answer", kind="missing_field")
     tools = row.get("tools") or []
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise RowFault("tools is not a list of objects; write OpenAI function descriptions")
+        raise RowFault("tools is not a list of objects; write OpenAI function descriptions", kind="wrong_type")
     _check_json(tools, "tools")
     parsed = tuple(_message(message, f"messages[{place}]") for place, message in enumerate(messages))
     return Sample(parsed, tuple(tools), sample_id, media_root)
@@ -114,7 +114,7 @@ def _kind(value: Any) -> str:
 
 def _check_text(text: Any, where: str) -> str:
     if not isinstance(text, str):
-        raise RowFault(f"{where} is {_kind(text)}, not a string; write text")
+        raise RowFault(f"{where} is {_kind(text)}, not a string; write text", kind="wrong_type")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
@@ -132,7 +132,9 @@ def _check_json(value: Any, where: str) -> None:
     try:
         text = json.dumps(value, ensure_ascii=False)
     except TypeError as error:
-        raise RowFault(f"{where} cannot be written as JSON ({error}); write text and numbers") from None
+        raise RowFault(
+            f"{where} cannot be written as JSON ({error}); write text and numbers", kind="wrong_type"
+        ) from None
     _check_text(text, where)
 
 
@@ -142,24 +144,30 @@ def _children(value: Any) -> list[Any]:
 
 def _message(message: Any, where: str) -> Message:
     if not isinstance(message, dict):
-        raise RowFault(f"{where} is {_kind(message)}, not an object; write role and content")
+        raise RowFault(f"{where} is {_kind(message)}, not an object; write role and content", kind="wrong_type")
     message = {key: value for key, value in message.items() if value is not None}
     unknown = sorted(str(key) for key in message.keys() - _MESSAGE_KEYS)
     if unknown:
-        raise RowFault(f"{where}: unknown key {', '.join(unknown)}; known are {', '.join(sorted(_MESSAGE_KEYS))}")
+        raise RowFault(
+            f"{where}: unknown key {', '.join(unknown)}; known are {', '.join(sorted(_MESSAGE_KEYS))}",
+            kind="unknown_field",
+        )
     role = message.get("role")
     if role is None:
-        raise RowFault(f"{where}: no role; write one of {', '.join(ROLES)}")
+        raise RowFault(f"{where}: no role; write one of {', '.join(ROLES)}", kind="missing_field")
     if role not in ROLES:
         raise RowFault(f"{where}: unknown role {role!r}; use {', '.join(ROLES)}")
     tool_calls = _tool_calls(message.get("tool_calls", []), role, where)
     if "content" not in message and not tool_calls:
-        raise RowFault(f"{where}: no content; write text or a list of parts")
+        raise RowFault(f"{where}: no content; write text or a list of parts", kind="missing_field")
     content = _content(message.get("content", ""), where)
     medium = next((part for part in content if not isinstance(part, TextPart)), None)
     if role in ("system", "assistant") and medium is not None:
         kind = "an image" if isinstance(medium, ImagePart) else "a video"
-        raise RowFault(f"{where}: the {role} message has {kind}, which the template drops; move it to a user message")
+        raise RowFault(
+            f"{where}: the {role} message has {kind}, which the template drops; move it to a user message",
+            kind="dropped_by_template",
+        )
     reasoning = message.get("reasoning_content")
     if reasoning is not None:
         _check_text(reasoning, f"{where}.reasoning_content")
@@ -171,10 +179,10 @@ def _message(message: Any, where: str) -> Message:
 def _loss_weight(message: dict[str, Any], role: str, where: str) -> float:
     loss, weight = message.get("loss"), message.get("loss_weight")
     if loss is not None and not isinstance(loss, bool):
-        raise RowFault(f"{where}.loss is {_kind(loss)}; write true or false")
+        raise RowFault(f"{where}.loss is {_kind(loss)}; write true or false", kind="wrong_type")
     if weight is not None:
         if isinstance(weight, bool) or not isinstance(weight, int | float):
-            raise RowFault(f"{where}.loss_weight is {_kind(weight)}; write a number of at least 0")
+            raise RowFault(f"{where}.loss_weight is {_kind(weight)}; write a number of at least 0", kind="wrong_type")
         if not (math.isfinite(weight) and weight >= 0):
             raise RowFault(f"{where}.loss_weight is {weight}; write a finite number of at least 0")
     if role != "assistant":
@@ -183,7 +191,9 @@ def _loss_weight(message: dict[str, Any], role: str, where: str) -> float:
         return 0.0
     if loss is False:
         if weight:
-            raise RowFault(f"{where}: loss is false but loss_weight is {weight}; take one of them out")
+            raise RowFault(
+                f"{where}: loss is false but loss_weight is {weight}; take one of them out", kind="conflicting_fields"
+            )
         return 0.0
     return 1.0 if weight is None else float(weight)
 
@@ -194,13 +204,15 @@ def _tool_calls(calls: Any, role: str, where: str) -> tuple[ToolCall, ...]:
     if role != "assistant":
         raise RowFault(f"{where}: tool_calls in a {role} message; only assistant messages call tools")
     if not isinstance(calls, list):
-        raise RowFault(f"{where}.tool_calls is {_kind(calls)}, not a list; write a list of calls")
+        raise RowFault(f"{where}.tool_calls is {_kind(calls)}, not a list; write a list of calls", kind="wrong_type")
     parsed = []
     for place, call in enumerate(calls):
         here = f"{where}.tool_calls[{place}]"
         call = call.get("function") or call if isinstance(call, dict) else call
         if not isinstance(call, dict) or "name" not in call or "arguments" not in call:
-            raise RowFault(f'{here}: no name and arguments; write {{"name": ..., "arguments": {{...}}}}')
+            raise RowFault(
+                f'{here}: no name and arguments; write {{"name": ..., "arguments": {{...}}}}', kind="missing_field"
+            )
         arguments = call["arguments"]
         if isinstance(arguments, str):
             _check_text(arguments, here)
@@ -214,14 +226,16 @@ def _content(content: Any, where: str) -> tuple[Part, ...]:
     if isinstance(content, str):
         return (TextPart(_check_text(content, f"{where}.content")),) if content else ()
     if not isinstance(content, list):
-        raise RowFault(f"{where}.content is {_kind(content)}; write text or a list of parts")
+        raise RowFault(f"{where}.content is {_kind(content)}; write text or a list of parts", kind="wrong_type")
     return tuple(_part(part, f"{where}.content[{place}]") for place, part in enumerate(content))
 
 
 def _part(part: Any, where: str) -> Part:
     """Read {"type": "text", "text": ...}, image, video or OpenAI's image_url alike; type may be absent."""
     if not isinstance(part, dict):
-        raise RowFault(f'{where} is {_kind(part)}, not an object; write {{"type": "text", "text": ...}}')
+        raise RowFault(
+            f'{where} is {_kind(part)}, not an object; write {{"type": "text", "text": ...}}', kind="wrong_type"
+        )
     part = {key: value for key, value in part.items() if value is not None}
     kind = part.pop("type", None)
     if kind is None:
@@ -230,14 +244,18 @@ def _part(part: Any, where: str) -> Part:
         what = "no type" if kind is None else f"unknown content type {kind!r}"
         raise RowFault(f"{where}: {what}; use text, image or video")
     if kind not in part:
-        raise RowFault(f'{where}: no key {kind!r} beside type {kind!r}; write {{"type": "{kind}", "{kind}": ...}}')
+        raise RowFault(
+            f'{where}: no key {kind!r} beside type {kind!r}; write {{"type": "{kind}", "{kind}": ...}}',
+            kind="missing_field",
+        )
     value = part.pop(kind)
     if kind == "video" and isinstance(value, dict) and "frames" in value:
         value, part = _unfolded(value, part, where)
     times = {key: part.pop(key) for key in _TIME_KEYS if key in part} if kind == "video" else {}
     if part:
         raise RowFault(
-            f"{where}: unknown key {', '.join(sorted(map(str, part)))} in a part of type {kind}; take it out"
+            f"{where}: unknown key {', '.join(sorted(map(str, part)))} in a part of type {kind}; take it out",
+            kind="unknown_field",
         )
     if kind == "text":
         return TextPart(_check_text(value, f"{where}.text"))
@@ -253,10 +271,14 @@ def _unfolded(clip: dict[str, Any], beside: dict[str, Any], where: str) -> tuple
     said = {key: value for key, value in clip.items() if value is not None}
     frames = said.pop("frames", None)
     if not isinstance(frames, list | tuple):
-        raise RowFault(f"{where}.video.frames is {_kind(frames)}, not a list; write a list of images")
+        raise RowFault(
+            f"{where}.video.frames is {_kind(frames)}, not a list; write a list of images", kind="wrong_type"
+        )
     twice = sorted(said.keys() & beside.keys())
     if twice:
-        raise RowFault(f"{where}: {', '.join(twice)} in the video and beside it; keep one of them")
+        raise RowFault(
+            f"{where}: {', '.join(twice)} in the video and beside it; keep one of them", kind="conflicting_fields"
+        )
     return frames, said | beside
 
 
@@ -266,7 +288,7 @@ def _image(value: Any, where: str) -> ImageSource:
         return _check_text(value, where)
     if isinstance(value, bytes | Image.Image):
         return value
-    raise RowFault(f"{where} is {_kind(value)}; write a path, a data URI, bytes or a PIL image")
+    raise RowFault(f"{where} is {_kind(value)}; write a path, a data URI, bytes or a PIL image", kind="wrong_type")
 
 
 def _video(value: Any, times: dict[str, Any], where: str) -> VideoPart:
@@ -278,10 +300,15 @@ def _video(value: Any, times: dict[str, Any], where: str) -> VideoPart:
     """
     if isinstance(value, str | bytes):
         if times:
-            raise RowFault(f"{where}: {', '.join(times)} beside a video file, whose header says it; take it out")
+            raise RowFault(
+                f"{where}: {', '.join(times)} beside a video file, whose header says it; take it out",
+                kind="conflicting_fields",
+            )
         return VideoPart(_check_text(value, f"{where}.video") if isinstance(value, str) else value)
     if not isinstance(value, list | tuple):
-        raise RowFault(f"{where}.video is {_kind(value)}; write a path, a data URI, bytes or a list of frames")
+        raise RowFault(
+            f"{where}.video is {_kind(value)}; write a path, a data URI, bytes or a list of frames", kind="wrong_type"
+        )
     frames = tuple(_image(frame, f"{where}.video[{place}]") for place, frame in enumerate(value))
     if len(frames) < 2:
         raise RowFault(f"{where}.video: {len(frames)} frames, a clip needs 2; add frames or give an image")
@@ -289,13 +316,17 @@ def _video(value: Any, times: dict[str, Any], where: str) -> VideoPart:
         found = " and ".join(times) or "no times"
         raise RowFault(
             f"{where}: a list of frames with {found}; give one of {', '.join(_TIME_KEYS)}, as in "
-            '{"frames": [...], "fps": 2}'
+            '{"frames": [...], "fps": 2}',
+            kind="conflicting_fields" if times else "no_frame_rate",
         )
     ((key, given),) = times.items()
     if key == "timestamps":
         return VideoPart(frames, timestamps=_timestamps(given, len(frames), f"{where}.timestamps"))
     if isinstance(given, bool) or not isinstance(given, int | float) or not 0 < given <= MAX_FPS:
-        raise RowFault(f"{where}.{key} is {given!r}; write a number of frames a second, above 0 and at most {MAX_FPS}")
+        raise RowFault(
+            f"{where}.{key} is {given!r}; write a number of frames a second, above 0 and at most {MAX_FPS}",
+            kind="no_frame_rate",
+        )
     if key == "fps":
         return VideoPart(frames, fps=float(given))
     return VideoPart(frames, timestamps=tuple(place / given for place in range(len(frames))))
@@ -303,7 +334,7 @@ def _video(value: Any, times: dict[str, Any], where: str) -> VideoPart:
 
 def _timestamps(times: Any, num_frames: int, where: str) -> tuple[float, ...]:
     if not isinstance(times, list | tuple):
-        raise RowFault(f"{where} is {_kind(times)}; write a list of seconds, one for each frame")
+        raise RowFault(f"{where} is {_kind(times)}; write a list of seconds, one for each frame", kind="wrong_type")
     if len(times) != num_frames:
         raise RowFault(f"{where}: {len(times)} times for {num_frames} frames; give one for each frame")
     last = 0.0

@@ -164,5 +164,7 @@ def check_unchanged(path: str, seen: list[int | str], when: str = "indexed") -> 
     if now != seen:
         what = f"{seen[0]} bytes then, {now[0]} now" if now[0] != seen[0] else "its time differs"
         raise RowFault(
-            f"{path} changed since it was {when} ({what}); put it back and resume, or start a new run", transient=True
+            f"{path} changed since it was {when} ({what}); put it back and resume, or start a new run",
+            kind="changed",
+            transient=True,
         )

@@ -76,7 +76,9 @@ class JsonlSource(FileSource):
             text = read_span(self.plain, int(self._starts[row]), length)
         except OSError as error:
             raise RowFault(
-                f"{self.name}: cannot be read ({error}); check the disk or the address", transient=True
+                f"{self.name}: cannot be read ({error}); check the disk or the address",
+                kind="read_error",
+                transient=True,
             ) from None
         return RawRow(decode_row(text, first=int(self._starts[row]) == 0), self.row_number(row), {})
 
@@ -111,7 +113,7 @@ def stream_json(path: str, place: Place | None) -> Iterator[RawRow]:
 
 def _check_length(length: int) -> None:
     if length > MAX_ROW_BYTES:
-        raise RowFault(f"row of {length >> 20} MiB is longer than {MAX_ROW_BYTES >> 20} MiB; split it")
+        raise RowFault(f"row of {length >> 20} MiB is longer than {MAX_ROW_BYTES >> 20} MiB; split it", kind="too_long")
 
 
 class _Hashed:

@@ -79,6 +79,7 @@ class ParquetSource(FileSource):
         except (pa.ArrowException, OSError) as error:
             raise RowFault(
                 f"{self.name}: its copy {self._copy} cannot be read ({_short(error)}); remove it and start again",
+                kind="read_error",
                 transient=True,
             ) from None
         place = row - (ends[number] - batch.num_rows)
@@ -157,7 +158,8 @@ def as_python(batch: Any) -> dict[str, Any]:
         return batch.to_pylist()[0]
     except (pa.ArrowException, ValueError, OverflowError) as error:
         raise RowFault(
-            f"a value cannot be read ({_short(error)}); write text, numbers, bytes, lists and structs"
+            f"a value cannot be read ({_short(error)}); write text, numbers, bytes, lists and structs",
+            kind="wrong_type",
         ) from None
 
 

@@ -82,9 +82,11 @@ class TarSource(FileSource):
                 file.seek(int(self._starts[row]))
                 group = next(_groups(file, self.name, row), None)
         except ValueError as error:
-            raise RowFault(str(error), transient=True) from None
+            raise RowFault(str(error), kind="read_error", transient=True) from None
         if group is None:
-            raise RowFault(f"{self.name}: ends before row {row + 1}; copy the shard again", transient=True)
+            raise RowFault(
+                f"{self.name}: ends before row {row + 1}; copy the shard again", kind="read_error", transient=True
+            )
         return _row_of(group, self.plain, row + 1)
 
     def row_number(self, row: int) -> int:
@@ -158,7 +160,9 @@ def _split_name(name: str) -> tuple[str, str]:
 def _row_of(group: _Group, plain: str, number: int) -> RawRow:
     """Make a row of the files of one key. Raises RowFault."""
     if len(group.members) > _MAX_MEMBERS:
-        raise RowFault(f"more than {_MAX_MEMBERS:,} files of the key {group.key[:100]!r}; split the row")
+        raise RowFault(
+            f"more than {_MAX_MEMBERS:,} files of the key {group.key[:100]!r}; split the row", kind="too_long"
+        )
     found: dict[str, Any] = {}
     row: Any = None
     for member in group.members:
@@ -180,7 +184,10 @@ def _row_of(group: _Group, plain: str, number: int) -> RawRow:
             if name in (member.name, member.name.rpartition("/")[2], member.ending):
                 return _content(member, plain, MAX_BYTES)
         listed = ", ".join(member.name for member in group.members[:6])
-        raise MediaFault(f"{name[:200]}: not among the files of its row in the shard ({listed}); name one of them")
+        raise MediaFault(
+            f"{name[:200]}: not among the files of its row in the shard ({listed}); name one of them",
+            kind="missing_file",
+        )
 
     return RawRow(row, number, {"byte": group.end, "row": number}, find)
 
@@ -188,16 +195,19 @@ def _row_of(group: _Group, plain: str, number: int) -> RawRow:
 def _content(member: _Member, plain: str, limit: int) -> bytes:
     if member.size > limit:
         raise MediaFault(
-            f"{member.name[:200]}: {member.size >> 20} MiB are more than {limit >> 20} MiB; make it smaller"
+            f"{member.name[:200]}: {member.size >> 20} MiB are more than {limit >> 20} MiB; make it smaller",
+            kind="too_long",
         )
     try:
         content = read_span(plain, member.start, member.size)
     except OSError as error:
         raise MediaFault(
-            f"{member.name[:200]}: cannot be read ({error}); check the disk or the address", transient=True
+            f"{member.name[:200]}: cannot be read ({error}); check the disk or the address",
+            kind="read_error",
+            transient=True,
         ) from None
     if len(content) != member.size:
-        raise MediaFault(f"{member.name[:200]}: the shard ends in it; copy the shard again")
+        raise MediaFault(f"{member.name[:200]}: the shard ends in it; copy the shard again", kind="read_error")
     return content
 
 
@@ -205,4 +215,4 @@ def _text(content: bytes, name: str) -> str:
     try:
         return content.decode()
     except UnicodeDecodeError as error:
-        raise RowFault(f"{name[:200]}: not UTF-8 (byte {error.start}); save it as UTF-8") from None
+        raise RowFault(f"{name[:200]}: not UTF-8 (byte {error.start}); save it as UTF-8", kind="invalid_json") from None

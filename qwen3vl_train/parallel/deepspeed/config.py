@@ -1,19 +1,20 @@
-"""DeepSpeed's settings from the recipe, and what a user's own JSON file may say beside it."""
+"""Make DeepSpeed's configuration from the recipe and the user's own JSON file, if there is one."""
 
 import difflib
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
 from qwen3vl_train.config import Recipe
 from qwen3vl_train.config.rules import RecipeError
+from qwen3vl_train.config.saving import flatten
 
 DTYPE_NAMES = {"float32": "fp32", "bfloat16": "bf16"}
-# Elements that travel at once, and so the size of a buffer: 256 MiB of float32. DeepSpeed's own 5e8 take 2 GB each.
+# Elements of one collective, and so of a buffer: 256 MiB of float32. DeepSpeed's default of 5e8 takes 2 GB each.
 BUCKET_ELEMENTS = 2**26
-_ZERO = "zero_optimization."
 _COPIES = "all ranks hold one copy; several copies are engine fsdp2 with parallel.replicate"
-# What would change the training, or would not be used, and what the recipe says in its place.
+# Keys that would change the training, or would not be used -> what decides instead.
 REFUSED = {
     "scheduler": "the schedule is optim.schedule",
     "activation_checkpointing": "it is train.activation_checkpointing",
@@ -49,42 +50,25 @@ REFUSED = {
     "zero_optimization.offload_optimizer.super_offload": "the optimizer is torch's AdamW",
     "zero_optimization.offload_optimizer.cpuadam_cores_perc": "the optimizer is torch's AdamW",
 }
-# The other keys of DeepSpeed 0.19.8. At its first level it drops what it does not know without a word.
-KNOWN = {
-    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
-    "managed_gradient_accumulation", "gradient_allreduce_op", "prescale_gradients", "gradient_predivide_factor",
-    "optimizer", "bf16", "bfloat16", "fp16", "torch_autocast", "data_types", "communication_data_type",
-    "sequence_parallel_size", "zero_optimization", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer",
-    "steps_per_print", "wall_clock_breakdown", "memory_breakdown", "dump_state", "log_level", "disable_python_gc",
-    "comms_logger", "flops_profiler", "timers", "tensorboard", "wandb", "csv_monitor", "comet", "aio",
-}  # fmt: skip
-KNOWN_OF_ZERO = {
-    "stage", "contiguous_gradients", "reduce_scatter", "reduce_bucket_size", "use_multi_rank_bucket_allreduce",
-    "allgather_partitions", "allgather_bucket_size", "overlap_comm", "compute_grad_norm", "load_from_fp32_weights",
-    "elastic_checkpoint", "offload_param", "offload_optimizer", "sub_group_size", "stage3_prefetch_bucket_size",
-    "stage3_param_persistence_threshold", "stage3_model_persistence_threshold", "stage3_max_live_parameters",
-    "stage3_max_reuse_distance", "stage3_gather_16bit_weights_on_model_save", "stage3_module_granularity_threshold",
-    "stage3_use_all_reduce_for_fetch_params", "stage3_allgather_sequential",
-    "stage3_gather_fp16_weights_on_model_save", "ignore_unused_parameters", "legacy_stage1", "round_robin_gradients",
-    "parameter_alignment", "zero_hpz_partition_size", "memory_efficient_linear", "pipeline_loading_checkpoint",
-    "override_module_apply", "log_trace_cache_warnings", "enable_sanity_checks",
-    "save_muon_momentum_buffer_in_memory", "leaf_module",
-}  # fmt: skip
 
 
 def deepspeed_config(recipe: Recipe, world_size: int) -> dict[str, Any]:
-    """Everything that `deepspeed.initialize` is told: the user's file, if any, and over it what the recipe decides.
+    """Return the configuration for `deepspeed.initialize`: the user's file, overridden by what the recipe decides.
 
-    Raises RecipeError that lists each key of the file that says something else than the recipe, with both values.
+    Raises RecipeError that lists each key of the file that contradicts the recipe, with both values. Warns about keys
+    at the first level that are not checked here: DeepSpeed ignores those that it does not know. Unknown keys of
+    zero_optimization are errors of DeepSpeed's own configuration class.
     """
     stage = recipe.parallel.zero_stage
     given: dict[str, Any] = {}
     path = recipe.parallel.deepspeed_config
     if path is not None:
         given = _read(Path(path))
-        errors = _conflicts(given, recipe, world_size)
+        decided = _decided(recipe, world_size)
+        errors = _conflicts(given, decided)
         if errors:
             raise RecipeError(path, errors)
+        _warn_about_unchecked_keys(path, given, decided)
     for section in ("optimizer", "bfloat16", "fp16", "train_batch_size", "torch_autocast"):
         given.pop(section, None)
     zero: dict[str, Any] = {"reduce_bucket_size": BUCKET_ELEMENTS, "allgather_bucket_size": BUCKET_ELEMENTS}
@@ -97,11 +81,11 @@ def deepspeed_config(recipe: Recipe, world_size: int) -> dict[str, Any]:
     return {
         "steps_per_print": None,
         **given,
-        # One pack a pass; the training step says which pass is the last of a step.
+        # One pack a forward pass; the training step says which pass is the last of a step.
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": 0.0,  # the step scales the gradients itself, by the same factor with every engine
-        # The loss is already divided by the labels of all ranks. Stage 3 can only average; that is undone after it.
+        # The loss is already divided by the labels of all ranks. Stage 3 can only average; the engine undoes that.
         "gradient_allreduce_op": "sum" if stage < 3 else "mean",
         "communication_data_type": DTYPE_NAMES[recipe.parallel.reduce_dtype],
         "data_types": {**given.get("data_types", {}), "grad_accum_dtype": "fp32"},
@@ -114,38 +98,36 @@ def deepspeed_config(recipe: Recipe, world_size: int) -> dict[str, Any]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         keys = [key for key, _ in pairs]
-        twice = sorted({key for key in keys if keys.count(key) > 1})
-        if twice:
-            raise ValueError(f"{path}: {twice[0]} is given twice; keep one of them")
+        for key in sorted(key for key in keys if keys.count(key) > 1):
+            raise ValueError(f"{path}: {key} is given twice; keep one of them")
         return dict(pairs)
 
     try:
-        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=once)
+        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=without_duplicates)
     except FileNotFoundError:
         raise ValueError(f"parallel.deepspeed_config: {path} does not exist; give a JSON file") from None
     except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
-        raise ValueError(f"{path}: not a JSON file that can be read ({error}); mend or replace it") from None
+        raise ValueError(f"{path}: not a JSON file that can be read ({error}); fix or replace it") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: holds a {type(content).__name__}; a DeepSpeed configuration is an object of keys")
     return _without_auto(content)
 
 
 def _without_auto(section: dict[str, Any]) -> dict[str, Any]:
-    """Leave out what says "auto": transformers' way to say that the trainer decides, which it does."""
+    """Drop the values "auto", with which transformers says that the trainer decides."""
     kept = {key: value for key, value in section.items() if value != "auto"}
     return {key: _without_auto(value) if isinstance(value, dict) else value for key, value in kept.items()}
 
 
-def _conflicts(given: dict[str, Any], recipe: Recipe, world_size: int) -> list[str]:
-    flat = _flat(given)
-    errors = [*_unknown(given, KNOWN, ""), *_unknown(given.get("zero_optimization"), KNOWN_OF_ZERO, _ZERO)]
+def _conflicts(given: dict[str, Any], decided: dict[str, tuple[Any, str]]) -> list[str]:
+    flat = flatten(given)
+    errors = []
     for key, why in REFUSED.items():
         section = flat.get(key, {name: value for name, value in flat.items() if name.startswith(f"{key}.")})
         if section not in ({}, None, False) and flat.get(f"{key}.enabled") is not False:
             errors.append(f"{key}: cannot be set here, {why}; take it out")
-    decided = _decided(recipe, world_size)
     for key in flat:
         if key.startswith("optimizer.") and key not in decided:
             errors.append(f"{key}: cannot be set here, the optimizer is the recipe's; take it out")
@@ -156,38 +138,25 @@ def _conflicts(given: dict[str, Any], recipe: Recipe, world_size: int) -> list[s
     return errors
 
 
-def _unknown(section: Any, known: set[str], prefix: str) -> list[str]:
-    """A line for each key of a section that is neither known nor refused with a reason."""
-    if not isinstance(section, dict):
-        return []
-    errors = []
-    refused = {key.removeprefix(prefix) for key in REFUSED if key.startswith(prefix)}
-    for key in section:
-        if key not in known | refused:
-            near = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.7)
-            hint = f"did you mean {prefix}{near[0]}?" if near else "take it out"
-            errors.append(f"{prefix}{key}: unknown to DeepSpeed; {hint}")
-    return errors
-
-
-def _flat(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in section.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
+def _warn_about_unchecked_keys(path: str, given: dict[str, Any], decided: dict[str, tuple[Any, str]]) -> None:
+    checked = sorted({key.partition(".")[0] for key in (*decided, *REFUSED, "steps_per_print")})
+    lines = []
+    for key in (key for key in given if key not in checked):
+        near = difflib.get_close_matches(key, checked, n=1, cutoff=0.7)
+        lines.append(f"{key}{f' (did you mean {near[0]}?)' if near else ''}")
+    if lines:
+        what = f"not checked, and DeepSpeed ignores names that it does not know: {', '.join(lines)}"
+        warnings.warn(f"{path}: {what}", stacklevel=3)
 
 
 def _decided(recipe: Recipe, world_size: int) -> dict[str, tuple[Any, str]]:
-    """What the recipe decides: DeepSpeed's dotted key -> (value, field of the recipe)."""
+    """Return what the recipe decides: DeepSpeed's dotted key -> (value, field of the recipe)."""
     optim, parallel, packs = recipe.optim, recipe.parallel, recipe.train.packs_per_step
     bf16 = recipe.model.dtype == "bfloat16"
     dtype, packs_field = "model.dtype", "train.packs_per_step"
     return {
         "train_batch_size": (packs, packs_field),
-        "train_micro_batch_size_per_gpu": (1, "one pack a pass"),
+        "train_micro_batch_size_per_gpu": (1, "one pack a forward pass"),
         "gradient_accumulation_steps": (packs // world_size, f"{packs_field} over {world_size} ranks"),
         "managed_gradient_accumulation": (True, packs_field),
         "gradient_allreduce_op": ("sum" if parallel.zero_stage < 3 else "mean", "gradients are summed over ranks"),
@@ -209,18 +178,16 @@ def _decided(recipe: Recipe, world_size: int) -> dict[str, tuple[Any, str]]:
         "data_types.param_dtype": (DTYPE_NAMES[recipe.model.dtype], dtype),
         "data_types.grad_accum_dtype": ("fp32", "gradients are summed in float32"),
         "sequence_parallel_size": (1, "all ranks share the data"),
-        "zero_optimization": ({"stage": parallel.zero_stage}, "parallel.zero_stage"),  # the old form, true or false
+        "zero_optimization": ({"stage": parallel.zero_stage}, "parallel.zero_stage"),  # also the old form: true, false
         "zero_optimization.stage": (parallel.zero_stage, "parallel.zero_stage"),
         "zero_optimization.offload_optimizer.device": (
-            "cpu" if parallel.offload_optimizer else "none",
-            "parallel.offload_optimizer",
+            "cpu" if parallel.offload_optimizer else "none", "parallel.offload_optimizer",
         ),
         "zero_optimization.offload_param.device": (
-            "cpu" if parallel.offload_parameters else "none",
-            "parallel.offload_parameters",
+            "cpu" if parallel.offload_parameters else "none", "parallel.offload_parameters",
         ),
         "zero_optimization.offload_optimizer.ratio": (1.0, "parallel.offload_optimizer is all or nothing"),
         "zero_optimization.zero_hpz_partition_size": (1, "all ranks hold one copy"),
         "zero_allow_untested_optimizer": (True, "the optimizer is torch's AdamW"),
         "zero_force_ds_cpu_optimizer": (False, "the optimizer is torch's AdamW"),
-    }
+    }  # fmt: skip

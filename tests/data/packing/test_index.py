@@ -58,13 +58,12 @@ def test_costs_are_those_of_the_collator_and_rejects_say_why(tmp_path, collator)
     tokens = collator.cost(second.sample(2)).tokens
     assert index.rejects == [
         Reject(f"{tmp_path}/a.jsonl", 2, "not JSON (Expecting property name enclosed in double quotes: line 1 column 2 "
-               "(char 1)); write one object a line"),
+               "(char 1)); write one object a line", "invalid_json"),
         Reject(f"{tmp_path}/b.jsonl", 1, "messages[0].content[1]: image empty.png: is empty (0 bytes); copy the file "
-               "again"),
+               "again", "invalid_media"),
         Reject(f"{tmp_path}/b.jsonl", 3, f"sample of {tokens} tokens (0 visual) is longer than "
                "data.max_tokens_per_pack 400; raise it, lower data.max_visual_tokens_per_image, or set data.too_long "
-               "to "
-               "drop or shrink_media"),
+               "to drop or shrink_media", "too_long"),
     ]  # fmt: skip
 
 
@@ -100,7 +99,7 @@ def test_samples_that_are_too_long(tmp_path, collator, tiny_folder, limits, reas
     source = write(tmp_path, "a.jsonl", [row(), row(image="a.png")])
     tokens = collator.cost(source.sample(1)).tokens
     rejected = build_index([source], collator, LengthRule(**limits))
-    assert rejected.rejects == [Reject(source.name, 2, reason.format(tokens=tokens))]
+    assert rejected.rejects == [Reject(source.name, 2, reason.format(tokens=tokens), "too_long")]
     assert (rejected.num_usable, rejected.num_dropped) == (1, 0)
     dropped = build_index([source], collator, LengthRule(**limits, too_long="drop"))
     assert (dropped.num_usable, dropped.num_dropped, dropped.rejects) == (1, 1, [])

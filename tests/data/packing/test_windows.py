@@ -13,7 +13,7 @@ from qwen3vl_train.data.encode.collator import MultimodalCollator
 from qwen3vl_train.data.packing.mixture import InOrder, Part
 from qwen3vl_train.data.rows.parse import RowRules
 from qwen3vl_train.data.sources.streams import FileStream
-from qwen3vl_train.dist.ranks import Board, Ranks
+from qwen3vl_train.dist.ranks import Ranks, StoreBroadcast
 from tests.helpers import stream_files
 from tests.helpers.ranks import run_ranks
 from tests.helpers.stream_files import NUM_ROWS, NUM_TEXTS, names_of, stream_loader, write_folder
@@ -42,10 +42,10 @@ def copy(folder, tmp_path):
 
 def steps_of(folders, collator, *, state=None, **options):
     """The steps of every rank; each reads the files of its own folder."""
-    board = stream_files.Board()
+    broadcast = stream_files.Broadcast()
     steps = []
     for rank, folder in enumerate(folders):
-        train = stream_loader(folder, collator, rank=rank, world_size=len(folders), board=board, **options)
+        train = stream_loader(folder, collator, rank=rank, world_size=len(folders), broadcast=broadcast, **options)
         if state:
             train.load_state_dict(state)
         steps.append(list(train))
@@ -83,7 +83,7 @@ def test_a_row_that_one_rank_cannot_read_changes_no_plan(folder, copy, collator,
         assert Counter(names_of(of_epoch[0]) + names_of(of_epoch[1]) + rejected) == EVERY_ROW
 
 
-def test_without_a_board_the_marks_tell_that_ranks_plan_apart(folder, copy, collator):
+def test_without_a_broadcast_the_marks_tell_that_ranks_plan_apart(folder, copy, collator):
     (copy / "3.png").unlink()
     first, second = (
         list(stream_loader(files, collator, rank=rank, world_size=2)) for rank, files in enumerate((folder, copy))
@@ -130,9 +130,9 @@ class BreaksOff(FileStream):
 @pytest.mark.parametrize("fault", [ValueError("s.jsonl is cut short"), RuntimeError("the disk is gone"), KeyError("b")])
 @pytest.mark.parametrize("workers", [0, 1])
 def test_where_reading_ends_on_rank_0_all_ranks_stop_behind_the_same_step(folder, collator, workers, fault):
-    board, told = stream_files.Board(), []
+    broadcast, told = stream_files.Broadcast(), []
     for rank in range(2):
-        train = stream_loader(folder, collator, rank=rank, world_size=2, board=board, num_workers=workers)
+        train = stream_loader(folder, collator, rank=rank, world_size=2, broadcast=broadcast, num_workers=workers)
         if rank == 0:
             train._scanner.mixture.parts = [Part(InOrder(BreaksOff(folder, fault)), 1.0), train.parts[1]]
         with pytest.raises(ValueError if isinstance(fault, ValueError) else Exception) as caught:
@@ -176,17 +176,17 @@ def run_rank(rank, world_size, folders, tiny_folder, workers):
     ranks = Ranks(rank, world_size, rank, torch.device("cpu"))
     train = stream_loader(
         folders[rank], MultimodalCollator.from_pretrained(tiny_folder), rank=rank, world_size=world_size,
-        num_workers=workers, packs_per_step=3, window=6, board=Board(ranks),
+        num_workers=workers, packs_per_step=3, window=6, broadcast=StoreBroadcast(ranks),
     )  # fmt: skip
     steps = []
     for step in train:
         steps.append((step.mark, step.state["steps_done"], names_of([step]), [reject.row for reject in step.rejected]))
         if len(steps) % 4 == rank:
             time.sleep(0.05)
-        ranks.sum([1.0])  # as a training step does: who is early waits here
+        ranks.reduce([1.0])  # as a training step does: who is early waits here
     store = torch.distributed.distributed_c10d._get_default_store()
-    ranks.barrier()
-    left = [key for key in range(40) if store.check([f"board/1/1/{key}"])]
+    ranks.gather(None)
+    left = [key for key in range(40) if store.check([f"broadcast/1/1/{key}"])]
     return steps, left
 
 

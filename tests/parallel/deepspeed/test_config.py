@@ -1,4 +1,3 @@
-import ast
 import importlib.util
 import json
 from pathlib import Path
@@ -8,7 +7,7 @@ import pytest
 
 from qwen3vl_train.config import Recipe
 from qwen3vl_train.config.rules import RecipeError
-from qwen3vl_train.parallel.deepspeed.config import BUCKET_ELEMENTS, KNOWN_OF_ZERO, REFUSED, deepspeed_config
+from qwen3vl_train.parallel.deepspeed.config import BUCKET_ELEMENTS, deepspeed_config
 from tests.helpers import engine_runs
 
 
@@ -26,7 +25,7 @@ def _errors(folder: Path, content: Any, world_size: int = 2, **overrides: Any) -
     return error.value.errors
 
 
-def test_the_recipe_alone(tmp_path: Path):
+def test_recipe_alone(tmp_path: Path):
     config = deepspeed_config(_recipe(tmp_path, zero_stage=2, dtype="bfloat16", offload_optimizer=True), 2)
     assert config == {
         "steps_per_print": None,
@@ -49,7 +48,7 @@ def test_the_recipe_alone(tmp_path: Path):
     }
 
 
-def test_a_file_that_agrees_is_taken_whole(tmp_path: Path):
+def test_file_that_agrees_is_used_whole(tmp_path: Path):
     content = {
         "train_batch_size": 8,
         "train_micro_batch_size_per_gpu": "auto",
@@ -127,7 +126,7 @@ def test_a_file_that_agrees_is_taken_whole(tmp_path: Path):
         ),
     ],
 )
-def test_what_contradicts_the_recipe_is_an_error(content: dict, error: str, tmp_path: Path):
+def test_contradiction_to_the_recipe_is_an_error(content: dict, error: str, tmp_path: Path):
     assert _errors(tmp_path, content) == [f"{error}; take it out or make them agree"]
 
 
@@ -166,53 +165,38 @@ def test_what_contradicts_the_recipe_is_an_error(content: dict, error: str, tmp_
         ({"compile": {"deepcompile": True}}, "compile: cannot be set here, the model is not compiled"),
     ],
 )
-def test_what_would_not_be_used_is_an_error(content: dict, error: str, tmp_path: Path):
+def test_key_without_effect_is_an_error(content: dict, error: str, tmp_path: Path):
     assert _errors(tmp_path, content) == [f"{error}; take it out"]
 
 
 @pytest.mark.parametrize(
-    ("content", "error"),
+    ("content", "named"),
     [
-        (
-            {"zero_optimisation": {"stage": 2}},
-            "zero_optimisation: unknown to DeepSpeed; did you mean zero_optimization?",
-        ),
-        ({"gradient_clip": 1.0}, "gradient_clip: unknown to DeepSpeed; did you mean gradient_clipping?"),
-        ({"blue": 1}, "blue: unknown to DeepSpeed; take it out"),
-        (
-            {"zero_optimization": {"zero_hpp_partition_size": 8}},
-            "zero_optimization.zero_hpp_partition_size: unknown to DeepSpeed; did you mean "
-            "zero_optimization.zero_hpz_partition_size?",
-        ),
+        ({"zero_optimisation": {"stage": 2}}, "zero_optimisation (did you mean zero_optimization?)"),
+        ({"gradient_clip": 1.0, "blue": 1}, "gradient_clip (did you mean gradient_clipping?), blue"),
+        ({"wall_clock_breakdown": True}, "wall_clock_breakdown"),
     ],
 )
-def test_a_key_that_deepspeed_does_not_know_is_an_error(content: dict, error: str, tmp_path: Path):
-    assert _errors(tmp_path, content) == [error]
+def test_keys_that_are_not_checked_are_named_in_one_warning(content: dict, named: str, tmp_path: Path):
+    with pytest.warns(UserWarning, match="not checked") as warned:
+        config = deepspeed_config(_recipe(tmp_path, content), 2)
+    assert config.items() >= content.items()
+    (warning,) = warned
+    what = "not checked, and DeepSpeed ignores names that it does not know"
+    assert str(warning.message) == f"{tmp_path / 'ds.json'}: {what}: {named}"
 
 
-def test_the_keys_are_those_of_the_deepspeed_that_is_installed():
+def test_deepspeed_itself_refuses_unknown_keys_of_zero():
     """Found in its sources, not by an import, which would ask a compiler about every operator."""
     spec = importlib.util.find_spec("deepspeed")
     if spec is None or spec.origin is None:
         pytest.skip("deepspeed is not installed")
     runtime = Path(spec.origin).parent / "runtime"
-    (model,) = [
-        node
-        for node in ast.parse((runtime / "zero" / "config.py").read_text()).body
-        if isinstance(node, ast.ClassDef) and node.name == "DeepSpeedZeroConfig"
-    ]
-    fields = {}
-    for node in model.body:
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-            given = node.value.keywords if isinstance(node.value, ast.Call) else []
-            alias = [word.value.value for word in given if word.arg == "alias" and isinstance(word.value, ast.Constant)]
-            fields[node.target.id] = alias[0] if alias else node.target.id
-    refused = {key.removeprefix("zero_optimization.") for key in REFUSED if key.startswith("zero_optimization.")}
-    assert set(fields.values()) <= KNOWN_OF_ZERO | refused
-    assert set(fields.values()) >= KNOWN_OF_ZERO
+    assert "class DeepSpeedZeroConfig(DeepSpeedConfigModel)" in (runtime / "zero" / "config.py").read_text()
+    assert 'extra="forbid"' in (runtime / "config_utils.py").read_text()
 
 
-def test_only_a_part_of_the_optimizer_cannot_be_offloaded(tmp_path: Path):
+def test_optimizer_is_offloaded_whole_or_not_at_all(tmp_path: Path):
     content = {"zero_optimization": {"offload_optimizer": {"device": "cpu", "ratio": 0.3}}}
     assert _errors(tmp_path, content, offload_optimizer=True) == [
         "zero_optimization.offload_optimizer.ratio: 0.3, but the recipe says 1.0 (parallel.offload_optimizer is all or "
@@ -237,11 +221,11 @@ def test_all_conflicts_are_listed_at_once(tmp_path: Path):
         ("[1]", "ds.json: holds a list; a DeepSpeed configuration is an object of keys"),
     ],
 )
-def test_a_file_that_cannot_be_used(content: str, message: str, tmp_path: Path):
+def test_file_that_cannot_be_used(content: str, message: str, tmp_path: Path):
     with pytest.raises(ValueError, match=message):
         deepspeed_config(_recipe(tmp_path, content), 2)
 
 
-def test_a_missing_file(tmp_path: Path):
+def test_missing_file(tmp_path: Path):
     with pytest.raises(ValueError, match=r"parallel\.deepspeed_config: no/ds\.json does not exist; give a JSON file"):
         deepspeed_config(_recipe(tmp_path, deepspeed_config="no/ds.json"), 2)
