@@ -34,11 +34,10 @@ class Qwen3VLTextAttention(nn.Module):
     def __init__(self, arch: TextArch, layer: int) -> None:
         super().__init__()
         self.layer, self.head_dim = layer, arch.head_dim
-        q_dim, kv_dim = arch.num_attention_heads * arch.head_dim, arch.num_key_value_heads * arch.head_dim
-        self.q_proj = nn.Linear(arch.hidden_size, q_dim, bias=False)
-        self.k_proj = nn.Linear(arch.hidden_size, kv_dim, bias=False)
-        self.v_proj = nn.Linear(arch.hidden_size, kv_dim, bias=False)
-        self.o_proj = nn.Linear(q_dim, arch.hidden_size, bias=False)
+        self.q_proj = nn.Linear(arch.hidden_size, arch.q_size, bias=False)
+        self.k_proj = nn.Linear(arch.hidden_size, arch.kv_size, bias=False)
+        self.v_proj = nn.Linear(arch.hidden_size, arch.kv_size, bias=False)
+        self.o_proj = nn.Linear(arch.q_size, arch.hidden_size, bias=False)
         self.q_norm = Qwen3VLTextRMSNorm(arch.head_dim, arch.rms_norm_eps)
         self.k_norm = Qwen3VLTextRMSNorm(arch.head_dim, arch.rms_norm_eps)
 

@@ -131,7 +131,7 @@ class Qwen3VLVisionPatchMerger(nn.Module):
 
     def __init__(self, arch: VisionArch, *, norm_after_join: bool) -> None:
         super().__init__()
-        self.joined = arch.hidden_size * arch.spatial_merge_size**2
+        self.joined = arch.merged_size
         self.norm_after_join = norm_after_join
         self.norm = nn.LayerNorm(self.joined if norm_after_join else arch.hidden_size, eps=1e-6)
         self.linear_fc1 = nn.Linear(self.joined, self.joined, bias=True)
