@@ -24,7 +24,7 @@ import tiny_checkpoint
 import torch
 import torch.distributed as dist
 
-from tests.helpers import oracles
+from tests.helpers import faults, oracles
 
 torch.set_num_threads(1)
 
@@ -33,6 +33,13 @@ torch.set_num_threads(1)
 def _cache_of_this_session(tmp_path_factory: pytest.TempPathFactory) -> None:
     """What the package unpacks or works out once goes to a folder of its own, never to the user's."""
     os.environ["QWEN3VL_TRAIN_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(autouse=True)
+def _undo_faults() -> Iterator[None]:
+    """What a test replaced in our code is as it was for the next one."""
+    yield
+    faults.undo()
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Look before training: what the data of a recipe is, what the model will see of it, and what looks wrong.
+"""Look at the data of a recipe before training: what it is, what the model will see of it, and what looks wrong.
 
-`gather` collects the facts, `hazards` judges them; `page`, `table` and JSON show the same facts.
+`recipe` collects the facts, `findings` judges them; `page`, `table` and JSON show the same facts.
 """

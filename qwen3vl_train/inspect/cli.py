@@ -1,4 +1,4 @@
-"""What launch/inspect_data.py does."""
+"""Run launch/inspect_data.py."""
 
 import argparse
 import json
@@ -10,26 +10,26 @@ from qwen3vl_train.config import load_recipe
 
 
 def inspect_data(argv: list[str] | None = None) -> int:
-    """launch/inspect_data.py: look at the data of a recipe before training."""
+    """Show the data of a recipe before training, and return the exit code of launch/inspect_data.py."""
     parser = argparse.ArgumentParser(description="Show what the data of a recipe is and what the model will see of it.")
     parser.add_argument("recipe", help="recipe file (YAML or JSON)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. data.max_tokens_per_pack=4096")
     parser.add_argument("--out", type=Path, help="page to write (default: <name of the recipe>-data.html)")
     parser.add_argument(
         "--json", nargs="?", const="-", metavar="FILE",
-        help="write the facts as JSON, too: to a file, or without one (or with -) to stdout, and all else to stderr",
+        help="also write the facts as JSON: to a file, or without one (or with -) to stdout, and all else to stderr",
     )  # fmt: skip
-    parser.add_argument("--samples", type=int, default=12, help="rows shown with pictures and tokens (default: 12)")
+    parser.add_argument("--samples", type=int, default=12, help="rows shown with images and tokens (default: 12)")
     parser.add_argument(
-        "--rows", type=int, default=50_000, help="rows of a source to examine, evenly spread; 0: all (default: 50000)"
+        "--rows", type=int, default=50_000, help="rows of a source to examine, evenly spaced; 0: all (default: 50000)"
     )
     arguments = parser.parse_intermixed_args(argv)
 
     def work() -> None:
         from rich.console import Console
 
-        from qwen3vl_train.inspect.gather import inspect_recipe
         from qwen3vl_train.inspect.page import write_page
+        from qwen3vl_train.inspect.recipe import inspect_recipe
         from qwen3vl_train.inspect.table import print_facts
         from qwen3vl_train.tracking.console import IndexProgress
 

@@ -1,4 +1,4 @@
-"""Rows that are the same: equal text and equal bytes of media. Bytes are read only where text and sizes agree."""
+"""Find rows of equal text and equal bytes of media. Bytes are read only if text and sizes are equal."""
 
 import hashlib
 from collections.abc import Iterator
@@ -9,12 +9,12 @@ from PIL import Image
 from qwen3vl_train.data.errors import RowFault
 from qwen3vl_train.data.media.image import ImageSource, decode_data_uri, find_file
 from qwen3vl_train.data.rows.sample import ImagePart, Sample, TextPart
-from qwen3vl_train.inspect.entries import Entry, RowRef
 from qwen3vl_train.inspect.facts import SHOWN_ROWS, DuplicateFacts
+from qwen3vl_train.inspect.training import Entry, RowRef
 
 
 class DuplicateFinder:
-    """Takes rows one by one, then says which are equal. Keeps 16 bytes and a reference for each row."""
+    """Take rows one by one, then say which are equal. Keeps 16 bytes and a reference for each row."""
 
     def __init__(self, entries: list[Entry]) -> None:
         self._entries = entries
@@ -22,12 +22,12 @@ class DuplicateFinder:
         self._more: dict[bytes, list[RowRef]] = {}
 
     def add(self, key: bytes, ref: RowRef) -> None:
-        """key: `RowFacts.key`, equal where text and sizes are."""
+        """Add a row. key: `RowFacts.key`, equal if text and sizes are."""
         if self._first.setdefault(key, ref) is not ref:
             self._more.setdefault(key, []).append(ref)
 
     def _groups(self) -> Iterator[list[RowRef]]:
-        """Yield rows of equal content, in the order they were added in. Rows whose media went away are left out."""
+        """Yield rows of equal content, in the order in which they were added, without rows whose media are gone."""
         for key, refs in self._more.items():
             equal: dict[bytes, list[RowRef]] = {}
             for ref in (self._first[key], *refs):
@@ -70,13 +70,13 @@ def _media_digest(sample: Sample) -> bytes:
                 continue
             medium = part.image if isinstance(part, ImagePart) else part.video
             for one in medium if isinstance(medium, tuple) else (medium,):
-                # Each piece has a fixed length, so that no two lists of media run together to the same bytes.
+                # Each digest has a fixed length, so that no two lists of media concatenate to the same bytes.
                 digest.update(hashlib.sha256(_content(one, sample.media_root)).digest())
     return digest.digest()
 
 
 def _content(source: ImageSource, media_root: str | None) -> bytes:
-    """Return what a medium holds: the bytes of its file, or the pixels of an image in memory."""
+    """Return the content of a medium: the bytes of its file, or the pixels of an image in memory."""
     if isinstance(source, Image.Image):
         return source.tobytes()
     if isinstance(source, bytes):

@@ -1,23 +1,31 @@
-"""The facts about the data of a recipe, as plain values: what the page, the terminal and `--json` all show."""
+"""Hold the facts about the data of a recipe as plain values, which the page, the terminal and `--json` all show."""
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import numpy as np
+
 SHOWN_ROWS = 50
-"""How many rows are listed where more may be meant; counts are always of all."""
+"""Rows that are listed at the most; counts are always of all."""
+
+_BINS = 24
+_LONG_TAIL = 16  # from a maximum of 16 medians on, even steps would put nearly all rows into the first bin
+_RATIO_EDGES = [2.0 ** (step / 4) for step in range(-13, 14, 2)]  # bins around 1:8, 1:5.7, 1:4 ... 1:1 ... 8:1
 
 
 @dataclass(frozen=True)
 class Histogram:
-    """counts[i] values lie in edges[i] <= value < edges[i+1]; the outermost bins take all beyond them.
+    """Counts of values in bins, and their summary. Without values there are no bins, and all numbers are 0.
 
     scale: 'unit' (a bin is one whole number), 'linear', 'log' (each bin twice the one before) or 'ratio' (width over
-    height, outer bins open). Without values: no bins, all numbers 0.
+        height, outer bins open).
+    counts: counts[i] values are in edges[i] <= value < edges[i+1]; the outermost bins take all beyond them.
     """
 
     scale: str
-    edges: list[float]
-    counts: list[int]
+    edges: list[float] = field(default_factory=list)
+    counts: list[int] = field(default_factory=list)
     minimum: float = 0.0
     median: float = 0.0
     mean: float = 0.0
@@ -28,7 +36,7 @@ class Histogram:
 
 @dataclass(frozen=True)
 class RejectGroup:
-    """Rows that cannot be used for one kind of reason. reason: that of the first row. rows: the first ones."""
+    """Rows that are rejected for the same reason. reason: of the first row. rows: the first ones."""
 
     reason: str
     count: int
@@ -36,15 +44,20 @@ class RejectGroup:
 
 
 @dataclass(frozen=True)
-class Hazard:
-    """Something that looks wrong. kind: one of `kinds.KINDS`. level: 'error' (training stops or learns nonsense),
-    'warning' or 'note'. source: name, or '' for the whole recipe. evidence: the count in words. rows: the first ones.
+class Finding:
+    """Something that looks wrong.
+
+    check: a key of `findings.CHECKS`.
+    level: 'error' (training stops or learns nonsense), 'warning' or 'note'.
+    source: its name, or '' for the whole recipe.
+    evidence: the count in words.
+    rows: the first ones.
     """
 
-    kind: str
+    check: str
     level: str
     source: str
-    hazard: str
+    message: str
     remedy: str
     evidence: str
     count: int
@@ -53,10 +66,11 @@ class Hazard:
 
 @dataclass(frozen=True)
 class DuplicateFacts:
-    """Rows whose text and media both equal those of an earlier row: pairs of (row, file and row of the earlier one).
+    """Rows whose text and media both equal those of an earlier row.
 
-    count: rows that repeat one of the same role (training or held out). leaked: held-out rows that are also training
-    rows. pairs, leaked_pairs: the first of each.
+    count: rows that repeat one of the same role (training or held out).
+    pairs: the first of them as (row, file and row of the earlier one).
+    leaked, leaked_pairs: the same for held-out rows that are also training rows.
     """
 
     count: int = 0
@@ -67,13 +81,18 @@ class DuplicateFacts:
 
 @dataclass
 class SourceFacts:
-    """One entry of data.train or data.eval. role: 'train' or 'eval'. Rows are named as a person finds them: by line
-    or number from 1, with the file where the entry has several.
+    """One entry of data.train or data.eval.
 
-    dropped: rows left out by data.too_long.     formats: shape of rows -> how many of those examined have it.
-    tokens and visual_tokens: of all usable rows. examined: usable rows whose text and media headers were read for all
-    that is counted below it; examined_tokens: their tokens. rows_with_boxes: beside a picture. nothing_to_learn: the
-    first rows in which no token is trained, rejected ones included.
+    Rows are named as a person finds them: by line or number from 1, with the file if the entry has several.
+
+    role: 'train' or 'eval'.
+    formats: shape of rows -> how many of those examined have it.
+    dropped: rows skipped by data.too_long.
+    tokens, visual_tokens: of all usable rows.
+    examined: usable rows whose text and media headers were read; the counts that follow it are of these.
+    examined_tokens: tokens of the rows examined.
+    rows_with_boxes: of those that have an image.
+    nothing_to_learn: the first rows in which no token is trained, rejected ones included.
     """
 
     name: str
@@ -105,16 +124,16 @@ class SourceFacts:
 
     @property
     def label_tokens_of_all(self) -> float:
-        """Trained tokens of all usable rows, as far as those examined tell."""
+        """Estimate the trained tokens of all usable rows from those examined."""
         return self.label_tokens * self.usable / self.examined if self.examined else 0.0
 
 
 @dataclass(frozen=True)
 class PackFacts:
-    """The plan of the first epoch and what follows from it; all 0 where no row can be used.
+    """The plan of the first epoch and what follows from it; all 0 if no row can be used.
 
-    mean_fill: tokens over the room of all packs, 0..1. streamed: the plan is of the rows that were read of each source,
-    and how many steps an epoch has is not known.
+    streamed: the plan is of the first rows of each source, and the number of steps of an epoch is not known.
+    mean_fill: tokens over the room of all packs, 0..1.
     """
 
     streamed: bool
@@ -129,17 +148,67 @@ class PackFacts:
 
 @dataclass(frozen=True)
 class Facts:
-    """Everything. model: path, dialect of its chat template, and the budgets of a picture in visual tokens."""
+    """Everything. model: path, dialect of its chat template, and the limits of an image in visual tokens."""
 
     recipe: str
     model: dict[str, Any]
     sources: list[SourceFacts]
     packs: PackFacts
-    hazards: list[Hazard]
+    findings: list[Finding]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain dicts and lists, for `json.dumps`."""
+        """Return plain dicts and lists. Findings keep the keys of the first release: hazards, each of a kind."""
         values = asdict(self)
         for source, plain in zip(self.sources, values["sources"], strict=True):
             plain["rejected"] = source.rejected
+        values["hazards"] = [
+            {"kind": finding.pop("check"), "hazard": finding.pop("message"), **finding}
+            for finding in values.pop("findings")
+        ]
         return values
+
+
+def histogram(values: np.ndarray) -> Histogram:
+    """Sort numbers of at least 0 into bins. [1, 1, 3] -> edges 1 2 3 4, counts 2 0 1.
+
+    The bins suit the values: whole numbers, even steps, or powers of two for a long tail.
+    """
+    if not values.size:
+        return Histogram("unit")
+    low, high, middle = float(values.min()), float(values.max()), float(np.median(values))
+    if high - low < _BINS and bool(np.all(values == np.floor(values))):
+        return _fill("unit", values, np.arange(low, high + 2))
+    if high > _LONG_TAIL * max(middle, 1.0):
+        first = math.floor(math.log2(max(low, 1.0)))
+        powers = 2.0 ** np.arange(first, math.floor(math.log2(high)) + 2)
+        return _fill("log", values, powers if low >= 1 else np.concatenate([[0.0], powers]))
+    step = _round_up((high - low) / _BINS)
+    start = math.floor(low / step) * step
+    count = max(1, math.ceil((high - start) / step))
+    return _fill("linear", values, start + step * np.arange(count + 1))
+
+
+def ratio_histogram(values: np.ndarray) -> Histogram:
+    """Sort ratios of width to height into bins that are symmetric in wide and tall."""
+    return _fill("ratio", values, np.array(_RATIO_EDGES)) if values.size else Histogram("ratio")
+
+
+def _round_up(step: float) -> float:
+    """Return the next of 1, 2, 5, 10, 20, ... so that edges are numbers a person would choose."""
+    power = 10.0 ** math.floor(math.log10(step))
+    return next(power * digit for digit in (1, 2, 5, 10) if power * digit >= step * (1 - 1e-9))
+
+
+def _fill(scale: str, values: np.ndarray, edges: np.ndarray) -> Histogram:
+    bins = np.clip(np.searchsorted(edges, values, side="right") - 1, 0, len(edges) - 2)
+    return Histogram(
+        scale,
+        [round(float(edge), 6) for edge in edges],
+        np.bincount(bins, minlength=len(edges) - 1).tolist(),
+        float(values.min()),
+        float(np.median(values)),
+        float(values.mean()),
+        float(np.percentile(values, 95)),
+        float(values.max()),
+        float(values.sum()),
+    )

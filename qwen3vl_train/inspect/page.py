@@ -1,4 +1,4 @@
-"""The page: one HTML file with everything in it, that asks nothing of any network and runs no script but its own."""
+"""Write the page: one HTML file with everything in it, which loads nothing and runs no script but its own."""
 
 import base64
 import hashlib
@@ -9,15 +9,15 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from qwen3vl_train.inspect.checks import KINDS
-from qwen3vl_train.inspect.gather import Inspection
+from qwen3vl_train.inspect.findings import CHECKS
+from qwen3vl_train.inspect.recipe import Inspection
 
 # The charts are drawn by charts.js: plotly's script would add several MB to every page, for a handful of bar charts.
-_SCRIPTS = ("dom.js", "charts.js", "facts.js", "packs.js", "pictures.js", "samples.js", "main.js")
+_SCRIPTS = ("dom.js", "charts.js", "facts.js", "packs.js", "images.js", "samples.js", "main.js")
 
 
 def write_page(inspection: Inspection, out: Path) -> None:
-    """Write the page. Raises OSError where `out` cannot be written."""
+    """Write the page. Raises OSError if `out` cannot be written."""
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(render_page(inspection), encoding="utf-8")
 
@@ -34,7 +34,7 @@ def render_page(inspection: Inspection) -> str:
         "facts": inspection.facts.to_json(),
         "samples": inspection.samples,
         "pack": inspection.pack,
-        "kinds": {kind: told.hazard for kind, told in KINDS.items()},
+        "checks": {name: check.message for name, check in CHECKS.items()},
     }
     return Template(_part("page.html")).substitute(
         title=html.escape(f"Data of {inspection.facts.recipe}"),
@@ -47,7 +47,7 @@ def render_page(inspection: Inspection) -> str:
 
 
 def embedded_json(data: Any) -> str:
-    """Return JSON that can stand in a script element: pure ASCII, without <, > and &."""
+    """Return JSON that is safe inside a script element: pure ASCII, without <, > and &."""
     text = json.dumps(data, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 

@@ -1,4 +1,4 @@
-"""What one row says about itself, from its text and the headers of its media; no pixel is decoded."""
+"""Check one row by its text and the headers of its media; no pixel is decoded."""
 
 import hashlib
 import json
@@ -15,9 +15,9 @@ from qwen3vl_train.data.rows.sample import Message, Sample, TextPart
 from qwen3vl_train.inspect.boxes import BoxEvidence, box_evidence, find_boxes
 
 _SPECIAL = re.compile(r"<\|[A-Za-z_]{2,40}\|>")
-_MEDIA_MARK = re.compile(r"</?(?:image|video|img|box|point)>|<(?:image|video)_?\d{1,4}>")
+_PLACEHOLDER = re.compile(r"</?(?:image|video|img|box|point)>|<(?:image|video)_?\d{1,4}>")
 
-# Pixels the model sees over pixels of the file; between these, a picture looks much as it did.
+# Pixels that the model sees over pixels of the file; between these, an image looks much as it did.
 _SHRUNK, _ENLARGED = 0.5, 4.0
 
 
@@ -25,9 +25,13 @@ _SHRUNK, _ENLARGED = 0.5, 4.0
 class RowFacts:
     """One usable row.
 
-    shape: how the row was written, a member of `shapes.SHAPES`. turns: assistant messages. label_tokens: tokens that
-    are trained. sizes: (height, width) of each still. hazards: kinds of `kinds.KINDS` that this row shows. key: equal
-    for rows of equal text and equal media sizes. boxes: None where the row has no picture or no box.
+    shape: how the row was written, a member of `rows.formats.SHAPES`.
+    turns: number of assistant messages.
+    label_tokens: number of tokens that are trained.
+    sizes: (height, width) of each image.
+    failed_checks: keys of `findings.CHECKS`.
+    key: equal for rows of equal text and equal media sizes.
+    boxes: None if the row has no image or no box.
     """
 
     shape: str
@@ -35,60 +39,60 @@ class RowFacts:
     label_tokens: int
     sizes: list[tuple[int, int]]
     videos: int
-    hazards: frozenset[str]
+    failed_checks: frozenset[str]
     key: bytes
     boxes: BoxEvidence | None
 
 
 def read_row(sample: Sample, visual_tokens: int, collate: MultimodalCollator) -> RowFacts:
-    """Look at one sample. visual_tokens: what the index says it costs. Raises RowFault where media cannot be read."""
+    """Check one sample. visual_tokens: its cost in the index. Raises RowFault if media cannot be read."""
     dialect = collate.encoder.dialect
     pieces = DIALECTS[dialect](sample.messages, sample.tools, generation_prompt=False)
     slots = [piece.part for piece in pieces if isinstance(piece, Slot)]
     media = [measure(part, collate.encoder.budgets.clips, sample.media_root).size for part in slots]
     sizes = [(size.height, size.width) for size in media if not size.num_frames]
     videos = len(media) - len(sizes)
-    # Media never stand beside a trained text, so leaving them out changes no trained token.
+    # Media are never next to trained text, so a layout without them has the same trained tokens.
     layout = lay_out([piece for piece in pieces if not isinstance(piece, Slot)], [], collate.tokenizer)
     trained_turns = sum(isinstance(piece, Special) and piece.weight > 0 for piece in pieces)
     boxes = find_boxes("\n".join(message.text for message in sample.messages)) if sizes else []
     evidence = box_evidence(boxes, sizes[0] if len(media) == 1 else None) if boxes else None
-    found = _text_hazards(sample.messages, dialect, trained_turns)
+    failed = _failed_text_checks(sample.messages, dialect, trained_turns)
     if evidence and evidence.fault:
-        found.add(evidence.fault)
+        failed.add(evidence.fault)
     if sizes and not videos:
         kept = visual_tokens * FACTOR**2 / sum(height * width for height, width in sizes)
-        found |= {"shrunk"} if kept < _SHRUNK else {"enlarged"} if kept > _ENLARGED else set()
+        failed |= {"shrunk"} if kept < _SHRUNK else {"enlarged"} if kept > _ENLARGED else set()
     return RowFacts(
         shape=sample.shape,
         turns=sum(message.role == "assistant" for message in sample.messages),
         label_tokens=sum(weight > 0 for weight in layout.weights),
         sizes=sizes,
         videos=videos,
-        hazards=frozenset(found),
+        failed_checks=frozenset(failed),
         key=_key(sample, media),
         boxes=evidence,
     )
 
 
-def _text_hazards(messages: tuple[Message, ...], dialect: str, trained_turns: int) -> set[str]:
-    found = set()
+def _failed_text_checks(messages: tuple[Message, ...], dialect: str, trained_turns: int) -> set[str]:
+    failed = set()
     texts = [part.text for message in messages for part in message.content if isinstance(part, TextPart)]
     if any(_SPECIAL.search(text) for text in texts):
-        found.add("special_token")
-    if any(_MEDIA_MARK.search(text) for text in texts):
-        found.add("media_mark")
+        failed.add("special_token")
+    if any(_PLACEHOLDER.search(text) for text in texts):
+        failed.add("media_mark")
     trained = [message for message in messages if message.loss_weight > 0]
     if any(not message.text.strip() and not message.tool_calls for message in trained):
-        found.add("empty_answer")
+        failed.add("empty_answer")
     thinks = [message.reasoning is not None or "</think>" in message.text for message in trained]
     if dialect == "thinking" and trained and not any(thinks):
-        found.add("no_reasoning")
+        failed.add("no_reasoning")
     if dialect == "instruct" and any(thinks):
-        found.add("reasoning_on_instruct")
+        failed.add("reasoning_on_instruct")
     if trained_turns < len(trained):
-        found.add("answers_left_out")
-    return found
+        failed.add("answers_left_out")
+    return failed
 
 
 def _key(sample: Sample, media: list[Size]) -> bytes:
@@ -101,5 +105,5 @@ def _key(sample: Sample, media: list[Size]) -> bytes:
         ]
         for message in sample.messages
     ]
-    whole = json.dumps([text, sample.tools, media], ensure_ascii=False, default=str)
-    return hashlib.blake2b(whole.encode(), digest_size=16).digest()
+    content = json.dumps([text, sample.tools, media], ensure_ascii=False, default=str)
+    return hashlib.blake2b(content.encode(), digest_size=16).digest()

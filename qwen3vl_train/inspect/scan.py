@@ -1,5 +1,6 @@
-"""Add up what the rows of one entry say."""
+"""Read the rows of one entry, and count what they show."""
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,26 +10,39 @@ import numpy as np
 from qwen3vl_train.data.encode.collator import MultimodalCollator
 from qwen3vl_train.data.errors import FaultKind, Reject, RowFault
 from qwen3vl_train.inspect.boxes import BoxEvidence
-from qwen3vl_train.inspect.entries import Entry, RowRef
-from qwen3vl_train.inspect.facts import SHOWN_ROWS, DuplicateFacts, Histogram, RejectGroup, SourceFacts
-from qwen3vl_train.inspect.histogram import histogram, ratio_histogram
+from qwen3vl_train.inspect.facts import (
+    SHOWN_ROWS,
+    DuplicateFacts,
+    Histogram,
+    RejectGroup,
+    SourceFacts,
+    histogram,
+    ratio_histogram,
+)
 from qwen3vl_train.inspect.rows import RowFacts, read_row
+from qwen3vl_train.inspect.training import Entry, RowRef
+
+# What differs between rows that are rejected for the same reason: names, paths and numbers.
+_VARYING = re.compile(r"'[^']*'|\"[^\"]*\"|\([^)]*\)|(?:image|video) [^:]*(?=: )|\S*/\S*|\d+")
 
 
 @dataclass(frozen=True)
 class Scan:
-    """What was found in one entry. rows_of: kind of hazard -> the rows that show it, named for a person; kinds_of: row
-    -> its kinds. boxes: of each row that has some.
+    """What was found in one entry.
+
+    rows_by_check: check -> the rows that fail it, named for a person.
+    failed_checks: row -> the checks that it fails.
+    boxes: of each row that has some.
     """
 
     facts: SourceFacts
-    rows_of: dict[str, list[str]]
-    kinds_of: dict[RowRef, frozenset[str]]
+    rows_by_check: dict[str, list[str]]
+    failed_checks: dict[RowRef, frozenset[str]]
     boxes: list[BoxEvidence]
 
 
-def look_at(entry: Entry, ref: RowRef, collate: MultimodalCollator) -> RowFacts | Reject:
-    """Look at one row; a Reject where it cannot be read any more."""
+def scan_row(entry: Entry, ref: RowRef, collate: MultimodalCollator) -> RowFacts | Reject:
+    """Read one row; return a Reject if it can no longer be read."""
     try:
         return read_row(entry.sample(ref), entry.visual_tokens(ref), collate)
     except RowFault as fault:
@@ -36,23 +50,23 @@ def look_at(entry: Entry, ref: RowRef, collate: MultimodalCollator) -> RowFacts 
         return Reject.from_fault(source.name, source.row_number(ref.row), fault)
 
 
-def add_up(entry: Entry, read: Sequence[tuple[RowRef, RowFacts]], broken: Sequence[Reject]) -> Scan:
-    """Sum up the rows that were read; broken ones join those that the index rejected. Duplicates are not known yet."""
+def summarize(entry: Entry, read: Sequence[tuple[RowRef, RowFacts]], broken: Sequence[Reject]) -> Scan:
+    """Count what was read; broken rows join those that the index rejected. Duplicates are not known yet."""
     tokens, visual_tokens = (
         np.concatenate([getattr(file.index, column)[file.usable()] for file in entry.files])
         for column in ("tokens", "visual_tokens")
     )
     rejects = [reject for file in entry.files for reject in file.rejects]
-    of_index = len(rejects)
+    num_rejected_by_index = len(rejects)
     rejects += broken
     num_rows = sum(len(file.source) for file in entry.files)
     untrained = [entry.label(ref) for ref, facts in read if not facts.label_tokens]
     untrained += [entry.label_in(*reject[:2]) for reject in rejects if reject.kind == "nothing_to_learn"]
     no_rate = [reject for reject in rejects if reject.kind == "no_frame_rate"]
-    rows_of = {"fps_missing": [entry.label_in(*reject[:2]) for reject in no_rate]}
+    rows_by_check = {"fps_missing": [entry.label_in(*reject[:2]) for reject in no_rate]}
     for ref, facts in read:
-        for kind in facts.hazards:
-            rows_of.setdefault(kind, []).append(entry.label(ref))
+        for check in facts.failed_checks:
+            rows_by_check.setdefault(check, []).append(entry.label(ref))
     boxes = [facts.boxes for _, facts in read if facts.boxes is not None]
     facts = SourceFacts(
         name=entry.name,
@@ -62,7 +76,7 @@ def add_up(entry: Entry, read: Sequence[tuple[RowRef, RowFacts]], broken: Sequen
         formats=dict(Counter(facts.shape for _, facts in read).most_common()),
         rows=num_rows,
         usable=len(tokens),
-        dropped=num_rows - len(tokens) - of_index,
+        dropped=num_rows - len(tokens) - num_rejected_by_index,
         rejects=_group_rejects(entry, rejects),
         tokens=int(tokens.sum()),
         visual_tokens=int(visual_tokens.sum()),
@@ -78,8 +92,8 @@ def add_up(entry: Entry, read: Sequence[tuple[RowRef, RowFacts]], broken: Sequen
         histograms=_histograms(tokens, visual_tokens, [facts for _, facts in read]),
         duplicates=DuplicateFacts(),
     )
-    kinds_of = {ref: facts.hazards for ref, facts in read if facts.hazards}
-    return Scan(facts, rows_of, kinds_of, boxes)
+    failed_checks = {ref: facts.failed_checks for ref, facts in read if facts.failed_checks}
+    return Scan(facts, rows_by_check, failed_checks, boxes)
 
 
 def _histograms(tokens: np.ndarray, visual_tokens: np.ndarray, read: list[RowFacts]) -> dict[str, Histogram]:
@@ -94,13 +108,13 @@ def _histograms(tokens: np.ndarray, visual_tokens: np.ndarray, read: list[RowFac
 
 
 def _group_rejects(entry: Entry, rejects: Sequence[Reject]) -> list[RejectGroup]:
-    """Join rejects of one kind, the most frequent first; the reason of the first stands for the group.
+    """Join rejects of one kind whose reasons differ only in names, paths and numbers, the most frequent first.
 
-    Half a surrogate pair, which may stand in the name of a key, becomes its escape: no terminal takes it.
+    An unpaired surrogate, which may be in the name of a key, becomes its escape, since no terminal takes it.
     """
-    groups: dict[FaultKind, list[Reject]] = {}
+    groups: dict[tuple[FaultKind, str], list[Reject]] = {}
     for reject in rejects:
-        groups.setdefault(reject.kind, []).append(reject)
+        groups.setdefault((reject.kind, _VARYING.sub("*", reject.reason)), []).append(reject)
     return [
         RejectGroup(
             group[0].reason.encode("utf-8", "backslashreplace").decode(),

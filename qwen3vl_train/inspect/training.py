@@ -1,34 +1,42 @@
-"""The rows of a recipe and the packs they make, whether all are indexed or the first of a stream are read."""
+"""Open the rows of a recipe, entry by entry, and plan the packs that they make.
+
+The rows are those of the whole index, or the first ones of each source if one is streamed.
+"""
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from qwen3vl_train.config import Recipe
 from qwen3vl_train.data.encode.collator import MultimodalCollator
-from qwen3vl_train.data.errors import RowFault
+from qwen3vl_train.data.errors import Reject, RowFault
 from qwen3vl_train.data.open import cost_model, length_rule, pack_limits
 from qwen3vl_train.data.packing.index import Index, build_index
 from qwen3vl_train.data.packing.loader import TrainLoader
 from qwen3vl_train.data.packing.mixture import InOrder, Shuffled
 from qwen3vl_train.data.packing.plan import plan_packs
+from qwen3vl_train.data.rows.boxes import NOT_SAID
 from qwen3vl_train.data.rows.parse import RowRules
 from qwen3vl_train.data.rows.sample import Sample
 from qwen3vl_train.data.sources import FileSource, Source, StreamRow, entry_rules, open_sources, open_stream
 from qwen3vl_train.data.sources.files import cache_folder
+from qwen3vl_train.inspect.boxes import ListedMarks
 from qwen3vl_train.tracking.console import IndexProgress
 
 
 @dataclass(frozen=True)
 class Training:
-    """sources: the files, as `index` numbers them, with their weights. packs: row numbers of the index; none where no
-    row can be used. num_steps: of the run.
+    """The training rows and their packs.
 
-    streamed: only the first rows of each source were read, and packs are of these alone; else of the first epoch.
+    sources: the files, as `index` numbers them, with their weights.
+    packs: row numbers of the index; none if no row can be used.
+    num_steps: of the run.
+    streamed: whether only the first rows of each source were read; packs are then of these alone, else of the first
+        epoch.
     """
 
     collate: MultimodalCollator
@@ -41,42 +49,130 @@ class Training:
 
     def sample(self, number: int) -> Sample:
         """Read a row of the index. Raises RowFault."""
-        place, row = self.index.locate(number)
-        return self.sources[place].sample(row)
+        source, row = self.index.locate(number)
+        return self.sources[source].sample(row)
+
+
+class RowRef(NamedTuple):
+    """One row: indices, all from 0, of an entry, a file of the entry, and a row of the file."""
+
+    entry: int
+    file: int
+    row: int
+
+
+@dataclass(frozen=True)
+class IndexedFile:
+    """One file.
+
+    number: its index among the sources of `index`.
+    rejects: its rows that the index could not use.
+    """
+
+    source: Source
+    index: Index
+    number: int
+    rejects: list[Reject]
+
+    @property
+    def first(self) -> int:
+        """Number of its first row in the index."""
+        return int(self.index.starts[self.number])
+
+    def usable(self) -> np.ndarray:
+        """Return the numbers of its usable rows in the index."""
+        return self.index.usable(self.number)
+
+
+@dataclass
+class Entry:
+    """One entry under data.train or data.eval.
+
+    number: its index among all entries.
+    role: 'train' or 'eval'.
+    """
+
+    number: int
+    name: str
+    role: str
+    weight: float
+    files: list[IndexedFile] = field(default_factory=list)
+
+    def evenly_spaced(self, most: int | None) -> list[RowRef]:
+        """Return its usable rows, at most so many of them, evenly spaced."""
+        rows = [
+            RowRef(self.number, file_number, row - file.first)
+            for file_number, file in enumerate(self.files)
+            for row in file.usable().tolist()
+        ]
+        if most is None or most >= len(rows):
+            return rows
+        return [rows[number] for number in np.linspace(0, len(rows) - 1, most).round().astype(np.int64)]
+
+    def sample(self, ref: RowRef) -> Sample:
+        """Read one row. Raises RowFault."""
+        return self.files[ref.file].source.sample(ref.row)
+
+    def listed_marks(self, ref: RowRef) -> ListedMarks | None:
+        """Return what a row lists under boxes and points, None if there is nothing. Raises RowFault."""
+        source = self.files[ref.file].source
+        if not isinstance(source, FileSource):  # a stream keeps samples only
+            return None
+        raw, rules = source.raw(ref.row), source.rules
+        columns = {name: rules.columns.get(key, key) for name, key in (("box", "boxes"), ("point", "points"))}
+        entries = {name: raw.row.get(column) or [] for name, column in columns.items()}
+        if not any(entries.values()):
+            return None
+        without = {key: value for key, value in raw.row.items() if key not in {*columns.values(), "bbox"}}
+        unfilled = replace(rules, boxes=NOT_SAID).sample(without, "unfilled", source.media_root, raw.find)
+        return ListedMarks(unfilled, entries)
+
+    def visual_tokens(self, ref: RowRef) -> int:
+        file = self.files[ref.file]
+        return int(file.index.visual_tokens[file.first + ref.row])
+
+    def tokens(self, ref: RowRef) -> int:
+        file = self.files[ref.file]
+        return int(file.index.tokens[file.first + ref.row])
+
+    def label(self, ref: RowRef) -> str:
+        """Name a row of this entry for a person: its number, with its file if there are several."""
+        source = self.files[ref.file].source
+        return self.label_in(source.name, source.row_number(ref.row))
+
+    def label_in(self, file: str, row_number: int) -> str:
+        return str(row_number) if len(self.files) == 1 else f"{file.rsplit('/', 1)[-1]}:{row_number}"
 
 
 class ReadRows:
-    """A `Source` of rows of one file that were read from a stream, and are kept."""
+    """Keep the rows of one file that were read from a stream, as a `Source`."""
 
     def __init__(self, name: str, rules: RowRules) -> None:
         self.name, self.rules = name, rules
         self.media_root: str | None = None  # each sample has its own
-        self._rows: list[StreamRow] = []
-
-    def add(self, row: StreamRow) -> None:
-        self._rows.append(row)
+        self.rows: list[StreamRow] = []
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self.rows)
 
     def sample(self, row: int) -> Sample:
-        sample = self._rows[row].sample
+        sample = self.rows[row].sample
         if isinstance(sample, RowFault):
             raise sample
         return sample
 
     def row_number(self, row: int) -> int:
-        return self._rows[row].row_number
+        return self.rows[row].row_number
 
     def fingerprint(self) -> dict[str, Any]:
-        return {"rows": len(self._rows)}
+        return {"rows": len(self.rows)}
 
 
 def open_training(recipe: Recipe, collate: MultimodalCollator, max_rows: int | None) -> Training:
-    """Return the training rows: all of them where they are indexed, else the first of each source.
+    """Return the training rows: all of them, or the first of each source if one is streamed.
 
-    Of a stream, one window is read (data.stream_window), or max_rows where that is less. Raises ValueError for files
-    that cannot be read; that no row can be used is a finding, not an error.
+    Of a stream, one window is read (data.stream_window), or max_rows if that is less. Raises ValueError for files that
+    cannot be read; that no row can be used is a finding, not an error.
     """
     data, train = recipe.data, recipe.train
     if any(entry.streaming for entry in data.train):
@@ -108,7 +204,7 @@ def open_held_out(recipe: Recipe, collate: MultimodalCollator) -> list[tuple[Ind
 
 
 def index_files(recipe: Recipe, collate: MultimodalCollator, sources: Sequence[FileSource]) -> Index:
-    """Find the cost of every row, or read it from the cache that training fills and reads, too."""
+    """Find the cost of every row, or read it from the cache, which training shares."""
     with IndexProgress() as progress:
         return build_index(
             sources, collate, length_rule(recipe.data), num_workers=len(os.sched_getaffinity(0)),
@@ -134,12 +230,12 @@ def _read_streams(recipe: Recipe, collate: MultimodalCollator, max_rows: int | N
 
 
 def _read(reader: InOrder | Shuffled, rules: RowRules, most: int, seed: int) -> list[ReadRows]:
-    """Read the first rows of a source, one list for each of its files; one empty list where it has no row."""
+    """Read the first rows of a source, a `ReadRows` for each of its files; an empty one if it has no row."""
     files: dict[str, ReadRows] = {}
     for row in islice(reader.rows(None, (seed,)), most):
         if row.file not in files:
             files[row.file] = ReadRows(row.file, rules)
-        files[row.file].add(row)
+        files[row.file].rows.append(row)
     return list(files.values()) or [ReadRows(reader.source.name, rules)]
 
 
@@ -150,3 +246,49 @@ def _plan(recipe: Recipe, index: Index) -> list[list[int]]:
     tokens, patches, pairs = (column[numbers] for column in (index.tokens, index.patches, index.patch_pairs))
     work = cost_model(recipe).work(tokens, patches, pairs)
     return [numbers[pack].tolist() for pack in plan_packs(tokens, patches, work, pack_limits(recipe.data))]
+
+
+def name_entries(training: Training, held_out: list[tuple[Index, list[FileSource]]]) -> list[Entry]:
+    """Return the entries of a recipe in order, the training ones first, each under a name of its own."""
+    entries = _group_by_entry("train", [(training.index, training.sources)], training.weights, 0)
+    entries += _group_by_entry("eval", held_out, [1.0], len(entries))
+    taken: dict[str, int] = {}
+    for entry in entries:
+        taken[entry.name] = taken.get(entry.name, 0) + 1
+        if taken[entry.name] > 1:
+            entry.name += f" ({taken[entry.name]})"
+    return entries
+
+
+def _group_by_entry(
+    role: str, indexed: Iterable[tuple[Index, Sequence[Source]]], weights: list[float], first: int
+) -> list[Entry]:
+    """Group files by their entry; those of one entry share their rules.
+
+    weights: of each file, in order.
+    first: number of the first entry.
+    """
+    entries: list[Entry] = []
+    last = None
+    for index, sources in indexed:
+        rejects = _rejects_of(index, sources)
+        for number, source in enumerate(sources):
+            if source.rules is not last:
+                name = source.rules.label or source.name
+                entries.append(Entry(first + len(entries), name, role, weights[number]))
+                last = source.rules
+            entries[-1].files.append(IndexedFile(source, index, number, rejects[number]))
+    return entries
+
+
+def _rejects_of(index: Index, sources: Sequence[Source]) -> list[list[Reject]]:
+    """Return the rejects of each source. They name a file, which a recipe may list twice, under two sets of rules."""
+    by_file: dict[str, dict[int, Reject]] = {}
+    for reject in index.rejects:
+        by_file.setdefault(reject.file, {})[reject.row] = reject
+    found = []
+    for number, source in enumerate(sources):
+        start, end = index.starts[number], index.starts[number + 1]
+        unusable = {source.row_number(row) for row in np.flatnonzero(index.tokens[start:end] == 0).tolist()}
+        found.append([reject for row, reject in by_file.get(source.name, {}).items() if row in unusable])
+    return found

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 
-from qwen3vl_train.checkpoint import manifest
 from qwen3vl_train.checkpoint.manifest import (
     KeepPolicy,
     checkpoint_folder,
@@ -19,7 +18,7 @@ from qwen3vl_train.checkpoint.manifest import (
     whole_checkpoints,
     write_manifest,
 )
-from tests.helpers import small_runs
+from tests.helpers import faults, small_runs
 
 
 def _make(run: Path, step: int, **record: Any) -> Path:
@@ -44,9 +43,9 @@ def test_the_manifest_lists_every_file_with_size_and_checksum(tmp_path):
     assert record["files"]["state/shard-1.safetensors"] == {"bytes": 1000, "crc32": 3839127308}
 
 
-def test_checksums_do_not_depend_on_the_size_of_the_blocks(tmp_path, monkeypatch):
+def test_checksums_do_not_depend_on_the_size_of_the_blocks(tmp_path):
     folder = _make(tmp_path, 1)
-    monkeypatch.setattr(manifest, "BLOCK", 7)
+    faults.set_checksum_block(7)
     read_record(folder, checksums=True)
 
 
@@ -117,16 +116,9 @@ def test_only_the_checksums_show_an_altered_bit(tmp_path):
         read_record(folder, checksums=True)
 
 
-def test_a_checkpoint_that_the_disk_does_not_give_back_is_passed_over(tmp_path, monkeypatch):
+def test_a_checkpoint_that_the_disk_does_not_give_back_is_passed_over(tmp_path):
     good, bad = _make(tmp_path, 2), _make(tmp_path, 4)
-    read = manifest._crc32
-
-    def fail(file: Path) -> int:
-        if file.is_relative_to(bad):
-            raise OSError(5, "Input/output error")
-        return read(file)
-
-    monkeypatch.setattr(manifest, "_crc32", fail)
+    faults.fail_checksums_of(bad)
     file = bad / "state" / "shard-1.safetensors"
     assert choose_checkpoint(tmp_path) == (
         good,
@@ -204,7 +196,7 @@ def test_a_kill_while_removing_leaves_no_half_checkpoint(tmp_path):
         _make(tmp_path, step)
 
     def work() -> None:
-        manifest.shutil.rmtree = lambda folder: ((folder / "checkpoint.json").unlink(), small_runs.kill_self())
+        faults.kill_within_removal()
         prune(tmp_path, KeepPolicy(2))
 
     assert small_runs.in_child(work) == -9

@@ -2,7 +2,6 @@
 
 import multiprocessing
 import os
-import resource
 import threading
 import time
 import warnings
@@ -16,8 +15,6 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
-from qwen3vl_train.checkpoint import manifest
-from qwen3vl_train.checkpoint import writer as run
 from qwen3vl_train.checkpoint.manifest import KeepPolicy, checkpoint_folder, latest_checkpoint, read_record
 from qwen3vl_train.checkpoint.writer import CheckpointWriter, load_checkpoint, read_tensors
 from qwen3vl_train.config import Recipe
@@ -26,7 +23,7 @@ from qwen3vl_train.dist.tensors import full_tensor, shard_rows
 from qwen3vl_train.model.costs import FlopsCounter
 from qwen3vl_train.train.build import build_engine
 from qwen3vl_train.train.step import train_step
-from tests.helpers import engine_runs, small_runs
+from tests.helpers import engine_runs, faults, small_runs
 from tests.helpers.engine_runs import FULL, LORA, SHARES, Steps, engine_recipe
 from tests.helpers.ranks import run_ranks
 
@@ -145,17 +142,10 @@ def test_another_set_of_tensors_is_refused(tmp_path: Path, wanted: dict[str, Ten
 # ---- while training goes on
 
 
-def _hold(writer: CheckpointWriter) -> threading.Event:
-    """Keep the thread that writes from beginning, until the event is set."""
-    gate = threading.Event()
-    writer._thread.submit(gate.wait, 30)
-    return gate
-
-
 def test_what_is_written_is_the_state_when_it_was_started(tmp_path: Path):
     tensors = _state(1.0)
     with CheckpointWriter(tmp_path, small_runs.ALONE, KEEP) as writer:
-        gate = _hold(writer)
+        gate = faults.hold_writes(writer)
         writer.start(5, tensors, RECORD)
         for tensor in tensors.values():
             tensor.fill_(7.0)  # the next step
@@ -166,7 +156,7 @@ def test_what_is_written_is_the_state_when_it_was_started(tmp_path: Path):
 
 def test_a_checkpoint_appears_when_it_is_whole(tmp_path: Path):
     with CheckpointWriter(tmp_path, small_runs.ALONE, KEEP) as writer:
-        gate = _hold(writer)
+        gate = faults.hold_writes(writer)
         started = time.monotonic()
         writer.start(5, _state(), RECORD)
         assert time.monotonic() - started < 5  # the caller does not wait for the thread, which would take 30
@@ -179,7 +169,7 @@ def test_a_checkpoint_appears_when_it_is_whole(tmp_path: Path):
 
 def test_the_next_one_waits_for_the_last(tmp_path: Path):
     with CheckpointWriter(tmp_path, small_runs.ALONE, KEEP) as writer:
-        gate = _hold(writer)
+        gate = faults.hold_writes(writer)
         writer.start(1, _state(1.0), RECORD)
         threading.Timer(0.5, gate.set).start()
         started = time.monotonic()
@@ -217,7 +207,7 @@ def _failing_save(run: Path, refuse: Callable[[], None]) -> str:
 
 def test_a_full_disk_is_told_and_the_checkpoint_before_stays(tmp_path: Path):
     """A limit on the size of files stands for the full disk: a write ends in an OSError in the middle of a file."""
-    message = _failing_save(tmp_path, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000)))
+    message = _failing_save(tmp_path, lambda: faults.fill_disk(5000))
     last, folder = checkpoint_folder(tmp_path, 1), checkpoint_folder(tmp_path, 2)
     assert message.startswith(f"{folder}: could not be saved (")
     assert "File too large" in message
@@ -252,20 +242,11 @@ def test_without_a_checkpoint_before_the_message_says_so(tmp_path: Path):
     assert str(fault.value).endswith("; make room, then the run starts again, it has no checkpoint")
 
 
-def test_an_older_checkpoint_that_cannot_be_removed_does_not_end_the_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_an_older_checkpoint_that_cannot_be_removed_does_not_end_the_run(tmp_path: Path):
     told: list[str] = []
-    remove = manifest.shutil.rmtree
-
-    def refuse(path: Path, **options: Any) -> None:
-        if path.name.endswith(".removed"):
-            raise PermissionError(13, "Permission denied", str(path))
-        remove(path, **options)
-
+    faults.refuse_removal(lambda: step == 2)
     with CheckpointWriter(tmp_path, small_runs.ALONE, KeepPolicy(1), tell=told.append) as writer:
         for step in (1, 2, 3):
-            monkeypatch.setattr(manifest.shutil, "rmtree", refuse if step == 2 else remove)
             writer.start(step, _state(), RECORD)
             writer.wait()
     assert len(told) == 1
@@ -276,12 +257,8 @@ def test_an_older_checkpoint_that_cannot_be_removed_does_not_end_the_run(
 
 def test_a_failed_write_is_not_lost_behind_another_error(tmp_path: Path):
     (run := tmp_path / "run").mkdir()
-
-    def refuse() -> None:
-        raise OSError(28, "No space left on device")
-
     with pytest.raises(KeyError) as caught, CheckpointWriter(run, small_runs.ALONE, KEEP) as writer:  # noqa: PT012
-        writer._write = lambda *_: refuse()
+        faults.refuse_writes(writer)
         writer.start(1, _state(), RECORD)
         raise KeyError("elsewhere")
     assert caught.value.__notes__ == ["[Errno 28] No space left on device"]
@@ -294,22 +271,12 @@ def test_saving_leaves_the_warnings_of_other_threads_alone(tmp_path: Path):
     with warnings.catch_warnings(), CheckpointWriter(tmp_path, small_runs.ALONE, KEEP) as writer:
         warnings.simplefilter("default")
         gate, started = threading.Event(), threading.Event()
-        original = run.sum_files
-
-        def sum_late(*arguments: Any) -> Any:
-            started.set()
-            gate.wait(30)
-            return original(*arguments)
-
-        run.sum_files = sum_late
-        try:
-            writer.start(1, _state(), RECORD)
-            assert started.wait(30)
-            warnings.simplefilter("error", Mine)  # while the other thread is within its save
-            gate.set()
-            writer.wait()
-        finally:
-            run.sum_files = original
+        faults.before_checksums(lambda *_: (started.set(), gate.wait(600)))
+        writer.start(1, _state(), RECORD)
+        assert started.wait(600)
+        warnings.simplefilter("error", Mine)  # while the other thread is within its save
+        gate.set()
+        writer.wait()
         with pytest.raises(Mine):
             warnings.warn("heard", Mine, stacklevel=1)
 
@@ -322,18 +289,7 @@ def _rows(ranks: Ranks) -> dict[str, Tensor]:
 
 def _each_its_own(rank: int, world_size: int, folder: Path) -> dict[str, list[str]]:
     ranks = Ranks(rank, world_size, rank, torch.device("cpu"))
-    seen: dict[str, list[str]] = {"summed": [], "flushed": []}
-    crc32, fsync = manifest._crc32, os.fsync
-
-    def note_sum(file: Path) -> int:
-        seen["summed"].append(file.name)
-        return crc32(file)
-
-    def note_flush(descriptor: int) -> None:
-        seen["flushed"].append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
-        fsync(descriptor)
-
-    manifest._crc32, os.fsync = note_sum, note_flush
+    seen = faults.note_checkpoint_files()
     with CheckpointWriter(folder, ranks, KEEP) as writer:
         writer.start(1, _rows(ranks), RECORD)
         writer.wait()
@@ -351,20 +307,16 @@ def test_each_rank_sums_and_flushes_its_own_files(tmp_path: Path):
     small_runs.assert_same_tensors(read_tensors(checkpoint_folder(tmp_path, 1)), _state())
 
 
-def _no_room(*_: Any, **__: Any) -> None:
-    raise OSError(28, "No space left on device")
-
-
 def _refused_behind_the_start(rank: int, world_size: int, folder: Path, victim: int, place: str) -> list[Any]:
     ranks = Ranks(rank, world_size, rank, torch.device("cpu"))
     with CheckpointWriter(folder, ranks, KEEP) as writer:
         tensors = _state() if place == "whole" else _rows(ranks)
         if rank == victim and place == "rename":
-            run.finish = _no_room
+            faults.refuse_rename()
         elif rank == victim and place == "folder":
-            run.Path.mkdir = _no_room  # type: ignore[method-assign]
+            faults.refuse_folders()
         elif rank == victim:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
+            faults.fill_disk(5000)
         writer.start(1, tensors, RECORD)
         with pytest.raises(RuntimeError) as fault:
             writer.wait()
@@ -388,7 +340,7 @@ def _one_writes_late(rank: int, world_size: int, folder: Path) -> float:
     with CheckpointWriter(folder, ranks, KEEP, timeout_seconds=2.0) as writer:
         rows = _rows(ranks)
         if rank == 1:
-            writer._thread.submit(time.sleep, 8.0)
+            faults.hold_writes(writer, 8.0)
         writer.start(1, rows, RECORD)
         started = time.monotonic()
         assert writer._pending is not None

@@ -16,10 +16,9 @@ from qwen3vl_train.checkpoint.manifest import latest_checkpoint
 from qwen3vl_train.config import Recipe, save_recipe
 from qwen3vl_train.dist.ranks import Ranks
 from qwen3vl_train.dist.stop import StopRequest, StopSignals
-from qwen3vl_train.train import loop
 from qwen3vl_train.train.cli import sft
 from qwen3vl_train.train.loop import train
-from tests.helpers import engine_runs, small_runs
+from tests.helpers import engine_runs, faults, small_runs
 from tests.helpers.ranks import RankFailure, run_ranks
 from tests.helpers.small_runs import in_child, losses
 
@@ -31,14 +30,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _within_step(number: int, act: Callable[[], None]) -> None:
     """From now on in this process: act while step `number`, counted from one, is under way."""
-    take = loop.train_step
-
-    def take_and_act(*arguments, step: int, **options):
-        if step + 1 == number:
-            act()
-        return take(*arguments, step=step, **options)
-
-    loop.train_step = take_and_act
+    faults.around_steps(before=lambda step: act() if step == number else None)
 
 
 def _send(*numbers: signal.Signals) -> Callable[[], None]:

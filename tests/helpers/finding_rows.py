@@ -48,7 +48,7 @@ BROKEN = [
 ]
 
 
-def write_hazards(folder: Path) -> Path:
+def write_finding_rows(folder: Path) -> Path:
     """Write 15 usable training rows and 4 broken ones, 8 of text, and 2 held out of which one is a training row."""
     picture(128, 64, 1).save(folder / "wide.png")
     picture(64, 64, 2).save(folder / "one.png")
@@ -63,7 +63,7 @@ def write_hazards(folder: Path) -> Path:
     return folder
 
 
-def hazards_recipe(model: Path, folder: Path, **changes: Any) -> Recipe:
+def finding_rows_recipe(model: Path, folder: Path, **changes: Any) -> Recipe:
     """A picture takes 4 to 24 visual tokens; a change replaces a whole section."""
     values = {
         "name": "looked-at",

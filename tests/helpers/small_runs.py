@@ -2,8 +2,6 @@
 
 import json
 import multiprocessing
-import os
-import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -181,11 +179,6 @@ def in_child(work: Callable[[], Any]) -> int:
         process.kill()
         raise AssertionError("the child did not end within 120 seconds")
     return process.exitcode
-
-
-def kill_self() -> None:
-    """End this process as a power cut would: no handler, no clean-up."""
-    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def packer(model: Path, task: Path) -> Callable[..., PackedBatch]:

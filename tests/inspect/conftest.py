@@ -2,18 +2,18 @@
 
 import pytest
 
-from qwen3vl_train.inspect.gather import inspect_recipe
-from tests.helpers.finding_rows import hazards_recipe, write_hazards
+from qwen3vl_train.inspect.recipe import inspect_recipe
+from tests.helpers.finding_rows import finding_rows_recipe, write_finding_rows
 
 
 @pytest.fixture(scope="session")
 def data_folder(tmp_path_factory):
-    return write_hazards(tmp_path_factory.mktemp("hazards"))
+    return write_finding_rows(tmp_path_factory.mktemp("findings"))
 
 
 @pytest.fixture(scope="session")
 def recipe(tiny_folder, data_folder):
-    return hazards_recipe(tiny_folder, data_folder)
+    return finding_rows_recipe(tiny_folder, data_folder)
 
 
 @pytest.fixture(scope="session")

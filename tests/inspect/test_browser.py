@@ -8,11 +8,11 @@ import shutil
 
 import pytest
 
-from qwen3vl_train.inspect.checks import KINDS
-from qwen3vl_train.inspect.gather import inspect_recipe
+from qwen3vl_train.inspect.findings import CHECKS
 from qwen3vl_train.inspect.page import write_page
+from qwen3vl_train.inspect.recipe import inspect_recipe
 from tests.helpers import finding_rows as rows
-from tests.helpers.finding_rows import hazards_recipe
+from tests.helpers.finding_rows import finding_rows_recipe
 from tests.helpers.small_runs import picture, row, write_rows
 
 pytestmark = pytest.mark.browser
@@ -74,7 +74,7 @@ def grounded(browser, tiny_folder, tmp_path):
     }
     write_rows(tmp_path / "train.jsonl", [line])
     data = {"train": [{"path": str(tmp_path / "train.jsonl")}], "num_workers": 0}
-    write_page(inspect_recipe(hazards_recipe(tiny_folder, tmp_path, data=data)), tmp_path / "page.html")
+    write_page(inspect_recipe(finding_rows_recipe(tiny_folder, tmp_path, data=data)), tmp_path / "page.html")
     browser.get((tmp_path / "page.html").as_uri())
     yield browser
     assert browser.get_log("browser") == []
@@ -106,7 +106,7 @@ def choose(page, control, value):
 def test_opens_with_all_its_parts(page, inspection):
     facts = inspection.facts
     assert page.title == "Data of looked-at"
-    assert len(shown(page, ".warning h3")) == len(facts.hazards)
+    assert len(shown(page, ".warning h3")) == len(facts.findings)
     assert len(shown(page, ".source")) == 3
     assert len(shown(page, ".chart svg")) == 3 * 5 + 2 - 1  # the source of text alone has no shapes of pictures
     assert len(shown(page, ".sample")) == len(inspection.samples) == 25
@@ -128,7 +128,7 @@ def test_data_runs_nothing_and_is_shown_as_it_is(page):
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
-def test_trained_and_untrained_tokens_have_the_stated_colours(page, theme, inspection):
+def test_trained_and_untrained_tokens_have_their_colours(page, theme, inspection):
     page.execute_script("document.documentElement.dataset.theme = arguments[0]", theme)
     open_sample(page, rows.WEIGHTED)
     sample = next(one for one in inspection.samples if one["id"] == f"train.jsonl:{rows.WEIGHTED}")
@@ -154,10 +154,10 @@ def test_weights_other_than_one_are_written(page):
 
 def test_filters(page):
     assert find(page, "#shown")[0].text == "25 of 25 samples"
-    choose(page, "kind", "boxes_pixel")
+    choose(page, "check", "boxes_pixel")
     assert [card.get_attribute("data-id") for card in shown(page, ".sample")] == [f"train.jsonl:{rows.PIXEL}"]
-    assert [card.get_attribute("data-kind") for card in shown(page, "article.warning")] == ["boxes_pixel"]
-    choose(page, "kind", "")
+    assert [card.get_attribute("data-check") for card in shown(page, "article.warning")] == ["boxes_pixel"]
+    choose(page, "check", "")
     source = next(card.get_attribute("data-source") for card in find(page, ".source") if "eval" in card.text)
     choose(page, "source", source)
     assert find(page, "#shown")[0].text == "2 of 25 samples"
@@ -171,21 +171,21 @@ def test_filters(page):
 
 
 def test_button_of_a_warning_shows_its_samples(page):
-    card = next(card for card in find(page, "article.warning") if card.get_attribute("data-kind") == "empty_answer")
+    card = next(card for card in find(page, "article.warning") if card.get_attribute("data-check") == "empty_answer")
     card.find_element("tag name", "button").click()
     assert [one.get_attribute("data-id") for one in shown(page, ".sample[open]")] == [f"train.jsonl:{rows.EMPTY}"]
     assert shown(page, ".sample .tokens")
 
 
-def test_badges_have_the_level_and_the_words_of_their_warning(page):
+def test_badges_have_level_and_message_of_their_warning(page):
     badge = open_sample(page, rows.PIXEL).find_element("class name", "badge")
     assert badge.get_attribute("class").split() == ["badge", "error"]
-    assert badge.get_attribute("title") == KINDS["boxes_pixel"].hazard
+    assert badge.get_attribute("title") == CHECKS["boxes_pixel"].message
     # One picture of twelve is no warning of the source.
     assert open_sample(page, rows.ENLARGED).find_element("class name", "badge").get_attribute("class") == "badge note"
 
 
-def test_pointer_tells_positions(page, inspection):
+def test_pointer_shows_positions(page, inspection):
     from selenium.webdriver import ActionChains
 
     sample = next(one for one in inspection.samples if one["id"] == f"train.jsonl:{rows.PLAIN}")
@@ -238,7 +238,7 @@ def area(element):
     return [float(element.get_attribute(name)) for name in ("x", "y", "width", "height")]
 
 
-def test_boxes_and_points_are_drawn_on_their_pictures(grounded):
+def test_boxes_and_points_are_drawn_on_their_images(grounded):
     first, second = find(grounded, ".sample[open] .overlay")  # 4 x 2 and 3 x 5 tokens
     assert [area(box) for box in first.find_elements("css selector", ".box rect")] == [[1.0, 0.5, 2.0, 1.0]]
     assert [area(box) for box in second.find_elements("css selector", ".box rect")] == [[0.0, 0.0, 3.0, 2.5]]
@@ -267,9 +267,9 @@ def test_grid_and_marks_switch(grounded):
 
 def test_page_without_a_usable_row(browser, tiny_folder, tmp_path):
     data = {"train": [{"path": str(write_rows(tmp_path / "train.jsonl", ["not json"]))}], "num_workers": 0}
-    write_page(inspect_recipe(hazards_recipe(tiny_folder, tmp_path, data=data)), tmp_path / "page.html")
+    write_page(inspect_recipe(finding_rows_recipe(tiny_folder, tmp_path, data=data)), tmp_path / "page.html")
     browser.get((tmp_path / "page.html").as_uri())
-    assert [card.get_attribute("data-kind") for card in shown(browser, "article.warning")] == ["rejects", "no_rows"]
+    assert [card.get_attribute("data-check") for card in shown(browser, "article.warning")] == ["rejects", "no_rows"]
     assert "not JSON" in shown(browser, ".rejects td:nth-child(2)")[0].text
     assert find(browser, "#shown")[0].text == "0 of 0 samples"
     assert "there is no pack" in find(browser, "#packs")[0].text
@@ -280,7 +280,7 @@ def test_sample_that_breaks_shows_its_fault(browser, tiny_folder, tmp_path):
     picture(256, 256, 0).save(tmp_path / "cut.jpg")
     (tmp_path / "cut.jpg").write_bytes((tmp_path / "cut.jpg").read_bytes()[:3000])
     data = {"train": [{"path": str(write_rows(tmp_path / "a.jsonl", [row("a", "b", ["cut.jpg"])]))}], "num_workers": 0}
-    write_page(inspect_recipe(hazards_recipe(tiny_folder, tmp_path, data=data)), tmp_path / "page.html")
+    write_page(inspect_recipe(finding_rows_recipe(tiny_folder, tmp_path, data=data)), tmp_path / "page.html")
     browser.get((tmp_path / "page.html").as_uri())
     card = find(browser, ".sample[open]")[0]
     assert "image cut.jpg: is truncated or damaged" in card.find_element("class name", "fault").text

@@ -23,7 +23,7 @@ def test_writes_page_and_facts(recipe_file, inspection, tmp_path, capsys):
     assert f"{page}: open it in a browser" in capsys.readouterr().out
 
 
-def test_page_is_named_after_the_recipe_and_overrides_hold(recipe_file, tmp_path, monkeypatch):
+def test_page_is_named_after_the_overridden_recipe(recipe_file, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert inspect_data([recipe_file, "name=other", "--samples", "0", "--rows", "1"]) == 0
     assert (tmp_path / "other-data.html").exists()

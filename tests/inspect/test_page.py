@@ -37,7 +37,7 @@ def test_asks_nothing_of_a_network(page):
     assert "@import" not in page
 
 
-def test_policy_allows_only_the_script_and_style_that_are_there(page):
+def test_policy_allows_only_the_own_script_and_style(page):
     elements = Elements(page)
     policy = next(attributes["content"] for tag, attributes in elements.tags if "http-equiv" in attributes)
     assert policy.startswith("default-src 'none'; img-src data:;")

@@ -23,7 +23,7 @@ def thinking(collate):
     return MultimodalCollator(encoder, position_table_side=collate.position_table_side)
 
 
-def looked_at(raw, collate):
+def facts_of(raw, collate):
     sample = parse_sample(raw)
     return read_row(sample, collate.cost(sample).visual_tokens, collate)
 
@@ -32,13 +32,13 @@ def test_counts_the_tokens_that_encoding_labels(collate):
     image = picture(90, 70, 0)
     raw = row("What?", "Ein Würfel.", [image])
     raw["messages"] += [{"role": "user", "content": "So?"}, {"role": "assistant", "content": "So.", "loss": False}]
-    facts = looked_at(raw, collate)
+    facts = facts_of(raw, collate)
     assert facts.label_tokens == collate.encode(raw).label_ids.numel()
     assert (facts.turns, facts.sizes, facts.videos) == (2, [(70, 90)], 0)
 
 
 @pytest.mark.parametrize(
-    ("question", "answer", "kinds"),
+    ("question", "answer", "checks"),
     [
         ("plain", "text", set()),
         ("a <|video_pad|>", "x", {"special_token"}),
@@ -52,43 +52,43 @@ def test_counts_the_tokens_that_encoding_labels(collate):
         ("no picture: [1, 2, 3, 4000]", "x", set()),
     ],
 )
-def test_text_hazards(collate, question, answer, kinds):
-    assert looked_at(row(question, answer), collate).hazards == kinds
+def test_failed_text_checks(collate, question, answer, checks):
+    assert facts_of(row(question, answer), collate).failed_checks == checks
 
 
 def test_thinking_template_wants_reasoning(thinking):
-    assert looked_at(row("a", "b"), thinking).hazards == {"no_reasoning"}
-    assert looked_at(row("a", "<think>\nc\n</think>\n\nb"), thinking).hazards == set()
+    assert facts_of(row("a", "b"), thinking).failed_checks == {"no_reasoning"}
+    assert facts_of(row("a", "<think>\nc\n</think>\n\nb"), thinking).failed_checks == set()
     two = row("a", "<think>\nc\n</think>\n\nb")
     two["messages"] += row("d", "<think>\ne\n</think>\n\nf")["messages"]
-    assert looked_at(two, thinking).hazards == {"answers_left_out"}
+    assert facts_of(two, thinking).failed_checks == {"answers_left_out"}
 
 
 @pytest.mark.parametrize(
-    ("size", "kinds"), [((160, 128), set()), ((480, 320), {"shrunk"}), ((12, 12), {"enlarged"}), ((64, 64), set())]
+    ("size", "checks"), [((160, 128), set()), ((480, 320), {"shrunk"}), ((12, 12), {"enlarged"}), ((64, 64), set())]
 )
-def test_pictures_far_from_the_budget(collate, size, kinds):
-    assert looked_at(row("What?", "That.", [picture(*size, 0)]), collate).hazards == kinds
+def test_image_sizes_far_from_the_limits(collate, size, checks):
+    assert facts_of(row("What?", "That.", [picture(*size, 0)]), collate).failed_checks == checks
 
 
-def test_boxes_are_judged_by_the_size_of_the_only_picture(collate):
+def test_boxes_are_judged_by_the_size_of_the_only_image(collate):
     small, large = picture(200, 100, 0), picture(1600, 1200, 0)
     box = "[10, 20, 190, 90]"
-    assert looked_at(row("Where?", box, [small]), collate).boxes == BoxEvidence(None, in_pixels=True)
-    assert looked_at(row("Where?", box, [large]), collate).boxes == BoxEvidence(None, furthest=pytest.approx(303.2))
-    assert looked_at(row("Where?", box, [small, small]), collate).boxes == BoxEvidence(None)
-    assert looked_at(row("Where?", "there", [small]), collate).boxes is None
-    assert looked_at(row("Where?", box), collate).boxes is None
-    odd = looked_at(row("Where?", "[10, 20, 1900, 90]", [small]), collate)
-    assert (odd.boxes, odd.hazards) == (BoxEvidence("boxes_pixel"), {"boxes_pixel"})
+    assert facts_of(row("Where?", box, [small]), collate).boxes == BoxEvidence(None, in_pixels=True)
+    assert facts_of(row("Where?", box, [large]), collate).boxes == BoxEvidence(None, furthest=pytest.approx(303.2))
+    assert facts_of(row("Where?", box, [small, small]), collate).boxes == BoxEvidence(None)
+    assert facts_of(row("Where?", "there", [small]), collate).boxes is None
+    assert facts_of(row("Where?", box), collate).boxes is None
+    odd = facts_of(row("Where?", "[10, 20, 1900, 90]", [small]), collate)
+    assert (odd.boxes, odd.failed_checks) == (BoxEvidence("boxes_pixel"), {"boxes_pixel"})
 
 
-def test_key_tells_texts_turns_and_sizes_apart(collate):
+def test_key_differs_with_text_turns_and_sizes(collate):
     one, same_size, other_size = picture(64, 64, 1), picture(64, 64, 2), picture(64, 96, 1)
     base = row("a", "b", [one])
     keys = [
-        looked_at(raw, collate).key
+        facts_of(raw, collate).key
         for raw in (base, row("a", "c", [one]), row("ab", "", [one]), row("a", "b", [other_size]), row("a", "b"))
     ]
     assert len(set(keys)) == len(keys)
-    assert looked_at(row("a", "b", [same_size]), collate).key == keys[0]  # content is compared later, where keys agree
+    assert facts_of(row("a", "b", [same_size]), collate).key == keys[0]  # content is compared later, where keys agree

@@ -11,8 +11,7 @@ from PIL import Image
 from qwen3vl_train.data.encode.collator import MultimodalCollator
 from qwen3vl_train.data.media.image import load_rgb, resize_to_patches
 from qwen3vl_train.data.sources import JsonlSource
-from qwen3vl_train.inspect.pictures import unpatch
-from qwen3vl_train.inspect.samples import token_texts
+from qwen3vl_train.inspect.samples import token_texts, unpatch
 from tests.helpers import finding_rows as rows
 from tests.helpers.small_runs import picture
 
@@ -40,7 +39,7 @@ def test_unpatch_is_the_inverse_of_patching(data_folder):
     assert np.array_equal(unpatch(pairs, 4, 8), rgb.permute(1, 2, 0))
 
 
-def test_picture_is_the_one_the_model_sees(inspection, data_folder):
+def test_image_is_the_one_the_model_sees(inspection, data_folder):
     small = sample_of(inspection, rows.PLAIN)["frames"][0]
     header, pixels = pixels_of(small)
     assert header == "data:image/png;base64"
@@ -52,8 +51,8 @@ def test_picture_is_the_one_the_model_sees(inspection, data_folder):
     assert pixels.shape == (shrunk["height"], shrunk["width"], 3)
 
 
-def test_large_picture_travels_as_jpeg(tmp_path):
-    from qwen3vl_train.inspect.pictures import data_uri
+def test_large_image_is_a_jpeg(tmp_path):
+    from qwen3vl_train.inspect.samples import data_uri
 
     assert data_uri(Image.new("RGB", (320, 320))).startswith("data:image/jpeg;base64,")
     _, pixels = pixels_of({"src": data_uri(Image.new("RGB", (6400, 320)))})
@@ -72,7 +71,7 @@ def test_weights_are_those_of_the_tokens_that_are_written(inspection):
     assert words.count("<|im_start|>") == 6
 
 
-def test_positions_ids_and_visual_places_are_the_encoders(inspection, collate, data_folder):
+def test_ids_positions_and_slices_are_the_encoders(inspection, collate, data_folder):
     sample = sample_of(inspection, rows.PLAIN)
     encoded = collate.encode(JsonlSource(data_folder / "train.jsonl", data_folder).sample(rows.PLAIN - 1))
     assert sample["positions"] == encoded.positions.tolist()
@@ -83,7 +82,7 @@ def test_positions_ids_and_visual_places_are_the_encoders(inspection, collate, d
     assert specials == {"<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"}
 
 
-def test_typed_markup_is_shown_as_text_and_not_as_a_special_token(inspection):
+def test_typed_markup_is_shown_as_text(inspection):
     sample = sample_of(inspection, rows.MARKUP)
     assert "<|image_pad|>" in "".join(sample["texts"])
     assert all(sample["texts"][place] != "<|image_pad|>" for place in sample["special"])
@@ -99,7 +98,7 @@ def test_texts_of_tokens_join_to_the_text(collate, text):
     assert "".join(texts) == collate.decode(ids)
 
 
-def test_half_a_character_is_shown_and_loses_nothing_behind_it(collate):
+def test_part_of_a_character_loses_nothing_after_it(collate):
     ids, _ = collate.tokenizer.encode("数")
     tail, _ = collate.tokenizer.encode("ab")
     assert len(ids) > 1
@@ -107,13 +106,13 @@ def test_half_a_character_is_shown_and_loses_nothing_behind_it(collate):
     assert "".join(token_texts([ids[0], *tail], collate.tokenizer)[1:]) == "ab"
 
 
-def test_boxes_are_drawn_where_their_picture_and_convention_are_certain(inspection):
+def test_boxes_are_drawn_only_if_image_and_numbers_are_certain(inspection):
     (cup,) = sample_of(inspection, rows.BOXES)["marks"]
     assert cup == {"values": (100, 250, 600, 750), "label": "<b>cup</b>", "medium": 0}
     assert [mark["medium"] for mark in sample_of(inspection, rows.PIXEL)["marks"]] == [None]
 
 
-def test_shown_pack_is_one_of_several_samples_and_ends_where_they_do(inspection):
+def test_shown_pack_holds_several_samples_end_to_end(inspection):
     pack = inspection.pack
     assert 1 <= pack["number"] <= inspection.facts.packs.packs
     assert pack["max_tokens"] == 512
@@ -127,13 +126,13 @@ def test_shown_pack_is_one_of_several_samples_and_ends_where_they_do(inspection)
         start += sequence["length"]
         assert sum(length for _, length in sequence["runs"]) == sequence["length"]
         sample = by_id[sequence["id"]]
-        trained = sum(length for kind, length in sequence["runs"] if kind == "trained")
+        trained = sum(length for use, length in sequence["runs"] if use == "trained")
         assert trained == sum(weight > 0 for weight in sample["weights"])
         assert sequence["last_position"] == [axis[-1] for axis in sample["positions"]]
     assert start <= 512
 
 
-def test_shown_pack_is_the_one_it_is_called(recipe, inspection):
+def test_shown_pack_has_the_right_number(recipe, inspection):
     from qwen3vl_train.dist.ranks import Ranks
     from qwen3vl_train.train.data import open_data
 
@@ -143,18 +142,17 @@ def test_shown_pack_is_the_one_it_is_called(recipe, inspection):
     assert [sequence["id"] for sequence in inspection.pack["sequences"]] == names
 
 
-def test_one_sample_for_each_hazard_comes_first(recipe):
-    from qwen3vl_train.inspect.gather import inspect_recipe
+def test_one_sample_for_each_failed_check_comes_first(recipe):
+    from qwen3vl_train.inspect.recipe import inspect_recipe
 
     few = inspect_recipe(recipe, num_samples=9)
     assert len(few.samples) == 9
-    kinds = {kind for sample in few.samples for kind in sample["kinds"]}
-    assert {"boxes_pixel", "boxes_unit", "boxes_xywh", "special_token", "empty_answer", "enlarged"} <= kinds
+    checks = {check for sample in few.samples for check in sample["checks"]}
+    assert {"boxes_pixel", "boxes_unit", "boxes_xywh", "special_token", "empty_answer", "enlarged"} <= checks
 
 
 def test_clip_is_shown_pair_by_pair_beside_a_still(collate, tmp_path):
-    from qwen3vl_train.inspect.pictures import view_frames
-    from qwen3vl_train.inspect.samples import view_tokens
+    from qwen3vl_train.inspect.samples import view_frames, view_tokens
     from tests.helpers import clip_files
 
     clip = clip_files.write_clip(tmp_path / "clip.mp4", 24)
@@ -183,7 +181,7 @@ def test_clip_is_shown_pair_by_pair_beside_a_still(collate, tmp_path):
 def test_of_a_long_clip_evenly_spread_pairs_are_shown():
     from qwen3vl_train.batch import VisionSlice
     from qwen3vl_train.data.encode.encoder import EncodedSample
-    from qwen3vl_train.inspect.pictures import view_frames
+    from qwen3vl_train.inspect.samples import view_frames
 
     slices = [VisionSlice(10 * pair, 1, pair) for pair in range(100)]
     patches = torch.zeros(400, 1536, dtype=torch.uint8)

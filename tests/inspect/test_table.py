@@ -20,21 +20,21 @@ def test_names_sources_rejects_packs_and_hazards(inspection):
     assert f"{packs.packs} packs an epoch, {100 * packs.mean_fill:.1f}% of 512 tokens filled" in text
     assert "2 rejected" in text
     assert "missing.png: no such file" in text
-    for hazard in inspection.facts.hazards:
-        assert hazard.remedy in text
-        assert hazard.evidence in text
+    for finding in inspection.facts.findings:
+        assert finding.remedy in text
+        assert finding.evidence in text
     training = inspection.facts.sources[0].histograms["text_tokens"]
     assert f"{training.median:,.0f}/{training.p95:,.0f}/{training.maximum:,.0f}" in text
 
 
 def test_columns_without_a_count_are_left_out(inspection):
     whole, *_ = printed(inspection.facts, width=160).split("median/95th")
-    assert all(heading in whole for heading in ("rejected", "no label", "repeats", "pictures"))
+    assert all(heading in whole for heading in ("rejected", "no label", "repeats", "images"))
     assert not any(heading in whole for heading in ("videos", "dropped"))
     clips = replace(inspection.facts.sources[1], videos=4321, dropped=17)
     text = printed(replace(inspection.facts, sources=[clips]), width=160)
     assert all(word in text for word in ("videos", "4,321", "dropped", "17"))
-    assert "pictures" not in text.split("source", 2)[1]
+    assert "images" not in text.split("source", 2)[1]
 
 
 def test_brackets_in_data_are_text(inspection):
@@ -44,4 +44,4 @@ def test_brackets_in_data_are_text(inspection):
 
 
 def test_says_when_nothing_looks_wrong(inspection):
-    assert "nothing looks wrong" in printed(replace(inspection.facts, hazards=[]))
+    assert "nothing looks wrong" in printed(replace(inspection.facts, findings=[]))

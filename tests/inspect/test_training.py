@@ -5,12 +5,12 @@ import torch
 
 from qwen3vl_train.data.open import open_collator
 from qwen3vl_train.dist.ranks import Ranks
-from qwen3vl_train.inspect.gather import inspect_recipe
 from qwen3vl_train.inspect.page import render_page
+from qwen3vl_train.inspect.recipe import inspect_recipe
 from qwen3vl_train.inspect.training import open_held_out, open_training
 from qwen3vl_train.train.data import open_data
 from tests.helpers import finding_rows as rows
-from tests.helpers.finding_rows import hazards_recipe
+from tests.helpers.finding_rows import finding_rows_recipe
 
 
 @pytest.mark.parametrize(
@@ -24,9 +24,9 @@ from tests.helpers.finding_rows import hazards_recipe
         ),
     ],
 )
-def test_packs_and_held_out_files_are_those_that_training_opens(tiny_folder, data_folder, recipe, train, limits):
+def test_packs_and_held_out_files_are_those_of_training(tiny_folder, data_folder, recipe, train, limits):
     data = {**recipe.data.model_dump(), "max_patches_per_pack": None, **limits}
-    changed = hazards_recipe(tiny_folder, data_folder, data=data, train=train)
+    changed = finding_rows_recipe(tiny_folder, data_folder, data=data, train=train)
     theirs = open_data(changed, Ranks(0, 1, 0, torch.device("cpu")))
     collate = open_collator(changed)
     training = open_training(changed, collate, None)
@@ -53,7 +53,7 @@ def streaming(model, folder, **changes):
         "num_workers": 0,
         **changes,
     }
-    return hazards_recipe(model, folder, data=data, train={"num_steps": 7, "packs_per_step": 2})
+    return finding_rows_recipe(model, folder, data=data, train={"num_steps": 7, "packs_per_step": 2})
 
 
 @pytest.fixture(scope="module")
@@ -61,20 +61,20 @@ def streamed(tiny_folder, data_folder):
     return inspect_recipe(streaming(tiny_folder, data_folder), num_samples=50)
 
 
-def test_a_stream_shows_what_its_file_does(streamed, inspection):
+def test_stream_has_the_facts_of_its_file(streamed, inspection):
     first, indexed = streamed.facts.sources[0], inspection.facts.sources[0]
     assert (first.name, first.rows, first.usable, first.rejected) == ("streamed", 19, 15, 4)
     for same in ("tokens", "visual_tokens", "label_tokens", "formats", "histograms", "rejects", "nothing_to_learn"):
         assert getattr(first, same) == getattr(indexed, same), same
     assert [one.role for one in streamed.facts.sources] == ["train", "train", "eval"]
     assert [one.weight for one in streamed.facts.sources] == [1.0, 2.0, 1.0]
-    kinds = {hazard.kind: hazard.rows for hazard in streamed.facts.hazards}
-    assert kinds["boxes_pixel"] == [str(rows.PIXEL)]
-    assert kinds["leak"] == ["1"]
+    rows_by_check = {finding.check: finding.rows for finding in streamed.facts.findings}
+    assert rows_by_check["boxes_pixel"] == [str(rows.PIXEL)]
+    assert rows_by_check["leak"] == ["1"]
     assert {sample["id"] for sample in streamed.samples} >= {"streamed:train.jsonl:1", "text.jsonl:1", "eval.jsonl:2"}
 
 
-def test_length_of_an_epoch_is_not_made_up(streamed):
+def test_streamed_epoch_has_no_known_length(streamed):
     packs = streamed.facts.packs
     assert (packs.streamed, packs.steps_per_epoch, packs.num_steps) == (True, None, 7)
     assert packs.histograms["sequences"].total == 15 + 8

@@ -18,16 +18,13 @@ from tests.helpers.ranks import run_ranks
 
 SLOW_STEPS = """
 import os, sys, time
-from qwen3vl_train.train import loop
 from qwen3vl_train.train.cli import sft
+from tests.helpers import faults
 
-train_step = loop.train_step
+def late(step):
+    time.sleep({seconds} if os.environ["RANK"] in {ranks} and step in {steps} else 0)
 
-def late(*args, **kwargs):
-    time.sleep({seconds} if os.environ["RANK"] in {ranks} and kwargs["step"] in {steps} else 0)
-    return train_step(*args, **kwargs)
-
-loop.train_step = late
+faults.around_steps(before=late)
 if __name__ == "__main__":
     sys.exit(sft())
 """
@@ -77,7 +74,7 @@ def test_other_launchers_start_the_same_run(
 
 def test_a_rank_later_than_the_timeout_ends_the_run_with_its_name(tiny_folder: Path, task: Path, tmp_path: Path):
     script = tmp_path / "late.py"
-    script.write_text(SLOW_STEPS.format(seconds=20, ranks=("1",), steps=(2,)))
+    script.write_text(SLOW_STEPS.format(seconds=20, ranks=("1",), steps=(3,)))
     recipe = launchers.short_recipe(tiny_folder, task, tmp_path, parallel={"timeout_seconds": 10})
     done = launchers.run([*launchers.TORCHRUN, "--master-port", launchers.free_port(), str(script), str(recipe)])
     assert done.returncode == 1
@@ -91,20 +88,19 @@ def test_a_rank_later_than_the_timeout_ends_the_run_with_its_name(tiny_folder: P
 STOPPABLE = """
 import os, sys, time
 from pathlib import Path
-from qwen3vl_train.train import loop
 from qwen3vl_train.train.cli import sft
+from tests.helpers import faults
 
-folder, train_step = Path(sys.argv[2]), loop.train_step
+folder = Path(sys.argv[2])
 
-def marked(*args, **kwargs):
-    if kwargs["step"] == 2 and not (folder / "stopped").exists():
+def wait_for_signal(step):
+    if step == 3 and not (folder / "stopped").exists():
         (folder / f"within-{os.environ['RANK']}").touch()
         while not (folder / "stopped").exists():
             time.sleep(0.02)
         time.sleep(0.5)  # a signal is on its way to the whole process group
-    return train_step(*args, **kwargs)
 
-loop.train_step = marked
+faults.around_steps(before=wait_for_signal)
 if __name__ == "__main__":
     code = sft([sys.argv[1]])
     (folder / f"code-{os.environ['RANK']}").write_text(str(code))

@@ -6,8 +6,8 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from qwen3vl_train.model import loss as loss_module
 from qwen3vl_train.model.loss import linear_cross_entropy_sum
+from tests.helpers import faults
 
 ROWS, DIM, VOCAB = 37, 16, 101
 
@@ -25,8 +25,8 @@ def plain(hidden, head, labels, weights):
 
 
 @pytest.mark.parametrize("chunk_elements", [1, 5 * VOCAB, 2**25], ids=["one row", "five rows", "all rows"])
-def test_equals_cross_entropy(monkeypatch, chunk_elements):
-    monkeypatch.setattr(loss_module, "CHUNK_ELEMENTS", chunk_elements)
+def test_equals_cross_entropy(chunk_elements):
+    faults.set_loss_chunk(chunk_elements)
     hidden, head, labels, weights = inputs()
     mine, expected = linear_cross_entropy_sum(hidden, head, labels, weights)[0], plain(hidden, head, labels, weights)
     assert mine.dtype == torch.float32
@@ -38,8 +38,8 @@ def test_equals_cross_entropy(monkeypatch, chunk_elements):
 
 
 @pytest.mark.parametrize("graph", [True, False])
-def test_terms_of_the_sum(monkeypatch, graph):
-    monkeypatch.setattr(loss_module, "CHUNK_ELEMENTS", 5 * VOCAB)
+def test_terms_of_the_sum(graph):
+    faults.set_loss_chunk(5 * VOCAB)
     hidden, head, labels, weights = inputs()
     with torch.set_grad_enabled(graph):
         loss_sum, terms = linear_cross_entropy_sum(hidden, head, labels, weights)
@@ -49,8 +49,8 @@ def test_terms_of_the_sum(monkeypatch, graph):
 
 
 @pytest.mark.parametrize("chunk_elements", [5 * VOCAB, 2**25], ids=["five rows", "all rows"])
-def test_in_bfloat16(monkeypatch, chunk_elements):
-    monkeypatch.setattr(loss_module, "CHUNK_ELEMENTS", chunk_elements)
+def test_in_bfloat16(chunk_elements):
+    faults.set_loss_chunk(chunk_elements)
     hidden, head, labels, weights = inputs(torch.bfloat16)
     mine, expected = linear_cross_entropy_sum(hidden, head, labels, weights)[0], plain(hidden, head, labels, weights)
     assert mine.dtype == torch.float32
@@ -105,8 +105,8 @@ class TallestLogits(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("graph", [True, False])
-def test_logits_of_one_chunk_exist_at_a_time(monkeypatch, graph):
-    monkeypatch.setattr(loss_module, "CHUNK_ELEMENTS", 5 * VOCAB + 50)
+def test_logits_of_one_chunk_exist_at_a_time(graph):
+    faults.set_loss_chunk(5 * VOCAB + 50)
     hidden, head, labels, weights = inputs()
     with torch.set_grad_enabled(graph), TallestLogits() as tallest:
         value, _ = linear_cross_entropy_sum(hidden, head, labels, weights)

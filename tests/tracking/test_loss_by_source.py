@@ -16,7 +16,7 @@ from qwen3vl_train.data.sources import JsonlSource
 from qwen3vl_train.tracking.loss_by_source import SourceLoss, source_names
 from qwen3vl_train.tracking.metrics import read_metrics
 from qwen3vl_train.train.loop import train
-from tests.helpers import small_runs
+from tests.helpers import faults, small_runs
 from tests.helpers.ranks import run_ranks
 from tests.helpers.small_runs import ONE_IMAGE, TEXT_ONLY, TWO_IMAGES, Trainee
 
@@ -78,7 +78,6 @@ def test_curves_of_a_mixture_are_the_same_on_two_ranks(tiny_folder: Path, task: 
 
 
 def test_each_data_set_is_a_curve_of_the_tracker(tiny_folder: Path, task: Path, tmp_path: Path, monkeypatch):
-    from qwen3vl_train.train import record
 
     logged: list[dict] = []
 
@@ -91,7 +90,7 @@ def test_each_data_set_is_a_curve_of_the_tracker(tiny_folder: Path, task: Path, 
         def finish(self, exit_code: int = 0) -> None:
             pass
 
-    monkeypatch.setattr(record, "open_tracker", lambda *_, **__: Tracker())
+    faults.track_with(lambda *_, **__: Tracker())
     mixture = [_named(task, "first"), _named(task, "second")]
     run = train(small_runs.make_recipe(tiny_folder, task, tmp_path, data__train=mixture, train__num_steps=2))
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

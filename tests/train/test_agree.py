@@ -12,7 +12,7 @@ from qwen3vl_train.dist.ranks import Ranks
 from qwen3vl_train.train import consistency as agree
 from qwen3vl_train.train.consistency import check_same_folder, check_same_weights
 from qwen3vl_train.train.loop import train
-from tests.helpers import engine_runs, small_runs
+from tests.helpers import engine_runs, faults, small_runs
 from tests.helpers.ranks import run_ranks
 
 CPU = torch.device("cpu")
@@ -79,9 +79,9 @@ def test_a_rank_with_other_weights_is_named_on_all(tmp_path: Path):
 
 
 def _train_apart(rank: int, world_size: int, models: list[Path], out: Path, task: Path, blind: int | None) -> str:
-    agree.LOOK_SECONDS = 1.0
+    faults.look_for_folder(1.0)
     if rank == blind:
-        agree.os.listdir = lambda _: []  # its disk has the folder, and not what rank 0 writes
+        faults.see_no_files_of_others()  # its disk has the folder, and not what rank 0 writes
     with pytest.raises(ValueError) as fault:
         train(small_runs.make_recipe(models[rank], task, out, parallel={"engine": "ddp"}))
     return str(fault.value)

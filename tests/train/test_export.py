@@ -9,15 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qwen3vl_train.checkpoint.hf import COMPANION_FILES, load_qwen3_vl_model, write_huggingface
+from qwen3vl_train.checkpoint.hf import COMPANION_FILES, load_qwen3_vl_model
 from qwen3vl_train.data.encode.collator import MultimodalCollator
 from qwen3vl_train.model.qwen3vl import Qwen3VLForConditionalGeneration
-from qwen3vl_train.train import export
 from qwen3vl_train.train.export import export_run
 from qwen3vl_train.train.load_run import restore_run
 from qwen3vl_train.train.loop import train
 from qwen3vl_train.train.verify import LogitDifference
-from tests.helpers import oracles, small_runs
+from tests.helpers import faults, oracles, small_runs
 
 # Float32 noise between two programs on this model is 1e-5; the mistakes looked for move logits by 1e-2 and more.
 TOLERANCE = 2e-4
@@ -205,27 +204,17 @@ TAMPERINGS = {
 
 
 @pytest.mark.parametrize("tampering", TAMPERINGS.values(), ids=TAMPERINGS)
-def test_a_checkpoint_that_differs_is_found_out_and_not_left_behind(run, tmp_path, monkeypatch, tampering):
+def test_a_checkpoint_that_differs_is_found_out_and_not_left_behind(run, tmp_path, tampering):
     tamper, message = tampering
-
-    def write_and_tamper(weights, sizes, folder: Path, **options) -> None:
-        write_huggingface(weights, sizes, folder, **options)
-        tamper(folder)
-
-    monkeypatch.setattr(export, "write_huggingface", write_and_tamper)
+    faults.after_export_weights(tamper)
     with pytest.raises(RuntimeError, match=message):
         export_run(run("full"), tmp_path / "out", merge=False)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("values", [{"lora_alpha": 9}, {"use_rslora": True}, {"r": 2}], ids=str)
-def test_an_adapter_that_peft_would_apply_otherwise_is_found_out(run, tmp_path, monkeypatch, values):
-    def copy_and_tamper(source: str, folder: Path, *settings: Any) -> None:
-        copy_companions(source, folder, *settings)
-        _edit_json(folder / "adapter_config.json", None, **values)
-
-    copy_companions = export.copy_companions
-    monkeypatch.setattr(export, "copy_companions", copy_and_tamper)
+def test_an_adapter_that_peft_would_apply_otherwise_is_found_out(run, tmp_path, values):
+    faults.after_export_companions(lambda folder: _edit_json(folder / "adapter_config.json", None, **values))
     with pytest.raises(RuntimeError):
         export_run(run("lora"), tmp_path / "out", merge=False)
     assert list(tmp_path.iterdir()) == []

@@ -7,23 +7,18 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from qwen3vl_train.checkpoint import atomic as files
-from qwen3vl_train.checkpoint import manifest
-from qwen3vl_train.checkpoint import writer as run
 from qwen3vl_train.checkpoint.manifest import checkpoint_folder, latest_checkpoint
 from qwen3vl_train.config import Recipe, run_dir, save_recipe
-from qwen3vl_train.data.packing import loader
 from qwen3vl_train.tracking.metrics import read_metrics
-from qwen3vl_train.train import loop
 from qwen3vl_train.train.loop import train
-from tests.helpers import engine_runs, launchers, small_runs
+from tests.helpers import engine_runs, faults, launchers, small_runs
 from tests.helpers.ranks import RankFailure, run_ranks
-from tests.helpers.small_runs import in_child, kill_self, losses
+from tests.helpers.small_runs import in_child, losses
 
 
 @pytest.fixture(scope="module")
@@ -58,96 +53,36 @@ def straight(small: Path, task: Path, tmp_path_factory: pytest.TempPathFactory) 
 # ---- one process, each stage of a save, and the loader
 
 
-def _replaced(module, name: str, *, before: bool, when: Callable[..., bool]) -> None:
-    """Kill this process before or after a function of the module does its work, where `when` says so."""
-    work = getattr(module, name)
-
-    def work_and_die(*arguments, **options):
-        if before and when(*arguments):
-            kill_self()
-        result = work(*arguments, **options)
-        if not before and when(*arguments):
-            kill_self()
-        return result
-
-    setattr(module, name, work_and_die)
-
-
-def _fourth(path: Path, *_) -> bool:
-    return "step-00000004" in str(path)
-
-
-def _wait_for_the_one_before() -> None:
-    """Let step 2 be on disk before the run goes on: on a busy machine a kill soon after it would come too early."""
-    start = run.CheckpointWriter.start
-
-    def start_and_wait(writer: run.CheckpointWriter, step: int, *arguments) -> None:
-        start(writer, step, *arguments)
-        if step == 2:
-            writer.wait()
-
-    run.CheckpointWriter.start = start_and_wait
-
-
-def _kill_before_the_save() -> None:
-    _replaced(run.CheckpointWriter, "start", before=True, when=lambda writer, step, *_: step == 4)
-
-
-def _kill_after_the_folder_is_made() -> None:
-    _replaced(run, "start_aside", before=False, when=_fourth)
-
-
-def _kill_between_files_and_manifest() -> None:
-    _replaced(run, "write_manifest", before=True, when=_fourth)
-
-
-def _kill_before_the_rename() -> None:
-    _replaced(files.Path, "rename", before=True, when=_fourth)
-
-
-def _kill_after_the_rename() -> None:
-    _replaced(files.Path, "rename", before=False, when=_fourth)
-
-
-def _kill_while_the_older_one_is_removed() -> None:
-    _replaced(manifest.shutil, "rmtree", before=True, when=lambda path, **_: str(path).endswith("2.removed"))
-
-
-def _kill_after_the_save() -> None:
-    _replaced(run, "prune", before=False, when=lambda folder, _: latest_checkpoint(folder).name[-1] == "4")  # type: ignore[union-attr]
-
-
-def _kill_in_the_loader() -> None:
-    count = iter(range(100))
-    _replaced(loader.BuildRows, "__call__", before=True, when=lambda *_: next(count) == 7)
-
-
-STAGES = {
-    _kill_before_the_save: "step-00000002",
-    _kill_after_the_folder_is_made: "step-00000002",
-    _kill_between_files_and_manifest: "step-00000002",
-    _kill_before_the_rename: "step-00000002",
-    _kill_after_the_rename: "step-00000004",
-    _kill_while_the_older_one_is_removed: "step-00000004",
-    _kill_after_the_save: "step-00000004",
-    _kill_in_the_loader: "step-00000002",
+# Where a run is killed while it saves step 4 -> the newest checkpoint that is then on disk.
+MOMENTS = {
+    "before the save": 2,
+    "folder made": 2,
+    "before the manifest": 2,
+    "before the rename": 2,
+    "after the rename": 4,
+    "older one half removed": 4,
+    "after the save": 4,
 }
 
 
-@pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.__name__[6:])
-def test_killed_at_a_stage_of_the_save(small: Path, task: Path, tmp_path: Path, straight: Path, stage):
+@pytest.mark.parametrize("moment", [*MOMENTS, "in the loader"])
+def test_killed_at_a_stage_of_the_save(small: Path, task: Path, tmp_path: Path, straight: Path, moment: str):
     recipe = _recipe(small, task, tmp_path)
 
     def work() -> None:
-        _wait_for_the_one_before()
-        stage()
+        faults.finish_saves(2)
+        if moment == "in the loader":
+            faults.kill_at_row(7)
+        else:
+            faults.kill_in_save(moment, 4)
         train(recipe)
 
     assert in_child(work) == -9
     folder = tmp_path / "run"
-    newest = latest_checkpoint(folder)
-    assert newest is not None
-    assert newest.name == STAGES[stage]
+    assert latest_checkpoint(folder) == checkpoint_folder(folder, MOMENTS.get(moment, 2))
+    partial = folder / "checkpoints" / ".step-00000004.partial"
+    assert partial.exists() == (moment in ("folder made", "before the manifest", "before the rename"))
+    assert bool(list(partial.rglob("*.safetensors"))) == (moment in ("before the manifest", "before the rename"))
     train(recipe)
     assert losses(folder) == losses(straight)
     small_runs.assert_same_tensors(small_runs.final_tensors(folder), small_runs.final_tensors(straight))
@@ -158,8 +93,8 @@ def test_a_worker_that_dies_ends_the_run_which_can_go_on(small: Path, task: Path
     recipe = _recipe(small, task, tmp_path, data__num_workers=1)
 
     def work() -> None:
-        _wait_for_the_one_before()
-        _kill_in_the_loader()  # workers inherit it: the process that reads is the worker, and it dies
+        faults.finish_saves(2)
+        faults.kill_at_row(7)  # workers inherit it: the process that reads is the worker, and it dies
         with pytest.raises(RuntimeError, match="worker"):
             train(recipe)
 
@@ -195,28 +130,27 @@ def test_a_damaged_checkpoint_is_announced_and_set_aside(
 # ---- ranks
 
 DRIVER = """
-import os, signal, sys, time
+import os, sys, time
 from pathlib import Path
-from qwen3vl_train.train import loop
 from qwen3vl_train.train.cli import sft
+from tests.helpers import faults
 
-take, folder, victims = loop.train_step, Path(sys.argv[2]), sys.argv[3].split(",")
+folder, victims, rank = Path(sys.argv[2]), sys.argv[3].split(","), os.environ["RANK"]
 
-def take_or_die(*arguments, step, **options):
-    rank = os.environ["RANK"]
+def die(step):
     mark = folder / f"killed-{rank}"
-    if step == 3 and rank in victims and not mark.exists():
+    if step == 4 and rank in victims and not mark.exists():
         while not (folder / "run" / "checkpoints" / "step-00000002").exists():
             time.sleep(0.02)
         mark.write_text(str(time.time()))
-        os.kill(os.getpid(), signal.SIGKILL)
-    sums = take(*arguments, step=step, **options)
+        faults.kill_self()
+
+def note(step, packs):
     back = folder / f"back-{rank}"
     if any(folder.glob("killed-*")) and not back.exists():
-        back.write_text(f"{step + 1} {time.time()}")
-    return sums
+        back.write_text(f"{step} {time.time()}")
 
-loop.train_step = take_or_die
+faults.around_steps(before=die, after=note)
 sys.exit(sft([sys.argv[1]]))
 """
 
@@ -284,16 +218,13 @@ SHARDED = {
 def _dies_in_a_sharded_save(rank: int, world_size: int, recipe: Recipe, victim: int) -> None:
     """The victim has written its pieces of step 4 and tells nobody."""
     if rank == victim:
-        sum_files = run.sum_files
 
-        def sum_or_die(folder: Path, pieces):
-            pieces = list(pieces)
+        def die(folder: Path, pieces: list[Path]) -> None:
             if "step-00000004" in str(folder):
                 assert all(file.stat().st_size for file in pieces)
-                kill_self()
-            return sum_files(folder, pieces)
+                faults.kill_self()
 
-        run.sum_files = sum_or_die
+        faults.before_checksums(die)
     train(recipe)
 
 
@@ -317,18 +248,16 @@ def test_a_rank_killed_within_a_sharded_save_changes_nothing(small: Path, many: 
 
 
 def _logging_samples(rank: int, world_size: int, recipe: Recipe, log: Path, die_at: int | None) -> None:
-    take = loop.train_step
-
-    def take_and_log(model, optimizer, packs, *arguments, step: int, **options):
-        if step + 1 == die_at:
+    def die(step: int) -> None:
+        if step == die_at:
             _wait_for_checkpoint(recipe, 2)
-            kill_self()
-        sums = take(model, optimizer, packs, *arguments, step=step, **options)
+            faults.kill_self()
+
+    def note(step: int, packs: list) -> None:
         with (log / f"{world_size}-{rank}.jsonl").open("a") as file:
             file.write(json.dumps({"step": step, "samples": [s for pack in packs for s in pack.sample_ids]}) + "\n")
-        return sums
 
-    loop.train_step = take_and_log
+    faults.around_steps(before=die, after=note)
     train(recipe)
 
 
@@ -352,7 +281,7 @@ def test_on_other_ranks_every_sample_of_the_epoch_is_seen_once(
         run_ranks(_logging_samples, first[0], *arguments, timeout=120)
     folder = tmp_path / "run"
     assert latest_checkpoint(folder) == folder / "checkpoints" / "step-00000002"
-    before = [sample for step, sample in _logged(log) if step < 2]  # what the checkpoint holds; step 3 was lost
+    before = [sample for step, sample in _logged(log) if step <= 2]  # what the checkpoint holds; step 3 was lost
     for file in log.iterdir():
         file.unlink()
     arguments = _ranks_recipe(small, many, tmp_path, second[1]), log, None

@@ -6,15 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from qwen3vl_train.checkpoint import atomic as files
-from qwen3vl_train.checkpoint.manifest import latest_checkpoint
-from qwen3vl_train.checkpoint.writer import CheckpointWriter
 from qwen3vl_train.config import Recipe
-from qwen3vl_train.tracking.metrics import MetricsLog, read_metrics
+from qwen3vl_train.tracking.metrics import read_metrics
 from qwen3vl_train.train.loop import train
-from tests.helpers import small_runs
+from tests.helpers import faults, small_runs
 from tests.helpers.ranks import run_ranks
-from tests.helpers.small_runs import in_child, kill_self, losses
+from tests.helpers.small_runs import in_child, losses
 
 CASES = {
     "full-float32": {"tune": small_runs.FULL},
@@ -31,18 +28,8 @@ def _killed_after(step: int, recipe: Recipe) -> int:
     """
 
     def work() -> None:
-        append, start = MetricsLog.append, CheckpointWriter.start
-
-        def start_and_wait(writer: CheckpointWriter, *arguments) -> None:
-            start(writer, *arguments)
-            writer.wait()
-
-        def append_and_die(log: MetricsLog, row: dict) -> None:
-            append(log, row)
-            if row["step"] == step:
-                kill_self()
-
-        MetricsLog.append, CheckpointWriter.start = append_and_die, start_and_wait
+        faults.finish_saves()
+        faults.kill_after_metrics_of(step)
         train(recipe)
 
     return in_child(work)
@@ -60,33 +47,6 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(tiny_folder: Path, task: Pat
     assert rows == [1, 2, 3, 3, 4, 5, 5, 6]  # a step that is done again is written again
     assert losses(killed) == losses(straight)
     small_runs.assert_same_tensors(small_runs.final_tensors(killed), small_runs.final_tensors(straight))
-
-
-def test_a_run_killed_while_saving_goes_on_from_the_checkpoint_before(tiny_folder: Path, task: Path, tmp_path: Path):
-    straight = train(small_runs.make_recipe(tiny_folder, task, tmp_path / "straight"))
-    recipe = small_runs.make_recipe(tiny_folder, task, tmp_path / "killed")
-    run = tmp_path / "killed" / "run"
-
-    def work() -> None:
-        flush = files.flush
-
-        def flush_or_die(path: Path) -> None:
-            flush(path)
-            if "step-00000004" in str(path):
-                kill_self()
-
-        files.flush = flush_or_die
-        train(recipe)
-
-    assert in_child(work) == -9
-    names = sorted(folder.name for folder in (run / "checkpoints").iterdir())
-    assert names == [".step-00000004.partial", "step-00000002"]
-    assert list((run / "checkpoints" / names[0]).rglob("*.safetensors")), "the half-written one holds files"
-    assert latest_checkpoint(run) == run / "checkpoints" / "step-00000002"
-    train(recipe)
-    assert losses(run) == losses(straight)
-    small_runs.assert_same_tensors(small_runs.final_tensors(run), small_runs.final_tensors(straight))
-    assert sorted(folder.name for folder in (run / "checkpoints").iterdir()) == ["step-00000004", "step-00000006"]
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_again(tiny_folder: Path, task: Path, tmp_path: Path):

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import resource
 import shutil
 import sys
 import time
@@ -18,18 +17,14 @@ from qwen3vl_train.checkpoint.hf import load_qwen3_vl_model
 from qwen3vl_train.checkpoint.manifest import checkpoint_folder, latest_checkpoint, read_record
 from qwen3vl_train.checkpoint.writer import CheckpointWriter, read_tensors
 from qwen3vl_train.config import Recipe, run_dir
-from qwen3vl_train.dist.ranks import Ranks
 from qwen3vl_train.dist.stop import StopRequest
-from qwen3vl_train.dist.watchdog import Watchdog
 from qwen3vl_train.model.hf_names import to_huggingface
-from qwen3vl_train.parallel.optim import MasterAdamW
 from qwen3vl_train.tracking.metrics import read_metrics
 from qwen3vl_train.tracking.wandb import SilentTracker
-from qwen3vl_train.train import loop, record
 from qwen3vl_train.train.export import export_run
 from qwen3vl_train.train.loop import train
 from qwen3vl_train.train.record import Recorder
-from tests.helpers import engine_runs, small_runs
+from tests.helpers import engine_runs, faults, small_runs
 from tests.helpers.ranks import run_ranks
 
 
@@ -48,21 +43,15 @@ def test_the_wait_for_a_checkpoint_is_in_the_metrics_of_the_next_step(small: Pat
     assert [stall > 0 for stall in stalls] == [False, False, True, False, True, False]
 
 
-def test_what_the_optimizer_takes_to_give_its_state_is_part_of_the_wait(
-    small: Path, task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    give = MasterAdamW.state_tensors
-    monkeypatch.setattr(MasterAdamW, "state_tensors", lambda optimizer: time.sleep(0.4) or give(optimizer))
+def test_what_the_optimizer_takes_to_give_its_state_is_part_of_the_wait(small: Path, task: Path, tmp_path: Path):
+    faults.slow_optimizer_state(seconds=0.4)
     run = train(small_runs.make_recipe(small, task, tmp_path, train__num_steps=3))
     assert read_metrics(run / "metrics.jsonl")[2]["checkpoint_stall_seconds"] > 0.4
 
 
-def test_an_evaluation_is_heard_of_at_every_pack(
-    small: Path, task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_an_evaluation_is_heard_of_at_every_pack(small: Path, task: Path, tmp_path: Path):
     """Else a long one would be told as a rank that is late."""
-    heard: list[int] = []
-    monkeypatch.setattr(Watchdog, "heartbeat", lambda watch, step: heard.append(step))
+    heard = faults.note_heartbeats()
     case = {"data__eval": [{"path": str(task / "eval.jsonl"), "name": "held"}], "data__max_tokens_per_pack": 64}
     train(small_runs.make_recipe(small, task, tmp_path / "held", train__num_steps=1, **case))
     assert heard[:3] == [0, 0, 0]  # the data, the model, the start
@@ -82,16 +71,14 @@ def test_the_manifest_says_who_wrote_it_and_what_for(small: Path, task: Path, tm
     assert (second["eval"], third["eval"]) == ({"held": logged[2]}, {"held": logged[3]})
 
 
-def test_the_id_of_the_tracked_run_is_in_the_checkpoint(
-    small: Path, task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_the_id_of_the_tracked_run_is_in_the_checkpoint(small: Path, task: Path, tmp_path: Path):
     given: list[str | None] = []
 
     def track(recipe: Recipe, folder: Path, rank: int, run_id: str | None) -> SilentTracker:
         given.append(run_id)
         return SilentTracker(run_id or "abc123")
 
-    monkeypatch.setattr(record, "open_tracker", track)
+    faults.track_with(track)
     recipe = small_runs.make_recipe(small, task, tmp_path, train__num_steps=2, checkpoint__every_steps=1)
     run = train(recipe)
     assert read_record(checkpoint_folder(run, 1))["wandb_run_id"] == "abc123"
@@ -101,9 +88,8 @@ def test_the_id_of_the_tracked_run_is_in_the_checkpoint(
     assert read_record(checkpoint_folder(run, 2))["wandb_run_id"] == "abc123"
 
 
-def test_a_stop_is_no_failure_to_the_tracker(small: Path, task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    codes: list[int] = []
-    monkeypatch.setattr(SilentTracker, "finish", lambda tracker, code=0: codes.append(code))
+def test_a_stop_is_no_failure_to_the_tracker(small: Path, task: Path, tmp_path: Path):
+    codes = faults.note_tracker_exit_codes()
     recipe = small_runs.make_recipe(small, task, tmp_path)
     for error in (None, StopRequest("saved"), RuntimeError("broke")):
         recorder = Recorder(recipe, tmp_path, small_runs.ALONE, sys.stdout, num_steps=1, start_step=0)
@@ -129,11 +115,6 @@ def test_the_best_checkpoint_stays_behind_the_newest(small: Path, task: Path, tm
 # ---- what one rank alone meets ends the run on all of them
 
 
-def _disk_is_full() -> None:
-    """No file of this process grows beyond 50 kB from now on."""
-    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
-
-
 def _wait_until(true: Callable[[], bool], seconds: float = 30) -> None:
     deadline = time.monotonic() + seconds
     while not true():
@@ -142,22 +123,18 @@ def _wait_until(true: Callable[[], bool], seconds: float = 30) -> None:
 
 
 def _fills_up(rank: int, world_size: int, recipe: Recipe, victim: int) -> str:
-    take, start = loop.train_step, CheckpointWriter.start
     writers: list[CheckpointWriter] = []
 
-    def take_and_fill(*arguments, step: int, **options):
-        if step == 3 and rank == victim:
+    def fill(step: int) -> None:
+        if step == 4:
             _wait_until(lambda: latest_checkpoint(run_dir(recipe)) is not None)
-            _disk_is_full()
-        if step == 4 and rank == victim:
+            faults.fill_disk(50_000)
+        if step == 5:
             _wait_until(writers[-1].failed)
-        return take(*arguments, step=step, **options)
 
-    def note_and_start(writer: CheckpointWriter, *arguments) -> None:
-        writers.append(writer)
-        start(writer, *arguments)
-
-    loop.train_step, CheckpointWriter.start = take_and_fill, note_and_start
+    if rank == victim:
+        faults.around_saves(before=lambda writer, step: writers.append(writer))
+        faults.around_steps(before=fill)
     with pytest.raises(RuntimeError) as fault:
         train(recipe)
     return str(fault.value)
@@ -180,16 +157,14 @@ def test_all_ranks_end_when_one_cannot_save(
 
 
 def _cannot_export(rank: int, world_size: int, recipe: Recipe) -> str:
-    export = loop.export_while_training
-
-    def fill_and_export(recipe: Recipe, model, out: Path, ranks: Ranks) -> float:
-        if rank == 0 and recipe.parallel.engine == "ddp":
-            _disk_is_full()
-        elif rank == 0:
+    def refuse(out: Path) -> None:
+        if recipe.parallel.engine == "ddp":
+            faults.fill_disk(50_000)
+        else:
             out.parent.write_text("a file: the folder cannot be made, and not one weight is asked for")
-        return export(recipe, model, out, ranks)
 
-    loop.export_while_training = fill_and_export
+    if rank == 0:
+        faults.before_export_in_training(refuse)
     with pytest.raises(RuntimeError) as fault:
         train(recipe)
     return str(fault.value)

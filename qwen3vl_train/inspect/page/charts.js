@@ -1,4 +1,4 @@
-// Histograms as small inline pictures.
+// Histograms as small inline images.
 
 const WIDE = 230, HIGH = 108, LEFT = 4, RIGHT = 4, TOP = 14, BOTTOM = 19;
 
@@ -25,13 +25,13 @@ function spreadText(chart) {
 // Whole numbers and ratios are marked in the middle of their bins, all others at the edges.
 function ticks(chart, step) {
   const bins = chart.counts.length, middle = chart.scale === 'unit' || chart.scale === 'ratio';
-  const places = middle ? bins : bins + 1;
-  const every = chart.scale === 'ratio' ? 2 : Math.ceil(places / 5);
+  const numTicks = middle ? bins : bins + 1;
+  const every = chart.scale === 'ratio' ? 2 : Math.ceil(numTicks / 5);
   const marks = [];
-  for (let place = 0; place < places; place += every) {
-    const x = LEFT + step * (middle ? place + 0.5 : place);
-    const anchor = middle ? 'middle' : place === 0 ? 'start' : place === bins ? 'end' : 'middle';
-    const value = chart.scale === 'ratio' ? Math.sqrt(chart.edges[place] * chart.edges[place + 1]) : chart.edges[place];
+  for (let index = 0; index < numTicks; index += every) {
+    const x = LEFT + step * (middle ? index + 0.5 : index);
+    const anchor = middle ? 'middle' : index === 0 ? 'start' : index === bins ? 'end' : 'middle';
+    const value = chart.scale === 'ratio' ? Math.sqrt(chart.edges[index] * chart.edges[index + 1]) : chart.edges[index];
     marks.push(s('text', { x, y: HIGH - 6, 'text-anchor': anchor }, edgeText(chart.scale, value)));
   }
   return marks;

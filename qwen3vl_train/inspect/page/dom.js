@@ -49,13 +49,13 @@ function rowList(rows, total, most = 12) {
 
 // columns: [name, whether it holds numbers]; rows: lists of texts.
 function table(columns, rows) {
-  const line = (tag, texts) => h('tr', null, texts.map((text, place) => h(tag, { class: columns[place][1] && 'number' }, text)));
+  const line = (tag, texts) => h('tr', null, texts.map((text, index) => h(tag, { class: columns[index][1] && 'number' }, text)));
   return h('div', { class: 'scroll' }, h('table', null,
     h('thead', null, line('th', columns.map(([name]) => name))),
     h('tbody', null, rows.map((row) => line('td', row)))));
 }
 
-// One small box that follows the pointer, or the token that the arrow keys stand on.
+// One small box that follows the pointer, or the token that the arrow keys have reached.
 function showTip(lines, x, y) {
   const tip = at('tip');
   tip.replaceChildren(...lines.map((line) => h('div', null, line)));

@@ -12,7 +12,7 @@ function renderHeader(facts) {
   fill(at('header'),
     h('div', null,
       h('h1', null, 'Data of ', facts.recipe),
-      h('p', null, `${model.path} · ${model.template} template · a picture takes `,
+      h('p', null, `${model.path} · ${model.template} template · an image takes `,
         `${count(model.min_visual_tokens_per_image)} to ${count(model.max_visual_tokens_per_image)} visual tokens of 32 × 32 pixels`)),
     theme);
 }
@@ -34,22 +34,22 @@ function renderSummary(facts) {
         `${plural(packs.num_steps, 'step')} in the run, ${plural(packs.packs_per_step, 'pack')} each`));
 }
 
-function verdict(hazards) {
-  const levels = Object.keys(LEVELS).map((level) => [level, hazards.filter((hazard) => hazard.level === level).length]);
+function verdict(findings) {
+  const levels = Object.keys(LEVELS).map((level) => [level, findings.filter((finding) => finding.level === level).length]);
   return levels.filter(([, number]) => number).map(([level, number]) => plural(number, level)).join(', ') || 'No warnings';
 }
 
-// choose: called with a kind of warning, to show its samples. Returns what filters need of each card.
-function renderWarnings(facts, shownKinds, choose) {
-  const cards = facts.hazards.map((hazard) => ({
-    source: hazard.source,
-    kinds: [hazard.kind],
-    element: h('article', { class: `warning ${hazard.level}`, 'data-kind': hazard.kind },
-      h('h3', null, h('span', { class: 'level' }, LEVELS[hazard.level]), h('code', null, hazard.kind), hazard.source && h('span', { class: 'where' }, hazard.source)),
-      h('p', null, hazard.hazard),
-      h('p', { class: 'remedy' }, h('b', null, 'Remedy: '), hazard.remedy),
-      h('p', { class: 'evidence' }, hazard.evidence, hazard.rows.length > 0 && ` · ${rowList(hazard.rows, hazard.count)}`),
-      shownKinds.has(hazard.kind) && h('button', { type: 'button', on: { click: () => choose(hazard.kind) } }, 'Show samples')),
+// choose: called with a check, to show its samples. Returns what filters need of each card.
+function renderWarnings(facts, shownChecks, choose) {
+  const cards = facts.hazards.map((finding) => ({
+    source: finding.source,
+    checks: [finding.kind],
+    element: h('article', { class: `warning ${finding.level}`, 'data-check': finding.kind },
+      h('h3', null, h('span', { class: 'level' }, LEVELS[finding.level]), h('code', null, finding.kind), finding.source && h('span', { class: 'where' }, finding.source)),
+      h('p', null, finding.hazard),
+      h('p', { class: 'remedy' }, h('b', null, 'Remedy: '), finding.remedy),
+      h('p', { class: 'evidence' }, finding.evidence, finding.rows.length > 0 && ` · ${rowList(finding.rows, finding.count)}`),
+      shownChecks.has(finding.kind) && h('button', { type: 'button', on: { click: () => choose(finding.kind) } }, 'Show samples')),
   }));
   fill(at('warnings'),
     h('h2', { id: 'warnings-title' }, verdict(facts.hazards)),
@@ -87,7 +87,7 @@ function roleText(facts, source) {
 }
 
 function sourceTable(facts) {
-  const numbers = ['Files', 'Rows', 'Usable', 'Rejected', 'Dropped', 'Pictures', 'Videos', 'Tokens', 'Visual', 'Trained'].map((name) => [name, true]);
+  const numbers = ['Files', 'Rows', 'Usable', 'Rejected', 'Dropped', 'Images', 'Videos', 'Tokens', 'Visual', 'Trained'].map((name) => [name, true]);
   return table([['Source'], ['Role × weight'], ['Row format'], ...numbers], facts.sources.map((source) => [
     source.name, roleText(facts, source), formatText(source.formats),
     ...['files', 'rows', 'usable', 'rejected', 'dropped', 'images', 'videos', 'tokens'].map((what) => count(source[what])),
@@ -102,8 +102,8 @@ function sourceCard(facts, source) {
     h('div', { class: 'charts' },
       histogram('Text tokens', charts.text_tokens, 'row'),
       histogram('Visual tokens', charts.visual_tokens, 'row'),
-      histogram('Pictures a row', charts.images, 'row'),
-      histogram('Width : height', charts.aspect_ratios, 'picture'),
+      histogram('Images a row', charts.images, 'row'),
+      histogram('Width : height', charts.aspect_ratios, 'image'),
       histogram('Answers a row', charts.turns, 'row')),
     rejectTable(source), duplicateLines(source));
 }
@@ -111,7 +111,7 @@ function sourceCard(facts, source) {
 function renderSources(facts) {
   const cards = facts.sources.map((source) => ({
     source: source.name,
-    kinds: facts.hazards.filter((hazard) => hazard.source === source.name).map((hazard) => hazard.kind),
+    checks: facts.hazards.filter((finding) => finding.source === source.name).map((finding) => finding.kind),
     element: sourceCard(facts, source),
   }));
   fill(at('sources'), h('h2', { id: 'sources-title' }, plural(cards.length, 'source')), sourceTable(facts), cards.map((card) => card.element));

@@ -6,15 +6,15 @@ function options(names, all) {
   return [h('option', { value: '' }, all), names.map((name) => h('option', { value: name }, name))];
 }
 
-// Warnings and sources are filtered by source and kind, samples by these and by words.
+// Warnings and sources are filtered by source and check, samples by these and by words.
 function addFilters(sampleCards, otherCards) {
   const search = h('input', { id: 'search', type: 'search', placeholder: 'Text in samples', 'aria-label': 'Text in samples' });
   const source = h('select', { id: 'source', 'aria-label': 'Source' }, options(data.facts.sources.map((one) => one.name), 'All sources'));
-  const known = [...new Set([...data.facts.hazards.map((one) => one.kind), ...data.samples.flatMap((one) => one.kinds)])].sort();
-  const kind = h('select', { id: 'kind', 'aria-label': 'Warning' }, options(known, 'All warnings'));
+  const known = [...new Set([...data.facts.hazards.map((one) => one.kind), ...data.samples.flatMap((one) => one.checks)])].sort();
+  const check = h('select', { id: 'check', 'aria-label': 'Warning' }, options(known, 'All warnings'));
   const shown = h('output', { id: 'shown', 'aria-live': 'polite' });
 
-  const fits = (card) => (!source.value || !card.source || card.source === source.value) && (!kind.value || card.kinds.includes(kind.value));
+  const fits = (card) => (!source.value || !card.source || card.source === source.value) && (!check.value || card.checks.includes(check.value));
   const apply = () => {
     const words = search.value.trim().toLowerCase();
     let matching = 0;
@@ -27,12 +27,12 @@ function addFilters(sampleCards, otherCards) {
     shown.value = `${matching} of ${plural(sampleCards.length, 'sample')}`;
     at('none').hidden = matching > 0;
   };
-  for (const control of [search, source, kind]) control.addEventListener('input', apply);
+  for (const control of [search, source, check]) control.addEventListener('input', apply);
   const links = ['Warnings', 'Sources', 'Packs', 'Samples'].map((name) => h('a', { href: `#${name.toLowerCase()}` }, name));
-  fill(at('filters'), h('span', { class: 'links' }, links), source, kind, search, shown);
+  fill(at('filters'), h('span', { class: 'links' }, links), source, check, search, shown);
   apply();
   return (chosen) => {
-    [kind.value, source.value, search.value] = [chosen, '', ''];
+    [check.value, source.value, search.value] = [chosen, '', ''];
     apply();
     for (const card of sampleCards) card.element.open = !card.element.hidden;
     at('samples').scrollIntoView();
@@ -62,9 +62,9 @@ let choose = () => {};
 renderHeader(data.facts);
 addThemeSwitch();
 renderSummary(data.facts);
-const shownKinds = new Set(data.samples.flatMap((sample) => sample.kinds));
-const warningCards = renderWarnings(data.facts, shownKinds, (kind) => choose(kind));
+const shownChecks = new Set(data.samples.flatMap((sample) => sample.checks));
+const warningCards = renderWarnings(data.facts, shownChecks, (check) => choose(check));
 const sourceCards = renderSources(data.facts);
 renderPacks(data.facts.packs, data.pack);
-choose = addFilters(renderSamples(data.samples, data.facts.hazards, data.kinds), [...warningCards, ...sourceCards]);
+choose = addFilters(renderSamples(data.samples, data.facts.hazards, data.checks), [...warningCards, ...sourceCards]);
 addOverlaySwitches();

@@ -5,9 +5,9 @@ const RUN_NAMES = { prompt: 'read, not trained', visual: 'visual', trained: 'tra
 function packStrip(pack) {
   const bars = pack.sequences.flatMap((sequence) => {
     let start = sequence.start;
-    const parts = sequence.runs.map(([kind, length]) => {
-      const title = s('title', null, `${sequence.id}: ${plural(length, 'token')} ${RUN_NAMES[kind]}, from place ${count(start)} of the pack`);
-      const bar = s('rect', { class: `run ${kind}`, x: start, y: 0, width: length, height: 34 }, title);
+    const parts = sequence.runs.map(([use, length]) => {
+      const title = s('title', null, `${sequence.id}: ${plural(length, 'token')} ${RUN_NAMES[use]}, from position ${count(start)} of the pack`);
+      const bar = s('rect', { class: `run ${use}`, x: start, y: 0, width: length, height: 34 }, title);
       start += length;
       return bar;
     });
@@ -18,9 +18,9 @@ function packStrip(pack) {
 }
 
 function packRows(pack) {
-  const numbers = ['First place', 'Tokens', 'Visual', 'Trained', 'Last position (t, h, w)'].map((name) => [name, true]);
+  const numbers = ['First position', 'Tokens', 'Visual', 'Trained', 'Last position (t, h, w)'].map((name) => [name, true]);
   return table([['Sample'], ...numbers], pack.sequences.map((sequence) => {
-    const of = (kind) => sequence.runs.filter((run) => run[0] === kind).reduce((all, run) => all + run[1], 0);
+    const of = (use) => sequence.runs.filter((run) => run[0] === use).reduce((all, run) => all + run[1], 0);
     return [sequence.id, ...[sequence.start, sequence.length, of('visual'), of('trained')].map((value) => count(value)),
       `(${sequence.last_position.join(', ')})`];
   }));
@@ -33,7 +33,7 @@ function onePack(facts, pack) {
   return h('div', { id: 'pack' },
     h('h3', null, `Pack ${count(pack.number)} of ${count(facts.packs)}`, h('span', { class: 'where' }, where)),
     h('p', { class: 'evidence' }, `${plural(pack.sequences.length, 'sample')} in one row of ${count(used)} tokens, room for ${count(pack.max_tokens)}. `,
-      'Black lines are boundaries: attention never crosses one, and positions start again at (0, 0, 0) behind each.'),
+      'Black lines are boundaries: attention never crosses one, and positions start again at (0, 0, 0) after each.'),
     packStrip(pack), legend(),
     h('details', null, h('summary', null, 'Samples of this pack'), packRows(pack)));
 }

@@ -1,4 +1,4 @@
-// Samples: every token with its position and whether it is trained, beside the pictures as the model sees them.
+// Samples: every token with its position and whether it is trained, beside the images as the model sees them.
 
 function legend() {
   const key = (kind, name, meaning) => h('span', null, h('span', { class: `token ${kind}` }, name), ` ${meaning}`);
@@ -9,26 +9,26 @@ function legend() {
     key('special', 'special', 'written by the chat template'));
 }
 
-function positionText(sample, place) {
-  return `(${sample.positions.map((axis) => axis[place]).join(', ')})`;
+function positionText(sample, position) {
+  return `(${sample.positions.map((axis) => axis[position]).join(', ')})`;
 }
 
-function tokenTip(sample, place) {
-  const weight = sample.weights[place];
+function tokenTip(sample, position) {
+  const weight = sample.weights[position];
   return [
-    `token ${count(place)}, id ${sample.ids[place]}`,
-    `position (t, h, w) = ${positionText(sample, place)}`,
+    `token ${count(position)}, id ${sample.ids[position]}`,
+    `position (t, h, w) = ${positionText(sample, position)}`,
     weight ? `trained, weight ${count(weight, 4)}` : 'not trained',
-    !sample.texts[place] && 'goes on with the character before it',
+    !sample.texts[position] && 'continues the character before it',
   ].filter(Boolean);
 }
 
-function slotTip(sample, place, length) {
-  const last = place + length - 1;
+function slotTip(sample, position, length) {
+  const last = position + length - 1;
   return [
-    `tokens ${count(place)} to ${count(last)}, id ${sample.ids[place]}`,
-    `positions (t, h, w) from ${positionText(sample, place)} to ${positionText(sample, last)}`,
-    'not trained; the picture tells of each',
+    `tokens ${count(position)} to ${count(last)}, id ${sample.ids[position]}`,
+    `positions (t, h, w) from ${positionText(sample, position)} to ${positionText(sample, last)}`,
+    'not trained; point at the image for each',
   ];
 }
 
@@ -37,19 +37,19 @@ function tokenSpans(sample) {
   const visual = new Map(sample.visual);
   const spans = [];
   let weightBefore = 0;
-  for (let place = 0; place < sample.ids.length; place += 1) {
-    const slot = visual.get(place);
+  for (let position = 0; position < sample.ids.length; position += 1) {
+    const slot = visual.get(position);
     if (slot) {
-      spans.push(h('span', { class: 'token visual', 'data-place': place }, `▦ ${plural(slot, 'visual token')}`));
-      place += slot - 1;
+      spans.push(h('span', { class: 'token visual', 'data-position': position }, `▦ ${plural(slot, 'visual token')}`));
+      position += slot - 1;
       weightBefore = 0;
       continue;
     }
-    const weight = sample.weights[place];
-    const kind = `${weight ? 'trained' : 'prompt'}${special.has(place) ? ' special' : ''}`;
+    const weight = sample.weights[position];
+    const kind = `${weight ? 'trained' : 'prompt'}${special.has(position) ? ' special' : ''}`;
     const mark = weight && weight !== 1 && weight !== weightBefore ? `×${count(weight, 4)}` : null;
-    const text = sample.texts[place].replaceAll('\n', '⏎\n').replaceAll('\t', '⇥\t');
-    spans.push(h('span', { class: `token ${kind}`, 'data-place': place, 'data-weight': mark }, text || '·'));
+    const text = sample.texts[position].replaceAll('\n', '⏎\n').replaceAll('\t', '⇥\t');
+    spans.push(h('span', { class: `token ${kind}`, 'data-position': position, 'data-weight': mark }, text || '·'));
     weightBefore = weight;
   }
   return spans;
@@ -60,9 +60,9 @@ function tokenView(sample) {
   const visual = new Map(sample.visual);
   const tell = (span) => {
     const area = span.getBoundingClientRect();
-    const place = Number(span.dataset.place);
-    const length = visual.get(place);
-    showTip(length > 1 ? slotTip(sample, place, length) : tokenTip(sample, place), area.left, area.bottom - 14);
+    const position = Number(span.dataset.position);
+    const length = visual.get(position);
+    showTip(length > 1 ? slotTip(sample, position, length) : tokenTip(sample, position), area.left, area.bottom - 14);
   };
   view.addEventListener('pointerover', (event) => {
     const span = event.target.closest('.token');
@@ -97,12 +97,12 @@ function sampleBody(sample) {
   const undrawn = sample.marks.filter((mark) => mark.medium === null).length;
   const which = plural(undrawn, 'box or point is', 'boxes or points are');
   return [
-    sample.frames.length > 0 && h('div', { class: 'pictures', tabindex: 0 }, sample.frames.map((frame) => picture(sample, frame))),
-    undrawn > 0 && h('p', { class: 'evidence' }, `${which} not drawn: the row does not say of which picture, or the numbers cannot be thousandths.`),
+    sample.frames.length > 0 && h('div', { class: 'images', tabindex: 0 }, sample.frames.map((frame) => image(sample, frame))),
+    undrawn > 0 && h('p', { class: 'evidence' }, `${which} not drawn: the row does not say of which image, or the numbers cannot be thousandths.`),
     tokenView(sample)];
 }
 
-// badge: called with a kind of warning.
+// badge: called with a check.
 function sampleCard(sample, badge) {
   const sum = (list) => list.reduce((all, one) => all + one, 0);
   const facts = sample.fault ? 'breaks when it is decoded'
@@ -113,7 +113,7 @@ function sampleCard(sample, badge) {
       !sample.fault && sample.frames.length > 0 && h('img', { class: 'thumb', src: sample.frames[0].src, alt: '', loading: 'lazy', decoding: 'async' }),
       h('span', { class: 'name' }, sample.id),
       h('span', { class: 'evidence' }, facts),
-      sample.kinds.map(badge)),
+      sample.checks.map(badge)),
     body);
   // A thousand tokens are a thousand elements, so they are made when the card is first opened.
   card.addEventListener('toggle', () => {
@@ -122,15 +122,15 @@ function sampleCard(sample, badge) {
   return card;
 }
 
-// A kind that too few rows show to be a warning is a note. kinds: what each means.
-function renderSamples(samples, hazards, kinds) {
-  const level = (sample, kind) => (hazards.find((hazard) => hazard.kind === kind && hazard.source === sample.source) || { level: 'note' }).level;
-  const badge = (sample, kind) => h('span', { class: `badge ${level(sample, kind)}`, title: kinds[kind] }, kind);
+// A check that too few rows fail to be a warning is a note. checks: what each means.
+function renderSamples(samples, findings, checks) {
+  const level = (sample, check) => (findings.find((finding) => finding.kind === check && finding.source === sample.source) || { level: 'note' }).level;
+  const badge = (sample, check) => h('span', { class: `badge ${level(sample, check)}`, title: checks[check] }, check);
   const cards = samples.map((sample) => ({
     source: sample.source,
-    kinds: sample.kinds,
+    checks: sample.checks,
     text: `${sample.id}\n${sample.fault || sample.texts.filter((text) => text !== '<|image_pad|>' && text !== '<|video_pad|>').join('')}`.toLowerCase(),
-    element: sampleCard(sample, (kind) => badge(sample, kind)),
+    element: sampleCard(sample, (check) => badge(sample, check)),
   }));
   fill(at('samples'),
     h('h2', { id: 'samples-title' }, 'Samples as the model sees them'), legend(),

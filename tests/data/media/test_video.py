@@ -11,9 +11,8 @@ import pytest
 import torch
 
 from qwen3vl_train.data.errors import MediaFault
-from qwen3vl_train.data.media import video
 from qwen3vl_train.data.media.video import VideoHeader, read_frames, read_header
-from tests.helpers import clip_files
+from tests.helpers import clip_files, faults
 from tests.helpers.clip_files import decode, write_clip
 
 OPEN_HEVC = "log-level=none:open-gop=1:keyint=8"
@@ -61,27 +60,9 @@ def test_frames_are_those_of_decoding_everything(kind, tmp_path):
             assert torch.equal(frame, frames[index]), (kind, indices, index)
 
 
-def counting(monkeypatch) -> list[int]:
-    """Count the packets that are fed to a decoder from now on."""
-    fed = []
-    grouped, whole = video._decode_groups, video._decode_all
-
-    def groups(file, packets, numbers, convert):
-        fed.append(sum(video._needed(packets, set(numbers))))
-        return grouped(file, packets, numbers, convert)
-
-    def everything(file, wanted, convert):
-        fed.append(-1)
-        return whole(file, wanted, convert)
-
-    monkeypatch.setattr(video, "_decode_groups", groups)
-    monkeypatch.setattr(video, "_decode_all", everything)
-    return fed
-
-
 def test_only_the_groups_with_wanted_frames_are_decoded(tmp_path, monkeypatch):
     path = str(write_clip(tmp_path / "a.mp4", 100, options={"x264-params": "keyint=10:scenecut=0:bframes=0"}))
-    fed = counting(monkeypatch)
+    fed = faults.note_decoded_packets()
     header = read_header(path)
     gathered(path, [0, 33, 99], header)
     gathered(path, [50], header)
@@ -92,7 +73,7 @@ def test_only_the_groups_with_wanted_frames_are_decoded(tmp_path, monkeypatch):
 def test_frames_that_lead_a_key_frame_begin_at_the_one_before(tmp_path, monkeypatch):
     """In an open group some frames follow the key frame in the file and are shown before it; both groups make them."""
     path = str(write_clip(tmp_path / "a.mp4", 40, options=KINDS["open groups"][1]["options"]))
-    fed, header = counting(monkeypatch), read_header(path)
+    fed, header = faults.note_decoded_packets(), read_header(path)
     for index in range(40):
         gathered(path, [index], header)
     assert len(fed) == 40, "a frame was withheld and all was decoded once more"
@@ -103,7 +84,7 @@ def test_frames_that_lead_a_key_frame_begin_at_the_one_before(tmp_path, monkeypa
 def test_a_decoder_that_withholds_a_frame_is_asked_again_from_the_beginning(tmp_path, monkeypatch):
     """A key frame of this kind only begins to refresh the picture, so frames soon behind it need what was before."""
     path = write_clip(tmp_path / "a.mp4", 60, options={"x264-params": "intra-refresh=1:keyint=12:bframes=2"})
-    fed = counting(monkeypatch)
+    fed = faults.note_decoded_packets()
     frames, header = decode(path), read_header(str(path))
     for wanted, passes in (([0, 3], 1), ([30], 2), ([41, 42, 43], 2), ([55], 2)):
         fed.clear()

@@ -5,11 +5,11 @@ import json
 import pytest
 
 from qwen3vl_train.data.encode.collator import MultimodalCollator
-from qwen3vl_train.data.packing import loader as module
 from qwen3vl_train.data.packing.index import LengthRule, build_index
 from qwen3vl_train.data.packing.loader import TrainLoader
 from qwen3vl_train.data.packing.plan import PackLimits
 from qwen3vl_train.data.sources import JsonlSource
+from tests.helpers import faults
 from tests.helpers.stream_files import names_of, write_folder
 
 
@@ -31,21 +31,8 @@ def make(tmp_path_factory, collator):
     return loader
 
 
-@pytest.fixture
-def planned(monkeypatch):
-    """The epochs that were planned, in their order."""
-    epochs = []
-    plan = TrainLoader._plan
-
-    def noted(self, epoch):
-        epochs.append(epoch)
-        yield from plan(self, epoch)
-
-    monkeypatch.setattr(TrainLoader, "_plan", noted)
-    return epochs
-
-
-def test_no_epoch_is_planned_twice_in_a_row(make, planned):
+def test_no_epoch_is_planned_twice_in_a_row(make):
+    planned = faults.note_planned_epochs()
     train = make()
     assert train.num_steps == train.num_steps
     assert train.epoch_packs(0)  # as the start-up report does
@@ -54,7 +41,8 @@ def test_no_epoch_is_planned_twice_in_a_row(make, planned):
     assert planned == [1, 2, 0, 1, 2]
 
 
-def test_a_run_that_goes_on_knows_the_lengths_of_all_epochs(make, planned):
+def test_a_run_that_goes_on_knows_the_lengths_of_all_epochs(make):
+    planned = faults.note_planned_epochs()
     steps = list(make())
     state = json.loads(json.dumps(next(step for step in steps if step.epoch == 1).state))
     planned.clear()
@@ -68,10 +56,8 @@ def test_a_run_that_goes_on_knows_the_lengths_of_all_epochs(make, planned):
     assert planned == [1, 2]
 
 
-def test_an_epoch_is_planned_window_by_window_as_it_is_trained(make, monkeypatch):
-    sizes = []
-    plan = module.plan_packs
-    monkeypatch.setattr(module, "plan_packs", lambda tokens, *rest: sizes.append(len(tokens)) or plan(tokens, *rest))
+def test_an_epoch_is_planned_window_by_window_as_it_is_trained(make):
+    sizes = faults.note_planned_windows()
     train = make(num_epochs=None, num_steps=1, window=20)
     assert train.num_steps == len(list(train)) == 1
     assert sizes == [20]

@@ -11,10 +11,10 @@ from PIL import Image
 from qwen3vl_train.data.encode.collator import MultimodalCollator
 from qwen3vl_train.data.encode.encoder import SampleCost
 from qwen3vl_train.data.errors import Reject
-from qwen3vl_train.data.media import remote as download
 from qwen3vl_train.data.packing.index import LengthRule, build_index, check_rejects
 from qwen3vl_train.data.rows.parse import RowRules
 from qwen3vl_train.data.sources import JsonlSource
+from tests.helpers import faults
 
 NO_LIMIT = LengthRule(10**6)
 
@@ -116,14 +116,10 @@ def test_samples_that_are_too_long(tmp_path, collator, tiny_folder, limits, reas
 
 
 @pytest.mark.parametrize("too_long", ["drop", "reject", "shrink_media"])
-def test_text_that_cannot_fit_is_told_without_tokenising_it(tmp_path, collator, monkeypatch, too_long):
+def test_text_that_cannot_fit_is_told_without_tokenising_it(tmp_path, collator, too_long):
     source = write(tmp_path, "a.jsonl", [row("\U0001f642" * 5000), row("1 " * 600), row("1 " * 200)])
 
-    def count(self, text):
-        assert len(text) < 1000, "tokenised"
-        return len(self.encode(text)[0])
-
-    monkeypatch.setattr("qwen3vl_train.data.encode.tokenizer.ChatTokenizer.count", count)
+    faults.refuse_to_tokenize(1000)
     index = build_index([source], collator, LengthRule(550, too_long=too_long))
     assert index.tokens.tolist() == [0, 0, collator.cost(source.sample(2)).tokens]
     assert index.num_dropped == (2 if too_long == "drop" else 0)
@@ -302,8 +298,8 @@ def bucket():
     fs.rm("/bucket", recursive=True)
 
 
-def test_rows_whose_media_could_not_be_fetched_are_looked_at_again(counted, tmp_path, bucket, monkeypatch):
-    monkeypatch.setattr(download, "PAUSES_SECONDS", ())
+def test_rows_whose_media_could_not_be_fetched_are_looked_at_again(counted, tmp_path, bucket):
+    faults.set_download_limits(pauses=())
     picture = tmp_path / "a.png"
     asks = {"question": "<image>?", "answer": "<box>", "bbox": "unit"}
     rows = [

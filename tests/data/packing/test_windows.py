@@ -14,7 +14,7 @@ from qwen3vl_train.data.packing.mixture import InOrder, Part
 from qwen3vl_train.data.rows.parse import RowRules
 from qwen3vl_train.data.sources.streams import FileStream
 from qwen3vl_train.dist.ranks import Ranks, StoreBroadcast
-from tests.helpers import stream_files
+from tests.helpers import faults, stream_files
 from tests.helpers.ranks import run_ranks
 from tests.helpers.stream_files import NUM_ROWS, NUM_TEXTS, names_of, stream_loader, write_folder
 
@@ -134,7 +134,7 @@ def test_where_reading_ends_on_rank_0_all_ranks_stop_behind_the_same_step(folder
     for rank in range(2):
         train = stream_loader(folder, collator, rank=rank, world_size=2, broadcast=broadcast, num_workers=workers)
         if rank == 0:
-            train._scanner.mixture.parts = [Part(InOrder(BreaksOff(folder, fault)), 1.0), train.parts[1]]
+            faults.replace_first_part(train, Part(InOrder(BreaksOff(folder, fault)), 1.0))
         with pytest.raises(ValueError if isinstance(fault, ValueError) else Exception) as caught:
             list(train)
         assert str(fault) in str(caught.value)

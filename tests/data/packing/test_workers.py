@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from qwen3vl_train.data.packing.workers import from_worker, in_workers
-from tests.helpers import small_runs
+from tests.helpers import faults, small_runs
 
 
 def _own_pid(seconds: float) -> int:
@@ -76,7 +76,7 @@ def test_workers_of_a_killed_parent_leave(tmp_path: Path):
     def work() -> None:
         results = in_workers(_own_pid, [0.0] * 40, 2)
         (tmp_path / "pids").write_text(f"{next(results)} {next(results)}")
-        small_runs.kill_self()
+        faults.kill_self()
 
     assert small_runs.in_child(work) == -signal.SIGKILL
     pids = (tmp_path / "pids").read_text().split()

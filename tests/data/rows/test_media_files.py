@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from qwen3vl_train.data.rows import media_files as stamps
 from qwen3vl_train.data.rows.media_files import local_files, read_stats, row_stamps, stamp_of
 from qwen3vl_train.data.rows.sample import ImagePart, Message, Sample, TextPart, VideoPart
+from tests.helpers import faults
 
 
 def sample(*parts, root=None):
@@ -26,8 +26,8 @@ def test_only_media_that_are_files_of_their_own_are_looked_at(tmp_path):
 
 
 @pytest.mark.parametrize("late", [0.0, 1.0], ids=["a slow file system", "a quick one"])
-def test_stats_of_many_files_come_in_their_order(tmp_path, monkeypatch, late):
-    monkeypatch.setattr(stamps, "_LATE_SECONDS", late)
+def test_stats_of_many_files_come_in_their_order(tmp_path, late):
+    faults.call_disk_slow_after(late)
     paths = []
     for number in range(2500):
         paths.append(str(tmp_path / f"{number}"))

@@ -23,7 +23,8 @@ from qwen3vl_train.data.errors import MediaFault, RowFault
 from qwen3vl_train.data.media import remote as download
 from qwen3vl_train.data.media.image import image_size, load_rgb
 from qwen3vl_train.data.rows import parse as rows
-from qwen3vl_train.data.sources import JsonlSource, files, open_sources, open_stream
+from qwen3vl_train.data.sources import JsonlSource, open_sources, open_stream
+from tests.helpers import faults
 from tests.helpers.row_files import KINDS, ROW, png, talks, texts, write_all, write_tar
 
 LINES = "\n".join(ROW % f"{n} {n * n}" for n in range(500)).encode()
@@ -168,15 +169,9 @@ def test_a_file_that_was_unpacked_is_watched_too(tmp_path, kind):
         source.sample(1)
 
 
-def test_a_file_that_changes_while_it_is_unpacked(tmp_path, monkeypatch):
+def test_a_file_that_changes_while_it_is_unpacked(tmp_path):
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress((ROW % "a").encode()))
-    whole = files.open_unpacked
-
-    def touched(path):
-        os.utime(path, ns=(1, 1))
-        return whole(path)
-
-    monkeypatch.setattr(files, "open_unpacked", touched)
+    faults.before_unpacking(lambda path: os.utime(path, ns=(1, 1)))
     with pytest.raises(ValueError) as caught:
         JsonlSource(tmp_path / "a.jsonl.gz")
     assert str(caught.value) == f"{tmp_path}/a.jsonl.gz: changed while it was unpacked; start again once it is whole"
@@ -263,11 +258,8 @@ def test_a_copy_unpacked_before_a_change_is_not_taken_for_the_new_file(tmp_path)
         assert source.sample(0).messages[0].text == text
 
 
-def test_a_row_too_long_to_be_held(tmp_path, monkeypatch):
-    from qwen3vl_train.data.sources import jsonl as json_files
-
-    monkeypatch.setattr(json_files, "MAX_ROW_BYTES", 1 << 20)
-    monkeypatch.setattr(json_files, "_BLOCK", 1 << 16)
+def test_a_row_too_long_to_be_held(tmp_path):
+    faults.set_row_limits(row=1 << 20, block=1 << 16)
     (tmp_path / "a.jsonl").write_text(ROW % "a" + "\n" + ROW % ("x" * (20 << 20)) + "\n" + ROW % "b")
     tracemalloc.start()
     source = JsonlSource(tmp_path / "a.jsonl")
@@ -416,9 +408,8 @@ def test_a_media_root_on_the_web_asks_for_allow_urls(address, tmp_path, opened):
     assert opened(TrainSource(path=str(tmp_path / "a.tar"), media_root="https://nobody.invalid"))
 
 
-def test_faults_of_downloads(address, monkeypatch):
-    monkeypatch.setattr(download, "MAX_BYTES", 200_000)
-    monkeypatch.setattr(download, "TIMEOUT_SECONDS", 0.5)
+def test_faults_of_downloads(address):
+    faults.set_download_limits(num_bytes=200_000, seconds=0.5)
     with socket.socket() as taken:  # bound, not listening: nobody answers there
         taken.bind(("127.0.0.1", 0))
         silent = f"http://127.0.0.1:{taken.getsockname()[1]}/a.png"
@@ -442,8 +433,8 @@ def test_faults_of_downloads(address, monkeypatch):
             assert "secret" not in str(caught.value)
 
 
-def test_downloads_that_fail_in_passing_are_tried_again(address, monkeypatch):
-    monkeypatch.setattr(download, "PAUSES_SECONDS", (0.0, 0.01))
+def test_downloads_that_fail_in_passing_are_tried_again(address):
+    faults.set_download_limits(pauses=(0.0, 0.01))
     for path in ("/busy2", "/cut2", "/drop2"):
         assert load_rgb(ask(f"{address}{path}", allow_urls=True)).shape == (3, 32, 32)
         assert _Pictures.asked[path] == 3
@@ -460,7 +451,7 @@ def test_downloads_that_fail_in_passing_are_tried_again(address, monkeypatch):
 
 
 def test_a_host_that_is_no_more_is_asked_for_once(monkeypatch):
-    monkeypatch.setattr(download, "PAUSES_SECONDS", (0.0, 0.01))
+    faults.set_download_limits(pauses=(0.0, 0.01))
     for number, tries in ((socket.EAI_NONAME, 1), (socket.EAI_AGAIN, 3)):
         asked = []
 
@@ -477,7 +468,7 @@ def test_a_host_that_is_no_more_is_asked_for_once(monkeypatch):
 
 
 def test_other_addresses_are_tried_again_too(monkeypatch):
-    monkeypatch.setattr(download, "PAUSES_SECONDS", (0.0, 0.01))
+    faults.set_download_limits(pauses=(0.0, 0.01))
     fs, failures = fsspec.filesystem("memory"), []
     whole = type(fs)._open
     monkeypatch.setattr(type(fs), "_open", lambda self, *args, **options: failing() or whole(self, *args, **options))

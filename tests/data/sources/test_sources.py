@@ -22,7 +22,7 @@ from qwen3vl_train.data.media.remote import Remote
 from qwen3vl_train.data.packing.index import LengthRule, build_index
 from qwen3vl_train.data.rows.parse import shapes_line
 from qwen3vl_train.data.sources import JsonlSource, open_sources, open_stream
-from qwen3vl_train.data.sources import jsonl as json_module
+from tests.helpers import faults
 from tests.helpers.row_files import KINDS, NUM_ROWS, ROW, png, talks, texts, write_all, write_tar
 
 
@@ -214,8 +214,8 @@ def test_rows_are_lines_and_blank_ones_are_skipped(tmp_path):
 
 
 @pytest.mark.parametrize("block", [1, 7, 64])
-def test_cuts_between_blocks_change_nothing(tmp_path, monkeypatch, block):
-    monkeypatch.setattr(json_module, "_BLOCK", block)
+def test_cuts_between_blocks_change_nothing(tmp_path, block):
+    faults.set_row_limits(block=block)
     rows = [{"question": f'ü {n} " ] \\ }}', "answer": "€" * n + "x"} for n in range(5)]
     (tmp_path / "a.json").write_text(" \n" + json.dumps(rows, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     (tmp_path / "a.jsonl").write_text(

@@ -5,16 +5,16 @@ import shutil
 
 import pytest
 
-from qwen3vl_train.inspect.gather import inspect_recipe
-from qwen3vl_train.inspect.hazards import KINDS
+from qwen3vl_train.inspect.findings import CHECKS
+from qwen3vl_train.inspect.recipe import inspect_recipe
 from tests.helpers import finding_rows as rows
-from tests.helpers.finding_rows import hazards_recipe
+from tests.helpers.finding_rows import finding_rows_recipe
 from tests.helpers.small_runs import picture, row, write_rows
 
 
-def of_kind(inspection, kind, source="train.jsonl"):
-    """The rows of the one hazard of this kind and source; None where there is none."""
-    found = [one for one in inspection.facts.hazards if one.kind == kind and one.source == source]
+def rows_of(inspection, check, source="train.jsonl"):
+    """Return the rows of the only finding of a check and a source, None if there is none."""
+    found = [one for one in inspection.facts.findings if one.check == check and one.source == source]
     assert len(found) <= 1
     return [int(one) for one in found[0].rows] if found else None
 
@@ -40,13 +40,13 @@ def test_histograms_cover_every_row(training):
     assert training.histograms["aspect_ratios"].maximum == 2
 
 
-def test_rejects_are_grouped_by_kind_of_reason(training):
+def test_rejects_are_grouped_by_reason(training):
     assert [(group.count, group.rows) for group in training.rejects] == [(2, ["16", "17"]), (1, ["18"]), (1, ["19"])]
     assert "missing.png" in training.rejects[0].reason
     assert training.nothing_to_learn == ["19"]
 
 
-def test_every_planted_fault_is_found_where_it_is(inspection):
+def test_every_planted_fault_is_found_in_its_row(inspection):
     planted = {
         "boxes_pixel": [rows.PIXEL],
         "boxes_unit": [rows.UNIT],
@@ -61,20 +61,20 @@ def test_every_planted_fault_is_found_where_it_is(inspection):
         "answers_left_out": None,
         "few_labels": None,
     }
-    assert {kind: of_kind(inspection, kind) for kind in planted} == planted
-    assert of_kind(inspection, "leak", "eval.jsonl") == [1]
-    assert of_kind(inspection, "rejects", "") == []
-    assert not any(one.source == "text.jsonl" for one in inspection.facts.hazards)
+    assert {check: rows_of(inspection, check) for check in planted} == planted
+    assert rows_of(inspection, "leak", "eval.jsonl") == [1]
+    assert rows_of(inspection, "rejects", "") == []
+    assert not any(one.source == "text.jsonl" for one in inspection.facts.findings)
 
 
-def test_hazards_come_worst_first_and_name_a_remedy(inspection):
-    levels = [hazard.level for hazard in inspection.facts.hazards]
+def test_findings_are_sorted_and_name_a_remedy(inspection):
+    levels = [finding.level for finding in inspection.facts.findings]
     assert levels == sorted(levels, key=("error", "warning", "note").index)
-    for hazard in inspection.facts.hazards:
-        assert hazard.kind in KINDS
-        assert hazard.hazard.endswith(".")
-        assert hazard.remedy.endswith(".")
-        assert hazard.evidence
+    for finding in inspection.facts.findings:
+        assert finding.check in CHECKS
+        assert finding.message.endswith(".")
+        assert finding.remedy.endswith(".")
+        assert finding.evidence
 
 
 def test_pairs_of_equal_rows(inspection, data_folder):
@@ -103,7 +103,7 @@ def test_facts_are_json_without_infinities(inspection):
     assert plain["sources"][0]["rejected"] == 4
 
 
-def test_max_rows_spreads_what_is_examined(recipe, inspection):
+def test_max_rows_examines_evenly_spaced_rows(recipe, inspection):
     few = inspect_recipe(recipe, num_samples=0, max_rows=3)
     training = few.facts.sources[0]
     assert (training.examined, training.usable) == (3, 15)
@@ -127,11 +127,11 @@ def write_boxes(folder, box):
     return {"train": [{"path": str(folder / "train.jsonl")}], "num_workers": 0, "max_tokens_per_pack": 512}
 
 
-def test_boxes_that_all_fit_small_pictures_are_suspected(tiny_folder, tmp_path):
+def test_boxes_that_all_fit_small_images_are_suspected(tiny_folder, tmp_path):
     data = write_boxes(tmp_path, "190, 95")
-    assert of_kind(inspect_recipe(hazards_recipe(tiny_folder, tmp_path, data=data)), "boxes_small_pixel") == []
+    assert rows_of(inspect_recipe(finding_rows_recipe(tiny_folder, tmp_path, data=data)), "boxes_small_pixel") == []
     data = write_boxes(tmp_path, "190, 900")
-    assert of_kind(inspect_recipe(hazards_recipe(tiny_folder, tmp_path, data=data)), "boxes_small_pixel") is None
+    assert rows_of(inspect_recipe(finding_rows_recipe(tiny_folder, tmp_path, data=data)), "boxes_small_pixel") is None
 
 
 def test_thinking_checkpoint_on_data_without_reasoning(tiny_folder, data_folder, tmp_path):
@@ -144,22 +144,22 @@ def test_thinking_checkpoint_on_data_without_reasoning(tiny_folder, data_folder,
         model, tokenizer, min_pixels=64 * 64, max_pixels=512 * 512, template="thinking"
     )
     data = {"train": [{"path": str(data_folder / "text.jsonl")}], "num_workers": 0}
-    found = inspect_recipe(hazards_recipe(model, data_folder, data=data), num_samples=0)
+    found = inspect_recipe(finding_rows_recipe(model, data_folder, data=data), num_samples=0)
     assert found.facts.model["template"] == "thinking"
-    assert of_kind(found, "no_reasoning", "text.jsonl") == list(range(1, 9))
+    assert rows_of(found, "no_reasoning", "text.jsonl") == list(range(1, 9))
 
 
 def test_run_that_ends_while_warming_up(recipe, tiny_folder, data_folder):
-    short = hazards_recipe(tiny_folder, data_folder, optim={"lr": 1e-3, "warmup_steps": 100})
-    kinds = [hazard.kind for hazard in inspect_recipe(short, num_samples=0).facts.hazards]
-    assert "short_run" in kinds
+    short = finding_rows_recipe(tiny_folder, data_folder, optim={"lr": 1e-3, "warmup_steps": 100})
+    checks = [finding.check for finding in inspect_recipe(short, num_samples=0).facts.findings]
+    assert "short_run" in checks
 
 
 def test_files_of_a_pattern_are_one_source(tiny_folder, data_folder, tmp_path):
     for name in ("a.jsonl", "b.jsonl"):
         shutil.copy(data_folder / "text.jsonl", tmp_path / name)
     data = {"train": [{"path": f"{tmp_path}/*.jsonl", "name": "both"}], "num_workers": 0}
-    found = inspect_recipe(hazards_recipe(tiny_folder, data_folder, data=data))
+    found = inspect_recipe(finding_rows_recipe(tiny_folder, data_folder, data=data))
     (source,) = found.facts.sources
     assert (source.name, source.files, source.rows) == ("both", 2, 16)
     assert source.duplicates.count == 8
@@ -167,19 +167,19 @@ def test_files_of_a_pattern_are_one_source(tiny_folder, data_folder, tmp_path):
     assert {sample["row"] for sample in found.samples} >= {"a.jsonl:1", "b.jsonl:8"}
 
 
-def test_sources_of_one_name_are_told_apart(tiny_folder, data_folder):
+def test_sources_of_one_name_are_numbered(tiny_folder, data_folder):
     paths = [str(data_folder / "text.jsonl"), str(data_folder / "eval.jsonl")]
     data = {"train": [{"path": path, "name": "same"} for path in paths], "num_workers": 0}
-    found = inspect_recipe(hazards_recipe(tiny_folder, data_folder, data=data))
+    found = inspect_recipe(finding_rows_recipe(tiny_folder, data_folder, data=data))
     assert [source.name for source in found.facts.sources] == ["same", "same (2)"]
     assert {sample["source"] for sample in found.samples} == {"same", "same (2)"}
 
 
-def test_rejects_of_a_file_that_is_listed_twice_are_those_of_each_entry(tiny_folder, tmp_path):
+def test_rejects_of_a_file_listed_twice_belong_to_its_entries(tiny_folder, tmp_path):
     rows = [row("a", "b"), "not json", {"q": "a", "a": "b"}, {"q": "c", "a": "d"}]
     path = str(write_rows(tmp_path / "rows.jsonl", rows))
     columns = {"path": path, "name": "columns", "columns": {"question": "q", "answer": "a"}}
     data = {"train": [{"path": path}, columns, {**columns, "name": "again"}], "num_workers": 0}
-    found = inspect_recipe(hazards_recipe(tiny_folder, tmp_path, data=data), num_samples=0).facts.sources
+    found = inspect_recipe(finding_rows_recipe(tiny_folder, tmp_path, data=data), num_samples=0).facts.sources
     assert [(source.usable, source.rejected, source.dropped) for source in found] == [(1, 3, 0), (3, 1, 0), (3, 1, 0)]
     assert [row for group in found[1].rejects for row in group.rows] == ["2"]

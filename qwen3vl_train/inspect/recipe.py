@@ -1,4 +1,4 @@
-"""Open the data of a recipe as training does, and collect everything that can be said of it."""
+"""Open the data of a recipe as training does, and collect the facts, findings and samples."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,24 +9,24 @@ from qwen3vl_train.data.encode.collator import MultimodalCollator
 from qwen3vl_train.data.errors import Reject
 from qwen3vl_train.data.media.image import FACTOR
 from qwen3vl_train.data.open import open_collator
-from qwen3vl_train.data.packing.index import Index
-from qwen3vl_train.data.sources import FileSource
 from qwen3vl_train.inspect.duplicates import DuplicateFinder
-from qwen3vl_train.inspect.entries import Entry, entries_of
-from qwen3vl_train.inspect.facts import Facts, Hazard, PackFacts
-from qwen3vl_train.inspect.hazards import box_hazards, make, recipe_hazards, row_hazards, source_hazards
-from qwen3vl_train.inspect.packs import pack_facts, view_pack
-from qwen3vl_train.inspect.samples import choose_rows, view_sample
-from qwen3vl_train.inspect.scan import Scan, add_up, look_at
-from qwen3vl_train.inspect.training import Training, open_held_out, open_training
+from qwen3vl_train.inspect.facts import Facts, Finding, PackFacts
+from qwen3vl_train.inspect.findings import box_findings, make_finding, recipe_findings, row_findings, source_findings
+from qwen3vl_train.inspect.samples import choose_rows, pack_facts, view_pack, view_sample
+from qwen3vl_train.inspect.scan import Scan, scan_row, summarize
+from qwen3vl_train.inspect.training import Entry, name_entries, open_held_out, open_training
 
 Progress = Callable[[int, int], None]
-"""Called with (rows done, rows in all)."""
+"""Is called with (rows done, number of rows)."""
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """facts: what `--json` writes. samples, pack: what the page shows beside them, as plain values."""
+    """What was found.
+
+    facts: what `--json` writes.
+    samples, pack: what the page shows beside them, as plain values.
+    """
 
     facts: Facts
     samples: list[dict[str, Any]]
@@ -36,9 +36,10 @@ class Inspection:
 def inspect_recipe(
     recipe: Recipe, *, num_samples: int = 12, max_rows: int | None = None, progress: Progress | None = None
 ) -> Inspection:
-    """Look at all data of a recipe: text and media headers of the rows, pixels of the samples shown.
+    """Read all data of a recipe: text and media headers of the rows, and pixels of the samples shown.
 
-    max_rows: examine no more rows of a source than these, evenly spread; token counts and packs stay those of all.
+    num_samples: rows to show.
+    max_rows: rows of a source to examine at most, evenly spaced; token counts and packs are always of all rows.
     Raises ValueError for files that cannot be read; that no row can be used is a finding.
     """
     collate = open_collator(recipe)
@@ -47,7 +48,7 @@ def inspect_recipe(
     scans = _scan_all(entries, collate, max_rows, progress)
     packs = pack_facts(training, recipe)
     samples = [
-        view_sample(entries[ref.entry], ref, scans[ref.entry].kinds_of.get(ref, frozenset()), collate)
+        view_sample(entries[ref.entry], ref, scans[ref.entry].failed_checks.get(ref, frozenset()), collate)
         for ref in choose_rows(entries, scans, num_samples)
     ]
     facts = Facts(
@@ -58,18 +59,6 @@ def inspect_recipe(
         _judge(scans, samples, packs, recipe),
     )
     return Inspection(facts, samples, view_pack(training, recipe) if num_samples else None)
-
-
-def name_entries(training: Training, held_out: list[tuple[Index, list[FileSource]]]) -> list[Entry]:
-    """Return the entries of a recipe in order, the training ones first, each under a name of its own."""
-    entries = entries_of("train", [(training.index, training.sources)], training.weights, 0)
-    entries += entries_of("eval", held_out, [1.0], len(entries))
-    taken: dict[str, int] = {}
-    for entry in entries:
-        taken[entry.name] = taken.get(entry.name, 0) + 1
-        if taken[entry.name] > 1:
-            entry.name += f" ({taken[entry.name]})"
-    return entries
 
 
 def _model_facts(recipe: Recipe, collate: MultimodalCollator) -> dict[str, Any]:
@@ -86,13 +75,13 @@ def _scan_all(
     entries: list[Entry], collate: MultimodalCollator, max_rows: int | None, progress: Progress | None
 ) -> list[Scan]:
     finder = DuplicateFinder(entries)
-    refs_to_read = [entry.spread(max_rows) for entry in entries]
+    refs_to_read = [entry.evenly_spaced(max_rows) for entry in entries]
     total, done = sum(map(len, refs_to_read)), 0
     scans: list[Scan] = []
     for entry, refs in zip(entries, refs_to_read, strict=True):
         read, broken = [], []
         for ref in refs:
-            facts = look_at(entry, ref, collate)
+            facts = scan_row(entry, ref, collate)
             if isinstance(facts, Reject):
                 broken.append(facts)
             else:
@@ -101,20 +90,21 @@ def _scan_all(
             done += 1
             if progress is not None:
                 progress(done, total)
-        scans.append(add_up(entry, read, broken))
-    for scan, same in zip(scans, finder.facts(), strict=True):
-        scan.facts.duplicates = same
+        scans.append(summarize(entry, read, broken))
+    for scan, duplicates in zip(scans, finder.facts(), strict=True):
+        scan.facts.duplicates = duplicates
     return scans
 
 
-def _judge(scans: list[Scan], samples: list[dict[str, Any]], packs: PackFacts, recipe: Recipe) -> list[Hazard]:
+def _judge(scans: list[Scan], samples: list[dict[str, Any]], packs: PackFacts, recipe: Recipe) -> list[Finding]:
     """Return everything that looks wrong, the worst first."""
-    hazards = recipe_hazards([scan.facts for scan in scans], packs, recipe)
+    findings = recipe_findings([scan.facts for scan in scans], packs, recipe)
     for scan in scans:
-        shown = [sample for sample in samples if sample["source"] == scan.facts.name]
+        name = scan.facts.name
+        shown = [sample for sample in samples if sample["source"] == name]
         broken = [sample["row"] for sample in shown if sample["fault"]]
         if broken:
-            hazards.append(make("undecodable", scan.facts.name, len(broken), len(shown), broken))
-        hazards += source_hazards(scan.facts) + box_hazards(scan.facts, scan.boxes)
-        hazards += row_hazards(scan.facts, scan.rows_of)
-    return sorted(hazards, key=lambda hazard: ("error", "warning", "note").index(hazard.level))
+            findings.append(make_finding("undecodable", name, len(broken), len(shown), broken))
+        findings += source_findings(scan.facts) + box_findings(scan.facts, scan.boxes)
+        findings += row_findings(scan.facts, scan.rows_by_check)
+    return sorted(findings, key=lambda finding: ("error", "warning", "note").index(finding.level))

@@ -6,10 +6,10 @@ import shutil
 import av
 import pytest
 
-from qwen3vl_train.inspect.gather import inspect_recipe
 from qwen3vl_train.inspect.page import render_page
+from qwen3vl_train.inspect.recipe import inspect_recipe
 from tests.helpers.clip_files import write_clip
-from tests.helpers.finding_rows import hazards_recipe
+from tests.helpers.finding_rows import finding_rows_recipe
 from tests.helpers.small_runs import picture, row, write_rows
 
 
@@ -21,16 +21,16 @@ def inspected(tiny_folder, tmp_path):
         file = write_rows(tmp_path / "rows.jsonl", rows)
         data = {"num_workers": 0, "max_tokens_per_pack": 512, "train": [{"path": str(file), **(entry or {})}], **data}
         sections = {"data": data} | ({"train": train} if train else {})
-        return inspect_recipe(hazards_recipe(tiny_folder, tmp_path, **sections))
+        return inspect_recipe(finding_rows_recipe(tiny_folder, tmp_path, **sections))
 
     return look
 
 
-def found(inspection, kind):
-    """The one hazard of this kind, None where there is none."""
-    hazards = [hazard for hazard in inspection.facts.hazards if hazard.kind == kind]
-    assert len(hazards) <= 1
-    return hazards[0] if hazards else None
+def found(inspection, check):
+    """Return the only finding of a check, None if there is none."""
+    findings = [finding for finding in inspection.facts.findings if finding.check == check]
+    assert len(findings) <= 1
+    return findings[0] if findings else None
 
 
 def clip_row(video, **more):
@@ -42,7 +42,7 @@ def clip_row(video, **more):
     }
 
 
-def test_clips_without_a_usable_rate_are_found_and_nothing_else_is(inspected, tmp_path):
+def test_clips_without_a_usable_rate_are_found(inspected, tmp_path):
     picture(64, 64, 0).save(tmp_path / "a.png")
     write_clip(tmp_path / "fast.mp4", 40, rate=2000)
     write_clip(tmp_path / "sound.mp4", 8)
@@ -66,13 +66,13 @@ def test_clips_without_a_usable_rate_are_found_and_nothing_else_is(inspected, tm
         clip_row(frames, timestamps=[0]),
         clip_row("sound.mp4"),
     ])  # fmt: skip
-    hazard = found(inspection, "fps_missing")
-    assert (hazard.rows, hazard.count, hazard.evidence) == (list("12345"), 5, "5 of 12 rows (41.7%)")
+    finding = found(inspection, "fps_missing")
+    assert (finding.rows, finding.count, finding.evidence) == (list("12345"), 5, "5 of 12 rows (41.7%)")
     assert inspection.facts.sources[0].rejected == 11
 
 
 @pytest.mark.parametrize("answer", [clip_row(["a.png", "a.png"], fps=2, timestamps=[0, 1]), clip_row("60fps.mp4")])
-def test_other_faults_of_clips_are_no_missing_rate(inspected, tmp_path, answer):
+def test_other_faults_of_clips_are_not_a_missing_rate(inspected, tmp_path, answer):
     picture(64, 64, 0).save(tmp_path / "a.png")
     assert found(inspected([answer, row("a", "b")]), "fps_missing") is None
 
@@ -80,35 +80,35 @@ def test_other_faults_of_clips_are_no_missing_rate(inspected, tmp_path, answer):
 def test_every_row_without_a_rate_is_counted(inspected, tmp_path):
     picture(64, 64, 0).save(tmp_path / "a.png")
     inspection = inspected([clip_row(["a.png", "a.png"])] * 60 + [row("a", "b")])
-    hazard = found(inspection, "fps_missing")
-    assert (hazard.count, len(hazard.rows)) == (60, 50)
+    finding = found(inspection, "fps_missing")
+    assert (finding.count, len(finding.rows)) == (60, 50)
 
 
-@pytest.mark.parametrize(("size", "kind"), [((640, 480), "shrunk"), ((12, 12), "enlarged")])
-def test_pictures_far_from_the_budget_in_one_of_ten_rows(inspected, tmp_path, size, kind):
+@pytest.mark.parametrize(("size", "check"), [((640, 480), "shrunk"), ((12, 12), "enlarged")])
+def test_image_sizes_far_from_the_limits_in_many_rows(inspected, tmp_path, size, check):
     picture(96, 64, 0).save(tmp_path / "fits.png")
     picture(*size, 0).save(tmp_path / "odd.png")
     budget = {"max_visual_tokens_per_image": 24, "min_visual_tokens_per_image": 4}
     usual = [row(f"What? {number}", "That.", ["fits.png"]) for number in range(9)]
     text = [row(f"What? {number}", "That.") for number in range(20)]  # no share of these is asked for
-    hazard = found(inspected([*usual, row("Large?", "Yes.", ["odd.png"]), *text], **budget), kind)
-    assert (hazard.level, hazard.rows, hazard.evidence) == ("warning", ["10"], "1 of 10 rows with pictures (10%)")
+    finding = found(inspected([*usual, row("Large?", "Yes.", ["odd.png"]), *text], **budget), check)
+    assert (finding.level, finding.rows, finding.evidence) == ("warning", ["10"], "1 of 10 rows with images (10%)")
     more = row("One more?", "Yes.", ["fits.png"])
-    assert found(inspected([*usual, row("Large?", "Yes.", ["odd.png"]), more], **budget), kind) is None
+    assert found(inspected([*usual, row("Large?", "Yes.", ["odd.png"]), more], **budget), check) is None
 
 
 ODD = {"boxes_pixel": "[10, 20, 3000, 40]", "boxes_unit": "[0.1, 0.2, 0.3, 0.4]", "boxes_xywh": "[600, 700, 90, 80]"}
 
 
-@pytest.mark.parametrize("kind", ODD)
-def test_odd_boxes_are_another_convention_from_one_of_twenty_rows_on(inspected, tmp_path, kind):
+@pytest.mark.parametrize("check", ODD)
+def test_odd_boxes_are_an_error_from_one_in_twenty_rows(inspected, tmp_path, check):
     picture(96, 64, 0).save(tmp_path / "a.png")
     sound = [row(f"Where? {number}", f"[{number}, 20, 900, 950]", ["a.png"]) for number in range(20)]
     text = [row(f"What? {number}", "That.", ["a.png"]) for number in range(20)]  # no share of these is asked for
-    odd = row("Where?", ODD[kind], ["a.png"])
-    hazard = found(inspected([odd, *sound[:19], *text]), kind)
-    assert (hazard.level, hazard.evidence) == ("error", "1 of 20 rows with boxes (5%)")
-    few = found(inspected([odd, *sound]), kind)
+    odd = row("Where?", ODD[check], ["a.png"])
+    finding = found(inspected([odd, *sound[:19], *text]), check)
+    assert (finding.level, finding.evidence) == ("error", "1 of 20 rows with boxes (5%)")
+    few = found(inspected([odd, *sound]), check)
     assert (few.level, few.rows) == ("note", ["1"])
 
 
@@ -124,11 +124,11 @@ def grounding(tmp_path, size, boxes):
 THOUSANDTHS = [[20 * number, 30, 400 + 24 * number, 500 + 20 * number] for number in range(25)]  # they end at 976, 980
 
 
-def test_thousandths_declared_as_pixels_of_large_pictures(inspected, tmp_path):
+def test_thousandths_declared_as_pixels_of_large_images(inspected, tmp_path):
     rows = grounding(tmp_path, (1600, 1300), THOUSANDTHS)
-    hazard = found(inspected(rows, entry={"bbox": "pixel"}), "boxes_shrunk")
-    assert hazard.level == "warning"
-    assert hazard.count == sum(box[2] >= 902 or box[3] >= 902 for box in THOUSANDTHS)
+    finding = found(inspected(rows, entry={"bbox": "pixel"}), "boxes_shrunk")
+    assert finding.level == "warning"
+    assert finding.count == sum(box[2] >= 902 or box[3] >= 902 for box in THOUSANDTHS)
     assert found(inspected(rows, entry={"bbox": "per_mille"}), "boxes_shrunk") is None
     by_row = [{**one, "bbox": "pixel"} for one in rows]
     assert found(inspected(by_row), "boxes_shrunk") is not None
@@ -143,7 +143,7 @@ def test_thousandths_declared_as_pixels_of_large_pictures(inspected, tmp_path):
         ((1600, 1300), THOUSANDTHS[6:]),  # too few to say
     ],
 )
-def test_boxes_in_pixels_of_large_pictures_are_not_suspected(inspected, tmp_path, size, boxes):
+def test_boxes_in_pixels_of_large_images_are_accepted(inspected, tmp_path, size, boxes):
     assert found(inspected(grounding(tmp_path, size, boxes), entry={"bbox": "pixel"}), "boxes_shrunk") is None
 
 
@@ -158,9 +158,9 @@ def test_without_a_usable_row_the_reasons_are_shown(inspected):
     assert [reason.split(" ")[0] for reason in reasons] == ["not", "messages[0].content[0]:", "nothing"]
     packs = inspection.facts.packs
     assert (packs.packs, packs.steps_per_epoch, packs.num_steps, packs.mean_fill) == (0, 0, 0, 0.0)
-    kinds = {hazard.kind: hazard.evidence for hazard in inspection.facts.hazards}
-    assert kinds["no_rows"] == "3 of 3 rows (100%)"
-    assert kinds.keys() == {"no_rows", "rejects", "nothing_to_learn"}  # nothing is said of packs that are not there
+    evidence = {finding.check: finding.evidence for finding in inspection.facts.findings}
+    assert evidence["no_rows"] == "3 of 3 rows (100%)"
+    assert evidence.keys() == {"no_rows", "rejects", "nothing_to_learn"}  # nothing is said of packs that are not there
     assert (inspection.samples, inspection.pack) == ([], None)
     assert "missing.png: no such file" in render_page(inspection)
     json.dumps(inspection.facts.to_json(), allow_nan=False)
@@ -170,7 +170,7 @@ def test_without_any_row(inspected):
     assert found(inspected([]), "no_rows").evidence == "0 of 0 rows"
 
 
-def test_all_rows_too_long_are_told_as_dropped(inspected):
+def test_rows_that_are_all_too_long_count_as_dropped(inspected):
     inspection = inspected([row("a", "b " * 3000)], too_long="drop")
     assert (inspection.facts.sources[0].dropped, found(inspection, "rejects")) == (1, None)
     assert found(inspection, "no_rows").evidence == "1 of 1 rows (100%)"
@@ -186,22 +186,22 @@ def test_stream_without_a_usable_row(inspected, rows):
     render_page(inspection)
 
 
-def test_held_out_rows_are_shown_where_no_training_row_can_be_used(inspected, tmp_path):
+def test_held_out_rows_are_shown_without_a_usable_training_row(inspected, tmp_path):
     held_out = write_rows(tmp_path / "eval.jsonl", [row("a", "b")])
     inspection = inspected(BROKEN, eval=[{"path": str(held_out)}])
     assert [(source.role, source.usable) for source in inspection.facts.sources] == [("train", 0), ("eval", 1)]
     assert [sample["id"] for sample in inspection.samples] == ["eval.jsonl:1"]
 
 
-def test_samples_that_break_when_decoded_are_shown_with_their_fault(inspected, tmp_path):
+def test_sample_that_breaks_when_decoded_shows_its_fault(inspected, tmp_path):
     picture(256, 256, 0).save(tmp_path / "cut.jpg")
     whole = (tmp_path / "cut.jpg").read_bytes()
     (tmp_path / "cut.jpg").write_bytes(whole[: len(whole) // 2])
     inspection = inspected([row("a", "b"), row("c", "d", ["cut.jpg"])], entry={"name": "named"})
-    hazard = found(inspection, "undecodable")
-    assert (hazard.level, hazard.rows, hazard.evidence) == ("error", ["2"], "1 of 2 samples shown (50%)")
+    finding = found(inspection, "undecodable")
+    assert (finding.level, finding.rows, finding.evidence) == ("error", ["2"], "1 of 2 samples shown (50%)")
     _, broken = inspection.samples
-    assert (broken["id"], broken["kinds"]) == ("named:rows.jsonl:2", ["undecodable"])
+    assert (broken["id"], broken["checks"]) == ("named:rows.jsonl:2", ["undecodable"])
     assert "image cut.jpg: is truncated or damaged" in broken["fault"]
 
 
@@ -215,13 +215,13 @@ def test_held_out_sets_of_one_name(inspected, tmp_path):
     assert found(inspected(rows, eval=evals), "same_name").evidence == "2 of 2 data sets (100%)"
 
 
-def test_reasons_are_joined_whatever_the_names_in_them(inspected):
+def test_reasons_that_differ_in_names_are_one_group(inspected):
     gone = [row("a", "b", [name]) for name in ("a.png", "my file.png", "file 3 of mine.png", "x/y.png")]
     (source,) = inspected([*gone, row("a", "b")]).facts.sources
     assert [(group.count, group.rows) for group in source.rejects] == [(4, list("1234"))]
 
 
-def test_half_a_character_in_a_reason_can_be_printed(inspected):
+def test_unpaired_surrogate_in_a_reason_can_be_printed(inspected):
     odd = row("a", "b")
     odd["messages"][0]["\ud800"] = 1
     (source,) = inspected([odd, row("a", "b")]).facts.sources

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from qwen3vl_train.inspect.histogram import histogram, ratio_histogram
+from qwen3vl_train.inspect.facts import histogram, ratio_histogram
 
 SPREADS = {
     "few whole numbers": np.array([1, 1, 3]),

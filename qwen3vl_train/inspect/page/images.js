@@ -1,4 +1,4 @@
-// Pictures at the size the model sees, with their patches, tokens, boxes and points. One unit of the overlay is a token.
+// Images at the size the model sees, with their patches, tokens, boxes and points. One unit of the overlay is a token.
 
 const PATCHES = 2; // a side of a token
 
@@ -9,7 +9,7 @@ function gridPath(rows, cols, step, skip) {
   return lines.join('');
 }
 
-// Dark below and light above, so that lines are seen on every picture.
+// Dark below and light above, so that lines are seen on every image.
 function gridLines(frame) {
   const patches = gridPath(frame.rows, frame.cols, 1 / PATCHES, PATCHES);
   const tokens = gridPath(frame.rows, frame.cols, 1, Infinity);
@@ -23,7 +23,7 @@ function wide(frame) {
 
 function markShape(mark, frame) {
   const pixel = frame.cols / wide(frame);
-  const [x, y, x2, y2] = mark.values.map((value, place) => (value / 1000) * (place % 2 ? frame.rows : frame.cols));
+  const [x, y, x2, y2] = mark.values.map((value, index) => (value / 1000) * (index % 2 ? frame.rows : frame.cols));
   const label = (left, top) => mark.label && s('text', { x: left, y: top, 'font-size': 15 * pixel, 'stroke-width': 3 * pixel }, mark.label);
   if (mark.values.length === 4) {
     return s('g', { class: 'mark box' }, s('rect', { x, y, width: x2 - x, height: y2 - y }), label(x + 6 * pixel, y + 17 * pixel));
@@ -33,11 +33,11 @@ function markShape(mark, frame) {
 
 function frameName(sample, frame) {
   const media = new Set(sample.frames.map((one) => one.medium)).size;
-  const name = frame.frames > 1 ? `clip ${frame.medium + 1}, first frame of pair ${frame.frame + 1} of ${frame.frames}` : media > 1 ? `picture ${frame.medium + 1}` : 'picture';
+  const name = frame.frames > 1 ? `clip ${frame.medium + 1}, first frame of pair ${frame.frame + 1} of ${frame.frames}` : media > 1 ? `image ${frame.medium + 1}` : 'image';
   return `${name}: ${frame.width} × ${frame.height} pixels, ${PATCHES * frame.cols} × ${PATCHES * frame.rows} patches, ${frame.cols} × ${frame.rows} = ${plural(frame.cols * frame.rows, 'token')}`;
 }
 
-function picture(sample, frame) {
+function image(sample, frame) {
   const here = s('rect', { class: 'here', width: 1, height: 1, visibility: 'hidden' });
   const marks = sample.marks.filter((mark) => mark.medium === frame.medium);
   const overlay = s('svg', { class: 'overlay', viewBox: `0 0 ${frame.cols} ${frame.rows}`, preserveAspectRatio: 'none', 'aria-hidden': 'true' },
@@ -51,12 +51,12 @@ function picture(sample, frame) {
     here.setAttribute('x', col);
     here.setAttribute('y', row);
     here.setAttribute('visibility', 'visible');
-    const place = frame.offset + row * frame.cols + col;
-    showTip([`row ${row + 1}, column ${col + 1}`, ...tokenTip(sample, place)], event.clientX, event.clientY);
+    const position = frame.offset + row * frame.cols + col;
+    showTip([`row ${row + 1}, column ${col + 1}`, ...tokenTip(sample, position)], event.clientX, event.clientY);
   });
   view.addEventListener('pointerleave', () => {
     here.setAttribute('visibility', 'hidden');
     hideTip();
   });
-  return h('figure', { class: 'picture', vars: { '--wide': `${wide(frame)}px` } }, view, h('figcaption', null, frameName(sample, frame)));
+  return h('figure', { class: 'image', vars: { '--wide': `${wide(frame)}px` } }, view, h('figcaption', null, frameName(sample, frame)));
 }

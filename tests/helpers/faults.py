@@ -1,0 +1,361 @@
+"""Die here, be slow there, fill the disk: every address in our code that a test replaces is in this file.
+
+What a function replaces stays so until the test ends (`conftest.py` calls `undo`), in this process and in those that it
+forks. Scripts for launchers import this module too. Steps are counted from one, as the metrics count them.
+"""
+
+import os
+import resource
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qwen3vl_train.checkpoint import manifest, writer
+from qwen3vl_train.checkpoint.manifest import latest_checkpoint
+from qwen3vl_train.checkpoint.writer import CheckpointWriter
+from qwen3vl_train.data.encode.tokenizer import ChatTokenizer
+from qwen3vl_train.data.media import remote, video
+from qwen3vl_train.data.packing import loader
+from qwen3vl_train.data.rows import media_files
+from qwen3vl_train.data.sources import files, jsonl
+from qwen3vl_train.dist.watchdog import Watchdog
+from qwen3vl_train.model import loss
+from qwen3vl_train.parallel import ddp
+from qwen3vl_train.parallel.optim import MasterAdamW
+from qwen3vl_train.tracking.metrics import MetricsLog
+from qwen3vl_train.tracking.wandb import SilentTracker
+from qwen3vl_train.train import consistency, export, loop, record
+
+_patches = pytest.MonkeyPatch()
+
+
+def undo() -> None:
+    """Take back everything that was replaced in this process."""
+    _patches.undo()
+
+
+def _around(
+    owner: Any, name: str, before: Callable[..., Any] | None = None, after: Callable[..., Any] | None = None
+) -> None:
+    """Call before and after, with the arguments of the call, around every call of a function or method."""
+    function = getattr(owner, name)
+
+    @wraps(function)
+    def wrapped(*arguments: Any, **options: Any) -> Any:
+        if before is not None:
+            before(*arguments, **options)
+        result = function(*arguments, **options)
+        if after is not None:
+            after(*arguments, **options)
+        return result
+
+    _patches.setattr(owner, name, wrapped)
+
+
+# ---- the process and its disk
+
+
+def kill_self() -> None:
+    """End this process as a power cut would: no handler, no clean-up."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def fill_disk(num_bytes: int) -> None:
+    """Let no file of this process grow beyond num_bytes: a write ends in an OSError in the middle of a file."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, num_bytes))
+
+
+def _no_space(*_: Any, **__: Any) -> None:
+    raise OSError(28, "No space left on device")
+
+
+# ---- training steps
+
+
+def around_steps(
+    before: Callable[[int], Any] = lambda step: None, after: Callable[[int, list], Any] = lambda step, packs: None
+) -> None:
+    """Call before(step) and after(step, packs of this rank) around every training step."""
+    _around(
+        loop,
+        "train_step",
+        before=lambda *_, step, **__: before(step + 1),
+        after=lambda model, optimizer, packs, *_, step, **__: after(step + 1, packs),
+    )
+
+
+def kill_after_metrics_of(step: int) -> None:
+    """Kill this process the moment the metrics of a step are on disk."""
+    _around(MetricsLog, "append", after=lambda log, row: kill_self() if row["step"] == step else None)
+
+
+def slow_optimizer_state(seconds: float) -> None:
+    """Let the optimizer take so long to hand out its state."""
+    _around(MasterAdamW, "state_tensors", before=lambda *_: time.sleep(seconds))
+
+
+def note_heartbeats() -> list[int]:
+    """Return a list that collects the step of every heartbeat; none is sent."""
+    steps: list[int] = []
+    _patches.setattr(Watchdog, "heartbeat", lambda watch, step: steps.append(step))
+    return steps
+
+
+def track_with(open_tracker: Callable[..., Any]) -> None:
+    """Let runs of this process open this tracker."""
+    _patches.setattr(record, "open_tracker", open_tracker)
+
+
+def note_tracker_exit_codes() -> list[int]:
+    """Return a list that collects the exit codes that trackers are closed with."""
+    codes: list[int] = []
+    _patches.setattr(SilentTracker, "finish", lambda tracker, code=0: codes.append(code))
+    return codes
+
+
+def see_no_files_of_others() -> None:
+    """Let this rank see no file that another one writes into the folder of the run."""
+    _patches.setattr(consistency.os, "listdir", lambda _: [])
+
+
+def look_for_folder(seconds: float) -> None:
+    """Let this rank look for the folder of the run for so many seconds."""
+    _patches.setattr(consistency, "LOOK_SECONDS", seconds)
+
+
+# ---- checkpoints
+
+
+def around_saves(
+    before: Callable[[CheckpointWriter, int], Any] = lambda writer, step: None,
+    after: Callable[[CheckpointWriter, int], Any] = lambda writer, step: None,
+) -> None:
+    """Call before(writer, step) and after(writer, step) around the start of every checkpoint."""
+    _around(
+        CheckpointWriter,
+        "start",
+        before=lambda writer, step, *_: before(writer, step),
+        after=lambda writer, step, *_: after(writer, step),
+    )
+
+
+def finish_saves(*steps: int) -> None:
+    """Let training go on only after the checkpoints of these steps (of all, if none is named) are on disk.
+
+    On a busy machine a kill soon after the start of a save would otherwise come before its end.
+    """
+    around_saves(after=lambda writer, step: writer.wait() if not steps or step in steps else None)
+
+
+def _is_of(step: int) -> Callable[..., bool]:
+    return lambda path, *_, **__: f"step-{step:08d}" in str(path)
+
+
+# Moments of the save of a checkpoint: the function, before or after it, and for a step, which of its calls it is.
+SAVE_MOMENTS: dict[str, tuple[Any, str, str, Callable[[int], Callable[..., bool]]]] = {
+    "before the save": (CheckpointWriter, "start", "before", lambda step: lambda _, saved, *__: saved == step),
+    "folder made": (writer, "start_aside", "after", _is_of),
+    "before the manifest": (writer, "write_manifest", "before", _is_of),
+    "before the rename": (Path, "rename", "before", _is_of),
+    "after the rename": (Path, "rename", "after", _is_of),
+    "older one half removed": (
+        shutil, "rmtree", "before", lambda step: lambda path, **_: str(path).endswith(".removed"),
+    ),
+    "after the save": (
+        writer, "prune", "after", lambda step: lambda run, _: _is_of(step)(latest_checkpoint(run)),
+    ),
+}  # fmt: skip
+
+
+def kill_in_save(moment: str, step: int) -> None:
+    """Kill this process at one of SAVE_MOMENTS in the save of a step."""
+    owner, name, when, is_call = SAVE_MOMENTS[moment]
+    is_it = is_call(step)
+    _around(owner, name, **{when: lambda *arguments, **options: is_it(*arguments, **options) and kill_self()})
+
+
+def kill_within_removal() -> None:
+    """Kill this process after the first file of a checkpoint is removed."""
+    _patches.setattr(shutil, "rmtree", lambda folder: ((folder / "checkpoint.json").unlink(), kill_self()))
+
+
+def refuse_removal(refuses: Callable[[], bool]) -> None:
+    """Let the disk refuse to remove older checkpoints while refuses() is true."""
+
+    def refuse(path: Path, **_: Any) -> None:
+        if refuses() and path.name.endswith(".removed"):
+            raise PermissionError(13, "Permission denied", str(path))
+
+    _around(shutil, "rmtree", before=refuse)
+
+
+def before_checksums(act: Callable[[Path, list[Path]], Any]) -> None:
+    """Call act(folder, files) when this rank has written its files of a checkpoint, before it sums them."""
+    _around(writer, "sum_files", before=act)
+
+
+def note_checkpoint_files() -> dict[str, list[str]]:
+    """Return two lists that collect the names of files this process sums up ("summed") and flushes ("flushed")."""
+    seen: dict[str, list[str]] = {"summed": [], "flushed": []}
+    _around(manifest, "_crc32", before=lambda file: seen["summed"].append(file.name))
+    name_of = "/proc/self/fd/{}".format
+    _around(os, "fsync", before=lambda file: seen["flushed"].append(Path(os.readlink(name_of(file))).name))
+    return seen
+
+
+def fail_checksums_of(folder: Path) -> None:
+    """Let the disk fail where files of this folder are summed up."""
+
+    def fail(file: Path) -> None:
+        if file.is_relative_to(folder):
+            raise OSError(5, "Input/output error")
+
+    _around(manifest, "_crc32", before=fail)
+
+
+def set_checksum_block(num_bytes: int) -> None:
+    """Read so many bytes at once where files are summed up."""
+    _patches.setattr(manifest, "BLOCK", num_bytes)
+
+
+def hold_writes(checkpoints: CheckpointWriter, seconds: float = 600) -> threading.Event:
+    """Keep the thread that writes checkpoints from beginning, until the returned event is set."""
+    gate = threading.Event()
+    checkpoints._thread.submit(gate.wait, seconds)
+    return gate
+
+
+def refuse_writes(checkpoints: CheckpointWriter) -> None:
+    """Let the disk be full for this writer."""
+    _patches.setattr(checkpoints, "_write", _no_space)
+
+
+def refuse_rename() -> None:
+    """Let the disk refuse to give a written checkpoint its name."""
+    _patches.setattr(writer, "finish", _no_space)
+
+
+def refuse_folders() -> None:
+    """Let the disk refuse every new folder."""
+    _patches.setattr(Path, "mkdir", _no_space)
+
+
+# ---- exports
+
+
+def before_export_in_training(act: Callable[[Path], Any]) -> None:
+    """Call act(folder) before a run that trains writes an export."""
+    _around(loop, "export_while_training", before=lambda recipe, model, out, ranks: act(out))
+
+
+def after_export_weights(act: Callable[[Path], Any]) -> None:
+    """Call act(folder) after the weights of an export are written."""
+    _around(export, "write_huggingface", after=lambda weights, sizes, folder, **_: act(folder))
+
+
+def after_export_companions(act: Callable[[Path], Any]) -> None:
+    """Call act(folder) after the files beside the weights of an export are written."""
+    _around(export, "copy_companions", after=lambda source, folder, *_: act(folder))
+
+
+# ---- data
+
+
+def kill_at_row(number: int) -> None:
+    """Kill the process that builds samples, at the row of this number (counted from zero) that it builds."""
+    built = iter(range(number + 1))
+    _around(loader.BuildRows, "__call__", before=lambda *_: next(built) == number and kill_self())
+
+
+def note_planned_epochs() -> list[int]:
+    """Return a list that collects the epochs that are planned, in their order."""
+    epochs: list[int] = []
+    plan = loader.TrainLoader._plan
+
+    def noted(train: loader.TrainLoader, epoch: int) -> Any:
+        epochs.append(epoch)  # when its first window is asked for
+        yield from plan(train, epoch)
+
+    _patches.setattr(loader.TrainLoader, "_plan", noted)
+    return epochs
+
+
+def note_planned_windows() -> list[int]:
+    """Return a list that collects the number of samples in every window that is planned."""
+    sizes: list[int] = []
+    _around(loader, "plan_packs", before=lambda tokens, *_: sizes.append(len(tokens)))
+    return sizes
+
+
+def replace_first_part(train: Any, part: Any) -> None:
+    """Let a stream loader read its first part from here."""
+    parts = train._scanner.mixture.parts
+    train._scanner.mixture.parts = [part, *parts[1:]]
+
+
+def refuse_to_tokenize(num_characters: int) -> None:
+    """Fail where a text of so many characters or more is tokenised to count its tokens."""
+
+    def check(tokenizer: ChatTokenizer, text: str) -> None:
+        assert len(text) < num_characters, "tokenised"
+
+    _around(ChatTokenizer, "count", before=check)
+
+
+def call_disk_slow_after(seconds: float) -> None:
+    """Take a file system for a slow one where a file's size and time take so long."""
+    _patches.setattr(media_files, "_LATE_SECONDS", seconds)
+
+
+def before_unpacking(act: Callable[[Path], Any]) -> None:
+    """Call act(file) before a packed file of rows is unpacked."""
+    _around(files, "open_unpacked", before=act)
+
+
+def set_row_limits(*, block: int | None = None, row: int | None = None) -> None:
+    """Read files of rows in blocks of so many bytes; refuse a row that is longer than so many."""
+    if block is not None:
+        _patches.setattr(jsonl, "_BLOCK", block)
+    if row is not None:
+        _patches.setattr(jsonl, "MAX_ROW_BYTES", row)
+
+
+def set_download_limits(
+    *, pauses: tuple[float, ...] | None = None, num_bytes: int | None = None, seconds: float | None = None
+) -> None:
+    """Set the pauses between tries, the largest download and the longest one."""
+    for name, value in (("PAUSES_SECONDS", pauses), ("MAX_BYTES", num_bytes), ("TIMEOUT_SECONDS", seconds)):
+        if value is not None:
+            _patches.setattr(remote, name, value)
+
+
+def note_decoded_packets() -> list[int]:
+    """Return a list that collects how many packets each call feeds to a decoder; -1: it decodes the whole file."""
+    fed: list[int] = []
+    _around(
+        video,
+        "_decode_groups",
+        before=lambda file, packets, numbers, convert: fed.append(sum(video._needed(packets, set(numbers)))),
+    )
+    _around(video, "_decode_all", before=lambda *_: fed.append(-1))
+    return fed
+
+
+# ---- sizes of chunks
+
+
+def set_loss_chunk(num_elements: int) -> None:
+    """Let one chunk of logits hold so many elements."""
+    _patches.setattr(loss, "CHUNK_ELEMENTS", num_elements)
+
+
+def set_gradient_bucket(num_elements: int) -> None:
+    """Sum gradients over the ranks in buckets of so many elements."""
+    _patches.setattr(ddp, "BUCKET_ELEMENTS", num_elements)
