@@ -29,9 +29,10 @@ from qwen3vl_train.dist.watchdog import Watchdog
 from qwen3vl_train.model import loss
 from qwen3vl_train.parallel import ddp
 from qwen3vl_train.parallel.optim import MasterAdamW
+from qwen3vl_train.tracking import recorder
 from qwen3vl_train.tracking.metrics import MetricsLog
 from qwen3vl_train.tracking.wandb import SilentTracker
-from qwen3vl_train.train import consistency, export, loop, record
+from qwen3vl_train.train import consistency, export, loop
 
 _patches = pytest.MonkeyPatch()
 
@@ -110,7 +111,7 @@ def note_heartbeats() -> list[int]:
 
 def track_with(open_tracker: Callable[..., Any]) -> None:
     """Let runs of this process open this tracker."""
-    _patches.setattr(record, "open_tracker", open_tracker)
+    _patches.setattr(recorder, "open_tracker", open_tracker)
 
 
 def note_tracker_exit_codes() -> list[int]:
@@ -127,7 +128,7 @@ def see_no_files_of_others() -> None:
 
 def look_for_folder(seconds: float) -> None:
     """Let this rank look for the folder of the run for so many seconds."""
-    _patches.setattr(consistency, "LOOK_SECONDS", seconds)
+    _patches.setattr(consistency, "FOLDER_WAIT_SECONDS", seconds)
 
 
 # ---- checkpoints

@@ -153,7 +153,7 @@ def build_index(
     cache_folder: where what was found is kept; a source whose content, template, budgets and media files are as they
     were is read from there, and only rows whose media files changed, or whose fault may have passed, are looked at
     again. progress: called with (rows looked at, rows to look at). What is wrong with the rows raises nothing here: see
-    `check_rejects`.
+    `RejectLedger.check`.
     """
     keys = [_cache_key(source, collator, rule) for source in sources]
     parts = [
@@ -244,19 +244,3 @@ def _cache_key(source: Source, collator: MultimodalCollator, rule: LengthRule) -
         "length": list(rule),
         "name": source.name,
     }
-
-
-def check_rejects(index: Index, sources: Sequence[Source], max_rejected_fraction: float) -> None:
-    """Raise ValueError when there is nothing to learn from, or too much of the data is rejected."""
-    rejected = len(index.rejects)
-    shown = "".join(f"\n  - {reject}" for reject in index.rejects[:3])
-    if not index.num_usable:
-        names = ", ".join(source.name for source in sources)
-        raise ValueError(
-            f"{names}: nothing to learn from, none of {index.num_rows} rows can be used; mend the rows{shown}"
-        )
-    if rejected > max_rejected_fraction * index.num_rows:
-        raise ValueError(
-            f"data: {rejected} of {index.num_rows} rows cannot be used, more than data.max_rejected_fraction "
-            f"{max_rejected_fraction:g}; mend them or raise it{shown}"
-        )
