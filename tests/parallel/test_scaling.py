@@ -187,4 +187,4 @@ def test_activations_are_near_the_figures_computed_by_others():
 @pytest.mark.parametrize("table", ["table", "shape_table"])
 def test_the_tables_of_the_documentation_are_the_computed_ones(table: str):
     computed = getattr(scaling_table, table)()
-    assert computed in (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
+    assert computed in (ROOT / "benchmarks" / "RESULTS.md").read_text(encoding="utf-8")
