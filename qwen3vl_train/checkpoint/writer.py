@@ -9,6 +9,7 @@ the step waits only until its tensors are copied.
 
 import logging
 import shutil
+import time
 import warnings
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -52,15 +53,18 @@ class CheckpointWriter:
         policy: KeepPolicy,
         *,
         timeout_seconds: float = 1800.0,
-        tell: Callable[[str], None] = print,
+        report: Callable[[str], None] = print,
     ) -> None:
-        self._run_dir, self._ranks, self._policy, self._tell = run_dir, ranks, policy, tell
+        self._run_dir, self._ranks, self._policy, self._report = run_dir, ranks, policy, report
         self._group: Any = None
         if ranks.world_size > 1:
             # Its messages go between threads of their own, so they must not share a group with those of the training.
             self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
+        self._stall_seconds = 0.0
+        self.last_step: int | None = None
+        """The step of the last checkpoint started."""
 
     def __enter__(self) -> "CheckpointWriter":
         return self
@@ -75,13 +79,18 @@ class CheckpointWriter:
                 raise fault
             error.add_note(str(fault))
 
-    def start(self, step: int, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
-        """Copy the tensors and begin to write them.
+    def start(self, step: int, state_tensors: Callable[[], dict[str, Tensor]], record: dict[str, Any]) -> None:
+        """Copy the tensors and begin to write them. Waits first for a checkpoint still being written.
 
-        tensors: pieces of sharded tensors from every rank, or whole ones, which rank 0 writes alone. A checkpoint still
-        being written is waited for first. Raises RuntimeError, on all ranks, where that one failed.
+        Raises RuntimeError, on all ranks, where that one failed.
+
+        state_tensors: returns shards of sharded tensors on every rank, or full ones, which rank 0 writes alone.
+        record: what the manifest holds beside the step and the files.
         """
+        started = time.perf_counter()
         self.wait()
+        self.last_step = step
+        tensors = state_tensors()
         folder = checkpoint_folder(self._run_dir, step)
         try:
             aside = self._ranks.on_main(lambda: _start(folder))
@@ -91,6 +100,12 @@ class CheckpointWriter:
         if sharded or self._ranks.is_main:
             staged = {name: _copied(tensor) for name, tensor in tensors.items()}
             self._pending = self._thread.submit(self._write, staged, sharded, aside, folder, {"step": step, **record})
+        self._stall_seconds += time.perf_counter() - started
+
+    def pop_stall_seconds(self) -> float:
+        """Return how long training waited in `start` since the last call."""
+        seconds, self._stall_seconds = self._stall_seconds, 0.0
+        return seconds
 
     def _write(
         self, staged: dict[str, Tensor], sharded: bool, aside: Path, folder: Path, record: dict[str, Any]
@@ -108,8 +123,8 @@ class CheckpointWriter:
         if self._ranks.is_main:
             try:
                 prune(self._run_dir, self._policy)
-            except OSError as error:  # the new one is whole: no reason to end the run
-                self._tell(f"an older checkpoint could not be removed ({error}); it is tried again after the next save")
+            except OSError as error:  # the new checkpoint is complete: the run goes on
+                self._report(f"an old checkpoint could not be removed ({error}); it is tried again after the next save")
 
     def _refused(self, folder: Path, error: Exception) -> str:
         try:

@@ -1,25 +1,15 @@
-"""What a run shows while it goes on: a tracker (Weights & Biases, offline unless asked) and the terminal."""
+"""The experiment tracker: Weights & Biases, offline unless asked."""
 
-import math
 import netrc
 import os
 import secrets
 import subprocess
-import sys
-import time
-from collections import deque
-from datetime import timedelta
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import Any, Protocol
 from urllib.parse import urlsplit
-
-from rich.console import Console as RichConsole
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from qwen3vl_train.config import Recipe, public_dict
 from qwen3vl_train.dist.stop import STOPPED
-
-LOG_SECONDS = 5.0
 
 
 class Tracker(Protocol):
@@ -146,49 +136,3 @@ def git_state(folder: Path) -> dict[str, Any] | None:
             return None
         answers.append(answer.stdout.strip())
     return {"commit": answers[0], "dirty": bool(answers[1])}
-
-
-class Console:
-    """Progress for people: a bar on a terminal, plain lines in a log.
-
-    A log gets a line for the first and the last step and at most one in LOG_SECONDS between: metrics.jsonl has every
-    step.
-    """
-
-    def __init__(self, num_steps: int, *, start_step: int = 0, file: IO[str] | None = None) -> None:
-        self.num_steps = num_steps
-        self._file = file or sys.stdout
-        self._seconds: deque[float] = deque(maxlen=50)
-        self._last_line = -math.inf
-        self._bar: Progress | None = None
-        rich = RichConsole(file=self._file)
-        if self._file.isatty() and not rich.is_dumb_terminal:
-            columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(12), TextColumn("{task.fields[numbers]}"))
-            self._bar = bar = Progress(*columns, console=rich)
-            self._task = bar.add_task("train", total=num_steps, completed=start_step, numbers="")
-            bar.start()
-
-    def step(self, metrics: dict[str, Any]) -> None:
-        """Show a finished step; reads step, loss, lr, tokens_per_second and seconds of a metrics row."""
-        self._seconds.append(metrics["seconds"])
-        left = self.num_steps - metrics["step"]
-        eta = timedelta(seconds=round(left * sum(self._seconds) / len(self._seconds)))
-        loss = metrics["loss"] if metrics["loss"] is not None else math.nan
-        numbers = f"loss {loss:.4f} lr {metrics['lr']:.2e} tokens/s {metrics['tokens_per_second']:,.0f} eta {eta}"
-        if self._bar:
-            self._bar.update(self._task, completed=metrics["step"], numbers=numbers)
-        elif left == 0 or time.monotonic() - self._last_line >= LOG_SECONDS:
-            self._last_line = time.monotonic()
-            self.line(f"step {metrics['step']}/{self.num_steps} {numbers}")
-
-    def line(self, text: str) -> None:
-        """Print one line, above the bar where there is one."""
-        if self._bar:
-            self._bar.console.print(text, markup=False, highlight=False)
-        else:
-            print(text, file=self._file, flush=True)
-
-    def close(self) -> None:
-        """Leave the terminal as it was found. Safe to call twice."""
-        if self._bar:
-            self._bar.stop()

@@ -25,7 +25,7 @@ def _tensors(seed: int, size: int = 40) -> dict[str, Tensor]:
 def save_checkpoint(run_dir: Path, step: int, tensors: dict[str, Tensor], record: dict, keep_last: int) -> Path:
     """Write a checkpoint as the loop does, and wait for it."""
     writer = CheckpointWriter(run_dir, small_runs.ALONE, KeepPolicy(keep_last))
-    writer.start(step, tensors, {"updates": 0, "loader": {}, "rejects": [], **record})
+    writer.start(step, lambda: tensors, {"updates": 0, "loader": {}, "rejects": [], **record})
     writer.wait()
     return checkpoint_folder(run_dir, step)
 

@@ -20,7 +20,6 @@ from qwen3vl_train.checkpoint.writer import CheckpointWriter, load_checkpoint, r
 from qwen3vl_train.config import Recipe
 from qwen3vl_train.dist.ranks import Ranks
 from qwen3vl_train.dist.tensors import full_tensor, shard_rows
-from qwen3vl_train.model.costs import FlopsCounter
 from qwen3vl_train.train.build import build_engine
 from qwen3vl_train.train.step import train_step
 from tests.helpers import engine_runs, faults, small_runs
@@ -37,7 +36,7 @@ def _state(value: float = 0.0, size: int = 1000) -> dict[str, Tensor]:
 
 def _save(run: Path, step: int, tensors: dict[str, Tensor], **options: Any) -> None:
     with CheckpointWriter(run, small_runs.ALONE, options.get("policy", KEEP)) as writer:
-        writer.start(step, tensors, RECORD)
+        writer.start(step, lambda: tensors, RECORD)
         writer.wait()
 
 
@@ -47,10 +46,8 @@ def _save(run: Path, step: int, tensors: dict[str, Tensor], **options: Any) -> N
 def _take_a_step(model, optimizer, ranks: Ranks, steps: Steps, number: int) -> float:
     mine = SHARES[ranks.world_size][number][ranks.rank]
     packs = [steps[number][place] for place in mine]
-    flops = FlopsCounter.from_model(model, model.arch)
-    options = {"step": number, "seed": 0, "lr_factor": 1.0, "max_grad_norm": 1.0}
-    sources = small_runs.sources_of(steps[number])
-    return train_step(model, optimizer, packs, mine, ranks, flops, sources=sources, **options).loss
+    options = small_runs.step_options(model, small_runs.sources_of(steps[number]), max_grad_norm=1.0)
+    return train_step(model, optimizer, packs, mine, ranks, options, step=number, lr_factor=1.0).loss
 
 
 def _pass_on(
@@ -71,7 +68,7 @@ def _pass_on(
             optimizer.loaded(state, num_updates=2)
         state = optimizer.state_tensors()
         with CheckpointWriter(folder, ranks, KEEP) as writer:
-            writer.start(number + 1, state, {**RECORD, "world_size": world_size})
+            writer.start(number + 1, lambda state=state: state, {**RECORD, "world_size": world_size})
             writer.wait()
         gathered = {name: full_tensor(tensor).clone() for name, tensor in state.items()}
         loss = _take_a_step(model, optimizer, ranks, steps, 2)
@@ -146,7 +143,7 @@ def test_what_is_written_is_the_state_when_it_was_started(tmp_path: Path):
     tensors = _state(1.0)
     with CheckpointWriter(tmp_path, small_runs.ALONE, KEEP) as writer:
         gate = faults.hold_writes(writer)
-        writer.start(5, tensors, RECORD)
+        writer.start(5, lambda: tensors, RECORD)
         for tensor in tensors.values():
             tensor.fill_(7.0)  # the next step
         gate.set()
@@ -158,7 +155,7 @@ def test_a_checkpoint_appears_when_it_is_whole(tmp_path: Path):
     with CheckpointWriter(tmp_path, small_runs.ALONE, KEEP) as writer:
         gate = faults.hold_writes(writer)
         started = time.monotonic()
-        writer.start(5, _state(), RECORD)
+        writer.start(5, _state, RECORD)
         assert time.monotonic() - started < 5  # the caller does not wait for the thread, which would take 30
         assert [folder.name for folder in (tmp_path / "checkpoints").iterdir()] == [".step-00000005.partial"]
         assert latest_checkpoint(tmp_path) is None
@@ -170,10 +167,10 @@ def test_a_checkpoint_appears_when_it_is_whole(tmp_path: Path):
 def test_the_next_one_waits_for_the_last(tmp_path: Path):
     with CheckpointWriter(tmp_path, small_runs.ALONE, KEEP) as writer:
         gate = faults.hold_writes(writer)
-        writer.start(1, _state(1.0), RECORD)
+        writer.start(1, lambda: _state(1.0), RECORD)
         threading.Timer(0.5, gate.set).start()
         started = time.monotonic()
-        writer.start(2, _state(2.0), RECORD)
+        writer.start(2, lambda: _state(2.0), RECORD)
         assert time.monotonic() - started > 0.4
         assert latest_checkpoint(tmp_path) == checkpoint_folder(tmp_path, 1)
     assert latest_checkpoint(tmp_path) == checkpoint_folder(tmp_path, 2)  # leaving the block let it end
@@ -192,11 +189,11 @@ def _in_child(work: Callable[[], str]) -> str:
 def _failing_save(run: Path, refuse: Callable[[], None]) -> str:
     def work() -> str:
         with CheckpointWriter(run, small_runs.ALONE, KEEP) as writer:
-            writer.start(1, _state(1.0), RECORD)
+            writer.start(1, lambda: _state(1.0), RECORD)
             writer.wait()
             refuse()
             with pytest.raises(RuntimeError) as fault:  # noqa: PT012
-                writer.start(2, _state(2.0), RECORD)
+                writer.start(2, lambda: _state(2.0), RECORD)
                 while not writer.failed():
                     pass
                 writer.wait()
@@ -237,7 +234,7 @@ def test_a_folder_without_rights_is_told(tmp_path: Path):
 def test_without_a_checkpoint_before_the_message_says_so(tmp_path: Path):
     (tmp_path / "checkpoints").write_text("a file where a folder should be")
     with CheckpointWriter(tmp_path, small_runs.ALONE, KEEP) as writer, pytest.raises(RuntimeError) as fault:
-        writer.start(1, _state(), RECORD)
+        writer.start(1, _state, RECORD)
     assert str(fault.value).startswith(f"{checkpoint_folder(tmp_path, 1)}: could not be saved ([Errno ")
     assert str(fault.value).endswith("; make room, then the run starts again, it has no checkpoint")
 
@@ -245,9 +242,9 @@ def test_without_a_checkpoint_before_the_message_says_so(tmp_path: Path):
 def test_an_older_checkpoint_that_cannot_be_removed_does_not_end_the_run(tmp_path: Path):
     told: list[str] = []
     faults.refuse_removal(lambda: step == 2)
-    with CheckpointWriter(tmp_path, small_runs.ALONE, KeepPolicy(1), tell=told.append) as writer:
+    with CheckpointWriter(tmp_path, small_runs.ALONE, KeepPolicy(1), report=told.append) as writer:
         for step in (1, 2, 3):
-            writer.start(step, _state(), RECORD)
+            writer.start(step, _state, RECORD)
             writer.wait()
     assert len(told) == 1
     assert told[0].startswith("an older checkpoint could not be removed ([Errno 13] Permission denied: ")
@@ -259,7 +256,7 @@ def test_a_failed_write_is_not_lost_behind_another_error(tmp_path: Path):
     (run := tmp_path / "run").mkdir()
     with pytest.raises(KeyError) as caught, CheckpointWriter(run, small_runs.ALONE, KEEP) as writer:  # noqa: PT012
         faults.refuse_writes(writer)
-        writer.start(1, _state(), RECORD)
+        writer.start(1, _state, RECORD)
         raise KeyError("elsewhere")
     assert caught.value.__notes__ == ["[Errno 28] No space left on device"]
 
@@ -272,7 +269,7 @@ def test_saving_leaves_the_warnings_of_other_threads_alone(tmp_path: Path):
         warnings.simplefilter("default")
         gate, started = threading.Event(), threading.Event()
         faults.before_checksums(lambda *_: (started.set(), gate.wait(600)))
-        writer.start(1, _state(), RECORD)
+        writer.start(1, _state, RECORD)
         assert started.wait(600)
         warnings.simplefilter("error", Mine)  # while the other thread is within its save
         gate.set()
@@ -291,7 +288,7 @@ def _each_its_own(rank: int, world_size: int, folder: Path) -> dict[str, list[st
     ranks = Ranks(rank, world_size, rank, torch.device("cpu"))
     seen = faults.note_checkpoint_files()
     with CheckpointWriter(folder, ranks, KEEP) as writer:
-        writer.start(1, _rows(ranks), RECORD)
+        writer.start(1, lambda: _rows(ranks), RECORD)
         writer.wait()
     return seen
 
@@ -317,7 +314,7 @@ def _refused_behind_the_start(rank: int, world_size: int, folder: Path, victim: 
             faults.refuse_folders()
         elif rank == victim:
             faults.fill_disk(5000)
-        writer.start(1, tensors, RECORD)
+        writer.start(1, lambda: tensors, RECORD)
         with pytest.raises(RuntimeError) as fault:
             writer.wait()
         return [str(fault.value), writer.failed()]
@@ -341,7 +338,7 @@ def _one_writes_late(rank: int, world_size: int, folder: Path) -> float:
         rows = _rows(ranks)
         if rank == 1:
             faults.hold_writes(writer, 8.0)
-        writer.start(1, rows, RECORD)
+        writer.start(1, lambda: rows, RECORD)
         started = time.monotonic()
         assert writer._pending is not None
         writer._pending.exception()
@@ -358,7 +355,7 @@ def test_a_rank_that_does_not_come_to_write_is_waited_for_as_long_as_the_run_say
 def _refused_on_ranks(rank: int, world_size: int, run: Path) -> str:
     with CheckpointWriter(run, Ranks(rank, world_size, rank, torch.device("cpu")), KEEP) as writer:
         with pytest.raises(RuntimeError) as fault:
-            writer.start(1, _state(), RECORD)
+            writer.start(1, _state, RECORD)
         return str(fault.value)
 
 

@@ -10,7 +10,8 @@ import pytest
 
 from qwen3vl_train.config import recipe_from_dict, save_recipe
 from qwen3vl_train.config.yaml12 import write_yaml
-from qwen3vl_train.tracking.wandb import Console, SilentTracker, git_state, open_tracker
+from qwen3vl_train.tracking.console import Console
+from qwen3vl_train.tracking.wandb import SilentTracker, git_state, open_tracker
 
 ROW = {"step": 12, "loss": 1.23456, "lr": 2e-5, "tokens_per_second": 5120.4, "seconds": 0.5}
 

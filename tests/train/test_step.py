@@ -9,7 +9,8 @@ from torch.nn import functional as F
 from qwen3vl_train.batch import IGNORE_LABEL, PackedBatch
 from qwen3vl_train.dist.rendezvous import start_ranks
 from qwen3vl_train.modules import group_of
-from qwen3vl_train.train.step import NonFiniteError, StepSums
+from qwen3vl_train.tracking.metrics import StepTally
+from qwen3vl_train.train.step import NonFiniteError
 from tests.helpers import small_runs
 from tests.helpers.ranks import run_ranks
 from tests.helpers.small_runs import ONE_IMAGE, TEXT_ONLY, TWO_IMAGES, Trainee
@@ -176,7 +177,7 @@ def test_all_ranks_stop_for_a_non_finite_loss_of_one(tiny_folder, pack):
     assert "Samples: train.jsonl:1. " in messages[0]
 
 
-def _share_a_step(rank: int, world_size: int, folder: Path, shares: list[list[PackedBatch]]) -> StepSums:
+def _share_a_step(rank: int, world_size: int, folder: Path, shares: list[list[PackedBatch]]) -> StepTally:
     numbers = [[0, 1], []]
     return Trainee(folder).step(shares[rank], numbers[rank], ranks=start_ranks())
 

@@ -20,10 +20,10 @@ from qwen3vl_train.config import Recipe, run_dir
 from qwen3vl_train.dist.stop import StopRequest
 from qwen3vl_train.model.hf_names import to_huggingface
 from qwen3vl_train.tracking.metrics import read_metrics
+from qwen3vl_train.tracking.recorder import Recorder
 from qwen3vl_train.tracking.wandb import SilentTracker
 from qwen3vl_train.train.export import export_run
 from qwen3vl_train.train.loop import train
-from qwen3vl_train.train.record import Recorder
 from tests.helpers import engine_runs, faults, small_runs
 from tests.helpers.ranks import run_ranks
 
