@@ -124,7 +124,9 @@ class CheckpointWriter:
             try:
                 prune(self._run_dir, self._policy)
             except OSError as error:  # the new checkpoint is complete: the run goes on
-                self._report(f"an old checkpoint could not be removed ({error}); it is tried again after the next save")
+                self._report(
+                    f"an older checkpoint could not be removed ({error}); it is tried again after the next save"
+                )
 
     def _refused(self, folder: Path, error: Exception) -> str:
         try:
