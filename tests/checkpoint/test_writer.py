@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
-from qwen3vl_train.checkpoint.manifest import KeepPolicy, checkpoint_folder, latest_checkpoint, read_record
+from qwen3vl_train.checkpoint.manifest import KeepPolicy, checkpoint_folder, latest_checkpoint, read_manifest
 from qwen3vl_train.checkpoint.writer import CheckpointWriter, load_checkpoint, read_tensors
 from qwen3vl_train.config import Recipe
 from qwen3vl_train.dist.ranks import Ranks
@@ -104,7 +104,7 @@ def test_a_checkpoint_goes_from_engine_to_engine_bit_for_bit(tmp_path: Path):
             folder = checkpoint_folder(tmp_path / "runs" / str(place), number + 1)
             small_runs.assert_same_tensors(read_tensors(folder), expected)
             assert loss == pytest.approx(expected_loss, rel=1e-6)  # float32 sums of the next step in another order
-        files = read_record(checkpoint_folder(tmp_path / "runs" / "0", number + 1), checksums=True)["files"]
+        files = read_manifest(checkpoint_folder(tmp_path / "runs" / "0", number + 1), checksums=True)["files"]
         held = sum(4 * tensor.numel() for tensor in first[0][0].values())
         # Each piece once: replicas would double it, what is more are the headers of so many small tensors.
         assert held < sum(entry["bytes"] for entry in files.values()) < 1.5 * held
@@ -116,6 +116,27 @@ def test_the_weights_can_be_read_without_the_moments(tmp_path: Path):
     small_runs.assert_same_tensors(
         read_tensors(checkpoint_folder(tmp_path, 1), "weight/"), {"weight/a.b": torch.ones(2)}
     )
+
+
+def test_tensors_and_record_come_back(tmp_path: Path):
+    tensors = {**_state(1.0), "exp_avg/b": torch.tensor([1e-30, -0.0, float("inf")])}
+    _save(tmp_path, 7, tensors)
+    folder = checkpoint_folder(tmp_path, 7)
+    assert folder == latest_checkpoint(tmp_path)
+    assert folder.name == "step-00000007"
+    small_runs.assert_same_tensors(read_tensors(folder), tensors)
+    record = read_manifest(folder)
+    assert {key: record[key] for key in ("step", *RECORD)} == {"step": 7, **RECORD}
+    assert {file.suffix for file in folder.rglob("*") if file.is_file()} == {".json", ".safetensors"}, "no pickle"
+
+
+def test_a_partial_checkpoint_is_replaced(tmp_path: Path):
+    partial = tmp_path / "checkpoints" / ".step-00000002.partial"
+    partial.mkdir(parents=True)
+    (partial / "junk").write_text("half")
+    _save(tmp_path, 2, _state())
+    assert not partial.exists()
+    assert sorted(file.name for file in checkpoint_folder(tmp_path, 2).iterdir()) == ["checkpoint.json", "state"]
 
 
 @pytest.mark.parametrize(
@@ -205,9 +226,9 @@ def test_a_full_disk_keeps_the_checkpoint_before(tmp_path: Path):
     last, folder = checkpoint_folder(tmp_path, 1), checkpoint_folder(tmp_path, 2)
     assert message.startswith(f"{folder}: could not be saved (")
     assert "File too large" in message
-    assert message.endswith(f"); make room, then the run goes on from {last}, which is whole")
+    assert message.endswith(f"); make room, then the run goes on from {last}, which is complete")
     assert [found.name for found in (tmp_path / "checkpoints").iterdir()] == [last.name]
-    read_record(last, checksums=True)
+    read_manifest(last, checksums=True)
     small_runs.assert_same_tensors(read_tensors(last), _state(1.0))
 
 
@@ -225,7 +246,7 @@ def test_a_folder_without_rights_is_reported(tmp_path: Path):
     message = _failing_save(run, lambda: _give_up_rights(run / "checkpoints"))
     (run / "checkpoints").chmod(0o755)
     assert message.startswith(f"{checkpoint_folder(run, 2)}: could not be saved ([Errno 13] Permission denied")
-    read_record(checkpoint_folder(run, 1), checksums=True)
+    read_manifest(checkpoint_folder(run, 1), checksums=True)
 
 
 def test_a_first_save_that_fails_says_so(tmp_path: Path):
@@ -292,7 +313,7 @@ def _each_its_own(rank: int, world_size: int, folder: Path) -> dict[str, list[st
 
 def test_each_rank_checksums_and_flushes_its_own_files(tmp_path: Path):
     first, second = run_ranks(_each_its_own, 2, tmp_path)
-    names = sorted(read_record(checkpoint_folder(tmp_path, 1), checksums=True)["files"])
+    names = sorted(read_manifest(checkpoint_folder(tmp_path, 1), checksums=True)["files"])
     assert [f"state/{name}" for name in first["summed"] + second["summed"]] == names
     assert len(names) == 2
     aside = ".step-00000001.partial"
