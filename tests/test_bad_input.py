@@ -262,7 +262,7 @@ def test_too_many_broken_rows_stop_the_run_before_it_begins_and_are_listed(answe
     lines = message.splitlines()
     assert lines[0] == (
         f"data: {found_in_headers} of 16 rows cannot be used, more than data.max_rejected_fraction 0.01; "
-        "mend them or raise it"
+        "fix them or raise it"
     )
     assert lines[1] == f"  - {path}:2: not JSON (Expecting value: line 1 column 15 (char 14)); write one object a line"
     assert len(lines) == 4
@@ -287,7 +287,7 @@ def test_rows_that_break_while_decoding_stop_the_run_once_they_are_too_many(answ
     code, message = answer(values)
     assert code == 2
     assert message.splitlines()[0] == (
-        "data: 2 of 11 rows cannot be used, more than data.max_rejected_fraction 0.1; mend them or raise it"
+        "data: 2 of 11 rows cannot be used, more than data.max_rejected_fraction 0.1; fix them or raise it"
     )
     assert sorted(row["row"] for row in _rejected(tmp_path / "out" / "run")) == [1, 3]
 
@@ -307,7 +307,7 @@ def test_broken_held_out_rows_are_listed_too_and_counted_apart(answer, values, t
     code, message = answer(values)
     assert (code, message.splitlines()[0]) == (
         2,
-        "data: 1 of 4 rows cannot be used, more than data.max_rejected_fraction 0.2; mend them or raise it",
+        "data: 1 of 4 rows cannot be used, more than data.max_rejected_fraction 0.2; fix them or raise it",
     )
     # It stopped behind the last checkpoint: what was trained is not lost for rows that were never trained on.
     assert small_runs.final_tensors(tmp_path / "out" / "run")
