@@ -321,7 +321,7 @@ def test_a_file_with_nothing_to_learn_from(answer, values, tmp_path):
     assert (code, message.splitlines()) == (
         2,
         [
-            f"{path}: nothing to learn from, none of 1 rows can be used; mend the rows",
+            f"{path}: nothing to learn from, none of 1 rows can be used; fix the rows",
             f"  - {path}:1: nothing to learn: no assistant message is trained; add an answer or take out loss: false",
         ],
     )
@@ -329,7 +329,7 @@ def test_a_file_with_nothing_to_learn_from(answer, values, tmp_path):
     assert [file.name for file in run.iterdir()] == ["rejected.jsonl"]
     assert [(row["file"], row["row"]) for row in _rejected(run)] == [(str(path), 1)]
     path.write_text("")
-    assert answer(values) == (2, f"{path}: nothing to learn from, none of 0 rows can be used; mend the rows")
+    assert answer(values) == (2, f"{path}: nothing to learn from, none of 0 rows can be used; fix the rows")
     assert list(run.iterdir()) == []
 
 
