@@ -16,7 +16,8 @@ import numpy as np
 import torch
 
 from qwen3vl_train.data.media.clips import ClipRules, clip_patches, resize_clip, sample_indices
-from qwen3vl_train.data.media.video import read_frames, read_header
+from qwen3vl_train.data.media.frames import read_frames
+from qwen3vl_train.data.media.video import read_header
 
 
 def write(path: Path, minutes: float, width: int, height: int, fps: int) -> None:

@@ -197,7 +197,7 @@ def _spoil(folder: Path, task: Path) -> list[tuple[int, str]]:
         ),
         (
             {"messages": [ask]},
-            "nothing to learn: no assistant message is trained; add an answer or take out loss: false",
+            "nothing to learn: no assistant message is trained; add an answer or remove loss: false",
         ),
         (
             small_runs.row("?", "!", ["images/none.png"]),
@@ -210,11 +210,11 @@ def _spoil(folder: Path, task: Path) -> list[tuple[int, str]]:
         (small_runs.row("?", "!", ["images/bomb.png"]), f"{part}: image images/bomb.png: 20000x10000 is {bomb}"),
         (
             small_runs.row("?", "!", ["images/strip.png"]),
-            f"{part}: image of 4020x20: is more extreme than 200:1; crop it or pad it",
+            f"{part}: image of 4020x20: its aspect ratio exceeds 200:1; crop it or pad it",
         ),
         (
             small_runs.row("?", "!", ["../outside.png"]),
-            f"{part}: image ../outside.png: leaves media_root {folder}; move the file into it",
+            f"{part}: image ../outside.png: is outside media_root {folder}; move the file into it",
         ),
         (
             small_runs.row("a b " * 60, "!"),
@@ -223,7 +223,7 @@ def _spoil(folder: Path, task: Path) -> list[tuple[int, str]]:
         ),
         (
             small_runs.row("?", "!", ["images/text.png"]),
-            f"{part}: image images/text.png: is not an image of a known kind",
+            f"{part}: image images/text.png: is not an image of a known format",
         ),
         (small_runs.row("?", "!", ["images/cut.png"]), f"{part}: image images/cut.png: "),
         (
@@ -322,7 +322,7 @@ def test_a_file_with_nothing_to_learn_from(answer, values, tmp_path):
         2,
         [
             f"{path}: nothing to learn from, none of 1 rows can be used; fix the rows",
-            f"  - {path}:1: nothing to learn: no assistant message is trained; add an answer or take out loss: false",
+            f"  - {path}:1: nothing to learn: no assistant message is trained; add an answer or remove loss: false",
         ],
     )
     run = tmp_path / "out" / "run"

@@ -25,7 +25,7 @@ _SHRUNK, _ENLARGED = 0.5, 4.0
 class RowFacts:
     """One usable row.
 
-    shape: how the row was written, a member of `rows.formats.SHAPES`.
+    shape: how the row was written, a member of `rows.formats.FORMATS`.
     turns: number of assistant messages.
     label_tokens: number of tokens that are trained.
     sizes: (height, width) of each image.
@@ -64,7 +64,7 @@ def read_row(sample: Sample, visual_tokens: int, collate: MultimodalCollator) ->
         kept = visual_tokens * FACTOR**2 / sum(height * width for height, width in sizes)
         failed |= {"shrunk"} if kept < _SHRUNK else {"enlarged"} if kept > _ENLARGED else set()
     return RowFacts(
-        shape=sample.shape,
+        shape=sample.row_format,
         turns=sum(message.role == "assistant" for message in sample.messages),
         label_tokens=sum(weight > 0 for weight in layout.weights),
         sizes=sizes,

@@ -19,7 +19,7 @@ from qwen3vl_train.data.packing.index import Index, build_index
 from qwen3vl_train.data.packing.loader import TrainLoader
 from qwen3vl_train.data.packing.mixture import InOrder, Shuffled
 from qwen3vl_train.data.packing.plan import plan_packs
-from qwen3vl_train.data.rows.boxes import NOT_SAID
+from qwen3vl_train.data.rows.boxes import NO_CONVENTION
 from qwen3vl_train.data.rows.parse import RowRules
 from qwen3vl_train.data.rows.sample import Sample
 from qwen3vl_train.data.sources import FileSource, Source, StreamRow, entry_rules, open_sources, open_stream
@@ -124,7 +124,7 @@ class Entry:
         if not any(entries.values()):
             return None
         without = {key: value for key, value in raw.row.items() if key not in {*columns.values(), "bbox"}}
-        unfilled = replace(rules, boxes=NOT_SAID).sample(without, "unfilled", source.media_root, raw.find)
+        unfilled = replace(rules, boxes=NO_CONVENTION).sample(without, "unfilled", source.media_root, raw.resolve)
         return ListedMarks(unfilled, entries)
 
     def visual_tokens(self, ref: RowRef) -> int:

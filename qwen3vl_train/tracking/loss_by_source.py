@@ -8,7 +8,7 @@ from torch import Tensor
 
 from qwen3vl_train.batch import PackedBatch
 from qwen3vl_train.config import Recipe
-from qwen3vl_train.data.rows.parse import source_of
+from qwen3vl_train.data.rows.parse import dataset_of
 from qwen3vl_train.data.sources import entry_rules
 
 
@@ -37,7 +37,7 @@ class SourceTally:
         """batch: on the host. losses_R: of its `label_rows`, on the device."""
         if not batch.num_labels:
             return
-        of_sequence = torch.tensor([self._numbers[source_of(name)] for name in batch.sample_ids])
+        of_sequence = torch.tensor([self._numbers[dataset_of(name)] for name in batch.sample_ids])
         sequences_R = torch.searchsorted(batch.segments.cu_seqlens[1:], batch.label_rows.int(), right=True)
         sources_R = of_sequence[sequences_R]
         self._labels += sources_R.bincount(minlength=len(self._numbers))

@@ -23,7 +23,7 @@ from qwen3vl_train.data.packing.plan import PackLimits, plan_figures
 from qwen3vl_train.data.packing.steps import StepPacks
 from qwen3vl_train.data.packing.stream import StreamLoader
 from qwen3vl_train.data.rejects import REJECTED_FILE, RejectLedger
-from qwen3vl_train.data.rows.parse import shapes_line, source_of
+from qwen3vl_train.data.rows.parse import dataset_of, format_counts
 from qwen3vl_train.data.sources import FileSource, StreamSource, open_sources, open_stream
 from qwen3vl_train.data.sources.files import cache_folder
 from qwen3vl_train.data.sources.hub import HubSource
@@ -113,7 +113,7 @@ class TrainingData:
         counts: dict[str, Counter[str]] = {}
         for place, (index, sources) in enumerate(self.files):
             for number, source in enumerate(sources):
-                name = source_of(source.rules.sample_id(source.file, 1))
+                name = dataset_of(source.rules.sample_id(source.file, 1))
                 counts.setdefault(f"eval {name}" if place else name, Counter()).update(index.count_shapes(number))
         return counts
 
@@ -122,7 +122,7 @@ class TrainingData:
         if isinstance(self.loader, StreamLoader):
             names = ", ".join(part.name for part in self.loader.parts)
             lines = [f"data: streamed from {names}, packed {self.loader.window:,} rows at a time"]
-            return lines + [f"data: begins with {shapes_line(*found)}" for found in self.stream_shapes.items()]
+            return lines + [f"data: begins with {format_counts(*found)}" for found in self.stream_shapes.items()]
         index, loader = self.index, self.loader
         packs = loader.epoch_packs(loader.epoch)
         figures = plan_figures(
@@ -138,7 +138,7 @@ class TrainingData:
             f"{100 * figures.fill:.1f}% filled; {self.num_steps:,} steps, the busiest rank does "
             f"{figures.balance:.3f} of the mean"
         ]
-        lines += [f"data: {shapes_line(name, counts)}" for name, counts in self.shapes().items()]
+        lines += [f"data: {format_counts(name, counts)}" for name, counts in self.shapes().items()]
         if index.num_dropped or index.num_shrunk.any():
             lines.append(
                 f"data: {index.num_dropped:,} samples dropped as too long, "
@@ -211,7 +211,7 @@ def _first_shapes(loader: StreamLoader, seed: int) -> dict[str, Counter[str]]:
     for part in loader.parts:
         for row in islice(part.reader.rows(None, (seed,)), _PEEKED_ROWS):
             if not isinstance(row.sample, RowFault):
-                counts.setdefault(source_of(row.sample.sample_id), Counter())[row.sample.shape] += 1
+                counts.setdefault(dataset_of(row.sample.sample_id), Counter())[row.sample.row_format] += 1
     return counts
 
 

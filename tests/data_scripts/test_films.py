@@ -10,7 +10,8 @@ import torch
 
 from qwen3vl_train.config import load_recipe
 from qwen3vl_train.data.encode.collator import MultimodalCollator
-from qwen3vl_train.data.media.video import VideoHeader, read_frames, read_header
+from qwen3vl_train.data.media.frames import read_frames
+from qwen3vl_train.data.media.video import VideoHeader, read_header
 from qwen3vl_train.data.sources import open_sources
 from qwen3vl_train.train.loop import train
 from tests.helpers import clip_files

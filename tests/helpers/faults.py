@@ -21,7 +21,7 @@ from qwen3vl_train.checkpoint import manifest, writer
 from qwen3vl_train.checkpoint.manifest import latest_checkpoint
 from qwen3vl_train.checkpoint.writer import CheckpointWriter
 from qwen3vl_train.data.encode.tokenizer import ChatTokenizer
-from qwen3vl_train.data.media import remote, video
+from qwen3vl_train.data.media import frames, remote
 from qwen3vl_train.data.packing import loader
 from qwen3vl_train.data.rows import media_files
 from qwen3vl_train.data.sources import files, jsonl
@@ -317,7 +317,7 @@ def call_disk_slow_after(seconds: float) -> None:
 
 def before_unpacking(act: Callable[[Path], Any]) -> None:
     """Call act(file) before a packed file of rows is unpacked."""
-    _around(files, "open_unpacked", before=act)
+    _around(files, "open_compressed", before=act)
 
 
 def set_row_limits(*, block: int | None = None, row: int | None = None) -> None:
@@ -332,7 +332,7 @@ def set_download_limits(
     *, pauses: tuple[float, ...] | None = None, num_bytes: int | None = None, seconds: float | None = None
 ) -> None:
     """Set the pauses between tries, the largest download and the longest one."""
-    for name, value in (("PAUSES_SECONDS", pauses), ("MAX_BYTES", num_bytes), ("TIMEOUT_SECONDS", seconds)):
+    for name, value in (("RETRY_DELAYS_SECONDS", pauses), ("MAX_BYTES", num_bytes), ("TIMEOUT_SECONDS", seconds)):
         if value is not None:
             _patches.setattr(remote, name, value)
 
@@ -341,11 +341,11 @@ def note_decoded_packets() -> list[int]:
     """Return a list that collects how many packets each call feeds to a decoder; -1: it decodes the whole file."""
     fed: list[int] = []
     _around(
-        video,
+        frames,
         "_decode_groups",
-        before=lambda file, packets, numbers, convert: fed.append(sum(video._needed(packets, set(numbers)))),
+        before=lambda file, packets, index_at, convert: fed.append(sum(frames._needed_packets(packets, set(index_at)))),
     )
-    _around(video, "_decode_all", before=lambda *_: fed.append(-1))
+    _around(frames, "_decode_all", before=lambda *_: fed.append(-1))
     return fed
 
 

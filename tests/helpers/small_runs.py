@@ -17,7 +17,7 @@ from qwen3vl_train.checkpoint.manifest import latest_checkpoint
 from qwen3vl_train.checkpoint.writer import read_tensors
 from qwen3vl_train.config import Recipe, recipe_from_dict
 from qwen3vl_train.data.encode.collator import MultimodalCollator
-from qwen3vl_train.data.rows.parse import source_of
+from qwen3vl_train.data.rows.parse import dataset_of
 from qwen3vl_train.data.sources import JsonlSource
 from qwen3vl_train.dist.ranks import Ranks
 from qwen3vl_train.dist.tensors import global_shape
@@ -117,7 +117,7 @@ def make_recipe(model: Path, task: Path, out: Path, **overrides: Any) -> Recipe:
 
 def sources_of(packs: list[PackedBatch], ranks: Ranks = ALONE) -> list[str]:
     """Names of the data sets that the packs of all ranks are of."""
-    mine = [source_of(name) for pack in packs for name in pack.sample_ids]
+    mine = [dataset_of(name) for pack in packs for name in pack.sample_ids]
     return sorted({name for names in ranks.gather(mine) for name in names})
 
 

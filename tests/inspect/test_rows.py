@@ -4,7 +4,7 @@ import pytest
 
 from qwen3vl_train.data.encode.collator import MultimodalCollator
 from qwen3vl_train.data.encode.encoder import Encoder
-from qwen3vl_train.data.rows.sample import parse_sample
+from qwen3vl_train.data.rows.messages import parse_sample
 from qwen3vl_train.inspect.boxes import BoxEvidence
 from qwen3vl_train.inspect.rows import read_row
 from tests.helpers.small_runs import picture, row

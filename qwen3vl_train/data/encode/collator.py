@@ -17,7 +17,8 @@ from qwen3vl_train.data.encode.tokenizer import ChatTokenizer
 from qwen3vl_train.data.errors import RowFault
 from qwen3vl_train.data.media.budgets import Budgets, Grid
 from qwen3vl_train.data.media.image import MERGE
-from qwen3vl_train.data.rows.sample import Sample, parse_sample
+from qwen3vl_train.data.rows.messages import parse_sample
+from qwen3vl_train.data.rows.sample import Sample
 
 RawSample = Sample | dict[str, Any]
 

@@ -15,8 +15,8 @@ from qwen3vl_train.data.encode.media import Measured, measure, read_patches
 from qwen3vl_train.data.encode.positions import Run, mrope_positions
 from qwen3vl_train.data.encode.tokenizer import ChatTokenizer
 from qwen3vl_train.data.errors import MediaFault
-from qwen3vl_train.data.media.budgets import Budgets, Fitted, Grid
-from qwen3vl_train.data.media.clips import doubled
+from qwen3vl_train.data.media.budgets import Budgets, Grid, num_tokens
+from qwen3vl_train.data.media.clips import repeat_still_frames
 from qwen3vl_train.data.media.image import MERGE, PATCH
 from qwen3vl_train.data.rows.sample import Sample
 
@@ -191,30 +191,32 @@ class Encoder:
 
     def cost_of(self, pieces: Sequence[Piece], media_root: str | None) -> SampleCost:
         """Return the cost of a sample that is rendered already, see `cost`. media_root: of the sample."""
-        measured, (grids, num_shrunk) = self._measure(pieces, media_root)
+        measured, grids = self._measure(pieces, media_root)
         patches = sum(t * h * w for t, h, w in grids)
         return SampleCost(
             tokens=self._count(pieces, grids, measured),
             visual_tokens=patches // MERGE**2,
             patches=patches,
             patch_pairs=sum(t * (h * w) ** 2 for t, h, w in grids),
-            num_shrunk=num_shrunk,
+            num_shrunk=self.budgets.count_shrunk([medium.size for medium in measured], grids),
         )
 
-    def _measure(self, pieces: Sequence[Piece], media_root: str | None) -> tuple[list[Measured], Fitted]:
-        """Read the headers of all media and find their sizes within every limit."""
-        measured = []
+    def _measure(self, pieces: Sequence[Piece], media_root: str | None) -> tuple[list[Measured], list[Grid]]:
+        """Read the headers of all media and return their grids within every limit."""
+        measured, own_grids = [], []
         for slot in _slots(pieces):
             with _naming(slot):
                 measured.append(measure(slot.part, self.budgets.clips, media_root))
-                self.budgets.grid(measured[-1].size)
+                own_grids.append(self.budgets.grid(measured[-1].size))
         sizes = [medium.size for medium in measured]
-        fitted = self.budgets.fit(sizes)
-        visual_tokens = sum(t * h * w for t, h, w in fitted.grids) // MERGE**2
-        most = visual_tokens if self.max_patches is None else self.max_patches // MERGE**2
+        grids = self.budgets.fit(sizes, own_grids)
+        visual_tokens = num_tokens(grids)
+        limit = visual_tokens if self.max_patches is None else self.max_patches // MERGE**2
         if self.max_tokens is not None:
-            most = min(most, self.max_tokens - self._count(pieces, fitted.grids, measured) + visual_tokens)
-        return measured, fitted if visual_tokens <= max(most, 0) else self.budgets.fit(sizes, max(most, 0))
+            limit = min(limit, self.max_tokens - self._count(pieces, grids, measured) + visual_tokens)
+        if visual_tokens > max(limit, 0):
+            grids = self.budgets.fit(sizes, own_grids, max(limit, 0))
+        return measured, grids
 
     def _count(self, pieces: Sequence[Piece], grids: Sequence[Grid], measured: Sequence[Measured]) -> int:
         times = [medium.times for medium in measured]
@@ -223,7 +225,7 @@ class Encoder:
     def encode(self, sample: Sample, *, generation_prompt: bool = False) -> EncodedSample:
         """Decode, resize and tokenise a sample. Raises RowFault that names the part at fault."""
         pieces = self.render(sample, generation_prompt=generation_prompt)
-        measured, (grids, _) = self._measure(pieces, sample.media_root)
+        measured, grids = self._measure(pieces, sample.media_root)
         patches = [torch.zeros(0, 3 * PATCH * PATCH, dtype=torch.uint8)]
         for slot, medium, grid in zip(_slots(pieces), measured, grids, strict=True):
             with _naming(slot):
@@ -248,7 +250,7 @@ class Encoder:
 def joined_patches(patches: Sequence[Tensor]) -> Tensor:
     """Put patches one behind the other: (P, 768) where all are of stills, else (P, 1536) with stills doubled."""
     if any(of_medium.shape[1] != 3 * PATCH * PATCH for of_medium in patches):
-        patches = [doubled(of_medium) for of_medium in patches]
+        patches = [repeat_still_frames(of_medium) for of_medium in patches]
     return torch.cat(list(patches))
 
 

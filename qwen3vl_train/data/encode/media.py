@@ -8,8 +8,10 @@ from torch import Tensor
 from qwen3vl_train.data.errors import MediaFault
 from qwen3vl_train.data.media.budgets import Grid, Size
 from qwen3vl_train.data.media.clips import ClipRules, clip_patches, pair_times, sample_indices
-from qwen3vl_train.data.media.image import image_size, load_rgb, name_of, resize_to_patches
-from qwen3vl_train.data.media.video import VideoHeader, read_frames, read_header
+from qwen3vl_train.data.media.frames import read_frames
+from qwen3vl_train.data.media.image import image_size, load_rgb, resize_to_patches
+from qwen3vl_train.data.media.paths import describe
+from qwen3vl_train.data.media.video import VideoHeader, read_header
 from qwen3vl_train.data.rows.sample import ImagePart, VideoPart
 
 
@@ -59,7 +61,7 @@ def _measure_list(part: VideoPart, rules: ClipRules, media_root: str | None) -> 
     for index, size in zip(indices, sizes, strict=True):
         if size != sizes[0]:
             raise MediaFault(
-                f"{name_of(frames[index])}: is {size[1]}x{size[0]}, the first frame of its clip {sizes[0][1]}x"
+                f"{describe(frames[index])}: is {size[1]}x{size[0]}, the first frame of its clip {sizes[0][1]}x"
                 f"{sizes[0][0]}; give frames of one size"
             )
     return Measured(Size(*sizes[0], len(indices)), tuple(indices), tuple(pair_times(times)))
@@ -90,7 +92,7 @@ def _load(source, measured: Measured, media_root: str | None) -> Tensor:
     rgb = load_rgb(source, media_root)
     if rgb.shape[1:] != measured.size[:2]:
         raise MediaFault(
-            f"{name_of(source)}: decodes to {rgb.shape[2]}x{rgb.shape[1]}, its header says {measured.size.width}x"
+            f"{describe(source)}: decodes to {rgb.shape[2]}x{rgb.shape[1]}, its header says {measured.size.width}x"
             f"{measured.size.height}; replace it"
         )
     return rgb

@@ -5,9 +5,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from qwen3vl_train.arch import Qwen3VLArch
-from qwen3vl_train.data.media.clips import FRAMES_PER_PATCH, ClipRules
+from qwen3vl_train.data.media.clips import FRAMES_PER_PATCH, MAX_FPS, ClipRules
 from qwen3vl_train.data.media.image import FACTOR, MERGE, PATCH
-from qwen3vl_train.data.rows.sample import MAX_FPS
 
 _SAMPLING = {"fps": 2, "min_frames": 4, "max_frames": 768}
 

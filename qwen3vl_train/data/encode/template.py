@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen3vl_train.data.encode.chat import DIALECTS, as_text
-from qwen3vl_train.data.rows.sample import parse_sample
+from qwen3vl_train.data.rows.messages import parse_sample
 
 _TOOLS = [{"type": "function", "function": {"name": "f", "description": "é <b>", "parameters": {"type": "object"}}}]
 _ASK = {"role": "user", "content": "Hi"}

@@ -14,7 +14,7 @@ from qwen3vl_train.data.encode.encoder import SampleCost, fewest_tokens, is_trai
 from qwen3vl_train.data.errors import MediaFault, Reject, RowFault
 from qwen3vl_train.data.packing.index_cache import RowReject, SourceIndex, load_index, save_index
 from qwen3vl_train.data.packing.workers import in_workers
-from qwen3vl_train.data.rows.formats import SHAPES
+from qwen3vl_train.data.rows.formats import FORMATS
 from qwen3vl_train.data.rows.media_files import is_fetched, local_files, read_stats
 from qwen3vl_train.data.rows.sample import Sample
 from qwen3vl_train.data.sources import Source
@@ -124,7 +124,7 @@ class Index:
     def count_shapes(self, source: int) -> Counter[str]:
         """Return how many rows of one source have each shape, without those that could not be read."""
         found = self.shapes[self.starts[source] : self.starts[source + 1]]
-        return Counter({shape: int((found == place).sum()) for place, shape in enumerate(SHAPES)})
+        return Counter({shape: int((found == place).sum()) for place, shape in enumerate(FORMATS)})
 
     def locate(self, number: int) -> tuple[int, int]:
         """Return (source, row of that source) of a row number."""
@@ -228,7 +228,7 @@ class _Look:
                     costs[:, at] = cost
             files.append([] if sample is None else local_files(sample))
             if sample is not None:
-                shapes[at] = SHAPES.index(sample.shape)
+                shapes[at] = FORMATS.index(sample.row_format)
         paths = [path for of_row in files for path in of_row]
         num_files = np.array([len(of_row) for of_row in files], dtype=np.int64)
         return SourceIndex(costs, dropped, shapes, rejects, paths, num_files, read_stats(paths))

@@ -83,7 +83,7 @@ class StepPacks:
     planned work of the busiest rank, over the mean of all ranks. mark: the same on every rank, or they have not planned
     the same.
 
-    Which source a sample is of is in its name: `rows.source_of(name)` for each of `PackedBatch.sample_ids`.
+    Which source a sample is of is in its name: `rows.parse.dataset_of(name)` for each of `PackedBatch.sample_ids`.
     """
 
     packs: list[PackedBatch]

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from qwen3vl_train.data.encode.collator import MultimodalCollator
-from qwen3vl_train.data.rows.sample import parse_sample
+from qwen3vl_train.data.rows.messages import parse_sample
 from tests.helpers import oracles
 
 SAMPLES = list(oracles.conversations().values())

@@ -9,7 +9,7 @@ from qwen3vl_train.data.encode.chat import DIALECTS, as_text
 from qwen3vl_train.data.encode.collator import MultimodalCollator
 from qwen3vl_train.data.encode.template import PROBES
 from qwen3vl_train.data.errors import RowFault
-from qwen3vl_train.data.rows.sample import parse_sample
+from qwen3vl_train.data.rows.messages import parse_sample
 from tests.helpers import oracles
 
 USER = {"role": "user", "content": "Hi"}
@@ -208,7 +208,7 @@ DROPPED = [
     ([{"role": "user", "content": [{"text": "a"}, {"image": "/none.png"}]}],
      "messages[0].content[1]: image /none.png: no such file (/none.png); check the path and media_root"),
     ([{"role": "user", "content": [{"image": Image.new("RGB", (1, 300))}]}],
-     "messages[0].content[0]: image of 1x300: is more extreme than 200:1; crop it or pad it"),
+     "messages[0].content[0]: image of 1x300: its aspect ratio exceeds 200:1; crop it or pad it"),
 ]  # fmt: skip
 
 

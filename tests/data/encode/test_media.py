@@ -84,7 +84,7 @@ def test_faults_of_lists(frames, tmp_path):
     )
     assert len(measure(VideoPart(names(*range(7)), fps=2.0), few, root).indices) == 6
     assert message(measure, VideoPart(("0.png", "../1.png"), fps=2.0), RULES, root) == (
-        f"image ../1.png: leaves media_root {root}; move the file into it"
+        f"image ../1.png: is outside media_root {root}; move the file into it"
     )
     assert message(measure, VideoPart("a.mp4"), None, root) == (
         "video: the checkpoint has no video_preprocessor_config.json; copy it from its publisher"

@@ -12,7 +12,8 @@ import torch
 from PIL import Image, ImageOps
 
 from qwen3vl_train.data.errors import MediaFault
-from qwen3vl_train.data.media.image import image_size, load_rgb, locate, resize_to_patches, smart_resize
+from qwen3vl_train.data.media.image import image_size, load_rgb, resize_to_patches, smart_resize
+from qwen3vl_train.data.media.paths import resolve_path
 
 LIMITS = {"min_pixels": 65536, "max_pixels": 16777216}
 
@@ -199,7 +200,7 @@ def test_faults_of_files(tmp_path):
         "none.png": f"image none.png: no such file ({real}/none.png); check the path and media_root",
         "sub": f"image sub: is not a file ({real}/sub); check the path and media_root",
         "empty.png": "image empty.png: is empty (0 bytes); copy the file again",
-        "text.png": f"image text.png: is not an image of a known kind {KINDS}; convert it",
+        "text.png": f"image text.png: is not an image of a known format {KINDS}; convert it",
         "header.png": "image header.png: is damaged (Truncated File Read); replace the file",
         "http://example.org/a.png": "image http://example.org/a.png: is a http URL and nothing is downloaded; "
         "give a local path or set allow_urls: true",
@@ -219,11 +220,11 @@ def test_faults_of_files(tmp_path):
 
 def test_faults_of_other_sources():
     assert message(image_size, b"") == "image of 0 bytes: is empty; give the bytes of an image file"
-    assert message(image_size, b"junk") == f"image of 4 bytes: is not an image of a known kind {KINDS}; convert it"
+    assert message(image_size, b"junk") == f"image of 4 bytes: is not an image of a known format {KINDS}; convert it"
     assert message(load_rgb, "data:image/png,abc") == "data URI: is not base64; write data:image/png;base64,..."
     assert message(load_rgb, "data:image/png;base64,a?b=").startswith("data URI: is not base64 (")
     assert message(load_rgb, "data:image/png;base64,aGk=") == (
-        f"data URI: is not an image of a known kind {KINDS}; convert it"
+        f"data URI: is not an image of a known format {KINDS}; convert it"
     )
 
 
@@ -235,7 +236,7 @@ def test_more_than_eight_bits_are_refused(mode):
 
 def test_programs_hidden_in_formats_are_not_opened():
     postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n"
-    assert "is not an image of a known kind" in message(image_size, postscript)
+    assert "is not an image of a known format" in message(image_size, postscript)
 
 
 @pytest.mark.parametrize("size", [(1200, 1000), (3000, 1000)])
@@ -252,7 +253,7 @@ def test_decompression_bombs(monkeypatch, size):
 
 def test_more_extreme_than_200_to_1_is_refused():
     assert smart_resize(2000, 10, **LIMITS) == (3648, 32)
-    fault = "image of 10x2001: is more extreme than 200:1; crop it or pad it"
+    fault = "image of 10x2001: its aspect ratio exceeds 200:1; crop it or pad it"
     assert message(lambda: smart_resize(2001, 10, **LIMITS)) == fault
     assert message(lambda: smart_resize(10, 2001, **LIMITS)) == fault.replace("10x2001", "2001x10")
 
@@ -267,13 +268,13 @@ def test_nothing_outside_media_root_is_reached(tmp_path):
     (root / "inner.png").symlink_to(root / "a.png")
     (root / "out").symlink_to(tmp_path)
     for path in ("../a.png", str(tmp_path / "a.png"), "link.png", "out/a.png", "../images2/a.png", "x/../../a.png"):
-        assert message(image_size, path, root) == f"image {path}: leaves media_root {root}; move the file into it"
+        assert message(image_size, path, root) == f"image {path}: is outside media_root {root}; move the file into it"
     for path in ("a.png", "./a.png", "x/../a.png", "inner.png", str(root / "a.png"), "../images/a.png"):
         assert image_size(path, root) == (8, 8)
     (tmp_path / "alias").symlink_to(root)
     assert image_size("a.png", tmp_path / "alias") == (8, 8)
     assert image_size(str(root / "link.png")) == (8, 8)  # no media_root: any local path
-    assert locate("a.png", root) == str(root / "a.png")
+    assert resolve_path("a.png", root) == str(root / "a.png")
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL", "ignore::PIL.Image.DecompressionBombWarning")

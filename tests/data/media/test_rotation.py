@@ -8,7 +8,7 @@ import struct
 import av
 import pytest
 
-from qwen3vl_train.data.media.rotation import IDENTITY, mp4_matrix, quarter_turns
+from qwen3vl_train.data.media.rotation import IDENTITY, mp4_matrix, rotation_from_matrix
 from tests.helpers.clip_files import write_clip
 
 
@@ -23,16 +23,16 @@ def matrix(degrees: float, *, scale: float = 1.0, mirror: bool = False) -> tuple
 @pytest.mark.parametrize("scale", [1.0, 0.5, 3.0])
 @pytest.mark.parametrize("degrees", range(-360, 361, 90))
 def test_quarter_turns(degrees, scale):
-    assert quarter_turns(matrix(degrees, scale=scale)) == degrees // 90 % 4
+    assert rotation_from_matrix(matrix(degrees, scale=scale)) == degrees // 90 % 4
 
 
 def test_what_is_no_quarter_turn():
-    assert quarter_turns(IDENTITY) == 0
-    assert quarter_turns((0,) * 9) == 0
-    assert quarter_turns(matrix(90.4)) == 1
-    assert quarter_turns(matrix(45)) is None
-    assert quarter_turns(matrix(2)) is None
-    assert all(quarter_turns(matrix(degrees, mirror=True)) is None for degrees in (0, 90, 180))
+    assert rotation_from_matrix(IDENTITY) == 0
+    assert rotation_from_matrix((0,) * 9) == 0
+    assert rotation_from_matrix(matrix(90.4)) == 1
+    assert rotation_from_matrix(matrix(45)) is None
+    assert rotation_from_matrix(matrix(2)) is None
+    assert all(rotation_from_matrix(matrix(degrees, mirror=True)) is None for degrees in (0, 90, 180))
 
 
 @pytest.mark.parametrize("layout", [{}, {"movflags": "faststart"}, {"movflags": "frag_keyframe+empty_moov"}], ids=str)
@@ -44,7 +44,7 @@ def test_the_matrix_of_the_right_track(tmp_path, layout, degrees):
         track, shown = stream.id, next(container.decode(stream)).rotation
     assert shown in (degrees, degrees - 360)
     with path.open("rb") as file:
-        assert quarter_turns(mp4_matrix(file, track)) == degrees // 90 % 4
+        assert rotation_from_matrix(mp4_matrix(file, track)) == degrees // 90 % 4
         assert mp4_matrix(file, track + 7) == IDENTITY
 
 
@@ -71,7 +71,7 @@ def test_both_versions_and_the_turn_of_the_whole_movie(version, large):
     for whole in (0, 90, 270):
         for track in (0, 90, 180):
             file = io.BytesIO(movie(matrix(whole), matrix(track), version=version, large=large))
-            assert quarter_turns(mp4_matrix(file, 5)) == (whole + track) // 90 % 4
+            assert rotation_from_matrix(mp4_matrix(file, 5)) == (whole + track) // 90 % 4
 
 
 def test_junk_ends_quickly():

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from qwen3vl_train.data.errors import MediaFault
-from qwen3vl_train.data.media.video import VideoHeader, read_frames, read_header
+from qwen3vl_train.data.media.frames import read_frames
+from qwen3vl_train.data.media.video import VideoHeader, read_header
 from tests.helpers import clip_files, faults
 from tests.helpers.clip_files import decode, write_clip
 
@@ -179,13 +180,13 @@ def test_faults_that_the_header_shows(tmp_path):
         out.start_encoding()
     real = str(root.resolve())
     faults = {
-        "text.mp4": "is truncated, damaged or of a kind that is not read (Invalid data found when processing input)"
+        "text.mp4": "is truncated, damaged or of an unsupported format (Invalid data found when processing input)"
         + UNREADABLE,
-        "tail.mp4": "is truncated, damaged or of a kind that is not read (Invalid data found when processing input)"
+        "tail.mp4": "is truncated, damaged or of an unsupported format (Invalid data found when processing input)"
         + UNREADABLE,
         "empty.mp4": "is empty (0 bytes); copy the file again",
         "gone.mp4": f"no such file ({real}/gone.mp4); check the path and media_root",
-        "../x.mp4": f"leaves media_root {root}; move the file into it",
+        "../x.mp4": f"is outside media_root {root}; move the file into it",
         "sound.mp4": "has no video stream (streams: audio); replace the file",
         "fast.mp4": "frame rate is 2000, not above 0 and at most 1000; write the file again with its rate",
         "one.mp4": "has 1 frame, a clip needs 2; replace it, or give the frame as an image",
@@ -195,13 +196,13 @@ def test_faults_that_the_header_shows(tmp_path):
     for name, fault in faults.items():
         assert both(name, root) == f"video {name}: {fault}"
     last = both("cut.mp4", root)
-    assert last.startswith("video cut.mp4: is cut off: its header places frames up to byte ")
+    assert last.startswith("video cut.mp4: is truncated: its header lists frames up to byte ")
     assert last.endswith(f", it has {half}; copy the file again")
     assert both("a.mkv", root).startswith(
-        "video a.mkv: is cut off: its header promises 3.3 seconds, its packets end at "
+        "video a.mkv: is truncated: its header declares 3.3 seconds, its packets end at "
     )
-    assert both("a.avi", root).startswith("video a.avi: its header promises 40 frames, ")
-    assert both("a.avi", root).endswith(" are there; it is cut off or damaged, write it again")
+    assert both("a.avi", root).startswith("video a.avi: its header declares 40 frames, ")
+    assert both("a.avi", root).endswith(" were found; it is truncated or damaged, write it again")
     assert both(b"") == "video of 0 bytes: is empty; give the bytes of a video file"
     assert both("data:video/mp4,abc") == "data URI: is not base64; write data:video/mp4;base64,..."
 
@@ -219,19 +220,21 @@ def test_faults_that_decoding_shows(tmp_path):
     path = write_clip(tmp_path / "a.mp4", 40, options={"x264-params": "keyint=10"})
     header = read_header(str(path))
     for wrong in (header._replace(num_frames=41), header._replace(num_frames=39)):
-        fault = f"its header promises {wrong.num_frames} frames, 40 are there; it is cut off or damaged, write it again"
+        fault = (
+            f"its header declares {wrong.num_frames} frames, 40 were found; it is truncated or damaged, write it again"
+        )
         assert message(gathered, str(path), [0, 30], wrong) == f"video {path}: {fault}"
     fault = "a frame is 96x64, the header says 90x64; write it again in one size"
     assert message(gathered, str(path), [0], header._replace(width=90)) == f"video {path}: {fault}"
     turned = write_clip(tmp_path / "turned.mkv", 12, rotation=180)
-    fault = "its frames are turned by 180 degrees, its header says 0; write it again upright, or as MP4"
+    fault = "its frames are rotated by 180 degrees, its header says 0; write it again upright, or as MP4"
     assert message(gathered, str(turned), [0]) == f"video {turned}: {fault}"
     slanted = write_clip(tmp_path / "slanted.mp4", 12, rotation=30)
     assert both(str(slanted)) == (
-        f"video {slanted}: is mirrored or turned by no multiple of 90 degrees; write it again upright"
+        f"video {slanted}: is mirrored or not rotated by a multiple of 90 degrees; write it again upright"
     )
     avi = write_clip(tmp_path / "a.avi", 12, codec="mpeg4")
-    fault = "its header promises 13 frames, 12 are there; it is cut off or damaged, write it again"
+    fault = "its header declares 13 frames, 12 were found; it is truncated or damaged, write it again"
     assert message(gathered, str(avi), [0], read_header(str(avi))._replace(num_frames=13)) == f"video {avi}: {fault}"
 
 
@@ -329,7 +332,8 @@ def test_damaged_files_raise_nothing_but_our_fault(tmp_path):
 MEMORY = """
 import sys
 from qwen3vl_train.data.media.clips import ClipRules, clip_patches, resize_clip, sample_indices
-from qwen3vl_train.data.media.video import read_frames, read_header
+from qwen3vl_train.data.media.frames import read_frames
+from qwen3vl_train.data.media.video import read_header
 
 def peak():
     return 1024 * int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])

@@ -233,7 +233,7 @@ def test_a_stream_that_breaks_off_says_where(tmp_path, collator, workers):
     stream = Part(InOrder(FileStream(str(file), [str(file)], None, RowRules())), 1.0)
     options = {"packs_per_step": 8, "limits": PackLimits(2048), "seed": 0, "num_steps": 5000, "window": 256}
     train = StreamLoader([stream], collator, LengthRule(160), num_workers=workers, **options)
-    with pytest.raises(ValueError, match=f"^{file}: is truncated or damaged behind row [0-9]+ .*; copy the file agai"):
+    with pytest.raises(ValueError, match=f"^{file}: is truncated or damaged after row [0-9]+ .*; copy the file agai"):
         list(train)
     assert train.num_seen >= 256
 

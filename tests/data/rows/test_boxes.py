@@ -101,15 +101,16 @@ FAULTS = [
      "xywh?"),
     ({"boxes": [[100, 100, 0, 60]], "convention": ("pixel", "xywh")}, "boxes[0] [100.0, 100.0, 0.0, 60.0] read as xywh "
      "has no area; is its layout xyxy?"),
-    ({"boxes": [[0, float("nan"), 1, 1]]}, "boxes[0] is [0, nan, 1, 1], not 4 finite numbers; mend the box"),
-    ({"boxes": [[0, 0, 1, float("inf")]]}, "boxes[0] is [0, 0, 1, inf], not 4 finite numbers; mend the box"),
-    ({"boxes": [[0, 0, True, 1]]}, "boxes[0] is [0, 0, True, 1], not 4 finite numbers; mend the box"),
+    ({"boxes": [[0, float("nan"), 1, 1]]}, "boxes[0] is [0, nan, 1, 1], not 4 finite numbers; fix the box"),
+    ({"boxes": [[0, 0, 1, float("inf")]]}, "boxes[0] is [0, 0, 1, inf], not 4 finite numbers; fix the box"),
+    ({"boxes": [[0, 0, True, 1]]}, "boxes[0] is [0, 0, True, 1], not 4 finite numbers; fix the box"),
     ({"boxes": [[0, 0, 1]]}, "boxes[0] is not a list of 4 numbers; write [x, y, x, y]"),
     ({"boxes": "x"}, "boxes is not a list; write a list of boxes"),
-    ({"boxes": [[0, 0, 1, 1]] * 2}, "2 boxes but 1 <box> mark in the text; write one mark for each"),
-    ({"boxes": [], "points": [[1, 1]], "text": "x"}, "1 point but 0 <point> marks in the text; write one mark for "
-     "each"),
-    ({"boxes": [[0, 0, 1, 1]], "convention": (None, "xyxy")}, "boxes of no stated convention; set bbox to pixel, unit, "
+    ({"boxes": [[0, 0, 1, 1]] * 2}, "2 boxes but 1 <box> placeholder in the text; write one placeholder for each"),
+    ({"boxes": [], "points": [[1, 1]], "text": "x"},
+     "1 point but 0 <point> placeholders in the text; write one placeholder for each"),
+    ({"boxes": [[0, 0, 1, 1]], "convention": (None, "xyxy")},
+     "boxes without a stated convention; set bbox to pixel, unit, "
      "per_mille in the row or the recipe"),
     ({"boxes": [[0, 0, 1, 1]], "bbox": [0, 0, 1, 1]}, "bbox is '[0, 0, 1, 1]'; use pixel, unit, per_mille, and list "
      "boxes under boxes"),

@@ -46,14 +46,14 @@ def test_truncated_gz_and_zst(tmp_path):
     packed = gzip.compress(LINES)
     (tmp_path / "a.jsonl.gz").write_bytes(packed[: len(packed) // 2])
     (fault,) = {message.split(" row ")[0] for message in faults_of(tmp_path / "a.jsonl.gz")}
-    assert fault == "a.jsonl.gz: is truncated or damaged behind"
+    assert fault == "a.jsonl.gz: is truncated or damaged after"
     assert all(message.endswith("; copy the file again") for message in faults_of(tmp_path / "a.jsonl.gz"))
     packed = pa.compress(LINES, codec="zstd", asbytes=True)
     (tmp_path / "a.jsonl.zst").write_bytes(packed[: len(packed) // 2])
-    assert all(" is truncated or damaged behind row " in fault for fault in faults_of(tmp_path / "a.jsonl.zst"))
+    assert all(" is truncated or damaged after row " in fault for fault in faults_of(tmp_path / "a.jsonl.zst"))
     (tmp_path / "b.jsonl.gz").write_bytes(b"not gzip")
     assert faults_of(tmp_path / "b.jsonl.gz") == {
-        "b.jsonl.gz: is truncated or damaged behind row 0 (Not a gzipped file (b'no')); copy the file again"
+        "b.jsonl.gz: is truncated or damaged after row 0 (Not a gzipped file (b'no')); copy the file again"
     }
     assert not list(Path(os.environ["QWEN3VL_TRAIN_CACHE"]).glob("unpacked/*.jsonl.[0-9]*"))
 
@@ -62,19 +62,19 @@ def test_truncated_tar(tmp_path):
     members = [(f"{n}.json", (ROW % n).encode().ljust(2000)) for n in range(5)]
     whole = write_tar(tmp_path / "a.tar", members).read_bytes()
     for end, row, why in (
-        (3 * 2560 + 100, 2, "no end mark"),  # in a header
+        (3 * 2560 + 100, 2, "no end-of-archive block"),  # in a header
         (3 * 2560 + 1000, 3, "unexpected end of data"),  # in a file
-        (3 * 2560, 3, "no end mark"),  # between two files
+        (3 * 2560, 3, "no end-of-archive block"),  # between two files
     ):
         (tmp_path / "a.tar").write_bytes(whole[:end])
         (fault,) = faults_of(tmp_path / "a.tar")
-        assert fault.startswith("a.tar: is truncated or damaged behind row "), fault
+        assert fault.startswith("a.tar: is truncated or damaged after row "), fault
         assert fault.endswith(f"({why}); copy the file again"), (row, fault)
     (tmp_path / "a.tar").write_bytes(whole[:3000] + b"\xff" * 500 + whole[3500:])
     assert faults_of(tmp_path / "a.tar")
     (tmp_path / "a.tar").write_bytes(b"")
     assert faults_of(tmp_path / "a.tar") == {
-        "a.tar: is truncated or damaged behind row 0 (empty file); copy the file again"
+        "a.tar: is truncated or damaged after row 0 (empty file); copy the file again"
     }
 
 
@@ -85,7 +85,7 @@ def test_a_tar_with_links_is_refused(tmp_path):
         info = tarfile.TarInfo("1.jpg")
         info.type, info.linkname = tarfile.SYMTYPE, "/etc/passwd"
         tar.addfile(info)
-    assert faults_of(tmp_path / "a.tar") == {"a.tar: '1.jpg' is a link, a device or sparse; pack plain files alone"}
+    assert faults_of(tmp_path / "a.tar") == {"a.tar: '1.jpg' is a link, a device or sparse; pack only plain files"}
 
 
 def test_truncated_parquet(tmp_path):
@@ -94,26 +94,26 @@ def test_truncated_parquet(tmp_path):
     whole = (tmp_path / "a.parquet").read_bytes()
     (tmp_path / "a.parquet").write_bytes(whole[: len(whole) // 2])
     (fault,) = faults_of(tmp_path / "a.parquet")
-    assert fault.startswith("a.parquet: is no whole Parquet file (Parquet magic bytes not found in footer")
+    assert fault.startswith("a.parquet: is not a complete Parquet file (Parquet magic bytes not found in footer")
     group = pq.ParquetFile(pa.BufferReader(whole)).metadata.row_group(1).column(0)
     start = group.dictionary_page_offset or group.data_page_offset
     (tmp_path / "b.parquet").write_bytes(whole[:start] + b"\xff" * 200 + whole[start + 200 :])
     (fault,) = faults_of(tmp_path / "b.parquet")
-    assert fault.startswith("b.parquet: is truncated or damaged behind row 100 (")
+    assert fault.startswith("b.parquet: is truncated or damaged after row 100 (")
 
 
 def test_damaged_arrays(tmp_path):
     file = tmp_path / "a.json"
     whole = json.dumps(talks(3))
     for text, why in (
-        (whole[:-1], "row 4 of the array: the file ends behind it"),
+        (whole[:-1], "row 4 of the array: the file ends after it"),
         (
             whole[:-20],
             "row 3 of the array: not JSON, or the file is truncated in it (",
         ),
         (whole.replace(', "conv', ' "conv', 1), "row 1 of the array: not JSON (Expecting ',' delimiter)"),
-        (whole + " x", "row 4 of the array: there is more behind the closing bracket"),
-        ("[{} {}]", "row 2 of the array: no comma behind it"),
+        (whole + " x", "row 4 of the array: there is more after the closing bracket"),
+        ("[{} {}]", "row 2 of the array: no comma after it"),
         ("[" * 5000, "row 1 of the array: nested too deeply"),
     ):
         file.write_text(text)
@@ -124,9 +124,9 @@ def test_damaged_arrays(tmp_path):
             messages.add(str(caught.value))
         (message,) = messages
         assert message.startswith(f"{file}: {why}"), message
-        assert message.endswith("; mend the file, or write one object a line")
+        assert message.endswith("; fix the file, or write one object a line")
     file.write_bytes(b'[{"a": "\xff"}]')
-    with pytest.raises(ValueError, match=r"row 1 of the array: not UTF-8; mend the file"):
+    with pytest.raises(ValueError, match=r"row 1 of the array: not UTF-8; fix the file"):
         JsonlSource(file)
 
 
@@ -174,7 +174,7 @@ def test_a_file_that_changes_while_it_is_unpacked(tmp_path):
     faults.before_unpacking(lambda path: os.utime(path, ns=(1, 1)))
     with pytest.raises(ValueError) as caught:
         JsonlSource(tmp_path / "a.jsonl.gz")
-    assert str(caught.value) == f"{tmp_path}/a.jsonl.gz: changed while it was unpacked; start again once it is whole"
+    assert str(caught.value) == f"{tmp_path}/a.jsonl.gz: changed while it was unpacked; start again once it is complete"
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "saved"])
@@ -221,7 +221,7 @@ def test_a_fingerprint_of_a_stream_follows_the_times_of_its_files(tmp_path):
     ("junk", "fault"),
     [
         (b"\0", "ends before row 2; copy the shard again"),
-        (b"\xff", "is truncated or damaged behind row 1 (no end mark); copy the file again"),
+        (b"\xff", "is truncated or damaged after row 1 (no end-of-archive block); copy the file again"),
     ],
 )
 def test_a_shard_that_is_damaged_behind_its_own_back(tmp_path, junk, fault):

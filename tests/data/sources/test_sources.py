@@ -20,7 +20,7 @@ from qwen3vl_train.data.errors import MediaFault, RowFault
 from qwen3vl_train.data.media.image import load_rgb
 from qwen3vl_train.data.media.remote import Remote
 from qwen3vl_train.data.packing.index import LengthRule, build_index
-from qwen3vl_train.data.rows.parse import shapes_line
+from qwen3vl_train.data.rows.parse import format_counts
 from qwen3vl_train.data.sources import JsonlSource, open_sources, open_stream
 from tests.helpers import faults
 from tests.helpers.row_files import KINDS, NUM_ROWS, ROW, png, talks, texts, write_all, write_tar
@@ -124,7 +124,7 @@ def test_media_do_not_leave_a_remote_root(remote):
     ).encode())  # fmt: skip
     for row in open_stream(TrainSource(path="memory://bucket/x/a.jsonl")).rows():
         assert isinstance(row.sample, MediaFault)
-        assert "leaves media_root memory://bucket/x; give a path below it" in str(row.sample)
+        assert "is outside media_root memory://bucket/x; give a path below it" in str(row.sample)
 
 
 def test_the_hub_library_reads_folders_by_split_and_leaves_pictures_encoded(files, tmp_path):
@@ -279,13 +279,13 @@ def test_rows_of_mixed_shapes_in_one_file(tmp_path, tiny_folder):
     rows = [ROW % "a", json.dumps({"question": "?", "answer": "x"}), json.dumps(talks(1)[0]), "{}", "[1]", "7"]
     (tmp_path / "a.jsonl").write_text("\n".join(rows))
     streamed = list(open_stream(TrainSource(path=str(tmp_path / "a.jsonl"))).rows())
-    assert [row.sample.shape for row in streamed[:3]] == ["openai", "columns", "sharegpt"]
+    assert [row.sample.row_format for row in streamed[:3]] == ["openai", "columns", "sharegpt"]
     assert [isinstance(row.sample, RowFault) for row in streamed] == [False] * 3 + [True] * 3
     for _ in range(2):  # the second time from what was kept of the first
         collate = MultimodalCollator.from_pretrained(tiny_folder)
         (tmp_path / "0.png").write_bytes(png(0))
         sources = open_sources(TrainSource(path=str(tmp_path / "a.jsonl")))
         index = build_index(sources, collate, LengthRule(500), cache_folder=tmp_path / "index")
-        line = shapes_line("a.jsonl", index.count_shapes(0))
+        line = format_counts("a.jsonl", index.count_shapes(0))
         assert line == "a.jsonl: 3 rows, openai 1, sharegpt 1, columns 1"
         assert len(index.rejects) == 3
