@@ -11,7 +11,12 @@ from qwen3vl_train.arch import Qwen3VLArch
 from qwen3vl_train.batch import IGNORE_LABEL, PackedBatch, VisionSlice
 from qwen3vl_train.data.encode.chat import DIALECTS
 from qwen3vl_train.data.encode.encoder import EncodedSample, Encoder, SampleCost, joined_patches
-from qwen3vl_train.data.encode.processor import budget, clip_rules, read_clip_rules, read_image_limits
+from qwen3vl_train.data.encode.processor import (
+    override_clip_rules,
+    override_image_limits,
+    read_clip_rules,
+    read_image_limits,
+)
 from qwen3vl_train.data.encode.template import check_template, find_template
 from qwen3vl_train.data.encode.tokenizer import ChatTokenizer
 from qwen3vl_train.data.errors import RowFault
@@ -51,16 +56,18 @@ class MultimodalCollator:
 
         The budgets count visual tokens (32x32 pixels of an image, or of a pair of frames) and, like the sampling of
         clips, default to the checkpoint's own. shrink_to_tokens, shrink_to_patches: the media of a sample that has more
-        of them, text included, are shrunk until it has not. video_markup: 'bare' or 'wrapped', see `chat.markup`.
+        of them, text included, are shrunk until it has not. video_markup: bare or wrapped, see `vision_markup`.
         Raises ValueError for files that are missing, contradict each other, or ask for what Qwen3-VL does not do.
         """
         arch = Qwen3VLArch.from_pretrained(path)
         tokenizer = ChatTokenizer.from_pretrained(path, arch)
         dialect = check_template(*find_template(path))
-        limits = budget(read_image_limits(path, arch), min_visual_tokens_per_image, max_visual_tokens_per_image)
+        limits = override_image_limits(
+            read_image_limits(path, arch), min_visual_tokens_per_image, max_visual_tokens_per_image
+        )
         rules = read_clip_rules(path, arch)
         if rules is not None:
-            rules = clip_rules(rules, fps, min_frames, max_frames, max_visual_tokens_per_video)
+            rules = override_clip_rules(rules, fps, min_frames, max_frames, max_visual_tokens_per_video)
         if max_visual_tokens_per_sample is not None and max_visual_tokens_per_sample < 1:
             raise ValueError(f"data.max_visual_tokens_per_sample: got {max_visual_tokens_per_sample}; use at least 1")
         if video_markup not in ("bare", "wrapped"):

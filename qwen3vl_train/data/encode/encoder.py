@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qwen3vl_train.batch import IGNORE_LABEL, VisionSlice
-from qwen3vl_train.data.encode.chat import DIALECTS, Pad, Piece, Slot, Special, Text, markup
+from qwen3vl_train.data.encode.chat import DIALECTS, Pad, Piece, Slot, Special, Text, vision_markup
 from qwen3vl_train.data.encode.media import Measured, measure, read_patches
 from qwen3vl_train.data.encode.positions import Run, mrope_positions
 from qwen3vl_train.data.encode.tokenizer import ChatTokenizer
@@ -73,7 +73,7 @@ def lay_out(
 ) -> Layout:
     """Tokenise pieces, with the slots filled by grids in their order.
 
-    times: for each slot, the seconds of a clip's frame pairs. wrapped: the markup of clips, see `markup`.
+    times: for each slot, the seconds of a clip's frame pairs. wrapped: the markup of clips, see `vision_markup`.
     Neighbouring texts are encoded in one call, as if the markup were one string; a token is trained where it lies
     wholly inside text that is. "assistant\\n" + "\\nYes" -> "assistant", "\\n\\n" (not trained), "Yes" (trained).
     """
@@ -137,7 +137,7 @@ def _fill(
         if isinstance(piece, Slot):
             (frames, height, width), of_pairs = next(remaining)
             frame_grids += [(1, height, width)] * frames
-            filled += markup(piece, height * width // MERGE**2, of_pairs, wrapped=wrapped)
+            filled += vision_markup(piece, height * width // MERGE**2, of_pairs, wrapped=wrapped)
         else:
             filled.append(piece)
     return filled, frame_grids

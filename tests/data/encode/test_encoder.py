@@ -203,7 +203,7 @@ DROPPED = [
     ([USER, {"role": "system", "content": "x"}],
      "messages[1]: a system message that is not the first, which the template drops; move it to the front"),
     ([USER, answer("x", reasoning_content="y")],
-     "messages[1]: reasoning_content, which the template of an Instruct checkpoint drops; take it out or use a "
+     "messages[1]: reasoning_content, which the template of an Instruct checkpoint drops; remove it or use a "
      "Thinking checkpoint"),
     ([{"role": "user", "content": [{"text": "a"}, {"image": "/none.png"}]}],
      "messages[0].content[1]: image /none.png: no such file (/none.png); check the path and media_root"),
