@@ -151,7 +151,7 @@ def test_ids_of_text_equal_transformers(collate, thinking, tiny_folder, dialect)
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_folder, local_files_only=True)
     template = (tiny_checkpoint.ASSETS / f"chat_template_{dialect}.jinja").read_text()
-    encoder = {"instruct": collate, "thinking": thinking}[dialect].encoder
+    encoder = {"instruct": collate, "thinking": thinking}[dialect]
     rows = [probe for probe in PROBES[dialect].values() if "image" not in str(probe)]
     rows += [{"messages": [{"role": "user", "content": text}, answer(text)]} for text in TRICKY]
     assert len(rows) > 14
