@@ -33,7 +33,7 @@ def test_counts_the_tokens_that_encoding_labels(collate):
     raw = row("What?", "Ein Würfel.", [image])
     raw["messages"] += [{"role": "user", "content": "So?"}, {"role": "assistant", "content": "So.", "loss": False}]
     facts = facts_of(raw, collate)
-    assert facts.label_tokens == int((collate.encode(raw).labels >= 0).sum())
+    assert facts.label_tokens == collate.encode(raw).label_ids.numel()
     assert (facts.turns, facts.sizes, facts.videos) == (2, [(70, 90)], 0)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from qwen3vl_train.arch import Qwen3VLArch
-from qwen3vl_train.batch import IGNORE_LABEL, PackedBatch, VisionSlice
+from qwen3vl_train.batch import PackedBatch, VisionSlice
 from qwen3vl_train.data.encode.encoder import EncodedSample, Encoder, RawSample, as_sample, concat_patches
 from qwen3vl_train.data.encode.processor import (
     override_clip_rules,
@@ -95,8 +95,8 @@ class MultimodalCollator(Encoder):
         """
         raw = messages if isinstance(messages, dict | Sample) else {"messages": list(messages)}
         encoded = self._encode_named(raw, "prompt", generation_prompt=True)
-        unlabelled = replace(encoded, labels=torch.full_like(encoded.labels, IGNORE_LABEL), loss_weights=None)
-        return self.pack([unlabelled])
+        labels = ("label_rows", "label_ids", "label_weights")
+        return self.pack([replace(encoded, **{name: getattr(encoded, name)[:0] for name in labels})])
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Return the text of token ids."""
@@ -107,17 +107,21 @@ class MultimodalCollator(Encoder):
         assert samples, "a pack holds at least one sample"
         grids: list[Grid] = []
         slices: list[list[VisionSlice]] = []
-        row = 0
+        label_rows: list[torch.Tensor] = []
+        start = row = 0
         for sample in samples:
             slices.append([VisionSlice(offset, length, first + row) for offset, length, first in sample.slices])
             grids += sample.grids
+            label_rows.append(sample.label_rows + start)
+            start += sample.input_ids.numel()
             row += sample.patches.shape[0] // MERGE**2
         return PackedBatch.from_samples(
             input_ids=torch.cat([sample.input_ids for sample in samples]),
             positions=torch.cat([sample.positions for sample in samples], dim=1),
             sequence_lengths=[sample.input_ids.numel() for sample in samples],
-            labels=torch.cat([sample.labels for sample in samples]),
-            loss_weights=_joined_weights(samples),
+            label_rows=torch.cat(label_rows),
+            label_ids=torch.cat([sample.label_ids for sample in samples]),
+            label_weights=torch.cat([sample.label_weights for sample in samples]),
             pixel_values=concat_patches([sample.patches for sample in samples]),
             grid_thw=grids,
             vision_slices_per_seq=slices,
@@ -137,14 +141,3 @@ class MultimodalCollator(Encoder):
             return self.encode(sample, generation_prompt=generation_prompt)
         except RowFault as fault:
             raise ValueError(f"{name}: {fault}") from None
-
-
-def _joined_weights(samples: Sequence[EncodedSample]) -> torch.Tensor | None:
-    if all(sample.loss_weights is None for sample in samples):
-        return None
-    return torch.cat(
-        [
-            (sample.labels != IGNORE_LABEL).float() if sample.loss_weights is None else sample.loss_weights
-            for sample in samples
-        ]
-    )

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from qwen3vl_train.batch import IGNORE_LABEL, VisionSlice
+from qwen3vl_train.batch import VisionSlice
 from qwen3vl_train.data.encode.chat import DIALECTS, Pad, Piece, Slot, Special, Text, vision_markup
 from qwen3vl_train.data.encode.media import Measured, measure, read_patches
 from qwen3vl_train.data.encode.positions import Run, mrope_positions
@@ -44,15 +44,18 @@ class SampleCost(NamedTuple):
 class EncodedSample:
     """One sample, ready to be packed: n tokens, P patches.
 
-    input_ids (n,) int64; labels (n,) int64, the NEXT token where that is trained, else -100; loss_weights (n,) float32
-    with 0 where there is no label, or None where all are 1; positions (3, n) int64; slices: rows count from the
-    sample's own first medium; grids: patches of each medium; patches (P, 768) uint8 where all media are stills,
-    (P, 1536) otherwise.
+    input_ids: (n,) int64.
+    label_rows, label_ids, label_weights: (R,) each, see `PackedBatch`.
+    positions: (3, n) int64.
+    slices: rows count from the sample's own first medium.
+    grids: patches of each medium.
+    patches: (P, 768) uint8 where all media are stills, (P, 1536) otherwise.
     """
 
     input_ids: Tensor
-    labels: Tensor
-    loss_weights: Tensor | None
+    label_rows: Tensor
+    label_ids: Tensor
+    label_weights: Tensor
     positions: Tensor
     slices: list[VisionSlice]
     grids: list[Grid]
@@ -247,12 +250,13 @@ class Encoder:
         times = [medium.times for medium in measured]
         layout = lay_out(pieces, grids, self.tokenizer, times=times, wrapped=self.wrapped_clips)
         input_ids = torch.tensor(layout.ids, dtype=torch.int64)
-        next_weights = torch.tensor([*layout.weights[1:], 0.0], dtype=torch.float32)
-        labels = torch.where(next_weights > 0, input_ids.roll(-1), IGNORE_LABEL)
+        next_weights = torch.tensor(layout.weights[1:], dtype=torch.float32)
+        label_rows = (next_weights > 0).nonzero().squeeze(1)
         return EncodedSample(
             input_ids=input_ids,
-            labels=labels,
-            loss_weights=None if torch.all((next_weights == 0) | (next_weights == 1)) else next_weights,
+            label_rows=label_rows,
+            label_ids=input_ids[label_rows + 1],
+            label_weights=next_weights[label_rows],
             positions=mrope_positions(layout.runs),
             slices=layout.slices,
             grids=grids,
