@@ -8,8 +8,14 @@ import torch
 
 from qwen3vl_train.arch import Qwen3VLArch, TextArch, VisionArch
 from qwen3vl_train.config import Recipe, recipe_from_dict
+from qwen3vl_train.model.costs import (
+    Layout,
+    layer_activation_bytes,
+    rank_memory,
+    rows_of_shard,
+    text_activation_bytes,
+)
 from qwen3vl_train.model.qwen3vl import Qwen3VLForConditionalGeneration
-from qwen3vl_train.parallel.scaling import Layout, layer_activation_bytes, piece_rows, share_of, text_activation_bytes
 from qwen3vl_train.train.tune import apply_tuning
 
 GIB = 2**30
@@ -76,7 +82,7 @@ def rows() -> Iterator[list[str]]:
         activations = TOKENS * (text_activation_bytes(text, "full") + layer_activation_bytes(text))
         models = {tune: meta_model(size, tune) for tune in TUNES}
         for tune, layout in LAYOUTS:
-            share = share_of(models[tune], layout)
+            share = rank_memory(models[tune], layout)
             if layout.engine == "ddp":
                 engine = "ddp"
             else:
@@ -116,8 +122,8 @@ def shape_rows() -> Iterator[list[str]]:
             num_rows = shapes[name][0]
             cells = []
             for shard in (8, 64, 1024):
-                first, last = piece_rows(num_rows, shard, 0), piece_rows(num_rows, shard, shard - 1)
-                full = sum(piece_rows(num_rows, shard, place) == first for place in range(shard))
+                first, last = rows_of_shard(num_rows, shard, 0), rows_of_shard(num_rows, shard, shard - 1)
+                full = sum(rows_of_shard(num_rows, shard, place) == first for place in range(shard))
                 cells.append(f"{first}" if first == last else f"{first} on {full} ranks, {last} on the last")
             if size == "8B" or "vision" not in what:  # the towers of 8B and 32B are alike
                 yield [size, what, " x ".join(str(length) for length in shapes[name]), *cells]

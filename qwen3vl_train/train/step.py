@@ -7,11 +7,12 @@ from dataclasses import dataclass
 import torch
 
 from qwen3vl_train.arch import Qwen3VLArch
-from qwen3vl_train.batch import IGNORE_LABEL, PackedBatch
+from qwen3vl_train.batch import PackedBatch
 from qwen3vl_train.config import Recipe
 from qwen3vl_train.dist.ranks import Ranks, seed_everything
 from qwen3vl_train.dist.tensors import global_shape
 from qwen3vl_train.model.costs import FlopsCounter
+from qwen3vl_train.model.loss import LossFunction, cross_entropy_loss
 from qwen3vl_train.model.qwen3vl import Qwen3VLForConditionalGeneration
 from qwen3vl_train.parallel.optim import Optimizer
 from qwen3vl_train.tracking.loss_by_source import SourceTally, source_names
@@ -27,6 +28,7 @@ class StepOptions:
     seed: of the run; dropout follows from it.
     lr: the peak learning rate, for the tally.
     max_grad_norm: None where gradients are not clipped.
+    loss_function: of a pack; its sum is divided by the labels of all packs.
     """
 
     flops: FlopsCounter
@@ -34,6 +36,7 @@ class StepOptions:
     seed: int
     lr: float
     max_grad_norm: float | None
+    loss_function: LossFunction = cross_entropy_loss
 
     @classmethod
     def from_recipe(cls, recipe: Recipe, model: Qwen3VLForConditionalGeneration) -> "StepOptions":
@@ -93,12 +96,11 @@ def train_step(
     by_source = SourceTally(options.sources, ranks.device)
     for number, batch in enumerate(passes):
         seed_everything(options.seed, step, pack_numbers[number] if number < len(packs) else 0)
-        losses_R = torch.empty(batch.num_labels, dtype=torch.float32, device=ranks.device)
-        loss_sum, _ = model(batch.to(ranks.device, non_blocking=True), losses_R)
+        loss_sum, _, terms_R = model(batch.to(ranks.device, non_blocking=True), options.loss_function)
         if loss_sum.requires_grad:  # not where only the vision side trains and the pack holds no image
             optimizer.backward(loss_sum / num_labels, last=number == num_passes - 1)
         losses.append(loss_sum.detach())
-        by_source.add(batch, losses_R)
+        by_source.add(batch, terms_R)
 
     norms = optimizer.gradient_norms()
     loss_of_rank = float(torch.stack(losses).sum(dtype=torch.float64)) if losses else 0.0
@@ -134,8 +136,9 @@ def empty_pack(arch: Qwen3VLArch) -> PackedBatch:
         input_ids=torch.zeros(1, dtype=torch.int64),
         positions=torch.zeros(3, 1, dtype=torch.int64),
         sequence_lengths=[1],
-        labels=torch.full((1,), IGNORE_LABEL),
-        loss_weights=None,
+        label_rows=torch.zeros(0, dtype=torch.int64),
+        label_ids=torch.zeros(0, dtype=torch.int64),
+        label_weights=torch.zeros(0),
         pixel_values=nothing,
         grid_thw=[],
         vision_slices_per_seq=[[]],

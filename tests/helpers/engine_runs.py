@@ -171,8 +171,8 @@ def poisoned(rank: int, world_size: int, recipes: list[Recipe], steps: Steps) ->
         losses = trainee.steps(steps, 0, 2)
         before = trainee.state()
         bad = [list(packs) for packs in steps]
-        weights = torch.full((bad[2][0].num_tokens,), torch.nan)
-        bad[2][0] = dataclasses.replace(bad[2][0], loss_weights=weights)
+        weights = torch.full_like(bad[2][0].label_weights, torch.nan)
+        bad[2][0] = dataclasses.replace(bad[2][0], label_weights=weights)
         with pytest.raises(NonFiniteError) as error:
             trainee.steps(bad, 2, 3)
         small_runs.assert_same_tensors(trainee.state(), before)

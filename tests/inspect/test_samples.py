@@ -186,7 +186,9 @@ def test_of_a_long_clip_evenly_spread_pairs_are_shown():
     slices = [VisionSlice(10 * pair, 1, pair) for pair in range(100)]
     patches = torch.zeros(400, 1536, dtype=torch.uint8)
     empty = torch.zeros(0, dtype=torch.int64)
-    frames = view_frames(EncodedSample(empty, empty, None, empty, slices, [(100, 2, 2)], patches, "clip"))
+    frames = view_frames(
+        EncodedSample(empty, empty, empty, empty.float(), empty, slices, [(100, 2, 2)], patches, "clip")
+    )
     assert [one["frame"] for one in frames][::5] == [0, 33, 66, 99]
     assert len(frames) == 16
     assert [one["offset"] for one in frames] == [10 * one["frame"] for one in frames]

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from qwen3vl_train.arch import Qwen3VLArch
+from qwen3vl_train.model.costs import work_ratios
 
 _WHOLE = 2**40
 
@@ -30,25 +31,8 @@ class CostModel:
 
     @classmethod
     def from_arch(cls, arch: Qwen3VLArch, *, text_passes: int = 3, vision_passes: int = 3) -> "CostModel":
-        """Take the ratios from the sizes of a model. The head, which runs on label rows only, is left out.
-
-        passes: how often a training step pays the forward pass of the weights: 3 where they train, 2 where only a
-        gradient passes through, 1 where nothing below trains. Attention has no weights: 3 wherever a gradient passes.
-        """
-        text, vision = arch.text, arch.vision
-        heads = 2 * text.num_attention_heads + 2 * text.num_key_value_heads
-        of_layer = text.hidden_size * (heads * text.head_dim + 3 * text.intermediate_size)
-        token = 2.0 * text.num_hidden_layers * of_layer * text_passes
-        token_pair = (
-            2.0 * text.num_hidden_layers * text.num_attention_heads * text.head_dim * (3 if text_passes > 1 else 1)
-        )
-        merged = vision.hidden_size * vision.spatial_merge_size**2
-        mergers = (1 + len(vision.deepstack_visual_indexes)) * merged * (merged + vision.out_hidden_size)
-        of_block = 4 * vision.hidden_size**2 + 2 * vision.hidden_size * vision.intermediate_size
-        tower = vision.patch_dim * vision.hidden_size + vision.depth * of_block
-        patch = 2.0 * (tower + mergers / vision.spatial_merge_size**2) * vision_passes
-        patch_pair = 4.0 * vision.hidden_size * vision.depth * (3 if vision_passes > 1 else 1)
-        return cls(1.0, token_pair / token, patch / token, patch_pair / token)
+        """Take the ratios from the sizes of a model; passes: see `work_ratios`."""
+        return cls(1.0, *work_ratios(arch, text_passes=text_passes, vision_passes=vision_passes))
 
     def work(self, tokens: np.ndarray, patches: np.ndarray, patch_pairs: np.ndarray) -> np.ndarray:
         """Return the work of each sample, int64. That of a pack is the sum: attention never crosses samples."""

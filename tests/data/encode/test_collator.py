@@ -26,7 +26,6 @@ def test_a_pack_is_its_samples_one_behind_the_other(collate):
     assert pack.num_labels == sum(one.num_labels for one in alone)
     assert pack.sample_ids == tuple(f"sample {place}" for place in range(len(SAMPLES)))
     assert torch.equal(pack.visual_pos_mask, pack.input_ids == collate.tokenizer.special_ids["<|image_pad|>"])
-    assert pack.feature_rows.tolist() == list(range(pack.num_patches // 4))
     start = 0
     for length in pack.sequence_lengths.tolist():
         assert pack.labels[start + length - 1] == -100  # the last place of a sequence has no next token
@@ -37,10 +36,10 @@ def test_a_pack_of_text_only(collate):
     pack = collate([{"messages": [{"role": "user", "content": "Hi"}]}])
     assert pack.pixel_values.shape == (0, 768)
     assert pack.pixel_values.dtype == torch.uint8
-    assert (pack.num_labels, pack.grid_thw.shape, pack.loss_weights) == (0, (0, 3), None)
+    assert (pack.num_labels, pack.grid_thw.shape) == (0, (0, 3))
 
 
-def test_weights_of_some_samples_fill_up_with_ones(collate):
+def test_weights_are_one_where_no_message_says_more(collate):
     plain = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
     heavy = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "loss_weight": 3}]}
     pack = collate([plain, heavy])
@@ -75,7 +74,7 @@ def test_prompts_end_where_the_answer_begins(collate):
     assert torch.equal(collate.prompt(parse_sample({"messages": messages[:-1]})).input_ids, prompt.input_ids)
     with pytest.raises(ValueError) as caught:
         collate.prompt(messages)
-    assert str(caught.value) == "prompt: messages[5]: a prompt that ends with an answer; leave the answer out"
+    assert str(caught.value) == "prompt: messages[5]: a prompt that ends with an answer; remove the answer"
 
 
 def test_faults_name_the_sample(collate):

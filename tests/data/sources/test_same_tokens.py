@@ -31,9 +31,8 @@ def files(tmp_path_factory):
 
 
 def assert_same(encoded, expected):
-    assert encoded.loss_weights is expected.loss_weights is None
     assert (encoded.slices, encoded.grids) == (expected.slices, expected.grids)
-    for name in ("input_ids", "labels", "positions", "patches"):
+    for name in ("input_ids", "label_rows", "label_ids", "label_weights", "positions", "patches"):
         assert torch.equal(getattr(encoded, name), getattr(expected, name)), name
 
 
