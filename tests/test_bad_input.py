@@ -262,7 +262,7 @@ def test_too_many_broken_rows_stop_the_run_at_its_start(answer, values, task, tm
     lines = message.splitlines()
     assert lines[0] == (
         f"data: {found_in_headers} of 16 rows cannot be used, more than data.max_rejected_fraction 0.01; "
-        "mend them or raise it"
+        "fix them or raise it"
     )
     assert lines[1] == f"  - {path}:2: not JSON (Expecting value: line 1 column 15 (char 14)); write one object a line"
     assert len(lines) == 4
@@ -287,7 +287,7 @@ def test_too_many_rows_that_break_in_decoding_stop_the_run(answer, values, task,
     code, message = answer(values)
     assert code == 2
     assert message.splitlines()[0] == (
-        "data: 2 of 11 rows cannot be used, more than data.max_rejected_fraction 0.1; mend them or raise it"
+        "data: 2 of 11 rows cannot be used, more than data.max_rejected_fraction 0.1; fix them or raise it"
     )
     assert sorted(row["row"] for row in _rejected(tmp_path / "out" / "run")) == [1, 3]
 
@@ -307,7 +307,7 @@ def test_broken_held_out_rows_are_listed_and_counted_apart(answer, values, task,
     code, message = answer(values)
     assert (code, message.splitlines()[0]) == (
         2,
-        "data: 1 of 4 rows cannot be used, more than data.max_rejected_fraction 0.2; mend them or raise it",
+        "data: 1 of 4 rows cannot be used, more than data.max_rejected_fraction 0.2; fix them or raise it",
     )
     # It stopped after the last checkpoint, so nothing trained is lost because of rows that were never trained on.
     assert small_runs.final_tensors(tmp_path / "out" / "run")
@@ -321,7 +321,7 @@ def test_file_without_a_usable_row(answer, values, tmp_path):
     assert (code, message.splitlines()) == (
         2,
         [
-            f"{path}: nothing to learn from, none of 1 rows can be used; mend the rows",
+            f"{path}: nothing to learn from, none of 1 rows can be used; fix the rows",
             f"  - {path}:1: nothing to learn: no assistant message is trained; add an answer or remove loss: false",
         ],
     )
@@ -329,7 +329,7 @@ def test_file_without_a_usable_row(answer, values, tmp_path):
     assert [file.name for file in run.iterdir()] == ["rejected.jsonl"]
     assert [(row["file"], row["row"]) for row in _rejected(run)] == [(str(path), 1)]
     path.write_text("")
-    assert answer(values) == (2, f"{path}: nothing to learn from, none of 0 rows can be used; mend the rows")
+    assert answer(values) == (2, f"{path}: nothing to learn from, none of 0 rows can be used; fix the rows")
     assert list(run.iterdir()) == []
 
 
