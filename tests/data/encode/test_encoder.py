@@ -11,6 +11,7 @@ from qwen3vl_train.data.encode.template import PROBES
 from qwen3vl_train.data.errors import RowFault
 from qwen3vl_train.data.rows.messages import parse_sample
 from tests.helpers import oracles
+from tests.helpers.messages import message_of
 
 USER = {"role": "user", "content": "Hi"}
 IMAGE = {"type": "image", "image": Image.new("RGB", (64, 64))}
@@ -102,7 +103,7 @@ def test_labels_of_a_thinking_checkpoint(thinking, messages, labels):
     assert labelled(thinking, {"messages": messages}) == [label.removeprefix("\n") for label in labels]
 
 
-def test_weights_go_with_the_labels(collate):
+def test_weights_belong_to_labels(collate):
     sample = {"messages": [USER, answer("One", loss_weight=2.5), USER, answer("Two"), USER, answer("No", loss=False)]}
     encoded = collate.encode(sample)
     by_weight = {
@@ -147,7 +148,7 @@ def test_ids_of_text_equal_transformers(collate, thinking, tiny_folder, dialect)
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_folder, local_files_only=True)
     template = (tiny_checkpoint.ASSETS / f"chat_template_{dialect}.jinja").read_text()
-    encoder = {"instruct": collate, "thinking": thinking}[dialect].encoder
+    encoder = {"instruct": collate, "thinking": thinking}[dialect]
     rows = [probe for probe in PROBES[dialect].values() if "image" not in str(probe)]
     rows += [{"messages": [{"role": "user", "content": text}, answer(text)]} for text in TRICKY]
     assert len(rows) > 14
@@ -183,7 +184,7 @@ def test_costs_are_the_encoded_lengths(collate):
         assert cost.patch_pairs == sum((h * w) ** 2 for _, h, w in encoded.grids)
 
 
-def test_slices_lie_on_the_placeholders(collate):
+def test_slices_are_at_the_placeholders(collate):
     encoded = collate.encode(oracles.conversations()["many_turns"])
     pad = collate.tokenizer.special_ids["<|image_pad|>"]
     placed = torch.zeros(len(encoded.input_ids), dtype=torch.bool)
@@ -199,7 +200,7 @@ DROPPED = [
     ([USER, {"role": "system", "content": "x"}],
      "messages[1]: a system message that is not the first, which the template drops; move it to the front"),
     ([USER, answer("x", reasoning_content="y")],
-     "messages[1]: reasoning_content, which the template of an Instruct checkpoint drops; take it out or use a "
+     "messages[1]: reasoning_content, which the template of an Instruct checkpoint drops; remove it or use a "
      "Thinking checkpoint"),
     ([{"role": "user", "content": [{"text": "a"}, {"image": "/none.png"}]}],
      "messages[0].content[1]: image /none.png: no such file (/none.png); check the path and media_root"),
@@ -211,11 +212,9 @@ DROPPED = [
 @pytest.mark.parametrize(("messages", "fault"), DROPPED, ids=["system", "reasoning", "missing", "extreme"])
 def test_faults_name_the_message(collate, messages, fault):
     for call in (collate.cost, collate.encode):
-        with pytest.raises(RowFault) as caught:
-            call({"messages": messages})
-        assert str(caught.value) == fault
+        assert message_of(RowFault, call, {"messages": messages}) == fault
 
 
-def test_a_late_system_message_is_fine_where_the_template_keeps_it(thinking):
+def test_late_system_message_is_allowed_by_the_thinking_template(thinking):
     sample = parse_sample({"messages": [USER, {"role": "system", "content": "x"}, USER]})
     assert "<|im_start|>system\nx<|im_end|>" in as_text(DIALECTS["thinking"](sample.messages))
