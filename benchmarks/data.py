@@ -219,39 +219,18 @@ def write_text_rows(file: Path, num_rows: int) -> None:
             out.write(json.dumps({"messages": messages}) + "\n")
 
 
-<<<<<<< HEAD
-def steps(loader: Loader) -> Iterator[tuple[int, int]]:
-    """(rows looked at, tokens packed) after every step."""
-    for step in loader:
-        yield step.num_seen, sum(pack.num_tokens for pack in step.packs)
-
-
-=======
->>>>>>> main
 def stream(scratch: Path, num_rows: int) -> None:
     """Measure the memory of packing a long file through a window of 2,048 rows, in one process."""
     file = scratch / "stream.jsonl"
     write_text_rows(file, num_rows)
     collate = tiny_collator(scratch)
     source = FileStream(str(file), [str(file)], str(scratch), RowRules())
-<<<<<<< HEAD
     windows = StreamedWindows([Part(InOrder(source), 1.0)], collate, LengthRule(8192), seed=0)
     loader = Loader(windows, collate, packs_per_step=NUM_RANKS, limits=PackLimits(8192), num_epochs=1)
-    lines, tokens, packed, start = [], 0, 0, time.perf_counter()
-    marks = [num_rows * share // 100 for share in (5, 25, 50, 75, 100)]
-    for seen, of_step in steps(loader):
-        tokens, packed = tokens + of_step, packed + NUM_RANKS
-        if marks and seen >= marks[0]:
-=======
-    loader = StreamLoader(
-        [Part(InOrder(source), 1.0)], collate, LengthRule(8192), packs_per_step=NUM_RANKS, limits=PackLimits(8192),
-        seed=0, num_epochs=1,
-    )  # fmt: skip
     lines, start = [], time.perf_counter()
     reports = [num_rows * share // 100 for share in (5, 25, 50, 75, 100)]
     for step in loader:
         if reports and step.num_seen >= reports[0]:
->>>>>>> main
             seconds = time.perf_counter() - start
             rate = step.num_seen / seconds
             lines.append([f"{step.num_seen:,}", f"{resident_mib():,.0f}", f"{seconds:.0f}", f"{rate:,.0f}"])
