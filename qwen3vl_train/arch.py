@@ -36,6 +36,11 @@ class VisionArch:
         return math.isqrt(self.num_position_embeddings)
 
     @property
+    def merged_size(self) -> int:
+        """Width of the joined row of a merge block, which the mergers read."""
+        return self.hidden_size * self.spatial_merge_size**2
+
+    @property
     def patch_dim(self) -> int:
         """Width of a flattened patch: channels x temporal x height x width (1536)."""
         return self.in_channels * self.temporal_patch_size * self.patch_size**2
@@ -54,6 +59,16 @@ class TextArch:
     rope_theta: float
     mrope_section: tuple[int, int, int]
     max_position_embeddings: int
+
+    @property
+    def q_size(self) -> int:
+        """Width of all query heads together."""
+        return self.num_attention_heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        """Width of all key heads together, and of all value heads."""
+        return self.num_key_value_heads * self.head_dim
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,10 @@
 """The packed batch: the one form in which data reaches the model.
 
-T packed tokens, P patches, N media, S sequences, M merged vision rows, R rows with a label, F attention segments of the
-vision tower. Everything the model indexes with is computed here, on the host, in the worker that packs; the model only
-reads it.
+T packed tokens, P patches, N media, S sequences, M merged vision rows, R labels, F attention segments of the vision
+tower. Every index that the model uses is computed here, on the host, in the worker process that packs.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from typing import NamedTuple
@@ -18,7 +18,7 @@ IGNORE_LABEL = -100
 class VisionSlice(NamedTuple):
     """One image, or one frame pair of a clip, inside one sequence.
 
-    Its tokens `offset .. offset+length` take the merged rows `row .. row+length`.
+    Tokens `offset .. offset+length` of the sequence take the merged rows `row .. row+length`.
 
     offset: first placeholder token, counted from the start of its own sequence.
     length: number of placeholder tokens (merged rows).
@@ -32,9 +32,11 @@ class VisionSlice(NamedTuple):
 
 @dataclass(frozen=True)
 class Segments:
-    """The pieces of a packed row that attention never crosses, in the forms its kernels want.
+    """The segments of a packed row that attention never crosses, in the forms that attention kernels take.
 
-    lengths: host integers. cu_seqlens: (S+1,) int32, cumulative, starting with 0. max_length: host integer.
+    lengths: host integers.
+    cu_seqlens: (S+1,) int32, cumulative, starting with 0.
+    max_length: host integer.
     """
 
     lengths: tuple[int, ...]
@@ -42,23 +44,24 @@ class Segments:
     max_length: int
 
     @classmethod
-    def from_lengths(cls, lengths: list[int] | tuple[int, ...]) -> "Segments":
-        """Build from host lengths. A pack without segments is legal (no image: no vision segment)."""
+    def from_lengths(cls, lengths: Sequence[int]) -> "Segments":
+        """Build from host lengths. No segment at all is legal: a pack without images has none for the vision tower."""
         cu_seqlens = torch.zeros(len(lengths) + 1, dtype=torch.int32)
         cu_seqlens[1:] = torch.tensor(lengths, dtype=torch.int64).cumsum(0)
         return cls(tuple(lengths), cu_seqlens, max(lengths, default=0))
 
-    def _apply(self, move) -> "Segments":
+    def _apply(self, move: Callable[[Tensor], Tensor]) -> "Segments":
         return replace(self, cu_seqlens=move(self.cu_seqlens))
 
 
 @dataclass(frozen=True)
 class VisionIndex:
-    """What the vision tower must know of `grid_thw` beside the patches themselves; a pure function of the grids.
+    """What the vision tower needs of `grid_thw`: positions and attention segments, computed from the grids alone.
 
     segments: F attention segments, one a frame (h*w patches each, t times a clip).
     patch_hw: (P, 2) int32, row and column of every patch in its frame, in merge-block order.
-    corner_index: (4, P) int32 into the learned position table; corner_weight: (4, P) float32, bilinear weights.
+    corner_index: (4, P) int32, rows of the learned position table.
+    corner_weight: (4, P) float32, their bilinear weights.
     """
 
     segments: Segments
@@ -66,7 +69,7 @@ class VisionIndex:
     corner_index: Tensor
     corner_weight: Tensor
 
-    def _apply(self, move) -> "VisionIndex":
+    def _apply(self, move: Callable[[Tensor], Tensor]) -> "VisionIndex":
         return VisionIndex(
             self.segments._apply(move), move(self.patch_hw), move(self.corner_index), move(self.corner_weight)
         )
@@ -77,7 +80,7 @@ class VisionIndex:
 
 @lru_cache(maxsize=4096)
 def _frame_index(height: int, width: int, side: int, merge: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Index of one frame of height x width patches against a side x side position table; see `vision_index`."""
+    """Return (patch_hw, corner_index, corner_weight) of one frame; see `VisionIndex`."""
     rows = torch.linspace(0, side - 1, height, dtype=torch.float32)
     cols = torch.linspace(0, side - 1, width, dtype=torch.float32)
     row0, col0 = rows.int(), cols.int()
@@ -106,8 +109,10 @@ def _frame_index(height: int, width: int, side: int, merge: int) -> tuple[Tensor
 def vision_index(grid_thw: list[tuple[int, int, int]], *, side: int, merge: int) -> VisionIndex:
     """Compute positions, interpolation corners and attention segments of every patch from the grids alone.
 
-    side: the learned table is side x side (48 for all released sizes). merge: spatial merge size (2).
-    Corners follow `fast_pos_embed_interpolate` of transformers 4.57: align_corners=True, the same for every frame.
+    side: the learned table is side x side (48 for all released sizes).
+    merge: spatial merge size (2).
+
+    Agrees with `fast_pos_embed_interpolate` of transformers 4.57: align_corners=True, the same for every frame.
     Raises ValueError for a grid whose height or width is not a positive multiple of `merge`.
     """
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -129,11 +134,10 @@ def vision_index(grid_thw: list[tuple[int, int, int]], *, side: int, merge: int)
     )
 
 
-def placed_rows(
-    sequence_lengths: list[int], vision_slices_per_seq: list[list[VisionSlice]], num_tokens: int
+def slice_rows(
+    sequence_lengths: Sequence[int], vision_slices_per_seq: list[list[VisionSlice]], num_tokens: int
 ) -> tuple[Tensor, Tensor]:
-    """Turn slices into (token_rows, feature_rows), both (M,) int64: token `token_rows[i]` takes feature
-    `feature_rows[i]`.
+    """Return (token_rows, feature_rows), both (M,) int64: token `token_rows[i]` takes feature row `feature_rows[i]`.
 
     token_rows is strictly increasing. Raises ValueError where slices overlap, run out of their sequence, or the
     number of sequences or tokens does not match.
@@ -144,8 +148,8 @@ def placed_rows(
         )
     if sum(sequence_lengths) != num_tokens:
         raise ValueError(f"sequence_lengths: sum is {sum(sequence_lengths)} but the pack has {num_tokens} tokens")
-    token_rows: list[Tensor] = []
-    feature_rows: list[Tensor] = []
+    token_rows = [torch.zeros(0, dtype=torch.int64)]
+    feature_rows = [torch.zeros(0, dtype=torch.int64)]
     start = 0
     for sequence, (length, slices) in enumerate(zip(sequence_lengths, vision_slices_per_seq, strict=True)):
         end_of_last = 0
@@ -159,41 +163,46 @@ def placed_rows(
             token_rows.append(torch.arange(start + offset, start + offset + count))
             feature_rows.append(torch.arange(row, row + count))
         start += length
-    if not token_rows:
-        none = torch.zeros(0, dtype=torch.int64)
-        return none, none
     return torch.cat(token_rows), torch.cat(feature_rows)
+
+
+def spread_labels(label_rows: Tensor, values: Tensor, num_tokens: int, fill: float) -> Tensor:
+    """Return a (T,) tensor that holds values[i] at label_rows[i] and `fill` elsewhere."""
+    return values.new_full((num_tokens,), fill).index_copy(0, label_rows, values)
 
 
 @dataclass(frozen=True)
 class PackedBatch:
     """All sequences of a pack in one row, all patches in another, with every index the model needs.
 
-    input_ids (T,) int64; positions (3, T) int64, M-RoPE, restarting in every sequence; sequence_lengths (S,) int64;
-    labels (T,) int64, the NEXT token to predict at each place, -100 where none; loss_weights (T,) float32 or None;
-    pixel_values (P, 768) uint8 where the pack holds stills only (a still repeats its one frame, so it travels once),
-    (P, 1536) uint8 otherwise, stills with their frame twice; grid_thw (N, 3) int64, one row for an image (time 1) and
-    one for a clip (time: frame pairs); vision_slices_per_seq: S lists of VisionSlice;
-    visual_pos_mask (T,) bool. Derived from these by `PackedBatch.from_samples`, never on the device:
-    segments (text attention), vision (VisionIndex), visual_rows and feature_rows (M,), label_rows (R,), num_labels.
+    Build it with `PackedBatch.from_samples`, which checks the fields against each other.
+
+    input_ids: (T,) int64.
+    positions: (3, T) int64, M-RoPE, restarting in every sequence.
+    label_rows: (R,) int64, ascending, the tokens whose next token is trained; a token may have several labels.
+    label_ids: (R,) int64, the next token of each label row.
+    label_weights: (R,) float32, factors of the losses.
+    pixel_values: (P, 768) uint8 where the pack holds stills only (a still repeats its one frame, so it travels once),
+        (P, 1536) uint8 otherwise, stills with their frame twice.
+    grid_thw: (N, 3) int64, one row for an image (time 1) and one for a clip (time: frame pairs).
+    vision_slices_per_seq: S lists of VisionSlice; merged rows lie in the order of their tokens.
+    visual_rows: (M,) int64, ascending, the tokens that vision features fill.
+    segments: the sequences, for text attention.
+    vision: what the vision tower needs of the grids.
     sample_ids: names of the samples, for messages about this pack.
     """
 
     input_ids: Tensor
     positions: Tensor
-    sequence_lengths: Tensor
-    labels: Tensor
-    loss_weights: Tensor | None
+    label_rows: Tensor
+    label_ids: Tensor
+    label_weights: Tensor
     pixel_values: Tensor
     grid_thw: Tensor
     vision_slices_per_seq: list[list[VisionSlice]]
-    visual_pos_mask: Tensor
+    visual_rows: Tensor
     segments: Segments
     vision: VisionIndex
-    visual_rows: Tensor
-    feature_rows: Tensor
-    label_rows: Tensor
-    num_labels: int
     sample_ids: tuple[str, ...] = ()
 
     @classmethod
@@ -202,9 +211,10 @@ class PackedBatch:
         *,
         input_ids: Tensor,
         positions: Tensor,
-        sequence_lengths: list[int],
-        labels: Tensor,
-        loss_weights: Tensor | None,
+        sequence_lengths: Sequence[int],
+        label_rows: Tensor,
+        label_ids: Tensor,
+        label_weights: Tensor,
         pixel_values: Tensor,
         grid_thw: list[tuple[int, int, int]],
         vision_slices_per_seq: list[list[VisionSlice]],
@@ -212,42 +222,36 @@ class PackedBatch:
         merge_size: int,
         sample_ids: tuple[str, ...] = (),
     ) -> "PackedBatch":
-        """Check the primary fields against each other and derive the rest. Raises ValueError where they disagree."""
+        """Check the fields against each other and compute the indices. Raises ValueError where they disagree."""
         num_tokens = input_ids.numel()
-        if positions.shape != (3, num_tokens) or labels.shape != (num_tokens,):
-            raise ValueError(
-                f"pack: positions {tuple(positions.shape)}, labels {tuple(labels.shape)} do not fit {num_tokens} tokens"
-            )
-        visual_rows, feature_rows = placed_rows(sequence_lengths, vision_slices_per_seq, num_tokens)
+        if positions.shape != (3, num_tokens):
+            raise ValueError(f"pack: positions {tuple(positions.shape)} do not fit {num_tokens} tokens")
+        _check_labels(label_rows, label_ids, label_weights, num_tokens)
+        visual_rows, feature_rows = slice_rows(sequence_lengths, vision_slices_per_seq, num_tokens)
+        if not torch.equal(feature_rows, torch.arange(feature_rows.numel())):
+            raise ValueError("vision slices: rows do not count up from 0; lay features down in the order of the tokens")
         patches = sum(t * h * w for t, h, w in grid_thw)
         if pixel_values.shape[0] != patches or visual_rows.numel() != patches // merge_size**2:
             raise ValueError(
                 f"pack: {pixel_values.shape[0]} patches and {visual_rows.numel()} placeholder tokens, but the grids "
                 f"make {patches} patches and {patches // merge_size**2} merged rows"
             )
-        visual_pos_mask = torch.zeros(num_tokens, dtype=torch.bool)
-        visual_pos_mask[visual_rows] = True
-        label_rows = (labels != IGNORE_LABEL).nonzero().squeeze(1)
         return cls(
             input_ids=input_ids,
             positions=positions,
-            sequence_lengths=torch.tensor(sequence_lengths, dtype=torch.int64),
-            labels=labels,
-            loss_weights=loss_weights,
+            label_rows=label_rows,
+            label_ids=label_ids,
+            label_weights=label_weights,
             pixel_values=pixel_values,
             grid_thw=torch.tensor(grid_thw, dtype=torch.int64).reshape(-1, 3),
             vision_slices_per_seq=vision_slices_per_seq,
-            visual_pos_mask=visual_pos_mask,
+            visual_rows=visual_rows,
             segments=Segments.from_lengths(sequence_lengths),
             vision=vision_index(grid_thw, side=position_table_side, merge=merge_size),
-            visual_rows=visual_rows,
-            feature_rows=feature_rows,
-            label_rows=label_rows,
-            num_labels=label_rows.numel(),
             sample_ids=sample_ids,
         )
 
-    def _apply(self, move) -> "PackedBatch":
+    def _apply(self, move: Callable[[Tensor], Tensor]) -> "PackedBatch":
         moved = {}
         for field in fields(self):
             value = getattr(self, field.name)
@@ -270,9 +274,48 @@ class PackedBatch:
         return self.input_ids.numel()
 
     @property
+    def num_labels(self) -> int:
+        return self.label_rows.numel()
+
+    @property
     def num_patches(self) -> int:
         return self.pixel_values.shape[0]
 
     @property
     def num_visual_tokens(self) -> int:
         return self.visual_rows.numel()
+
+    # The same facts in the form of one value for each token or sequence, for readers outside of training.
+
+    @property
+    def sequence_lengths(self) -> Tensor:
+        """Return the length of every sequence, (S,) int64."""
+        return self.segments.cu_seqlens.diff().long()
+
+    @property
+    def labels(self) -> Tensor:
+        """Return the NEXT token to predict at each token, (T,) int64, -100 where none."""
+        return spread_labels(self.label_rows, self.label_ids, self.num_tokens, IGNORE_LABEL)
+
+    @property
+    def loss_weights(self) -> Tensor:
+        """Return the weight of each token's label, (T,) float32, 0 where it has none."""
+        return spread_labels(self.label_rows, self.label_weights, self.num_tokens, 0.0)
+
+    @property
+    def visual_pos_mask(self) -> Tensor:
+        """Return True at the tokens that vision features fill, (T,) bool."""
+        mask = torch.zeros(self.num_tokens, dtype=torch.bool, device=self.visual_rows.device)
+        return mask.index_fill(0, self.visual_rows, True)
+
+
+def _check_labels(label_rows: Tensor, label_ids: Tensor, label_weights: Tensor, num_tokens: int) -> None:
+    shapes = [tuple(tensor.shape) for tensor in (label_rows, label_ids, label_weights)]
+    if label_rows.dim() != 1 or len(set(shapes)) != 1:
+        raise ValueError(f"pack: label_rows, label_ids and label_weights have the shapes {shapes}; give one of each")
+    if label_weights.dtype != torch.float32:
+        raise ValueError(f"pack: label_weights are {label_weights.dtype}; give float32")
+    if label_rows.numel() and (
+        (label_rows.diff() < 0).any() or int(label_rows[0]) < 0 or int(label_rows[-1]) >= num_tokens
+    ):
+        raise ValueError(f"pack: label_rows must ascend within the {num_tokens} tokens")

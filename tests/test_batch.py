@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from qwen3vl_train.batch import PackedBatch, Segments, VisionSlice, placed_rows, vision_index
+from qwen3vl_train.batch import PackedBatch, Segments, VisionSlice, slice_rows, vision_index
 
 
 def test_segments():
@@ -69,12 +69,12 @@ def test_grids_that_cannot_be(grid):
     )
 
 
-def test_placed_rows():
+def test_slice_rows():
     slices = [[VisionSlice(1, 2, 4)], [VisionSlice(0, 1, 0), VisionSlice(2, 2, 6)]]
-    token_rows, feature_rows = placed_rows([4, 5], slices, 9)
+    token_rows, feature_rows = slice_rows([4, 5], slices, 9)
     assert token_rows.tolist() == [1, 2, 4, 6, 7]
     assert feature_rows.tolist() == [4, 5, 0, 6, 7]
-    nothing = placed_rows([4], [[]], 4)
+    nothing = slice_rows([4], [[]], 4)
     assert [rows.shape for rows in nothing] == [(0,), (0,)]
     assert nothing[0].dtype == torch.int64
 
@@ -85,8 +85,9 @@ def primary(**changes: Any) -> dict[str, Any]:
         "input_ids": torch.arange(8),
         "positions": torch.arange(8).expand(3, -1),
         "sequence_lengths": [5, 3],
-        "labels": torch.tensor([-100, -100, -100, 7, -100, 1, 2, -100]),
-        "loss_weights": torch.ones(8),
+        "label_rows": torch.tensor([3, 5, 6]),
+        "label_ids": torch.tensor([7, 1, 2]),
+        "label_weights": torch.tensor([1.0, 1.0, 0.5]),
         "pixel_values": torch.zeros(8, 768, dtype=torch.uint8),
         "grid_thw": [(1, 2, 4)],
         "vision_slices_per_seq": [[VisionSlice(1, 2, 0)], []],
@@ -100,38 +101,39 @@ def primary(**changes: Any) -> dict[str, Any]:
 def test_everything_is_derived():
     batch = PackedBatch.from_samples(**primary())
     assert batch.visual_pos_mask.tolist() == [False, True, True, False, False, False, False, False]
-    assert (batch.visual_rows.tolist(), batch.feature_rows.tolist()) == ([1, 2], [0, 1])
-    assert (batch.label_rows.tolist(), batch.num_labels) == ([3, 5, 6], 3)
+    assert (batch.visual_rows.tolist(), batch.num_labels) == ([1, 2], 3)
+    assert batch.labels.tolist() == [-100, -100, -100, 7, -100, 1, 2, -100]
+    assert batch.loss_weights.tolist() == [0, 0, 0, 1, 0, 1, 0.5, 0]
     assert batch.segments.lengths == (5, 3)
     assert batch.vision.segments.lengths == (8,)
     assert (batch.num_tokens, batch.num_patches, batch.num_visual_tokens) == (8, 8, 2)
-    assert batch.sequence_lengths.tolist() == [5, 3]
+    assert (batch.sequence_lengths.tolist(), batch.sequence_lengths.dtype) == ([5, 3], torch.int64)
     assert batch.grid_thw.tolist() == [[1, 2, 4]]
     assert batch.sample_ids == ("a", "b")
 
 
 def test_a_pack_without_images():
     batch = PackedBatch.from_samples(
-        **primary(pixel_values=torch.zeros(0, 768), grid_thw=[], vision_slices_per_seq=[[], []], loss_weights=None)
+        **primary(pixel_values=torch.zeros(0, 768), grid_thw=[], vision_slices_per_seq=[[], []])
     )
     assert batch.grid_thw.shape == (0, 3)
     assert not batch.visual_pos_mask.any()
     assert batch.vision.corner_index.shape == batch.vision.corner_weight.shape == (4, 0)
     assert batch.vision.patch_hw.shape == (0, 2)
-    assert batch.loss_weights is None
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         (
-            {"labels": torch.zeros(7, dtype=torch.int64)},
-            "pack: positions (3, 8), labels (7,) do not fit 8 tokens",
+            {"label_ids": torch.zeros(4, dtype=torch.int64)},
+            "pack: label_rows, label_ids and label_weights have the shapes [(3,), (4,), (3,)]; give one of each",
         ),
-        (
-            {"positions": torch.arange(8)},
-            "pack: positions (8,), labels (8,) do not fit 8 tokens",
-        ),
+        ({"label_weights": torch.ones(3).double()}, "pack: label_weights are torch.float64; give float32"),
+        ({"label_rows": torch.tensor([3, 6, 5])}, "pack: label_rows must ascend within the 8 tokens"),
+        ({"label_rows": torch.tensor([3, 5, 8])}, "pack: label_rows must ascend within the 8 tokens"),
+        ({"label_rows": torch.tensor([-1, 5, 6])}, "pack: label_rows must ascend within the 8 tokens"),
+        ({"positions": torch.arange(8)}, "pack: positions (8,) do not fit 8 tokens"),
         (
             {"pixel_values": torch.zeros(4, 768)},
             "pack: 4 patches and 2 placeholder tokens, but the grids make 8 patches and 2 merged rows",
@@ -139,6 +141,10 @@ def test_a_pack_without_images():
         (
             {"vision_slices_per_seq": [[VisionSlice(1, 1, 0)], []]},
             "pack: 8 patches and 1 placeholder tokens, but the grids make 8 patches and 2 merged rows",
+        ),
+        (
+            {"vision_slices_per_seq": [[VisionSlice(0, 1, 1), VisionSlice(1, 1, 0)], []]},
+            "vision slices: rows do not count up from 0; lay features down in the order of the tokens",
         ),
         ({"sequence_lengths": [5, 4]}, "sequence_lengths: sum is 9 but the pack has 8 tokens"),
     ],
@@ -160,10 +166,14 @@ def tensors_of(value: Any) -> list[torch.Tensor]:
 def test_moving_takes_every_tensor_and_nothing_else():
     batch = PackedBatch.from_samples(**primary())
     moved = batch.to("meta")
-    assert len(tensors_of(moved)) == len(tensors_of(batch)) == 16
+    assert len(tensors_of(moved)) == len(tensors_of(batch)) == 13
     assert all(tensor.is_meta for tensor in tensors_of(moved))
     assert not any(tensor.is_meta for tensor in tensors_of(batch))
     assert moved.segments.lengths == batch.segments.lengths
     assert moved.vision_slices_per_seq == batch.vision_slices_per_seq
     assert moved.num_labels == 3
-    assert PackedBatch.from_samples(**primary(loss_weights=None)).to("meta").loss_weights is None
+
+
+def test_a_token_may_have_two_labels():
+    batch = PackedBatch.from_samples(**primary(label_rows=torch.tensor([3, 3, 6])))
+    assert (batch.num_labels, batch.label_ids.tolist()) == (3, [7, 1, 2])

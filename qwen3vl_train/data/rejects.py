@@ -1,25 +1,165 @@
-"""The rows of a run that cannot be used: each counted once, in memory that the number of rows read does not touch."""
+"""The ledger of rejected rows: which rows of a run cannot be used, how many may be, and where they are listed."""
 
-from collections.abc import Iterable
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
 
 from qwen3vl_train.data.errors import Reject
 
+T = TypeVar("T")
+REJECTED_FILE = "rejected.jsonl"
+_SHOWN = 3
+"""Rejected rows that a message lists."""
 _ROW_BITS = 44
 
 
-class KnownRejects:
-    """File and row of every rejected row, as one integer each: a million take about 60 MiB, with or without reasons."""
+class RejectLedger:
+    """The rejected rows of a run. Each is listed once in `rejected.jsonl`, however often it is met.
+
+    Rows of indexed files count against the limit once for each entry that names their file. Rows of streams, whose
+    number is not known, count as often as they are met, against the rows read so far.
+    Every rank holds the same ledger; rank 0 writes the file.
+    """
+
+    def __init__(self, path: Path, max_rejected_fraction: float, *, writes: bool) -> None:
+        self._path, self._max_fraction, self._writes = path, max_rejected_fraction, writes
+        self._listed = _RowSet()
+        self._num_unnamed = 0  # listed before, but their lines were taken out of the file since
+        self._indexed: list[_IndexedFiles] = []
+        self._indexed_by_file: dict[str, list[_IndexedFiles]] = {}
+        self._num_streamed, self._num_seen = 0, 0
+        self._first_streamed: list[Reject] = []
+
+    def __len__(self) -> int:
+        return len(self._listed) + self._num_unnamed
+
+    @property
+    def indexed(self) -> list[Reject]:
+        """The rejected rows of indexed files, in the order they were found."""
+        return [reject for files in self._indexed for reject in files.rejects]
+
+    def add_index(self, files: Sequence[str], *, num_rows: int, num_usable: int, rejects: list[Reject]) -> None:
+        """Count what indexing found in some files, whose rows share the limit."""
+        indexed = _IndexedFiles(files, num_rows, num_usable, list(rejects))
+        self._indexed.append(indexed)
+        for file in files:
+            self._indexed_by_file.setdefault(file, []).append(indexed)
+        self._listed.add(rejects)
+
+    def resume(self, state: dict[str, int] | None, on_main: Callable[[Callable[[], object]], object]) -> None:
+        """Bring the file and the counts to the `state` of a checkpoint, or to the start of a run.
+
+        Lines added after the checkpoint are removed: their rows are met again. The limit is checked before what the
+        checkpoint counted is added, so that a run whose rows were fixed goes on.
+
+        on_main: runs a function on rank 0 and returns its result on every rank.
+        """
+        num_listed, num_streamed = (state["listed"], state["of_streams"]) if state else (0, 0)
+        saved = on_main(lambda: self._restart_file(num_listed))
+        assert isinstance(saved, list)
+        self.check()
+        self._count(saved)
+        self._num_unnamed = num_listed - len(saved)
+        self._num_streamed = num_streamed
+        self._first_streamed = [reject for reject in saved if reject.file not in self._indexed_by_file][:_SHOWN]
+
+    def state(self) -> dict[str, int]:
+        """Return what a checkpoint keeps; which rows were rejected is in `rejected.jsonl`."""
+        return {"listed": len(self), "of_streams": self._num_streamed}
+
+    def add(self, rejects: list[Reject], *, num_seen: int | None = None) -> list[Reject]:
+        """Count and list rows that turned out broken after the start. Returns those not listed before, each once.
+
+        num_seen: rows of the streams read so far, where the rows are of streams.
+        """
+        new = self._count(rejects)
+        if num_seen is not None:
+            self._num_seen = num_seen
+            self._num_streamed += len(rejects)
+            self._first_streamed = (self._first_streamed + rejects)[:_SHOWN]
+        if new and self._writes:
+            self._append(new)
+        return new
+
+    def check(self) -> None:
+        """Raise ValueError where files hold nothing to learn from, or too many rows are rejected."""
+        for files in self._indexed:
+            rejected = len(files.rejects)
+            if not files.num_usable:
+                raise ValueError(
+                    f"{', '.join(files.names)}: nothing to learn from, none of {files.num_rows} rows can be used; fix "
+                    f"the rows{_lines(files.rejects)}"
+                )
+            if rejected > self._max_fraction * files.num_rows:
+                raise ValueError(self._too_many(f"{rejected} of {files.num_rows}", files.rejects))
+        if self._num_streamed > self._max_fraction * self._num_seen:
+            raise ValueError(
+                self._too_many(f"{self._num_streamed} of the first {self._num_seen}", self._first_streamed)
+            )
+
+    def _too_many(self, count: str, rejects: list[Reject]) -> str:
+        return (
+            f"data: {count} rows cannot be used, more than data.max_rejected_fraction {self._max_fraction:g}; fix them "
+            f"or raise it{_lines(rejects)}"
+        )
+
+    def _count(self, rejects: list[Reject]) -> list[Reject]:
+        new = self._listed.add(rejects)
+        for reject in new:
+            for files in self._indexed_by_file.get(reject.file, []):
+                files.rejects.append(reject)
+        return new
+
+    def _restart_file(self, num_saved: int) -> list[Reject]:
+        """Cut the file to the rows that a checkpoint had listed, append what indexing found, return the former.
+
+        They are fewer than num_saved where somebody took lines out.
+        """
+        # A kill can cut the last line short, so it counts only with its line feed.
+        lines = self._path.read_bytes().split(b"\n")[:-1][:num_saved] if self._path.is_file() else []
+        saved = [_parse(line, f"{self._path}:{number}") for number, line in enumerate(lines, start=1)]
+        if saved:
+            os.truncate(self._path, sum(len(line) + 1 for line in lines))
+        else:
+            self._path.unlink(missing_ok=True)
+        in_file = _RowSet()
+        in_file.add(saved)
+        if new := in_file.add(self.indexed):
+            self._append(new)
+        return saved
+
+    def _append(self, rejects: list[Reject]) -> None:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        # A lone surrogate (in the name of a file, in a text that a reason quotes) is written as JSON does: \\udc80.
+        with self._path.open("a", encoding="utf-8", errors="backslashreplace") as file:
+            file.writelines(json.dumps(reject._asdict(), ensure_ascii=False) + "\n" for reject in rejects)
+
+
+@dataclass
+class _IndexedFiles:
+    """Files whose rows share the limit, and the rejected rows among them."""
+
+    names: Sequence[str]
+    num_rows: int
+    num_usable: int
+    rejects: list[Reject]
+
+
+class _RowSet:
+    """File and row of rejected rows, as one integer each: a million take about 60 MiB, whatever their reasons."""
 
     def __init__(self) -> None:
         self._files: dict[str, int] = {}
         self._rows: set[int] = set()
-        self._unnamed = 0
 
     def __len__(self) -> int:
-        return len(self._rows) + self._unnamed
+        return len(self._rows)
 
     def add(self, rejects: Iterable[Reject]) -> list[Reject]:
-        """Take note of rows. Returns those not known before, each once."""
+        """Add rows. Returns those not in the set before, each once."""
         new = []
         for reject in rejects:
             file = self._files.setdefault(reject.file, len(self._files))
@@ -29,6 +169,13 @@ class KnownRejects:
                 new.append(reject)
         return new
 
-    def add_unnamed(self, count: int) -> None:
-        """Count rows that are known to have been rejected, but no longer which."""
-        self._unnamed += count
+
+def _parse(line: bytes, where: str) -> Reject:
+    try:
+        return Reject(**json.loads(line))
+    except (ValueError, TypeError):
+        raise ValueError(f"{where}: not a rejected row; remove the line") from None
+
+
+def _lines(rejects: list[Reject]) -> str:
+    return "".join(f"\n  - {reject}" for reject in rejects[:_SHOWN])

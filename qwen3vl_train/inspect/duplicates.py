@@ -7,7 +7,7 @@ from pathlib import Path
 from PIL import Image
 
 from qwen3vl_train.data.errors import RowFault
-from qwen3vl_train.data.media.image import ImageSource, decode_data_uri, find_file
+from qwen3vl_train.data.media.paths import ImageInput, decode_data_uri, find_file
 from qwen3vl_train.data.rows.sample import ImagePart, Sample, TextPart
 from qwen3vl_train.inspect.facts import SHOWN_ROWS, DuplicateFacts
 from qwen3vl_train.inspect.training import Entry, RowRef
@@ -75,7 +75,7 @@ def _media_digest(sample: Sample) -> bytes:
     return digest.digest()
 
 
-def _content(source: ImageSource, media_root: str | None) -> bytes:
+def _content(source: ImageInput, media_root: str | None) -> bytes:
     """Return the content of a medium: the bytes of its file, or the pixels of an image in memory."""
     if isinstance(source, Image.Image):
         return source.tobytes()

@@ -25,7 +25,7 @@ _SHRUNK, _ENLARGED = 0.5, 4.0
 class RowFacts:
     """One usable row.
 
-    shape: how the row was written, a member of `rows.formats.SHAPES`.
+    shape: how the row was written, a member of `rows.formats.FORMATS`.
     turns: number of assistant messages.
     label_tokens: number of tokens that are trained.
     sizes: (height, width) of each image.
@@ -46,10 +46,10 @@ class RowFacts:
 
 def read_row(sample: Sample, visual_tokens: int, collate: MultimodalCollator) -> RowFacts:
     """Check one sample. visual_tokens: its cost in the index. Raises RowFault if media cannot be read."""
-    dialect = collate.encoder.dialect
+    dialect = collate.dialect
     pieces = DIALECTS[dialect](sample.messages, sample.tools, generation_prompt=False)
     slots = [piece.part for piece in pieces if isinstance(piece, Slot)]
-    media = [measure(part, collate.encoder.budgets.clips, sample.media_root).size for part in slots]
+    media = [measure(part, collate.budgets.clips, sample.media_root).size for part in slots]
     sizes = [(size.height, size.width) for size in media if not size.num_frames]
     videos = len(media) - len(sizes)
     # Media are never next to trained text, so a layout without them has the same trained tokens.
@@ -64,7 +64,7 @@ def read_row(sample: Sample, visual_tokens: int, collate: MultimodalCollator) ->
         kept = visual_tokens * FACTOR**2 / sum(height * width for height, width in sizes)
         failed |= {"shrunk"} if kept < _SHRUNK else {"enlarged"} if kept > _ENLARGED else set()
     return RowFacts(
-        shape=sample.shape,
+        shape=sample.row_format,
         turns=sum(message.role == "assistant" for message in sample.messages),
         label_tokens=sum(weight > 0 for weight in layout.weights),
         sizes=sizes,

@@ -70,15 +70,15 @@ def view_sample(entry: Entry, ref: RowRef, checks: frozenset[str], collate: Mult
 def view_tokens(encoded: EncodedSample, tokenizer: ChatTokenizer) -> dict[str, Any]:
     """Return id, text, weight and position of every token. weight: 0 where the model is not trained to write it."""
     ids = encoded.input_ids.tolist()
-    # labels[i] is the token after position i, so token i is trained by position i - 1.
-    learnt = [label != IGNORE_LABEL for label in encoded.labels.tolist()]
-    weights = [float(flag) for flag in learnt] if encoded.loss_weights is None else encoded.loss_weights.tolist()
+    weights = [0.0] * len(ids)
+    for row, weight in zip(encoded.label_rows.tolist(), encoded.label_weights.tolist(), strict=True):
+        weights[row + 1] = weight  # a label is the token after its row
     special = set(tokenizer.special_ids.values())
     return {
         "ids": ids,
         "texts": token_texts(ids, tokenizer),
         "special": [position for position, token in enumerate(ids) if token in special],
-        "weights": [0.0, *weights[:-1]],
+        "weights": weights,
         "positions": encoded.positions.tolist(),
         "visual": [[slot.offset, slot.length] for slot in encoded.slices],
     }
@@ -196,11 +196,11 @@ def view_pack(training: Training, recipe: Recipe) -> dict[str, Any] | None:
 
 
 def _sequences(pack: PackedBatch) -> list[dict[str, Any]]:
+    is_label, is_visual_token = pack.labels != IGNORE_LABEL, pack.visual_pos_mask
     sequences, start = [], 0
     for name, length in zip(pack.sample_ids, pack.segments.lengths, strict=True):
         span = slice(start, start + length)
-        trained = (pack.labels[span] != IGNORE_LABEL).roll(1).tolist()
-        visual = pack.visual_pos_mask[span].tolist()
+        trained, visual = is_label[span].roll(1).tolist(), is_visual_token[span].tolist()
         runs: list[list[Any]] = []  # [use, length], in order
         for is_visual, is_trained in zip(visual, trained, strict=True):
             use = "visual" if is_visual else "trained" if is_trained else "prompt"

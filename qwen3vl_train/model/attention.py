@@ -1,13 +1,14 @@
-"""Attention over packed rows: the one function that both towers call, and the cache that generation decodes from.
+"""Attention over packed rows, as one object that both towers call in every block.
 
-T packed tokens, N query heads, K key/value heads, H head dim, S segments, L longest segment.
+T packed tokens, N query heads, K key/value heads, H head dim, S sequences, L tokens of a segment.
 No mask over T x T is ever built. On a GPU in half precision the work is one variable-length FlashAttention call;
 elsewhere it is scaled_dot_product_attention, one call for each distinct segment length.
 """
 
 import inspect
+from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -16,14 +17,74 @@ from torch import Tensor
 from qwen3vl_train.batch import Segments
 
 
-def attend(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, segments: Segments, *, causal: bool) -> Tensor:
-    """Attend inside each segment only; scale head_dim**-0.5. Returns (T, N, H).
+class Attention(Protocol):
+    """What a block knows of the rows that attend to each other: nothing but this call."""
 
-    K may divide N (grouped-query attention). Does not check that the segments add up to T: `PackedBatch` did.
+    def attend(self, layer: int, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> Tensor:
+        """Return (T, N, H), scaled by head_dim**-0.5. K may divide N (grouped-query attention).
+
+        layer: the number of the block that calls, for implementations that keep something of each.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class PackedAttention:
+    """Attention inside each segment of a packed row. The lengths of the segments must sum to T."""
+
+    segments: Segments
+    causal: bool
+
+    def attend(self, layer: int, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> Tensor:
+        """See `Attention`; all layers attend alike."""
+        if q_TNH.is_cuda and q_TNH.dtype in (torch.bfloat16, torch.float16):
+            return _attend_varlen(q_TNH, k_TKH, v_TKH, self.segments, self.causal)
+        return _attend_by_length(q_TNH, k_TKH, v_TKH, self.segments, self.causal)
+
+
+class CachedAttention:
+    """Causal attention for generation: the prompts as one packed row first, then one token of each sequence a pass.
+
+    The first pass stores the keys and values of every decoder layer, (S, capacity, K, H) each. `lengths` (S,) says how
+    many of them are filled; call `advance` after every later pass.
     """
-    if q_TNH.is_cuda and q_TNH.dtype in (torch.bfloat16, torch.float16):
-        return _attend_varlen(q_TNH, k_TKH, v_TKH, segments, causal)
-    return _attend_by_length(q_TNH, k_TKH, v_TKH, segments, causal)
+
+    def __init__(self, segments: Segments, max_new_tokens: int) -> None:
+        self.prompts = PackedAttention(segments, causal=True)
+        self.lengths = segments.cu_seqlens.diff().long()
+        self.capacity = segments.max_length + max_new_tokens
+        self.cache: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def attend(self, layer: int, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> Tensor:
+        """See `Attention`; T is the number of prompt tokens in the first pass and of sequences in the others."""
+        if layer not in self.cache:
+            self.cache[layer] = self._padded(k_TKH), self._padded(v_TKH)
+            return self.prompts.attend(layer, q_TNH, k_TKH, v_TKH)
+        return self._attend_to_cache(q_TNH, k_TKH, v_TKH, *self.cache[layer])
+
+    def advance(self) -> None:
+        """Count the token that every sequence got in the last pass."""
+        self.lengths += 1
+
+    def _padded(self, x_TKH: Tensor) -> Tensor:
+        lengths = self.prompts.segments.lengths
+        padded = x_TKH.new_zeros(len(lengths), self.capacity, *x_TKH.shape[1:])
+        for row, of_sequence in enumerate(x_TKH.split(lengths)):
+            padded[row, : of_sequence.shape[0]] = of_sequence
+        return padded
+
+    def _attend_to_cache(self, q_SNH: Tensor, k_SKH: Tensor, v_SKH: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        rows = torch.arange(keys.shape[0], device=keys.device)
+        keys[rows, self.lengths], values[rows, self.lengths] = k_SKH, v_SKH
+        is_past = torch.arange(self.capacity, device=keys.device)[None, :] <= self.lengths[:, None]
+        out = F.scaled_dot_product_attention(
+            q_SNH[:, :, None],
+            keys.transpose(1, 2),
+            values.transpose(1, 2),
+            attn_mask=is_past[:, None, None],
+            enable_gqa=q_SNH.shape[1] != k_SKH.shape[1],
+        )
+        return out.squeeze(2)
 
 
 def _attend_by_length(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, segments: Segments, causal: bool) -> Tensor:
@@ -33,15 +94,15 @@ def _attend_by_length(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, segments: Seg
     if len(set(lengths)) == 1:
         q, k, v = (x.unflatten(0, (len(lengths), lengths[0])) for x in (q_TNH, k_TKH, v_TKH))
         return _sdpa(q, k, v, causal).flatten(0, 1)
-    places: dict[int, list[int]] = {}
-    for place, length in enumerate(lengths):
-        places.setdefault(length, []).append(place)
-    pieces = [x.split(lengths) for x in (q_TNH, k_TKH, v_TKH)]
+    by_length: dict[int, list[int]] = {}
+    for number, length in enumerate(lengths):
+        by_length.setdefault(length, []).append(number)
+    chunks = [x.split(lengths) for x in (q_TNH, k_TKH, v_TKH)]
     outputs: list[Tensor] = [q_TNH] * len(lengths)
-    for same in places.values():
-        q, k, v = (torch.stack([piece[i] for i in same]) for piece in pieces)
-        for place, output in zip(same, _sdpa(q, k, v, causal).unbind(), strict=True):
-            outputs[place] = output
+    for numbers in by_length.values():
+        q, k, v = (torch.stack([of_segment[number] for number in numbers]) for of_segment in chunks)
+        for number, output in zip(numbers, _sdpa(q, k, v, causal).unbind(), strict=True):
+            outputs[number] = output
     return torch.cat(outputs)
 
 
@@ -73,44 +134,3 @@ def _attend_varlen(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, segments: Segmen
     out = varlen_attn(q_TNH, k_TKH, v_TKH, cu_seqlens, cu_seqlens, longest, longest, window_size=window, **extra)
     assert isinstance(out, Tensor)
     return out
-
-
-class KVCache:
-    """Keys and values of every decoder layer for S sequences that are generated side by side.
-
-    Each layer holds (S, capacity, K, H); `lengths` (S,) says how much of each row is filled.
-    """
-
-    def __init__(self, num_layers: int, segments: Segments, num_new_tokens: int) -> None:
-        self.segments = segments
-        self.lengths = segments.cu_seqlens.diff().long()
-        self.capacity = segments.max_length + num_new_tokens
-        self.keys: list[Tensor | None] = [None] * num_layers
-        self.values: list[Tensor | None] = [None] * num_layers
-
-    def fill(self, layer: int, k_TKH: Tensor, v_TKH: Tensor) -> None:
-        """Store the prompts' keys and values, cut from the packed row."""
-        self.keys[layer], self.values[layer] = self._padded(k_TKH), self._padded(v_TKH)
-
-    def _padded(self, x_TKH: Tensor) -> Tensor:
-        padded = x_TKH.new_zeros(len(self.segments.lengths), self.capacity, *x_TKH.shape[1:])
-        for row, piece in enumerate(x_TKH.split(self.segments.lengths)):
-            padded[row, : piece.shape[0]] = piece
-        return padded
-
-    def attend(self, layer: int, q_SNH: Tensor, k_SKH: Tensor, v_SKH: Tensor) -> Tensor:
-        """Add one token to every sequence and attend to all that came before it. Returns (S, N, H)."""
-        keys, values = self.keys[layer], self.values[layer]
-        assert keys is not None, f"layer {layer} was not filled"
-        assert values is not None
-        rows = torch.arange(keys.shape[0], device=keys.device)
-        keys[rows, self.lengths], values[rows, self.lengths] = k_SKH, v_SKH
-        seen = torch.arange(self.capacity, device=keys.device)[None, :] <= self.lengths[:, None]
-        out = F.scaled_dot_product_attention(
-            q_SNH[:, :, None],
-            keys.transpose(1, 2),
-            values.transpose(1, 2),
-            attn_mask=seen[:, None, None],
-            enable_gqa=q_SNH.shape[1] != k_SKH.shape[1],
-        )
-        return out.squeeze(2)

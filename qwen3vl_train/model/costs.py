@@ -1,31 +1,89 @@
-"""FLOPs of one training step on a pack, counted as useful work: no padding, no recomputation.
+"""What a model costs, from the sizes of its architecture: FLOPs of a step, work of a sample, memory of a rank.
 
-A linear layer costs 2 * rows * in * out forward, as much again for the gradient of its input where something below it
-trains, and as much again for the gradient of its weight where that trains. Attention costs twice its forward more where
-gradients pass. The head runs on label rows only.
+A linear layer costs 2 * rows * in * out FLOPs forward, as much again for the gradient of its input where something
+below it trains, and as much again for the gradient of its weight where that trains. Attention costs twice its forward
+more where gradients pass. The head runs on label rows only. No padding and no recomputation is counted.
+
+This module imports nothing else of `model`, so that the planner of `data` may use it.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import nn
 
-from qwen3vl_train.arch import Qwen3VLArch
+from qwen3vl_train.arch import Qwen3VLArch, TextArch, VisionArch
 from qwen3vl_train.batch import PackedBatch
 from qwen3vl_train.modules import VISION_GROUPS, grouped_parameters
 
-_MERGERS, _DECODER = ("merger", "deepstack"), ("text_attn", "text_mlp")
+MERGER_GROUPS, DECODER_GROUPS = ("merger", "deepstack"), ("text_attn", "text_mlp")
+
+
+@dataclass(frozen=True)
+class ForwardCosts:
+    """Multiply-adds of one forward pass.
+
+    linear: by module group, for each row: a patch below the mergers, a merged row in them, a token in the decoder, a
+        label in the head.
+    patch_pair: of the tower's attention, for each pair of patches of a frame.
+    token_pair: of the decoder's attention, for each pair of tokens of a sequence; causal, so half of the square.
+    """
+
+    linear: dict[str, int]
+    patch_pair: int
+    token_pair: int
+
+    @classmethod
+    def from_arch(cls, arch: Qwen3VLArch) -> "ForwardCosts":
+        """Multiply out the shapes of all weights."""
+        vision, text = arch.vision, arch.text
+        merger = vision.merged_size * (vision.merged_size + vision.out_hidden_size)
+        layers = text.num_hidden_layers
+        return cls(
+            linear={
+                "vision_embed": vision.patch_dim * vision.hidden_size,
+                "vision_attn": vision.depth * 4 * vision.hidden_size**2,
+                "vision_mlp": vision.depth * 2 * vision.hidden_size * vision.intermediate_size,
+                "merger": merger,
+                "deepstack": merger * len(vision.deepstack_visual_indexes),
+                "text_attn": layers * text.hidden_size * 2 * (text.q_size + text.kv_size),
+                "text_mlp": layers * text.hidden_size * 3 * text.intermediate_size,
+                "lm_head": text.hidden_size * text.vocab_size,
+            },
+            patch_pair=2 * vision.hidden_size * vision.depth,
+            token_pair=text.q_size * layers,
+        )
+
+
+def work_ratios(arch: Qwen3VLArch, *, text_passes: int = 3, vision_passes: int = 3) -> tuple[float, float, float]:
+    """Return what a pair of tokens, a patch and a pair of patches cost, in units of a token in the decoder's layers.
+
+    passes: how often a training step pays the forward pass of the weights: 3 where they train, 2 where only a gradient
+        passes through, 1 where nothing below trains. Attention has no weights: 3 wherever a gradient passes.
+
+    The head, which runs on label rows only, is not counted.
+    """
+    costs = ForwardCosts.from_arch(arch)
+    token = sum(costs.linear[group] for group in DECODER_GROUPS) * text_passes
+    merged = sum(costs.linear[group] for group in MERGER_GROUPS) // arch.vision.spatial_merge_size**2
+    patch = (sum(costs.linear[group] for group in VISION_GROUPS) + merged) * vision_passes
+    token_pair = costs.token_pair * (3 if text_passes > 1 else 1)
+    patch_pair = costs.patch_pair * (3 if vision_passes > 1 else 1)
+    return token_pair / token, patch / token, patch_pair / token
 
 
 @dataclass(frozen=True)
 class FlopsCounter:
-    """How many times its forward cost each module group's linear layers pay in a step, from what trains; built once.
+    """FLOPs of training steps: how often a step pays the forward cost of each part, given what trains. Built once.
 
-    linear: by module group; the head's is `lm_head`. attention: of the vision tower and of the decoder. adapters:
-    number of adapter elements in the vision tower, the mergers and the decoder.
+    linear: by module group.
+    attention: of the vision tower and of the decoder.
+    adapters: number of adapter elements in the vision tower, the mergers and the decoder.
     """
 
-    arch: Qwen3VLArch
+    costs: ForwardCosts
     linear: dict[str, int]
     attention: tuple[int, int]
     adapters: tuple[int, int, int]
@@ -34,9 +92,9 @@ class FlopsCounter:
     def from_model(
         cls, model: nn.Module, arch: Qwen3VLArch, num_elements: Callable[[nn.Parameter], int] = nn.Parameter.numel
     ) -> "FlopsCounter":
-        """Read from requires_grad which parts train, and from the parameter names where adapters sit.
+        """Read from requires_grad which parts train, and from the parameter names where adapters are.
 
-        num_elements: of a whole parameter, where the model holds pieces that do not say it themselves.
+        num_elements: of a full parameter, where the model holds shards that do not know it.
         """
         groups = grouped_parameters(model)
         trains = {group: any(p.requires_grad for _, p in members) for group, members in groups.items()}
@@ -50,48 +108,210 @@ class FlopsCounter:
             return sum(num_elements(p) for group in names for name, p in groups[group] if ".lora_" in name)
 
         tower = any(trains[group] for group in VISION_GROUPS)
-        mergers = any(trains[group] for group in _MERGERS)
-        decoder = tower or mergers or any(trains[group] for group in ("text_embed", *_DECODER))
+        mergers = any(trains[group] for group in MERGER_GROUPS)
+        decoder = tower or mergers or any(trains[group] for group in ("text_embed", *DECODER_GROUPS))
         passes = {
             "vision_embed": False,  # pixels need no gradient
             **dict.fromkeys(("vision_attn", "vision_mlp"), tower),
-            **{merger: tower or trains[merger] for merger in _MERGERS},
-            **dict.fromkeys(_DECODER, decoder),
+            **{merger: tower or trains[merger] for merger in MERGER_GROUPS},
+            **dict.fromkeys(DECODER_GROUPS, decoder),
             "lm_head": decoder or trains["lm_head"],  # the final norm is of the head's group
         }
         return cls(
-            arch=arch,
+            costs=ForwardCosts.from_arch(arch),
             linear={group: 1 + below + weight[group] for group, below in passes.items()},
             attention=(3 if tower else 1, 3 if decoder else 1),
-            adapters=(adapters(*VISION_GROUPS), adapters(*_MERGERS), adapters(*_DECODER)),
+            adapters=(adapters(*VISION_GROUPS), adapters(*MERGER_GROUPS), adapters(*DECODER_GROUPS)),
         )
 
     def step(self, batch: PackedBatch) -> float:
-        """FLOPs of forward and backward over one pack."""
-        vision, text = self.arch.vision, self.arch.text
+        """Return the FLOPs of forward and backward over one pack."""
         patches, merged, tokens = batch.num_patches, batch.num_visual_tokens, batch.num_tokens
-        joined = vision.hidden_size * vision.spatial_merge_size**2
-        q_dim, kv_dim = text.num_attention_heads * text.head_dim, text.num_key_value_heads * text.head_dim
-        one_merger = merged * joined * (joined + vision.out_hidden_size)
-        # Multiply-adds of the linear layers, by module group.
-        products = {
-            "vision_embed": patches * vision.patch_dim * vision.hidden_size,
-            "vision_attn": patches * vision.depth * 4 * vision.hidden_size**2,
-            "vision_mlp": patches * vision.depth * 2 * vision.hidden_size * vision.intermediate_size,
-            "merger": one_merger,
-            "deepstack": one_merger * len(vision.deepstack_visual_indexes),
-            "text_attn": tokens * text.num_hidden_layers * text.hidden_size * 2 * (q_dim + kv_dim),
-            "text_mlp": tokens * text.num_hidden_layers * text.hidden_size * 3 * text.intermediate_size,
-            "lm_head": batch.num_labels * text.hidden_size * text.vocab_size,
+        rows = {
+            **dict.fromkeys(VISION_GROUPS, patches),
+            **dict.fromkeys(MERGER_GROUPS, merged),
+            **dict.fromkeys(DECODER_GROUPS, tokens),
+            "lm_head": batch.num_labels,
         }
-        frame_squares = sum(length**2 for length in batch.vision.segments.lengths)
-        sequence_squares = sum(length**2 for length in batch.segments.lengths)
-        of_vision = 4 * vision.hidden_size * vision.depth * frame_squares
-        of_text = 2 * q_dim * text.num_hidden_layers * sequence_squares  # causal: half of the square
-        rows_of_adapters = zip((patches, merged, tokens), self.adapters, strict=True)
-        return float(
-            sum(2 * count * self.linear[group] for group, count in products.items())
-            + of_vision * self.attention[0]
-            + of_text * self.attention[1]
-            + sum(6 * rows * elements for rows, elements in rows_of_adapters)
+        patch_pairs = sum(length**2 for length in batch.vision.segments.lengths)
+        token_pairs = sum(length**2 for length in batch.segments.lengths)
+        adapter_rows = zip((patches, merged, tokens), self.adapters, strict=True)
+        multiply_adds = (
+            sum(rows[group] * cost * self.linear[group] for group, cost in self.costs.linear.items())
+            + self.costs.patch_pair * patch_pairs * self.attention[0]
+            + self.costs.token_pair * token_pairs * self.attention[1]
+            + sum(3 * count * elements for count, elements in adapter_rows)
         )
+        return float(2 * multiply_adds)
+
+
+# Memory and traffic of one rank in a bfloat16 run, computed from the shapes of a model that may be on the meta device.
+
+HALF, FULL = 2, 4  # bytes of a bfloat16 and of a float32 number
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Ranks as replicas of the model, each cut into shards. ddp has one shard; several replicas of shards are HSDP."""
+
+    engine: Literal["ddp", "fsdp2"]
+    replicate: int
+    shard: int
+
+    @property
+    def num_ranks(self) -> int:
+        return self.replicate * self.shard
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes of one rank.
+
+    frozen, trained, moments, gradients: what it holds during the entire step.
+    gathered: the most that it holds for a moment beside these.
+    sent_in_shard, sent_between_replicas: what it sends in a step of one pass, within its replica and to the others.
+    padding: the empty part of what all ranks gather, because rows do not divide by the ranks.
+    """
+
+    frozen: int
+    trained: int
+    moments: int
+    gradients: int
+    gathered: int
+    sent_in_shard: int
+    sent_between_replicas: int
+    padding: float
+
+    @property
+    def held(self) -> int:
+        return self.frozen + self.trained + self.moments + self.gradients
+
+
+def fsdp_unit(name: str) -> str:
+    """Return the FSDP unit that a parameter is gathered with, as `parallel.fsdp.shard_model` cuts them."""
+    for stem in ("visual.vision.blocks.", "language_model.model.layers."):
+        if name.startswith(stem):
+            return ".".join(name.split(".")[:4])
+    return "visual.vision" if name.startswith("visual.vision.") else ""
+
+
+def rows_of_shard(rows: int, num_shards: int, index: int) -> int:
+    """Return the rows of dim 0 that one shard holds: all but the last ones hold ceil(rows / num_shards)."""
+    each = math.ceil(rows / num_shards)
+    return max(0, min(rows - index * each, each))
+
+
+def rank_memory(model: nn.Module, layout: Layout, index: int = 0) -> RankMemory:
+    """Return the memory and traffic of a rank in a bfloat16 run with float32 reduction.
+
+    model: tuned (what trains requires a gradient); shapes alone are read.
+    index: of the rank within its replica.
+
+    Sends are counted for a ring, in bytes out of one rank. Backward passes gather a unit again only where a gradient
+    passes through it.
+    """
+    if layout.engine == "ddp":
+        return _replicated(model, layout.num_ranks)
+    held = {True: 0, False: 0}
+    for parameter in model.parameters():
+        rows = rows_of_shard(parameter.shape[0], layout.shard, index)
+        held[parameter.requires_grad] += rows * parameter[0].numel()
+    units = _units(model, layout.shard)
+    sent = sum(
+        # Forward; backward again (not the root, which stays gathered); the gradients of what trains, in float32.
+        HALF * unit.padded * (1 + (unit.backward and unit.name != "")) + FULL * unit.padded_trained
+        for unit in units
+    )
+    ring = (layout.shard - 1) / layout.shard
+    across = 2 * (layout.replicate - 1) / layout.replicate * FULL * sum(u.padded_trained for u in units) / layout.shard
+    return RankMemory(
+        frozen=HALF * held[False],
+        trained=FULL * held[True],
+        moments=2 * FULL * held[True],
+        gradients=FULL * held[True],
+        gathered=_gathered(units),
+        sent_in_shard=int(ring * sent),
+        sent_between_replicas=int(across),
+        padding=1 - sum(parameter.numel() for parameter in model.parameters()) / sum(unit.padded for unit in units),
+    )
+
+
+def _replicated(model: nn.Module, num_ranks: int) -> RankMemory:
+    """Every rank holds all in bfloat16, and float32 masters of what trains; gradients are summed once a step."""
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    frozen = sum(parameter.numel() for parameter in model.parameters()) - trained
+    return RankMemory(
+        frozen=HALF * frozen,
+        trained=(HALF + FULL) * trained,
+        moments=2 * FULL * trained,
+        gradients=FULL * trained,
+        gathered=0,
+        sent_in_shard=0,
+        sent_between_replicas=int(2 * (num_ranks - 1) / num_ranks * FULL * trained),
+        padding=0.0,
+    )
+
+
+@dataclass
+class _Unit:
+    """An FSDP unit: its elements, padded to even shards. backward: a gradient passes through it."""
+
+    name: str
+    padded: int = 0
+    padded_trained: int = 0
+    backward: bool = False
+
+
+def _units(model: nn.Module, num_shards: int) -> list[_Unit]:
+    units: dict[str, _Unit] = {}
+    tower_trains = False
+    for name, parameter in model.named_parameters():
+        unit = units.setdefault(fsdp_unit(name), _Unit(fsdp_unit(name)))
+        padded = math.ceil(parameter.shape[0] / num_shards) * num_shards * parameter[0].numel()
+        unit.padded += padded
+        unit.padded_trained += padded * parameter.requires_grad
+        tower_trains |= parameter.requires_grad and name.startswith("visual.vision.") and "merger" not in name
+    for unit in units.values():
+        # Gradients pass every decoder layer; a vision unit where it trains, or any part of the tower.
+        unit.backward = not unit.name.startswith("visual.") or unit.padded_trained > 0 or tower_trains
+    return list(units.values())
+
+
+def _gathered(units: list[_Unit]) -> int:
+    """Return the most bytes that exist for a moment.
+
+    The root is there all the time, and beside it two blocks (one computes, one is fetched) and one block's gradients;
+    or, at the end of the backward pass, the root's own gradients. Gradients of a unit exist in bfloat16 and, to be
+    summed, in float32.
+    """
+    root = next(unit for unit in units if unit.name == "")
+    blocks = [unit for unit in units if unit.name != ""]
+    largest, largest_trained = max(unit.padded for unit in blocks), max(unit.padded_trained for unit in blocks)
+    during = HALF * root.padded_trained + 2 * HALF * largest + (HALF + FULL) * largest_trained
+    return HALF * root.padded + max(during, (HALF + FULL) * root.padded_trained)
+
+
+def text_activation_bytes(text: TextArch, checkpointing: Literal["none", "full"]) -> float:
+    """Return the bytes a token that all decoder layers keep for the backward pass; with full, their inputs alone."""
+    if checkpointing == "full":
+        return HALF * text.hidden_size * text.num_hidden_layers
+    return layer_activation_bytes(text) * text.num_hidden_layers
+
+
+def layer_activation_bytes(text: TextArch) -> float:
+    """Return the bytes a token that one decoder layer keeps, in bfloat16.
+
+    Its input, two normed rows and the row between; q and k before their norms; q, k, v; the attention output; gate, up
+    and their product. Holds for fused kernels: norms and SwiGLU written as separate operations keep more.
+    """
+    q, kv = text.q_size, text.kv_size
+    return HALF * (4 * text.hidden_size + (q + kv) + (q + 2 * kv) + q + 3 * text.intermediate_size)
+
+
+def vision_activation_bytes(vision: VisionArch) -> float:
+    """Return the bytes a patch that all vision blocks keep; a tower that no gradient passes keeps nothing.
+
+    A block keeps its input, two normed rows and the row between; q, k, v; the attention output; the MLP before and
+    after GELU.
+    """
+    return HALF * (8 * vision.hidden_size + 2 * vision.intermediate_size) * vision.depth

@@ -1,9 +1,9 @@
-"""Greedy generation for evaluation: one packed prefill, then one token per sequence and step from the cache."""
+"""Greedy generation for evaluation: one packed prefill, then one token of each sequence a pass from the cache."""
 
 import torch
 
 from qwen3vl_train.batch import PackedBatch
-from qwen3vl_train.model.attention import KVCache
+from qwen3vl_train.model.attention import CachedAttention
 from qwen3vl_train.model.qwen3vl import Qwen3VLForConditionalGeneration
 
 
@@ -13,12 +13,12 @@ def generate_greedy(
 ) -> list[list[int]]:
     """Continue every sequence of a pack of prompts by its most probable tokens.
 
-    Returns one list of new ids per sequence, without the stop id that ended it; at most `max_new_tokens` each.
-    The new positions go on from the largest of the prompt's three axes, plus one.
+    Returns one list of new ids for each sequence, without the stop id that ended it; at most `max_new_tokens` each.
+    New positions start at the largest of the prompt's three axes, plus one.
     """
-    cache = KVCache(model.arch.text.num_hidden_layers, prompts.segments, max_new_tokens)
+    attention = CachedAttention(prompts.segments, max_new_tokens)
     ends = prompts.segments.cu_seqlens[1:].long() - 1
-    hidden_SD = model.hidden_states(prompts, cache).index_select(0, ends)
+    hidden_SD = model.hidden_states(prompts, attention).index_select(0, ends)
     per_sequence = prompts.positions.split(prompts.segments.lengths, dim=1)
     next_position = torch.stack([positions.max() + 1 for positions in per_sequence])
     answers: list[list[int]] = [[] for _ in per_sequence]
@@ -34,6 +34,6 @@ def generate_greedy(
         if not running or step == max_new_tokens - 1:
             break
         positions = (next_position + step).expand(3, -1)
-        hidden_SD = text(text.embed_tokens(ids), positions, None, cache=cache)
-        cache.lengths += 1
+        hidden_SD = text(text.embed_tokens(ids), positions, attention)
+        attention.advance()
     return answers

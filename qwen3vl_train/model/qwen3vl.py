@@ -3,23 +3,26 @@
 T packed tokens, D text hidden, M merged vision rows, V vocabulary.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from qwen3vl_train.arch import Qwen3VLArch, VisionArch
-from qwen3vl_train.batch import PackedBatch, VisionIndex, VisionSlice, placed_rows
-from qwen3vl_train.model.attention import KVCache
-from qwen3vl_train.model.loss import linear_cross_entropy_sum
+from qwen3vl_train.batch import PackedBatch, VisionIndex, VisionSlice, slice_rows
+from qwen3vl_train.model.attention import Attention, PackedAttention
+from qwen3vl_train.model.loss import cross_entropy_loss
 from qwen3vl_train.model.text import Qwen3VLTextForCausalLM
 from qwen3vl_train.model.vision import Qwen3VLVisionModel, VisionOutput
 
 
 class VisionInjection(NamedTuple):
-    """inputs_embeds (T, D) with features in place; visual_pos_mask (T,).
+    """What `process_vision_slices` returns.
 
-    Deepstack_layers, each (M, D) in token order.
+    inputs_embeds: (T, D), with the features filled in.
+    visual_pos_mask: (T,) bool, True at the tokens that features fill.
+    deepstack_layers: one (M, D) tensor for each DeepStack layer, in the order of the tokens.
     """
 
     inputs_embeds: Tensor
@@ -34,30 +37,31 @@ def process_vision_slices(
     vision_slices_per_seq: list[list[VisionSlice]],
     features: Tensor,
     deepstack_features: list[Tensor],
-    *,
-    rows: tuple[Tensor, Tensor] | None = None,
 ) -> VisionInjection:
-    """Put the merged features and their DeepStack rows at the tokens that the slices name.
+    """Put merged features and their DeepStack rows at the tokens that slices name, in any order of the rows.
 
-    inputs_embeds (T, D); features and each of deepstack_features (rows, D). rows: (token_rows, feature_rows) of
-    `placed_rows` when the collator has computed them; otherwise they are made from the slices, on the host. Returns new
-    tensors. Raises ValueError where slices overlap, leave their sequence or name features that do not exist.
+    inputs_embeds: (T, D).
+    features and each of deepstack_features: (rows, D).
+
+    Returns new tensors. Raises ValueError where slices overlap, leave their sequence or name features that do not
+    exist. Training does not call this: `PackedBatch` has checked its slices and its features lie in token order.
     """
-    if rows is None:
-        token_rows, feature_rows = placed_rows(sequence_lengths, vision_slices_per_seq, inputs_embeds.shape[0])
-        if feature_rows.numel() and int(feature_rows.max()) >= features.shape[0]:
-            raise ValueError(f"vision slices: name feature row {int(feature_rows.max())} of {features.shape[0]}")
-        rows = token_rows.to(inputs_embeds.device), feature_rows.to(inputs_embeds.device)
-    token_rows, feature_rows = rows
+    token_rows, feature_rows = slice_rows(sequence_lengths, vision_slices_per_seq, inputs_embeds.shape[0])
+    if feature_rows.numel() and int(feature_rows.max()) >= features.shape[0]:
+        raise ValueError(f"vision slices: name feature row {int(feature_rows.max())} of {features.shape[0]}")
+    token_rows, feature_rows = token_rows.to(inputs_embeds.device), feature_rows.to(inputs_embeds.device)
     mask = torch.zeros(inputs_embeds.shape[0], dtype=torch.bool, device=inputs_embeds.device)
-    mask = mask.index_fill(0, token_rows, True)
-    placed = features.index_select(0, feature_rows).to(inputs_embeds.dtype)
     return VisionInjection(
-        inputs_embeds=inputs_embeds.index_copy(0, token_rows, placed),
-        visual_pos_mask=mask,
+        inputs_embeds=inject_vision(inputs_embeds, features.index_select(0, feature_rows), token_rows),
+        visual_pos_mask=mask.index_fill(0, token_rows, True),
         deepstack_layers=[layer.index_select(0, feature_rows) for layer in deepstack_features],
         vision_token_count=token_rows.numel(),
     )
+
+
+def inject_vision(text_TD: Tensor, vision_MD: Tensor, visual_rows_M: Tensor) -> Tensor:
+    """Return text_TD with row i of vision_MD at token visual_rows_M[i]."""
+    return text_TD.index_copy(0, visual_rows_M, vision_MD.to(text_TD.dtype))
 
 
 class Qwen3VisionEncoder(nn.Module):
@@ -70,7 +74,7 @@ class Qwen3VisionEncoder(nn.Module):
 
 
 class _ZeroOf(torch.autograd.Function):
-    """Zero, and a gradient of zero for each input. Times zero would not do: what is not finite would stay so."""
+    """Return zero, with a zero gradient for each input. Multiplying by zero would keep what is not finite."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Tensor) -> Tensor:
@@ -82,10 +86,16 @@ class _ZeroOf(torch.autograd.Function):
         return tuple(torch.zeros_like(tensor) for tensor in ctx.saved_tensors)
 
 
-class Qwen3VLForConditionalGeneration(nn.Module):
-    """`model(batch)` for training, `model.logits(batch)` for looking. Plain torch: knows nothing of ranks.
+def _sum_and_count(hidden_TD: Tensor, head_VD: Tensor, batch: PackedBatch) -> tuple[Tensor, int]:
+    output = cross_entropy_loss(hidden_TD, head_VD, batch)
+    return output.loss_sum, output.num_labels
 
-    always_run_vision, set from outside: run the vision side also for a pack without images, to no effect on the result.
+
+class Qwen3VLForConditionalGeneration(nn.Module):
+    """Qwen3-VL: `model(batch)` for training, `model.logits(batch)` for looking at it. Knows nothing of ranks.
+
+    always_run_vision: set from outside; run the vision side also for a pack without images, without effect on the
+    result.
     """
 
     def __init__(self, arch: Qwen3VLArch) -> None:
@@ -95,35 +105,25 @@ class Qwen3VLForConditionalGeneration(nn.Module):
         self.visual = Qwen3VisionEncoder(arch.vision)
         self.language_model = Qwen3VLTextForCausalLM(arch.text, tie_word_embeddings=arch.tie_word_embeddings)
 
-    def hidden_states(self, batch: PackedBatch, cache: KVCache | None = None) -> Tensor:
-        """Normed hidden states (T, D) of a pack; fills the cache when one is given."""
-        text = self.language_model.model
-        inputs_embeds = text.embed_tokens(batch.input_ids)
-        if batch.num_patches == 0:
-            if self.always_run_vision:
-                inputs_embeds = inputs_embeds + self._vision_of_nothing(inputs_embeds)
-            return text(inputs_embeds, batch.positions, batch.segments, cache=cache)
-        vision = self.visual(batch.pixel_values, batch.grid_thw, batch.vision)
-        injected = process_vision_slices(
-            inputs_embeds,
-            list(batch.segments.lengths),
-            batch.vision_slices_per_seq,
-            vision.pooler_output,
-            vision.deepstack_features,
-            rows=(batch.visual_rows, batch.feature_rows),
-        )
-        return text(
-            injected.inputs_embeds,
-            batch.positions,
-            batch.segments,
-            visual_pos_mask=injected.visual_pos_mask,
-            deepstack_visual_embeds=injected.deepstack_layers,
-            visual_rows=batch.visual_rows,
-            cache=cache,
-        )
+    def hidden_states(self, batch: PackedBatch, attention: Attention | None = None) -> Tensor:
+        """Return the normed hidden states (T, D) of a pack.
 
-    def _vision_of_nothing(self, like: Tensor) -> Tensor:
-        """A zero that came through the whole vision side: four grey patches that lead to nothing.
+        attention: of the decoder; by default causal inside each sequence.
+        """
+        text = self.language_model.model
+        x_TD = text.embed_tokens(batch.input_ids)
+        deepstack: list[Tensor] = []
+        if batch.num_patches:
+            vision = self.visual(batch.pixel_values, batch.grid_thw, batch.vision)
+            x_TD = inject_vision(x_TD, vision.pooler_output, batch.visual_rows)
+            deepstack = vision.deepstack_features
+        elif self.always_run_vision:
+            x_TD = x_TD + self._dummy_vision_forward(x_TD)
+        attention = attention or PackedAttention(batch.segments, causal=True)
+        return text(x_TD, batch.positions, attention, deepstack_visual_embeds=deepstack, visual_rows=batch.visual_rows)
+
+    def _dummy_vision_forward(self, like: Tensor) -> Tensor:
+        """Run the vision side on four grey patches and return a zero that depends on all of it.
 
         Ranks that share the vision side's weights or gradients exchange them in every forward and backward pass. A rank
         whose pack holds no image has to take part, or the others wait for ever.
@@ -137,21 +137,18 @@ class Qwen3VLForConditionalGeneration(nn.Module):
         zero: Tensor = _ZeroOf.apply(vision.pooler_output, *vision.deepstack_features)  # type: ignore[assignment]
         return zero.to(like.dtype)
 
-    def forward(self, batch: PackedBatch, losses_R: Tensor | None = None) -> tuple[Tensor, int]:
-        """Return (sum of the losses of all labels, float32 scalar; number of labels). Only labelled rows reach the
-        head.
+    def forward(
+        self, batch: PackedBatch, loss_function: Callable[[Tensor, Tensor, PackedBatch], Any] = _sum_and_count
+    ) -> Any:
+        """Return (sum of the losses of all labels, float32 scalar; number of labels).
 
-        loss_weights multiply the losses; they do not change the number of labels. losses_R: float32, one place for each
-        of `batch.label_rows`, is filled with the terms of the sum, without gradient.
+        Weights of labels multiply the losses; they do not change the number of labels.
+
+        loss_function: compute this instead, from (hidden_TD, head_VD, batch); its result is returned.
         """
-        hidden_RD = self.hidden_states(batch).index_select(0, batch.label_rows)
-        labels_R = batch.labels.index_select(0, batch.label_rows)
-        weights_R = None if batch.loss_weights is None else batch.loss_weights.index_select(0, batch.label_rows)
-        head_VD = self.language_model.lm_head.weight
-        loss_sum = linear_cross_entropy_sum(hidden_RD, head_VD, labels_R, weights_R, losses_R)
-        return loss_sum, batch.num_labels
+        return loss_function(self.hidden_states(batch), self.language_model.lm_head.weight, batch)
 
     @torch.no_grad()
     def logits(self, batch: PackedBatch) -> Tensor:
-        """All logits, (T, V) float32. For looking at the model; training never builds them."""
+        """Return all logits, (T, V) float32. For looking at the model; training never builds them."""
         return self.language_model.lm_head(self.hidden_states(batch)).float()

@@ -3,17 +3,16 @@
 T packed tokens, D hidden, N query heads, K key/value heads, H head dim, F MLP width, V vocabulary, M visual rows.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qwen3vl_train.arch import TextArch
-from qwen3vl_train.batch import Segments
 from qwen3vl_train.model.activation_checkpointing import Checkpointing, run_block
-from qwen3vl_train.model.attention import KVCache, attend
-from qwen3vl_train.model.rope import apply_rope, mrope_cos_sin
-
-Rope = tuple[Tensor, Tensor]
+from qwen3vl_train.model.attention import Attention
+from qwen3vl_train.model.rope import Rope, apply_rope, mrope_cos_sin
 
 
 class Qwen3VLTextRMSNorm(nn.Module):
@@ -35,29 +34,18 @@ class Qwen3VLTextAttention(nn.Module):
     def __init__(self, arch: TextArch, layer: int) -> None:
         super().__init__()
         self.layer, self.head_dim = layer, arch.head_dim
-        q_dim, kv_dim = arch.num_attention_heads * arch.head_dim, arch.num_key_value_heads * arch.head_dim
-        self.q_proj = nn.Linear(arch.hidden_size, q_dim, bias=False)
-        self.k_proj = nn.Linear(arch.hidden_size, kv_dim, bias=False)
-        self.v_proj = nn.Linear(arch.hidden_size, kv_dim, bias=False)
-        self.o_proj = nn.Linear(q_dim, arch.hidden_size, bias=False)
+        self.q_proj = nn.Linear(arch.hidden_size, arch.q_size, bias=False)
+        self.k_proj = nn.Linear(arch.hidden_size, arch.kv_size, bias=False)
+        self.v_proj = nn.Linear(arch.hidden_size, arch.kv_size, bias=False)
+        self.o_proj = nn.Linear(arch.q_size, arch.hidden_size, bias=False)
         self.q_norm = Qwen3VLTextRMSNorm(arch.head_dim, arch.rms_norm_eps)
         self.k_norm = Qwen3VLTextRMSNorm(arch.head_dim, arch.rms_norm_eps)
 
-    def forward(self, x_TD: Tensor, rope: Rope, segments: Segments | None, cache: KVCache | None) -> Tensor:
-        """With segments: a packed row; its keys and values go to the cache, if any. Without: one new token per cached
-        sequence.
-        """
+    def forward(self, x_TD: Tensor, rope: Rope, attention: Attention) -> Tensor:
         q_TNH = apply_rope(self.q_norm(self.q_proj(x_TD).unflatten(-1, (-1, self.head_dim))), *rope)
         k_TKH = apply_rope(self.k_norm(self.k_proj(x_TD).unflatten(-1, (-1, self.head_dim))), *rope)
         v_TKH = self.v_proj(x_TD).unflatten(-1, (-1, self.head_dim))
-        if segments is not None:
-            if cache is not None:
-                cache.fill(self.layer, k_TKH, v_TKH)
-            out_TNH = attend(q_TNH, k_TKH, v_TKH, segments, causal=True)
-        else:
-            assert cache is not None, "decoding one token needs a cache"
-            out_TNH = cache.attend(self.layer, q_TNH, k_TKH, v_TKH)
-        return self.o_proj(out_TNH.flatten(1))
+        return self.o_proj(attention.attend(self.layer, q_TNH, k_TKH, v_TKH).flatten(1))
 
 
 class Qwen3VLTextMLP(nn.Module):
@@ -74,7 +62,10 @@ class Qwen3VLTextMLP(nn.Module):
 
 
 class Qwen3VLTextDecoderLayer(nn.Module):
-    """checkpointing is a setting from outside; it lies inside the layer, so that sharding may wrap around it."""
+    """One decoder layer.
+
+    checkpointing: activation checkpointing, set from outside. It runs inside the layer, so that sharding may wrap it.
+    """
 
     def __init__(self, arch: TextArch, layer: int) -> None:
         super().__init__()
@@ -84,11 +75,11 @@ class Qwen3VLTextDecoderLayer(nn.Module):
         self.input_layernorm = Qwen3VLTextRMSNorm(arch.hidden_size, arch.rms_norm_eps)
         self.post_attention_layernorm = Qwen3VLTextRMSNorm(arch.hidden_size, arch.rms_norm_eps)
 
-    def forward(self, x_TD: Tensor, rope: Rope, segments: Segments | None, cache: KVCache | None = None) -> Tensor:
-        return run_block(self.checkpointing, self._forward, x_TD, rope, segments, cache)
+    def forward(self, x_TD: Tensor, rope: Rope, attention: Attention) -> Tensor:
+        return run_block(self.checkpointing, self._forward, x_TD, rope, attention)
 
-    def _forward(self, x_TD: Tensor, rope: Rope, segments: Segments | None, cache: KVCache | None) -> Tensor:
-        x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), rope, segments, cache)
+    def _forward(self, x_TD: Tensor, rope: Rope, attention: Attention) -> Tensor:
+        x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), rope, attention)
         return x_TD + self.mlp(self.post_attention_layernorm(x_TD))
 
 
@@ -106,41 +97,34 @@ class Qwen3VLTextModel(nn.Module):
         self,
         inputs_embeds: Tensor,
         positions: Tensor,
-        segments: Segments | None,
+        attention: Attention,
         *,
-        visual_pos_mask: Tensor | None = None,
-        deepstack_visual_embeds: list[Tensor] | None = None,
+        deepstack_visual_embeds: Sequence[Tensor] = (),
         visual_rows: Tensor | None = None,
-        cache: KVCache | None = None,
     ) -> Tensor:
-        """Run the decoder over a packed row. Returns the normed hidden states (T, D).
+        """Return the normed hidden states (T, D) of a packed row.
 
-        inputs_embeds (T, D); positions (3, T); segments: the sequences of the row, None when decoding from a cache.
-        deepstack_visual_embeds: feature k (M, D) is added after layer k at the places where visual_pos_mask (T,) is
-        true, in order. visual_rows (M,): those places as numbers, where the collator has them already; it saves reading
-        the mask. Raises ValueError for DeepStack features without a mask: visual tokens are never simply at the front.
+        inputs_embeds: (T, D).
+        positions: (3, T).
+        deepstack_visual_embeds: (M, D) each; feature k is added after layer k to the tokens visual_rows.
+        visual_rows: (M,) int64.
+
+        Raises ValueError where DeepStack features do not fit visual_rows: visual tokens are never simply at the front.
         """
         cos_TH, sin_TH = mrope_cos_sin(positions, self.arch.head_dim, self.arch.rope_theta, self.arch.mrope_section)
         rope = (cos_TH.to(inputs_embeds.dtype), sin_TH.to(inputs_embeds.dtype))
-        deepstack = deepstack_visual_embeds or []
-        if deepstack:
-            if visual_pos_mask is None:
-                raise ValueError(
-                    "text model: DeepStack features came without visual_pos_mask; pass the mask of their tokens"
-                )
-            if visual_rows is None:
-                visual_rows = visual_pos_mask.nonzero().squeeze(1)
-            if visual_rows.numel() != deepstack[0].shape[0]:
-                raise ValueError(
-                    f"text model: visual_pos_mask marks {visual_rows.numel()} tokens, but DeepStack has "
-                    f"{deepstack[0].shape[0]} rows"
-                )
+        num_rows = 0 if visual_rows is None else visual_rows.numel()
+        if any(features.shape[0] != num_rows for features in deepstack_visual_embeds):
+            raise ValueError(
+                f"text model: DeepStack has {deepstack_visual_embeds[0].shape[0]} rows for {num_rows} visual_rows; "
+                "pass the row of each one's token"
+            )
         x_TD = inputs_embeds
         for number, layer in enumerate(self.layers):
-            x_TD = layer(x_TD, rope, segments, cache)
-            if number < len(deepstack):
+            x_TD = layer(x_TD, rope, attention)
+            if number < len(deepstack_visual_embeds):
                 assert visual_rows is not None
-                x_TD = x_TD.index_add(0, visual_rows, deepstack[number].to(x_TD.dtype))
+                x_TD = x_TD.index_add(0, visual_rows, deepstack_visual_embeds[number].to(x_TD.dtype))
         return self.norm(x_TD)
 
 

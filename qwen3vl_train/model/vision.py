@@ -10,15 +10,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qwen3vl_train.arch import VisionArch
-from qwen3vl_train.batch import Segments, VisionIndex, vision_index
+from qwen3vl_train.batch import VisionIndex, vision_index
 from qwen3vl_train.model.activation_checkpointing import Checkpointing, run_block
-from qwen3vl_train.model.attention import attend
-from qwen3vl_train.model.rope import apply_rope, vision_angles
+from qwen3vl_train.model.attention import Attention, PackedAttention
+from qwen3vl_train.model.rope import Rope, apply_rope, vision_angles
 
 
 class VisionOutput(NamedTuple):
-    """last_hidden_state (P, C): rows in merge-block order. pooler_output (M, D): merged rows in token order.
+    """What the vision tower returns.
 
+    last_hidden_state: (P, C), in merge-block order.
+    pooler_output: (M, D), merged rows in token order.
     deepstack_features: one (M, D) tensor for each tapped block, in the order of the taps.
     """
 
@@ -28,7 +30,7 @@ class VisionOutput(NamedTuple):
 
 
 class Qwen3VLVisionPatchEmbed(nn.Module):
-    """Patches to vectors. The stored Conv3d weight is applied as one matrix product: its kernel equals its stride."""
+    """Embed patches. The stored Conv3d weight is applied as one matrix product: its kernel equals its stride."""
 
     def __init__(self, arch: VisionArch) -> None:
         super().__init__()
@@ -36,12 +38,13 @@ class Qwen3VLVisionPatchEmbed(nn.Module):
         self.proj = nn.Conv3d(arch.in_channels, arch.hidden_size, kernel_size=kernel, stride=kernel, bias=True)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Return (P, C) for any of the forms in which patches come.
+        """Return the embedded patches, (P, C).
 
-        inputs: (P, 1536) flattened patches; (P, 768) stills, whose one frame stands for both; (N, C, H, W) images of
-        one patch each or larger, in raster order; (N, C, T, H, W) clips likewise. uint8 is normalised here, as
-        (x - 127.5) / 127.5; floating-point input is taken as already normalised. Raises ValueError for any other shape
-        or a size that is not whole patches.
+        inputs: (P, 1536) flattened patches; (P, 768) patches of stills, whose one frame is taken twice; (N, C, H, W)
+            images of one patch each or larger, in raster order; (N, C, T, H, W) clips likewise.
+
+        uint8 is normalised here, as (x - 127.5) / 127.5; floating-point input is taken as already normalised. Raises
+        ValueError for any other shape or a size that is not a multiple of the patch size.
         """
         channels = self.proj.in_channels
         if inputs.dim() == 4:  # a still repeats its frame along time
@@ -63,7 +66,7 @@ class Qwen3VLVisionPatchEmbed(nn.Module):
         return F.linear(inputs.to(weight.dtype), weight.flatten(1), self.proj.bias)
 
     def _flatten(self, inputs: Tensor) -> Tensor:
-        """(N, C, T, H, W) to (patches, 1536), frame pair by frame pair, row by row."""
+        """Cut (N, C, T, H, W) into (patches, 1536), frame pair by frame pair, row by row."""
         t, h, w = self.proj.kernel_size
         num, channels, frames, height, width = inputs.shape
         if channels != self.proj.in_channels or frames % t or height % h or width % w:
@@ -75,19 +78,15 @@ class Qwen3VLVisionPatchEmbed(nn.Module):
 
 
 class Qwen3VLVisionAttention(nn.Module):
-    def __init__(self, arch: VisionArch) -> None:
+    def __init__(self, arch: VisionArch, layer: int) -> None:
         super().__init__()
-        self.num_heads = arch.num_heads
+        self.layer, self.num_heads = layer, arch.num_heads
         self.qkv = nn.Linear(arch.hidden_size, 3 * arch.hidden_size, bias=True)
         self.proj = nn.Linear(arch.hidden_size, arch.hidden_size, bias=True)
 
-    def forward(self, x_PC: Tensor, segments: Segments, position_embeddings: tuple[Tensor, Tensor]) -> Tensor:
-        """Attend inside each frame, in both directions. position_embeddings: cos and sin, (P, H) float32."""
-        cos_PH, sin_PH = position_embeddings
+    def forward(self, x_PC: Tensor, rope: Rope, attention: Attention) -> Tensor:
         q_PNH, k_PNH, v_PNH = self.qkv(x_PC).unflatten(-1, (3, self.num_heads, -1)).unbind(1)
-        out_PNH = attend(
-            apply_rope(q_PNH, cos_PH, sin_PH), apply_rope(k_PNH, cos_PH, sin_PH), v_PNH, segments, causal=False
-        )
+        out_PNH = attention.attend(self.layer, apply_rope(q_PNH, *rope), apply_rope(k_PNH, *rope), v_PNH)
         return self.proj(out_PNH.flatten(1))
 
 
@@ -102,41 +101,44 @@ class Qwen3VLVisionMLP(nn.Module):
 
 
 class Qwen3VLVisionBlock(nn.Module):
-    """checkpointing is a setting from outside; it lies inside the block, so that sharding may wrap around it."""
+    """One block of the tower.
 
-    def __init__(self, arch: VisionArch) -> None:
+    checkpointing: activation checkpointing, set from outside. It runs inside the block, so that sharding may wrap it.
+    """
+
+    def __init__(self, arch: VisionArch, layer: int) -> None:
         super().__init__()
         self.checkpointing: Checkpointing = "none"
         self.norm1 = nn.LayerNorm(arch.hidden_size, eps=1e-6)
         self.norm2 = nn.LayerNorm(arch.hidden_size, eps=1e-6)
-        self.attn = Qwen3VLVisionAttention(arch)
+        self.attn = Qwen3VLVisionAttention(arch, layer)
         self.mlp = Qwen3VLVisionMLP(arch)
 
-    def forward(self, x_PC: Tensor, segments: Segments, position_embeddings: tuple[Tensor, Tensor]) -> Tensor:
-        return run_block(self.checkpointing, self._forward, x_PC, segments, position_embeddings)
+    def forward(self, x_PC: Tensor, rope: Rope, attention: Attention) -> Tensor:
+        return run_block(self.checkpointing, self._forward, x_PC, rope, attention)
 
-    def _forward(self, x_PC: Tensor, segments: Segments, position_embeddings: tuple[Tensor, Tensor]) -> Tensor:
-        x_PC = x_PC + self.attn(self.norm1(x_PC), segments, position_embeddings)
+    def _forward(self, x_PC: Tensor, rope: Rope, attention: Attention) -> Tensor:
+        x_PC = x_PC + self.attn(self.norm1(x_PC), rope, attention)
         return x_PC + self.mlp(self.norm2(x_PC))
 
 
 class Qwen3VLVisionPatchMerger(nn.Module):
-    """Join 2 x 2 neighbouring patches (4 rows that follow each other) and project them to the text width.
+    """Join 2 x 2 neighbouring patches (4 successive rows) and project them to the text width.
 
-    The main merger normalises each patch before the join, the DeepStack mergers the joined row. The GELU is the erf
-    one.
+    The main merger normalises each patch before the join, the DeepStack mergers the joined row. The GELU is the exact
+    one (erf).
     """
 
     def __init__(self, arch: VisionArch, *, norm_after_join: bool) -> None:
         super().__init__()
-        self.joined = arch.hidden_size * arch.spatial_merge_size**2
+        self.joined = arch.merged_size
         self.norm_after_join = norm_after_join
         self.norm = nn.LayerNorm(self.joined if norm_after_join else arch.hidden_size, eps=1e-6)
         self.linear_fc1 = nn.Linear(self.joined, self.joined, bias=True)
         self.linear_fc2 = nn.Linear(self.joined, arch.out_hidden_size, bias=True)
 
     def forward(self, x_PC: Tensor) -> Tensor:
-        """(P, C) to (M, D)."""
+        """Return the merged rows, (M, D)."""
         if self.norm_after_join:
             x_MJ = self.norm(x_PC.view(-1, self.joined))
         else:
@@ -145,54 +147,50 @@ class Qwen3VLVisionPatchMerger(nn.Module):
 
 
 class Qwen3VLVisionModel(nn.Module):
-    """All images and clips of a pack in one pass; see `VisionOutput`."""
+    """The tower over all images and clips of a pack at once; see `VisionOutput`."""
 
     def __init__(self, arch: VisionArch) -> None:
         super().__init__()
         self.arch = arch
         self.patch_embed = Qwen3VLVisionPatchEmbed(arch)
         self.pos_embed = nn.Embedding(arch.num_position_embeddings, arch.hidden_size)
-        self.blocks = nn.ModuleList([Qwen3VLVisionBlock(arch) for _ in range(arch.depth)])
+        self.blocks = nn.ModuleList([Qwen3VLVisionBlock(arch, layer) for layer in range(arch.depth)])
         self.merger = Qwen3VLVisionPatchMerger(arch, norm_after_join=False)
         self.deepstack_merger_list = nn.ModuleList(
             [Qwen3VLVisionPatchMerger(arch, norm_after_join=True) for _ in arch.deepstack_visual_indexes]
         )
 
     def index(self, grid_thw: Tensor) -> VisionIndex:
-        """Compute what the tower needs of grid_thw (N, 3). Reads the grids on the host.
-
-        Packs bring theirs along instead.
-        """
+        """Return what the tower needs of grid_thw (N, 3), which is read on the host. Packs carry theirs."""
         grids = [(t, h, w) for t, h, w in grid_thw.tolist()]
         index = vision_index(grids, side=self.arch.position_table_side, merge=self.arch.spatial_merge_size)
         return index.to(self.pos_embed.weight.device)
 
-    def fast_pos_embed_interpolate(self, grid_thw: Tensor, index: VisionIndex | None = None) -> Tensor:
-        """Learned positions (P, C) of every patch: bilinear over the square table, in merge-block order, per frame
-        alike.
+    def fast_pos_embed_interpolate(self, grid_thw: Tensor) -> Tensor:
+        """Return the learned positions (P, C) of every patch, in merge-block order and the same for every frame."""
+        return self._interpolate(self.index(grid_thw))
 
-        The four weights and the sum stay in float32, as in transformers 5; the result has the dtype of the table.
-        """
-        index = index or self.index(grid_thw)
+    def _interpolate(self, index: VisionIndex) -> Tensor:
+        # Bilinear. Weights and sum are float32, as in transformers 5; the result has the dtype of the table.
         table = self.pos_embed.weight
         corners = zip(index.corner_index, index.corner_weight, strict=True)
         total = sum(F.embedding(corner, table) * weight[:, None] for corner, weight in corners)
         assert isinstance(total, Tensor)
         return total.to(table.dtype)
 
-    def rot_pos_emb(self, grid_thw: Tensor, index: VisionIndex | None = None) -> Tensor:
-        """Rotation angles (P, H/2) float32: frequencies of the row, then of the column, in merge-block order."""
-        index = index or self.index(grid_thw)
-        return vision_angles(index.patch_hw, self.arch.head_dim)
+    def rot_pos_emb(self, grid_thw: Tensor) -> Tensor:
+        """Return rotation angles (P, H/2) float32: frequencies of the row, then of the column, in merge-block order."""
+        return vision_angles(self.index(grid_thw).patch_hw, self.arch.head_dim)
 
     def tower_parameters(self) -> list[nn.Parameter]:
-        """Parameters below the mergers."""
+        """Return the parameters below the mergers."""
         return [*self.patch_embed.parameters(), *self.pos_embed.parameters(), *self.blocks.parameters()]
 
     def forward(self, pixel_values: Tensor, grid_thw: Tensor, index: VisionIndex | None = None) -> VisionOutput:
-        """Encode patches (see Qwen3VLVisionPatchEmbed) of the media in grid_thw (N, 3).
+        """Encode the patches (see Qwen3VLVisionPatchEmbed) of the media in grid_thw (N, 3).
 
-        index: what the collator computed of the grids; without it they are read back from grid_thw.
+        index: what the collator computed from the grids; without it they are read back from grid_thw.
+
         Where nothing below the mergers trains, that part runs without a graph.
         """
         index = index or self.index(grid_thw)
@@ -201,13 +199,14 @@ class Qwen3VLVisionModel(nn.Module):
             x_PC = self.patch_embed(pixel_values)
             if x_PC.shape[0] != index.patch_hw.shape[0]:
                 raise ValueError(f"vision: {x_PC.shape[0]} patches, but grid_thw counts {index.patch_hw.shape[0]}")
-            x_PC = x_PC + self.fast_pos_embed_interpolate(grid_thw, index)
-            angles = self.rot_pos_emb(grid_thw, index)
+            x_PC = x_PC + self._interpolate(index)
+            angles = vision_angles(index.patch_hw, self.arch.head_dim)
             angles = torch.cat((angles, angles), dim=-1)
-            position_embeddings = (angles.cos(), angles.sin())
+            rope = (angles.cos(), angles.sin())
+            attention = PackedAttention(index.segments, causal=False)  # inside each frame, in both directions
             tapped: dict[int, Tensor] = {}
             for number, block in enumerate(self.blocks):
-                x_PC = block(x_PC, index.segments, position_embeddings)
+                x_PC = block(x_PC, rope, attention)
                 if number in self.arch.deepstack_visual_indexes:
                     tapped[number] = x_PC
         mergers = zip(self.deepstack_merger_list, self.arch.deepstack_visual_indexes, strict=True)

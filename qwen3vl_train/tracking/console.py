@@ -1,25 +1,80 @@
-"""What the terminal shows while the data is indexed."""
+"""What the terminal shows: the start banner, the progress of indexing, the progress of training."""
 
+import math
 import sys
 import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
 from types import TracebackType
+from typing import IO, Any
 
-from rich.console import Console
+from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-_SECONDS_BETWEEN_LINES = 30.0
+from qwen3vl_train.config import LoraTune, Recipe
+from qwen3vl_train.dist.ranks import Ranks
+
+LOG_SECONDS = 5.0
+"""Least time between two lines of training progress in a log."""
+_INDEX_LOG_SECONDS = 30.0
+
+
+@dataclass(frozen=True)
+class GroupReport:
+    """One module group: its size, how much of it trains, and at which peak rate (0 where nothing does)."""
+
+    group: str
+    num_tensors: int
+    num_parameters: int
+    num_trained_tensors: int
+    num_trained_parameters: int
+    lr: float
+
+
+def start_banner(
+    recipe: Recipe, ranks: Ranks, folder: Path, data_lines: Sequence[str], groups: Sequence[GroupReport]
+) -> list[str]:
+    """Return the lines a run prints before its first step: the run, its data, and a table of module groups."""
+    trained = sum(report.num_trained_parameters for report in groups)
+    total = sum(report.num_parameters for report in groups)
+    method = f"LoRA rank {recipe.tune.rank}" if isinstance(recipe.tune, LoraTune) else recipe.tune.method
+    lines = [
+        f"run {folder}: {recipe.model.path} in {recipe.model.dtype}, {method}, "
+        f"{ranks.world_size} {'rank' if ranks.world_size == 1 else 'ranks'} on {ranks.device.type}",
+        *data_lines,
+        f"trains {trained:,} of {total:,} parameters ({100 * trained / total:.2f}%)",
+        f"  {'group':<13}{'tensors':>9}{'parameters':>16}{'trained':>16}{'learning rate':>15}",
+    ]
+    for report in groups:
+        rate = f"{report.lr:.2e}" if report.num_trained_tensors else "frozen"
+        lines.append(
+            f"  {report.group:<13}{report.num_tensors:>9}{report.num_parameters:>16,}"
+            f"{report.num_trained_parameters:>16,}{rate:>15}"
+        )
+    return lines
+
+
+def resume_lines(start_step: int, num_steps: int, damaged: Sequence[str]) -> list[str]:
+    """Return the lines that say where a run goes on. damaged: why newer checkpoints are not used."""
+    lines = [f"falling back to an earlier checkpoint: {reason}" for reason in damaged]
+    if start_step >= num_steps:
+        return [f"nothing to do: all {num_steps} steps are done", *lines]
+    return [*lines, f"resuming after step {start_step} of {num_steps}"] if start_step else lines
 
 
 class IndexProgress:
-    """A bar on a terminal, elsewhere a line now and then; nothing before it is called. Use it in a with-block."""
+    """A context manager that shows how far indexing is: a bar on a terminal, a line now and then in a log."""
 
     def __init__(self) -> None:
         self._bar = Progress(
-            TextColumn("data: looking at rows"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-            console=Console(file=sys.stderr), transient=True,
+            TextColumn("data: indexing rows"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+            console=RichConsole(file=sys.stderr), transient=True,
         )  # fmt: skip
         self._task = None
-        self._said = time.monotonic()
+        self._last_line = time.monotonic()
 
     def __enter__(self) -> "IndexProgress":
         return self
@@ -31,12 +86,58 @@ class IndexProgress:
             self._bar.stop()
 
     def __call__(self, done: int, total: int) -> None:
-        """Show that so many rows of so many have been looked at."""
+        """Show that `done` of `total` rows are indexed."""
         if self._bar.console.is_terminal:
             if self._task is None:
                 self._task = self._bar.add_task("", total=total)
                 self._bar.start()
             self._bar.update(self._task, completed=done, total=total)
-        elif time.monotonic() - self._said >= _SECONDS_BETWEEN_LINES:
-            self._said = time.monotonic()
-            self._bar.console.print(f"data: looked at {done:,} of {total:,} rows", highlight=False)
+        elif time.monotonic() - self._last_line >= _INDEX_LOG_SECONDS:
+            self._last_line = time.monotonic()
+            self._bar.console.print(f"data: indexed {done:,} of {total:,} rows", highlight=False)
+
+
+class Console:
+    """The progress of training: a bar on a terminal, plain lines in a log.
+
+    A log gets a line for the first and the last step and at most one in LOG_SECONDS between: metrics.jsonl has every
+    step.
+    """
+
+    def __init__(self, num_steps: int, *, start_step: int = 0, file: IO[str] | None = None) -> None:
+        self.num_steps = num_steps
+        self._file = file or sys.stdout
+        self._seconds: deque[float] = deque(maxlen=50)
+        self._last_line = -math.inf
+        self._bar: Progress | None = None
+        rich = RichConsole(file=self._file)
+        if self._file.isatty() and not rich.is_dumb_terminal:
+            columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(12), TextColumn("{task.fields[numbers]}"))
+            self._bar = bar = Progress(*columns, console=rich)
+            self._task = bar.add_task("train", total=num_steps, completed=start_step, numbers="")
+            bar.start()
+
+    def step(self, metrics: dict[str, Any]) -> None:
+        """Show a finished step; reads step, loss, lr, tokens_per_second and seconds of a metrics row."""
+        self._seconds.append(metrics["seconds"])
+        left = self.num_steps - metrics["step"]
+        eta = timedelta(seconds=round(left * sum(self._seconds) / len(self._seconds)))
+        loss = metrics["loss"] if metrics["loss"] is not None else math.nan
+        numbers = f"loss {loss:.4f} lr {metrics['lr']:.2e} tokens/s {metrics['tokens_per_second']:,.0f} eta {eta}"
+        if self._bar:
+            self._bar.update(self._task, completed=metrics["step"], numbers=numbers)
+        elif left == 0 or time.monotonic() - self._last_line >= LOG_SECONDS:
+            self._last_line = time.monotonic()
+            self.line(f"step {metrics['step']}/{self.num_steps} {numbers}")
+
+    def line(self, text: str) -> None:
+        """Print one line, above the bar where there is one."""
+        if self._bar:
+            self._bar.console.print(text, markup=False, highlight=False)
+        else:
+            print(text, file=self._file, flush=True)
+
+    def close(self) -> None:
+        """Restore the terminal. Safe to call twice."""
+        if self._bar:
+            self._bar.stop()

@@ -1,4 +1,4 @@
-"""The loss of every data set of a mixture by itself."""
+"""The loss of each data set of a mixture."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from qwen3vl_train.batch import PackedBatch
 from qwen3vl_train.config import Recipe
-from qwen3vl_train.data.rows.parse import source_of
+from qwen3vl_train.data.rows.parse import dataset_of
 from qwen3vl_train.data.sources import entry_rules
 
 
@@ -33,15 +33,15 @@ class SourceTally:
         self._labels = torch.zeros(len(names), dtype=torch.int64)
         self._losses = torch.zeros(len(names), dtype=torch.float64, device=device)
 
-    def add(self, batch: PackedBatch, losses_R: Tensor) -> None:
-        """batch: on the host. losses_R: of its `label_rows`, on the device."""
+    def add(self, batch: PackedBatch, terms_R: Tensor) -> None:
+        """Add the loss terms of a pack's labels. batch: on the host. terms_R: on the device."""
         if not batch.num_labels:
             return
-        of_sequence = torch.tensor([self._numbers[source_of(name)] for name in batch.sample_ids])
+        of_sequence = torch.tensor([self._numbers[dataset_of(name)] for name in batch.sample_ids])
         sequences_R = torch.searchsorted(batch.segments.cu_seqlens[1:], batch.label_rows.int(), right=True)
         sources_R = of_sequence[sequences_R]
         self._labels += sources_R.bincount(minlength=len(self._numbers))
-        self._losses.index_add_(0, sources_R.to(self._losses.device), losses_R.double())
+        self._losses.index_add_(0, sources_R.to(self._losses.device), terms_R.double())
 
     def values(self) -> list[float]:
         """Sums of losses, then numbers of labels, in the order of the names; to be summed over ranks."""

@@ -1,19 +1,20 @@
-"""Numbers of a step: how tallies become the row of metrics.jsonl, and how that file is written and read."""
+"""The numbers of a step: a tally, its row of metrics.jsonl, and how that file is written and read."""
 
 import json
 import math
 import re
 import resource
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+from qwen3vl_train.data.packing.loader import StepPacks
 from qwen3vl_train.tracking.loss_by_source import SourceLoss
 
-# Dense bf16 tensor throughput in FLOP/s by words of the device's name; the first line that fits decides.
+# Dense bf16 tensor throughput in FLOP/s by words of the device's name; the first match decides.
 _BF16_PEAKS: tuple[tuple[str, float], ...] = (
     (r"\bGB200\b", 2500e12),
     (r"\bB200\b", 2250e12),
@@ -38,86 +39,96 @@ _BF16_PEAKS: tuple[tuple[str, float], ...] = (
 
 @dataclass(frozen=True)
 class StepTally:
-    """What one optimizer step added up, over all ranks and packs, except where said otherwise.
+    """What one optimizer step adds up to, over all packs of all ranks.
 
-    loss: sum of label losses / num_labels. capacity: packs x data.max_tokens_per_pack.
-    flops: useful FLOPs of the step, None where not counted. seconds: wall time of the whole step;
-    data_wait_seconds: the part of it in which this rank waited for packs. rejected: rows refused since the run began,
-    dropped: rows left out since then by data.too_long. shrunk: media of this step that a budget made smaller.
-    checkpoint_stall_seconds: how long the step before this one was held up by its checkpoint. rank_balance: planned
-    work of the busiest rank / mean of all. sources: loss and label tokens of each data set.
+    step: number of the step, counted from 1.
+    loss: mean over all label tokens.
+    lr: the learning rate of the step, without the factors of module groups.
+    flops: useful FLOPs of the step.
+    grad_norms: by module group, and "all".
+    sources: loss and label tokens of each data set.
     """
 
     step: int
-    epoch: float
     loss: float
-    grad_norm: float
     lr: float
     tokens: int
     label_tokens: int
     visual_tokens: int
     patches: int
-    capacity: int
-    flops: float | None
-    seconds: float
-    data_wait_seconds: float
-    rejected: int
-    dropped: int
-    shrunk: int
-    checkpoint_stall_seconds: float = 0.0
-    rank_balance: float = 1.0
-    sources: dict[str, SourceLoss] = field(default_factory=dict)
+    flops: float
+    grad_norms: dict[str, float]
+    sources: dict[str, SourceLoss]
+
+
+class StepTimes(NamedTuple):
+    """Seconds of one step on this rank.
+
+    step: wall time of the whole step.
+    data_wait: the part of it spent waiting for packs.
+    checkpoint_stall: how long the step before this one was held up by its checkpoint.
+    """
+
+    step: float
+    data_wait: float
+    checkpoint_stall: float
 
 
 def step_metrics(
-    tally: StepTally, *, world_size: int, peak_flops: float | None, peak_memory_gib: float
+    tally: StepTally,
+    packs: StepPacks,
+    times: StepTimes,
+    *,
+    num_rejected: int,
+    max_tokens_per_pack: int,
+    world_size: int,
+    peak_flops: float | None,
+    peak_memory_gib: float,
 ) -> dict[str, Any]:
-    """Turn a tally into one row of metrics.jsonl.
+    """Return one row of metrics.jsonl. A run has at most one row a step.
 
+    num_rejected: rows rejected since the run began.
     peak_flops: of one device, see `bf16_peak_flops`; mfu is null without it, and always against the dense bf16 peak.
-    peak_memory_gib: see `peak_memory_gib`. tokens_per_second counts all ranks. A run has at most one row a step.
+    peak_memory_gib: see `peak_memory_gib`.
     """
-    seconds = max(tally.seconds, 1e-9)
-    mfu = None
-    if tally.flops is not None and peak_flops is not None:
-        mfu = tally.flops / (seconds * peak_flops * world_size)
+    seconds = max(times.step, 1e-9)
     return {
         "step": tally.step,
-        "epoch": tally.epoch,
+        "epoch": packs.epoch,
         "loss": tally.loss,
-        "grad_norm": tally.grad_norm,
+        "grad_norm": tally.grad_norms["all"],
         "lr": tally.lr,
         "tokens": tally.tokens,
         "label_tokens": tally.label_tokens,
         "visual_tokens": tally.visual_tokens,
         "patches": tally.patches,
         "tokens_per_second": tally.tokens / seconds,
-        "pack_efficiency": tally.tokens / max(tally.capacity, 1),
-        "rank_balance": tally.rank_balance,
-        "data_wait_fraction": tally.data_wait_seconds / seconds,
-        "mfu": mfu,
+        "pack_efficiency": tally.tokens / max(packs.num_packs * max_tokens_per_pack, 1),
+        "rank_balance": packs.balance,
+        "data_wait_fraction": times.data_wait / seconds,
+        "mfu": None if peak_flops is None else tally.flops / (seconds * peak_flops * world_size),
         "peak_memory_gib": peak_memory_gib,
-        "seconds": tally.seconds,
-        "rejected": tally.rejected,
-        "dropped": tally.dropped,
-        "shrunk": tally.shrunk,
-        "checkpoint_stall_seconds": tally.checkpoint_stall_seconds,
+        "seconds": times.step,
+        "rejected": num_rejected,
+        "dropped": packs.num_dropped,
+        "shrunk": packs.num_shrunk,
+        "checkpoint_stall_seconds": times.checkpoint_stall,
         "sources": {name: of_source._asdict() for name, of_source in tally.sources.items()},
     }
 
 
 def bf16_peak_flops(device_name: str) -> float | None:
-    """Dense bf16 FLOP/s of a device by its name (`torch.cuda.get_device_name()`), None where it is not known."""
+    """Return dense bf16 FLOP/s by device name (`torch.cuda.get_device_name()`), None where it is not known."""
     return next((peak for pattern, peak in _BF16_PEAKS if re.search(pattern, device_name)), None)
 
 
 def device_peak_flops(device: torch.device) -> float | None:
-    """Dense bf16 FLOP/s of a device; None for the CPU and for devices that are not in the table."""
+    """Return dense bf16 FLOP/s of a device; None for the CPU and for devices that are not in the table."""
     return bf16_peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Most memory held so far, in GiB: by torch on a CUDA device, else by this process (without its workers)."""
+    """Return peak memory in GiB: of torch on a CUDA device, else of this process (without its workers)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     status = Path("/proc/self/status")
@@ -131,16 +142,16 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 class MetricsLog:
-    """Appends one JSON object a line, flushed at once, so that a kill loses at most the line being written.
+    """Append one JSON object a line, flushed at once, so that a kill loses at most the line being written.
 
-    NaN and infinity, which JSON does not have, are written as null. A line that a kill cut short is taken off when the
-    file is opened again; rows of steps that are done again after a resume are appended, and `read_metrics` takes those.
+    NaN and infinity, which JSON lacks, are written as null. A line that a kill cut short is removed when the file is
+    opened again. Rows of steps that are done again after a resume are appended, and `read_metrics` takes those.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        _mend_last_line(self.path)
+        _repair_last_line(self.path)
         self._file = self.path.open("a", encoding="utf-8")
 
     def append(self, row: dict[str, Any]) -> None:
@@ -158,8 +169,8 @@ class MetricsLog:
         self.close()
 
 
-def _mend_last_line(path: Path) -> None:
-    """End a last line without a newline: keep it where it is whole JSON, cut it off where it is half a row."""
+def _repair_last_line(path: Path) -> None:
+    """End a last line that has no newline: keep it where it is valid JSON, remove it otherwise."""
     if not path.is_file():
         return
     with path.open("rb+") as file:
@@ -190,9 +201,9 @@ def _finite(value: Any) -> Any:
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """Rows in the order of their steps; where a step was done again, its last row.
+    """Return the rows in the order of their steps; where a step was done again, its last row.
 
-    A half-written last line is left out. Raises ValueError with file and line for any other line that is not a row.
+    A half-written last line is skipped. Raises ValueError with file and line for any other line that is not a row.
     """
     lines = Path(path).read_bytes().split(b"\n")
     rows: dict[int, dict[str, Any]] = {}

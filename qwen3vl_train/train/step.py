@@ -1,35 +1,61 @@
-"""One optimizer step over the packs of all ranks."""
+"""One optimizer step over the packs of all ranks, and the learning rate at each step."""
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
 from qwen3vl_train.arch import Qwen3VLArch
-from qwen3vl_train.batch import IGNORE_LABEL, PackedBatch
+from qwen3vl_train.batch import PackedBatch
+from qwen3vl_train.config import Recipe
 from qwen3vl_train.dist.ranks import Ranks, seed_everything
+from qwen3vl_train.dist.tensors import global_shape
 from qwen3vl_train.model.costs import FlopsCounter
+from qwen3vl_train.model.loss import LossFunction, cross_entropy_loss
 from qwen3vl_train.model.qwen3vl import Qwen3VLForConditionalGeneration
 from qwen3vl_train.parallel.optim import Optimizer
-from qwen3vl_train.tracking.loss_by_source import SourceLoss, SourceTally
+from qwen3vl_train.tracking.loss_by_source import SourceTally, source_names
+from qwen3vl_train.tracking.metrics import StepTally
 
 
-@dataclass
-class StepSums:
-    """Sums over the packs of all ranks. loss is the mean over all label tokens.
+@dataclass(frozen=True)
+class StepOptions:
+    """What does not change from step to step.
 
-    Grad_norms by module group, and 'all'. sources: the same mean for each data set.
+    flops: counts the FLOPs of a pack.
+    sources: names of the data sets that samples are of.
+    seed: of the run; dropout follows from it.
+    lr: the peak learning rate, for the tally.
+    max_grad_norm: None where gradients are not clipped.
+    loss_function: of a pack; its sum is divided by the labels of all packs.
     """
 
-    loss: float = 0.0
-    label_tokens: int = 0
-    tokens: int = 0
-    visual_tokens: int = 0
-    patches: int = 0
-    flops: float = 0.0
-    grad_norms: dict[str, float] = field(default_factory=dict)
-    sources: dict[str, SourceLoss] = field(default_factory=dict)
+    flops: FlopsCounter
+    sources: Sequence[str]
+    seed: int
+    lr: float
+    max_grad_norm: float | None
+    loss_function: LossFunction = cross_entropy_loss
+
+    @classmethod
+    def from_recipe(cls, recipe: Recipe, model: Qwen3VLForConditionalGeneration) -> "StepOptions":
+        flops = FlopsCounter.from_model(model, model.arch, lambda parameter: global_shape(parameter).numel())
+        return cls(flops, source_names(recipe), recipe.train.seed, recipe.optim.lr, recipe.optim.max_grad_norm)
+
+
+def lr_factor(step: int, *, num_steps: int, warmup_steps: int, schedule: str) -> float:
+    """Return the factor of the peak learning rate at a step, 0 <= step < num_steps.
+
+    Warm-up rises linearly to 1, reached at step `warmup_steps`; cosine and linear then fall towards 0, which they would
+    reach at `num_steps`, one past the last step: no step is wasted on a rate of zero.
+    """
+    if step < warmup_steps:
+        return (step + 1) / (warmup_steps + 1)
+    if schedule == "constant":
+        return 1.0
+    progress = (step - warmup_steps) / max(1, num_steps - warmup_steps)
+    return 0.5 * (1.0 + math.cos(math.pi * progress)) if schedule == "cosine" else 1.0 - progress
 
 
 class NonFiniteError(RuntimeError):
@@ -42,66 +68,77 @@ def train_step(
     packs: list[PackedBatch],
     pack_numbers: list[int],
     ranks: Ranks,
-    flops: FlopsCounter,
+    options: StepOptions,
     *,
     step: int,
-    seed: int,
     lr_factor: float,
-    max_grad_norm: float | None,
-    sources: Sequence[str],
-) -> StepSums:
-    """Move the weights by the gradient of (sum of losses) / (number of labels), both over all packs of all ranks.
+) -> StepTally:
+    """Update the weights by the gradient of (sum of losses) / (number of labels), both over all packs of all ranks.
 
-    packs: this rank's share, possibly empty. pack_numbers: their places among all packs of the step; dropout in a pack
-    depends on (seed, step, place) alone, so it does not change with the number of ranks. sources: names of the data
-    sets that the packs' samples are of. A step without a label moves nothing, not even by momentum.
-    Raises NonFiniteError on every rank before any weight has moved.
+    A step without a label changes nothing, not even by momentum. Raises NonFiniteError on every rank before any weight
+    has changed.
+
+    packs: this rank's share, possibly empty.
+    pack_numbers: position of each among all packs of the step. Dropout in a pack depends on (seed, step, position)
+        alone, so it does not change with the number of ranks.
+    step: steps done before this one.
     """
+    flops = options.flops
     counts = [[b.num_labels, b.num_tokens, b.num_visual_tokens, b.num_patches, flops.step(b)] for b in packs]
     totals = ranks.reduce([float(sum(column)) for column in zip(*counts, strict=True)] if counts else [0.0] * 5)
     num_labels = max(1.0, totals[0])
-    # Ranks that share weights or gradients in every pass must run as many of them; who has fewer packs runs empty ones.
-    # One at least, also where all packs of the step have broken: ZeRO has gradients after a pass only.
+    # Ranks that share weights or gradients in every pass run equally many: one with fewer packs adds empty ones.
+    # At least one, even where all packs of the step are broken: ZeRO has gradients only after a pass.
     num_passes = max(1, int(ranks.reduce([len(packs)], "max")[0])) if optimizer.lockstep else len(packs)
     passes = [*packs, *[empty_pack(model.arch)] * (num_passes - len(packs))]
 
     losses: list[torch.Tensor] = []
-    tally = SourceTally(sources, ranks.device)
-    for place, batch in enumerate(passes):
-        seed_everything(seed, step, pack_numbers[place] if place < len(packs) else 0)
-        losses_R = torch.empty(batch.num_labels, dtype=torch.float32, device=ranks.device)
-        loss_sum, _ = model(batch.to(ranks.device, non_blocking=True), losses_R)
+    by_source = SourceTally(options.sources, ranks.device)
+    for number, batch in enumerate(passes):
+        seed_everything(options.seed, step, pack_numbers[number] if number < len(packs) else 0)
+        loss_sum, _, terms_R = model(batch.to(ranks.device, non_blocking=True), options.loss_function)
         if loss_sum.requires_grad:  # not where only the vision side trains and the pack holds no image
-            optimizer.backward(loss_sum / num_labels, last=place == num_passes - 1)
+            optimizer.backward(loss_sum / num_labels, last=number == num_passes - 1)
         losses.append(loss_sum.detach())
-        tally.add(batch, losses_R)
+        by_source.add(batch, terms_R)
 
     norms = optimizer.gradient_norms()
-    of_rank = float(torch.stack(losses).sum(dtype=torch.float64)) if losses else 0.0
-    loss, *of_sources = ranks.reduce([of_rank, *tally.values()])
+    loss_of_rank = float(torch.stack(losses).sum(dtype=torch.float64)) if losses else 0.0
+    loss, *of_sources = ranks.reduce([loss_of_rank, *by_source.values()])
     if not (math.isfinite(loss) and math.isfinite(norms["all"])):
         optimizer.discard()
-        _stop_non_finite(packs, [loss.item() for loss in losses[: len(packs)]], loss / num_labels, norms, step, ranks)
-    clip = 1.0 if max_grad_norm is None else min(1.0, max_grad_norm / (norms["all"] + 1e-6))
+        _raise_non_finite(packs, [loss.item() for loss in losses[: len(packs)]], loss / num_labels, norms, step, ranks)
+    max_norm = options.max_grad_norm
+    clip = 1.0 if max_norm is None else min(1.0, max_norm / (norms["all"] + 1e-6))
     labels, tokens, visual_tokens, patches = (int(total) for total in totals[:4])
     if labels:
         optimizer.step(lr_factor, clip)
     else:
         optimizer.discard()
-    return StepSums(
-        loss / num_labels, labels, tokens, visual_tokens, patches, totals[4], norms, tally.means(of_sources)
+    return StepTally(
+        step=step + 1,
+        loss=loss / num_labels,
+        lr=options.lr * lr_factor,
+        tokens=tokens,
+        label_tokens=labels,
+        visual_tokens=visual_tokens,
+        patches=patches,
+        flops=totals[4],
+        grad_norms=norms,
+        sources=by_source.means(of_sources),
     )
 
 
 def empty_pack(arch: Qwen3VLArch) -> PackedBatch:
-    """One token, no label, no image: a pass that adds nothing."""
+    """Return a pack of one token without a label or an image: its pass adds nothing."""
     nothing = torch.zeros(0, arch.vision.patch_dim // arch.vision.temporal_patch_size, dtype=torch.uint8)
     return PackedBatch.from_samples(
         input_ids=torch.zeros(1, dtype=torch.int64),
         positions=torch.zeros(3, 1, dtype=torch.int64),
         sequence_lengths=[1],
-        labels=torch.full((1,), IGNORE_LABEL),
-        loss_weights=None,
+        label_rows=torch.zeros(0, dtype=torch.int64),
+        label_ids=torch.zeros(0, dtype=torch.int64),
+        label_weights=torch.zeros(0),
         pixel_values=nothing,
         grid_thw=[],
         vision_slices_per_seq=[[]],
@@ -110,10 +147,10 @@ def empty_pack(arch: Qwen3VLArch) -> PackedBatch:
     )
 
 
-def _stop_non_finite(
+def _raise_non_finite(
     packs: list[PackedBatch], losses: list[float], loss: float, norms: dict[str, float], step: int, ranks: Ranks
 ) -> None:
-    """Name the packs whose loss is not finite, or all packs where only the gradient is not."""
+    """Raise NonFiniteError with the packs whose loss is not finite, or all packs where only the gradient is not."""
     suspects = [pack for pack, value in zip(packs, losses, strict=True) if not math.isfinite(value)]
     named = ranks.gather([list(pack.sample_ids) for pack in suspects])
     if not any(named):

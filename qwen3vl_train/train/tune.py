@@ -1,7 +1,5 @@
 """What trains: apply `tune` to a model, say what it did, and check after the first step that it is true."""
 
-from dataclasses import dataclass
-
 from torch import nn
 
 from qwen3vl_train.config import LoraTune, OptimSection, Recipe
@@ -11,6 +9,7 @@ from qwen3vl_train.model.hf_names import to_huggingface
 from qwen3vl_train.model.lora import add_lora, lora_modules
 from qwen3vl_train.model.qwen3vl import Qwen3VLForConditionalGeneration
 from qwen3vl_train.modules import GROUPS, VISION_GROUPS, group_of, train_only
+from qwen3vl_train.tracking.console import GroupReport
 
 SEEN_WITH_MEDIA = {*VISION_GROUPS, "merger", "deepstack"}
 
@@ -49,18 +48,6 @@ def check_rates(trained_groups: set[str], optim: OptimSection) -> None:
     for field, groups in owners.items():
         if getattr(optim, field) is not None and not trained_groups & set(groups):
             raise ValueError(f"optim.{field}: set, but tune.targets reaches no {' or '.join(groups)}; leave it out")
-
-
-@dataclass(frozen=True)
-class GroupReport:
-    """One module group: how much of it there is, how much trains, at which peak rate (0 where nothing does)."""
-
-    group: str
-    num_tensors: int
-    num_parameters: int
-    num_trained_tensors: int
-    num_trained_parameters: int
-    lr: float
 
 
 def report_groups(model: nn.Module, recipe: Recipe) -> list[GroupReport]:

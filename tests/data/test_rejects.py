@@ -1,77 +1,152 @@
-"""Rejected rows are counted once each, in little memory, and their list follows the checkpoint a run goes on from."""
+"""The ledger of rejected rows: its count, its file, its limit, and how it resumes."""
 
 import json
 import tracemalloc
+from pathlib import Path
 
 import pytest
 
 from qwen3vl_train.data.errors import Reject
-from qwen3vl_train.data.rejects import KnownRejects
-from qwen3vl_train.train.run_folder import RejectLog, restart_rejects
+from qwen3vl_train.data.rejects import RejectLedger
 
 
 def reject(row, file="a.jsonl", reason="broken"):
-    return Reject(file, row, reason)
+    return Reject(file, row, reason, "invalid_json")
 
 
 def lines(path):
     return [Reject(**json.loads(line)) for line in path.read_text().splitlines()]
 
 
-def test_each_row_of_each_file_is_known_once():
-    known = KnownRejects()
-    assert known.add([reject(1), reject(2), reject(1, reason="again")]) == [reject(1), reject(2)]
-    assert known.add([reject(2), reject(2, "b.jsonl"), reject(3)]) == [reject(2, "b.jsonl"), reject(3)]
-    assert len(known) == 4
-    known.add_unnamed(2)
-    assert len(known) == 6
+def ledger_of(folder: Path, found: list[Reject] | None = None, *, limit=1.0, writes=True, num_rows=100) -> RejectLedger:
+    """A ledger of one indexed file, a.jsonl."""
+    ledger = RejectLedger(folder / "run" / "rejected.jsonl", limit, writes=writes)
+    ledger.add_index(["a.jsonl"], num_rows=num_rows, num_usable=num_rows - len(found or []), rejects=found or [])
+    return ledger
 
 
-def test_a_known_row_takes_little_memory():
-    known = KnownRejects()
+def resume(ledger: RejectLedger, listed: int = 0, of_streams: int = 0) -> RejectLedger:
+    ledger.resume({"listed": listed, "of_streams": of_streams}, lambda work: work())
+    return ledger
+
+
+def test_each_row_of_each_file_is_listed_once(tmp_path):
+    ledger = ledger_of(tmp_path)
+    assert ledger.add([reject(1), reject(2), reject(1, reason="again")]) == [reject(1), reject(2)]
+    assert ledger.add([reject(2), reject(2, "b.jsonl"), reject(3)]) == [reject(2, "b.jsonl"), reject(3)]
+    assert len(ledger) == 4
+    assert lines(tmp_path / "run" / "rejected.jsonl") == [reject(1), reject(2), reject(2, "b.jsonl"), reject(3)]
+
+
+def test_a_rejected_row_takes_little_memory(tmp_path):
+    ledger = RejectLedger(tmp_path / "rejected.jsonl", 1.0, writes=False)
     tracemalloc.start()
     for row in range(100_000):
-        known.add([reject(row, "a/long/path/to/a/file.jsonl", "a reason of some length " * 4)])
+        ledger.add([reject(row, "a/long/path/to/a/file.jsonl", "a reason of some length " * 4)], num_seen=row)
     size, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert size / 100_000 < 100
 
 
-def test_a_new_run_begins_with_what_its_index_found(tmp_path):
+def test_a_new_run_lists_what_its_index_found(tmp_path):
     path = tmp_path / "run" / "rejected.jsonl"
-    assert restart_rejects(path, [], num_saved=0) == []
+    resume(ledger_of(tmp_path))
     assert not path.exists()
-    assert restart_rejects(path, [reject(5), reject(1), reject(5)], num_saved=0) == []
+    resume(ledger_of(tmp_path, [reject(5), reject(1), reject(5)]))
     assert lines(path) == [reject(5), reject(1)]
-    assert restart_rejects(path, [reject(7)], num_saved=0) == []
+    resume(ledger_of(tmp_path, [reject(7)]))
     assert lines(path) == [reject(7)]
-    restart_rejects(path, [], num_saved=0)
+    ledger_of(tmp_path).resume(None, lambda work: work())
     assert not path.exists()
 
 
 @pytest.mark.parametrize("ahead", ["", '{"file": "a.jsonl", "row": 9, "reason": "x"}\n', '{"file": "a.js'])
-def test_a_list_that_is_ahead_of_the_checkpoint_is_cut_back_to_it(tmp_path, ahead):
-    path = tmp_path / "rejected.jsonl"
+def test_lines_after_the_checkpoint_are_removed(tmp_path, ahead):
+    path = tmp_path / "run" / "rejected.jsonl"
     saved = [reject(3), reject(4, "größe \udc80.jsonl", "half a \ud800 character")]
-    RejectLog(path, writes=True).add(saved)
+    ledger_of(tmp_path).add(saved)
     with path.open("a") as file:
         file.write(ahead)
-    assert restart_rejects(path, [reject(4, "größe \udc80.jsonl"), reject(6)], num_saved=2) == saved
+    ledger = resume(ledger_of(tmp_path, [reject(3), reject(6)]), listed=2)
     assert lines(path) == [*saved, reject(6)]
     assert "größe" in path.read_text()
+    assert len(ledger) == 3
+    assert ledger.add([*saved, reject(9)]) == [reject(9)]
 
 
-def test_lines_that_were_taken_out_are_missed_but_stop_nothing(tmp_path):
-    path = tmp_path / "rejected.jsonl"
-    assert restart_rejects(path, [reject(1)], num_saved=3) == []
+def test_lines_that_were_removed_still_count(tmp_path):
+    path = tmp_path / "run" / "rejected.jsonl"
+    ledger = resume(ledger_of(tmp_path, [reject(1)]), listed=3)
     assert lines(path) == [reject(1)]
+    assert ledger.state() == {"listed": 4, "of_streams": 0}
     path.write_text("[]\n")
     with pytest.raises(ValueError) as caught:
-        restart_rejects(path, [], num_saved=1)
-    assert str(caught.value) == f"{path}:1: not a rejected row; take the line out"
+        resume(ledger_of(tmp_path), listed=1)
+    assert str(caught.value) == f"{path}:1: not a rejected row; remove the line"
 
 
 def test_other_ranks_write_nothing(tmp_path):
-    log = RejectLog(tmp_path / "rejected.jsonl", writes=False)
-    assert log.add([reject(1)]) == [reject(1)]
-    assert not log.path.exists()
+    assert ledger_of(tmp_path, writes=False).add([reject(1)]) == [reject(1)]
+    assert not (tmp_path / "run").exists()
+
+
+def test_too_many_rejected_rows_raise(tmp_path):
+    ledger_of(tmp_path, [reject(2)], num_rows=4, limit=0.25).check()
+    with pytest.raises(ValueError) as caught:
+        ledger_of(tmp_path, [reject(2)], num_rows=4, limit=0.2).check()
+    assert str(caught.value) == (
+        "data: 1 of 4 rows cannot be used, more than data.max_rejected_fraction 0.2; fix them or raise it\n"
+        "  - a.jsonl:2: broken"
+    )
+
+
+@pytest.mark.parametrize("num_rows", [0, 5])
+def test_files_without_a_usable_row_raise(tmp_path, num_rows):
+    ledger = RejectLedger(tmp_path / "rejected.jsonl", 1.0, writes=True)
+    found = [reject(row) for row in range(1, num_rows + 1)]
+    ledger.add_index(["a.jsonl", "b.jsonl"], num_rows=num_rows, num_usable=0, rejects=found)
+    with pytest.raises(ValueError) as caught:
+        ledger.check()
+    assert str(caught.value) == (
+        f"a.jsonl, b.jsonl: nothing to learn from, none of {num_rows} rows can be used; fix the rows"
+        + "".join(f"\n  - a.jsonl:{row}: broken" for row in range(1, min(num_rows, 3) + 1))
+    )
+
+
+def test_a_file_of_two_entries_counts_twice_and_is_listed_once(tmp_path):
+    def ledger_with(limit: float) -> RejectLedger:
+        ledger = RejectLedger(tmp_path / "rejected.jsonl", limit, writes=False)
+        ledger.add_index(["a.jsonl", "a.jsonl"], num_rows=24, num_usable=22, rejects=[reject(12), reject(12)])
+        assert ledger.add([reject(1), reject(1)]) == [reject(1)]
+        assert ledger.add([reject(1)]) == []
+        assert (len(ledger), len(ledger.indexed)) == (2, 4)
+        return ledger
+
+    ledger_with(4 / 24).check()
+    with pytest.raises(ValueError, match=r"^data: 4 of 24 rows cannot be used"):
+        ledger_with(3.9 / 24).check()
+
+
+def test_a_row_of_a_stream_counts_as_often_as_it_is_met(tmp_path):
+    ledger = RejectLedger(tmp_path / "rejected.jsonl", 0.25, writes=True)
+    assert ledger.add([reject(5)], num_seen=4) == [reject(5)]
+    assert ledger.add([reject(5)], num_seen=8) == []
+    ledger.check()
+    assert ledger.state() == {"listed": 1, "of_streams": 2}
+    resumed = resume(RejectLedger(tmp_path / "rejected.jsonl", 0.25, writes=True), **ledger.state())
+    assert resumed.state() == ledger.state()
+    for again, shown in ((ledger, 3), (resumed, 2)):
+        again.add([reject(5)], num_seen=11)
+        with pytest.raises(ValueError) as caught:
+            again.check()
+        assert str(caught.value) == (
+            "data: 3 of the first 11 rows cannot be used, more than data.max_rejected_fraction 0.25; fix them or raise "
+            "it" + shown * "\n  - a.jsonl:5: broken"
+        )
+
+
+def test_what_a_checkpoint_counted_does_not_stop_a_resume(tmp_path):
+    ledger_of(tmp_path).add([reject(1), reject(2)])
+    ledger = resume(ledger_of(tmp_path, num_rows=4, limit=0.25), listed=2)
+    with pytest.raises(ValueError, match=r"^data: 2 of 4 rows cannot be used"):
+        ledger.check()

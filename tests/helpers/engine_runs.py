@@ -16,10 +16,10 @@ from qwen3vl_train.batch import PackedBatch
 from qwen3vl_train.config import Recipe, recipe_from_dict
 from qwen3vl_train.data.encode.collator import MultimodalCollator
 from qwen3vl_train.dist.ranks import Ranks
-from qwen3vl_train.dist.tensors import copy_local_shard, full_tensor, global_shape
-from qwen3vl_train.model.costs import FlopsCounter
+from qwen3vl_train.dist.tensors import copy_local_shard, full_tensor
+from qwen3vl_train.tracking.metrics import StepTally
 from qwen3vl_train.train.build import build_engine
-from qwen3vl_train.train.step import NonFiniteError, StepSums, train_step
+from qwen3vl_train.train.step import NonFiniteError, train_step
 from tests.helpers import small_runs
 
 FULL = {"method": "full", "train": ["all"]}
@@ -112,11 +112,8 @@ class Trainee:
         self.recipe = recipe
         self.model, self.optimizer = build_engine(recipe, self.ranks)
         self.model.train()
-        self.flops = FlopsCounter.from_model(
-            self.model, self.model.arch, lambda parameter: global_shape(parameter).numel()
-        )
 
-    def step(self, step: int, packs: list[PackedBatch]) -> StepSums:
+    def step(self, step: int, packs: list[PackedBatch]) -> StepTally:
         """Train on this rank's share of the packs of all; none at all leaves every rank without one."""
         mine = SHARES[self.ranks.world_size][step][self.ranks.rank] if packs else []
         return train_step(
@@ -125,12 +122,11 @@ class Trainee:
             [packs[place] for place in mine],
             mine,
             self.ranks,
-            self.flops,
+            small_runs.step_options(
+                self.model, small_runs.sources_of(packs), seed=self.recipe.train.seed, max_grad_norm=1.0
+            ),
             step=step,
-            seed=self.recipe.train.seed,
             lr_factor=1.0,
-            max_grad_norm=1.0,
-            sources=small_runs.sources_of(packs),
         )
 
     def steps(self, steps: Steps, first: int, last: int) -> list[float]:
@@ -175,8 +171,8 @@ def poisoned(rank: int, world_size: int, recipes: list[Recipe], steps: Steps) ->
         losses = trainee.steps(steps, 0, 2)
         before = trainee.state()
         bad = [list(packs) for packs in steps]
-        weights = torch.full((bad[2][0].num_tokens,), torch.nan)
-        bad[2][0] = dataclasses.replace(bad[2][0], loss_weights=weights)
+        weights = torch.full_like(bad[2][0].label_weights, torch.nan)
+        bad[2][0] = dataclasses.replace(bad[2][0], label_weights=weights)
         with pytest.raises(NonFiniteError) as error:
             trainee.steps(bad, 2, 3)
         small_runs.assert_same_tensors(trainee.state(), before)

@@ -17,15 +17,17 @@ from qwen3vl_train.checkpoint.manifest import latest_checkpoint
 from qwen3vl_train.checkpoint.writer import read_tensors
 from qwen3vl_train.config import Recipe, recipe_from_dict
 from qwen3vl_train.data.encode.collator import MultimodalCollator
-from qwen3vl_train.data.rows.parse import source_of
+from qwen3vl_train.data.rows.parse import dataset_of
 from qwen3vl_train.data.sources import JsonlSource
 from qwen3vl_train.dist.ranks import Ranks
+from qwen3vl_train.dist.tensors import global_shape
 from qwen3vl_train.model.costs import FlopsCounter
+from qwen3vl_train.model.qwen3vl import Qwen3VLForConditionalGeneration
 from qwen3vl_train.parallel.ddp import Replicated
 from qwen3vl_train.parallel.optim import MasterAdamW
-from qwen3vl_train.tracking.metrics import read_metrics
+from qwen3vl_train.tracking.metrics import StepTally, read_metrics
 from qwen3vl_train.train.build import build_model
-from qwen3vl_train.train.step import StepSums, train_step
+from qwen3vl_train.train.step import StepOptions, train_step
 
 ALONE = Ranks(0, 1, 0, torch.device("cpu"))
 TEXT_ONLY, ONE_IMAGE, TWO_IMAGES = 4, 0, 5  # rows of the task
@@ -115,8 +117,14 @@ def make_recipe(model: Path, task: Path, out: Path, **overrides: Any) -> Recipe:
 
 def sources_of(packs: list[PackedBatch], ranks: Ranks = ALONE) -> list[str]:
     """Names of the data sets that the packs of all ranks are of."""
-    mine = [source_of(name) for pack in packs for name in pack.sample_ids]
+    mine = [dataset_of(name) for pack in packs for name in pack.sample_ids]
     return sorted({name for names in ranks.gather(mine) for name in names})
+
+
+def step_options(model: Qwen3VLForConditionalGeneration, sources: list[str], **changes: Any) -> StepOptions:
+    """Options of a step: seed 0, and gradients are not clipped."""
+    flops = FlopsCounter.from_model(model, model.arch, lambda parameter: global_shape(parameter).numel())
+    return StepOptions(**{"flops": flops, "sources": sources, "seed": 0, "lr": 1e-3, "max_grad_norm": None, **changes})
 
 
 class Trainee:
@@ -131,13 +139,12 @@ class Trainee:
 
     def step(
         self, packs: list[PackedBatch], numbers: list[int] | None = None, ranks: Ranks = ALONE, **options
-    ) -> StepSums:
+    ) -> StepTally:
         """One step at the full learning rate, unclipped unless options say otherwise."""
-        flops = FlopsCounter.from_model(self.model, self.model.arch)
-        options = {"step": 0, "seed": 0, "lr_factor": 1.0, "max_grad_norm": None, **options}
-        options.setdefault("sources", sources_of(packs, ranks))
+        when = {"step": options.pop("step", 0), "lr_factor": options.pop("lr_factor", 1.0)}
         numbers = list(range(len(packs))) if numbers is None else numbers
-        return train_step(self.model, self.optimizer, packs, numbers, ranks, flops, **options)
+        constant = step_options(self.model, options.pop("sources", sources_of(packs, ranks)), **options)
+        return train_step(self.model, self.optimizer, packs, numbers, ranks, constant, **when)
 
     def weights(self) -> dict[str, Tensor]:
         return {name: parameter.detach().clone() for name, parameter in self.model.named_parameters()}

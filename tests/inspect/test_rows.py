@@ -1,10 +1,11 @@
 """What a row says: its trained tokens, its sizes, what looks wrong in it."""
 
+from dataclasses import replace
+
 import pytest
 
 from qwen3vl_train.data.encode.collator import MultimodalCollator
-from qwen3vl_train.data.encode.encoder import Encoder
-from qwen3vl_train.data.rows.sample import parse_sample
+from qwen3vl_train.data.rows.messages import parse_sample
 from qwen3vl_train.inspect.boxes import BoxEvidence
 from qwen3vl_train.inspect.rows import read_row
 from tests.helpers.small_runs import picture, row
@@ -19,8 +20,7 @@ def collate(tiny_folder):
 
 @pytest.fixture(scope="module")
 def thinking(collate):
-    encoder = Encoder(collate.tokenizer, "thinking", collate.encoder.budgets)
-    return MultimodalCollator(encoder, position_table_side=collate.position_table_side)
+    return replace(collate, dialect="thinking")
 
 
 def facts_of(raw, collate):
@@ -33,7 +33,7 @@ def test_counts_the_tokens_that_encoding_labels(collate):
     raw = row("What?", "Ein Würfel.", [image])
     raw["messages"] += [{"role": "user", "content": "So?"}, {"role": "assistant", "content": "So.", "loss": False}]
     facts = facts_of(raw, collate)
-    assert facts.label_tokens == int((collate.encode(raw).labels >= 0).sum())
+    assert facts.label_tokens == collate.encode(raw).label_ids.numel()
     assert (facts.turns, facts.sizes, facts.videos) == (2, [(70, 90)], 0)
 
 

@@ -137,8 +137,8 @@ def test_shown_pack_has_the_right_number(recipe, inspection):
     from qwen3vl_train.train.data import open_data
 
     data = open_data(recipe, Ranks(0, 1, 0, torch.device("cpu")))
-    places = [data.index.locate(number) for number in data.loader.epoch_packs(0)[inspection.pack["number"] - 1]]
-    names = [data.loader.sources[place].sample(row).sample_id for place, row in places]
+    places = [data.index.locate(number) for number in data.loader.epoch_packs(0)[inspection.pack["number"] - 1].rows]
+    names = [data.loader.producer.sources[place].sample(row).sample_id for place, row in places]
     assert [sequence["id"] for sequence in inspection.pack["sequences"]] == names
 
 
@@ -186,7 +186,9 @@ def test_of_a_long_clip_evenly_spread_pairs_are_shown():
     slices = [VisionSlice(10 * pair, 1, pair) for pair in range(100)]
     patches = torch.zeros(400, 1536, dtype=torch.uint8)
     empty = torch.zeros(0, dtype=torch.int64)
-    frames = view_frames(EncodedSample(empty, empty, None, empty, slices, [(100, 2, 2)], patches, "clip"))
+    frames = view_frames(
+        EncodedSample(empty, empty, empty, empty.float(), empty, slices, [(100, 2, 2)], patches, "clip")
+    )
     assert [one["frame"] for one in frames][::5] == [0, 33, 66, 99]
     assert len(frames) == 16
     assert [one["offset"] for one in frames] == [10 * one["frame"] for one in frames]

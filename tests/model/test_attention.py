@@ -1,4 +1,4 @@
-"""Segments against one dense masked attention, which is what they stand for."""
+"""Attention objects against one dense masked attention."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from qwen3vl_train.batch import Segments
-from qwen3vl_train.model.attention import KVCache, attend
+from qwen3vl_train.model.attention import CachedAttention, PackedAttention
 
 
 def masked_reference(q_TNH, k_TKH, v_TKH, lengths, causal):
@@ -32,7 +32,7 @@ def random_qkv(total: int, heads: int, kv_heads: int, head_dim: int = 8) -> list
 def test_segments_equal_a_dense_mask(lengths, heads, kv_heads, causal):
     qkv = random_qkv(sum(lengths), heads, kv_heads)
     gradient = torch.randn(sum(lengths), heads, 8, generator=torch.Generator().manual_seed(1))
-    out = attend(*qkv, Segments.from_lengths(lengths), causal=causal)
+    out = PackedAttention(Segments.from_lengths(lengths), causal).attend(0, *qkv)
     expected = masked_reference(*qkv, lengths, causal)
     torch.testing.assert_close(out, expected, atol=1e-6, rtol=1e-5)
     mine = torch.autograd.grad(out, qkv, gradient)
@@ -41,8 +41,8 @@ def test_segments_equal_a_dense_mask(lengths, heads, kv_heads, causal):
 
 
 def test_no_segments_give_nothing():
-    q_TNH, k_TKH, v_TKH = random_qkv(0, 4, 2)
-    assert attend(q_TNH, k_TKH, v_TKH, Segments.from_lengths([]), causal=False).shape == (0, 4, 8)
+    attention = PackedAttention(Segments.from_lengths([]), causal=False)
+    assert attention.attend(0, *random_qkv(0, 4, 2)).shape == (0, 4, 8)
 
 
 class LargestTensor(TorchDispatchMode):
@@ -62,27 +62,27 @@ def test_nothing_of_size_T_by_T_is_built(lengths):
     total = sum(lengths)
     qkv = random_qkv(total, 4, 2)
     with LargestTensor() as largest:
-        attend(*qkv, Segments.from_lengths(lengths), causal=True).sum().backward()
+        PackedAttention(Segments.from_lengths(lengths), causal=True).attend(0, *qkv).sum().backward()
     assert largest.elements == total * 4 * 8  # the queries themselves; a mask or scores would have total squared
 
 
-def test_decoding_from_the_cache_equals_attending_to_the_whole_row():
+def test_cached_attention_equals_attending_to_all_tokens():
     lengths, new_tokens = [4, 7, 1], 3
     generator = torch.Generator().manual_seed(0)
-    whole = [
+    rows = [
         [torch.randn(length + new_tokens, heads, 8, generator=generator) for heads in (4, 2, 2)] for length in lengths
     ]
-    cache = KVCache(1, Segments.from_lengths(lengths), new_tokens)
-    prompts = [torch.cat([row[kind][:length] for row, length in zip(whole, lengths, strict=True)]) for kind in (1, 2)]
-    cache.fill(0, *prompts)
+    attention = CachedAttention(Segments.from_lengths(lengths), new_tokens)
+    prompts = [torch.cat([row[kind][:length] for row, length in zip(rows, lengths, strict=True)]) for kind in range(3)]
+    torch.testing.assert_close(attention.attend(0, *prompts), masked_reference(*prompts, lengths, True))
     for step in range(new_tokens):
         q, k, v = (
-            torch.stack([row[kind][length + step] for row, length in zip(whole, lengths, strict=True)])
+            torch.stack([row[kind][length + step] for row, length in zip(rows, lengths, strict=True)])
             for kind in range(3)
         )
-        out = cache.attend(0, q, k, v)
-        cache.lengths += 1
-        for place, (row, length) in enumerate(zip(whole, lengths, strict=True)):
+        out = attention.attend(0, q, k, v)
+        attention.advance()
+        for number, (row, length) in enumerate(zip(rows, lengths, strict=True)):
             seen = [x[: length + step + 1] for x in row]
             expected = masked_reference(*seen, [length + step + 1], True)[-1]
-            torch.testing.assert_close(out[place], expected, atol=1e-6, rtol=1e-5)
+            torch.testing.assert_close(out[number], expected, atol=1e-6, rtol=1e-5)

@@ -7,7 +7,7 @@ from torch.utils._pytree import tree_leaves
 
 from qwen3vl_train.batch import VisionSlice
 from qwen3vl_train.model.loss import linear_cross_entropy_sum
-from qwen3vl_train.model.qwen3vl import Qwen3VLForConditionalGeneration, process_vision_slices
+from qwen3vl_train.model.qwen3vl import Qwen3VLForConditionalGeneration, inject_vision, process_vision_slices
 from tests.helpers import oracles
 
 
@@ -38,7 +38,7 @@ def test_a_pack_equals_its_samples(ours, collate):
     alone = gradients(ours)
     ours.zero_grad()
     batch = collate(samples)
-    assert batch.loss_weights is not None
+    assert set(batch.label_weights.tolist()) == {1.0, 2.5}
     loss, num_labels = ours(batch)
     loss.backward()
     assert num_labels == labels_alone
@@ -172,19 +172,16 @@ def test_slices_name_where_which_features_go():
     assert not embeds.any(), "the embeddings passed in must stay as they are"
 
 
-def test_slices_do_the_same_with_and_without_rows_of_the_collator(small, small_collate):
+def test_training_injects_as_slices_do(small, small_collate):
     batch = small_collate(weighted_samples())
     vision = small.visual(batch.pixel_values, batch.grid_thw, batch.vision)
     embeds = small.language_model.model.embed_tokens(batch.input_ids)
-    lengths = batch.sequence_lengths.tolist()
-    call = (embeds, lengths, batch.vision_slices_per_seq, vision.pooler_output, vision.deepstack_features)
-    without, with_rows = (
-        process_vision_slices(*call),
-        process_vision_slices(*call, rows=(batch.visual_rows, batch.feature_rows)),
-    )
-    assert torch.equal(without.inputs_embeds, with_rows.inputs_embeds)
-    assert torch.equal(without.visual_pos_mask, batch.visual_pos_mask)
-    assert torch.equal(without.deepstack_layers[1], with_rows.deepstack_layers[1])
+    lengths, slices = batch.sequence_lengths.tolist(), batch.vision_slices_per_seq
+    injected = process_vision_slices(embeds, lengths, slices, vision.pooler_output, vision.deepstack_features)
+    assert torch.equal(injected.inputs_embeds, inject_vision(embeds, vision.pooler_output, batch.visual_rows))
+    assert torch.equal(injected.visual_pos_mask, batch.visual_pos_mask)
+    for placed, feature in zip(injected.deepstack_layers, vision.deepstack_features, strict=True):
+        assert torch.equal(placed, feature)
 
 
 @pytest.mark.parametrize(
@@ -208,5 +205,5 @@ def test_slices_that_cannot_be_are_refused(lengths, slices, message):
 def test_loss_takes_the_head_of_a_tied_model(small):
     # The chunked loss is given a weight, so the gradient of a tied head reaches the embedding it shares.
     head = small.language_model.lm_head.weight
-    linear_cross_entropy_sum(torch.ones(2, head.shape[1]), head, torch.tensor([1, 2]), None).backward()
+    linear_cross_entropy_sum(torch.ones(2, head.shape[1]), head, torch.tensor([1, 2]), torch.ones(2))[0].backward()
     assert small.language_model.model.embed_tokens.weight.grad.abs().sum() > 0

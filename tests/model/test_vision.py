@@ -60,7 +60,7 @@ def test_worked_example_at_the_size_of_4b(small_collate):
     rotary = []
     for number, block in enumerate(model.blocks):
         block.register_forward_hook(lambda _block, _args, output, number=number: seen.update({number: output}))
-    model.blocks[0].register_forward_pre_hook(lambda _block, args: rotary.extend(args[2]))
+    model.blocks[0].register_forward_pre_hook(lambda _block, args: rotary.extend(args[1]))
     output = model(batch.pixel_values, batch.grid_thw, batch.vision)
     assert [tensor.shape for tensor in rotary] == [(432, 64), (432, 64)]
     assert len(seen) == 24
@@ -136,7 +136,7 @@ def test_patches_must_be_as_many_as_the_grids_count(small):
         small.visual(torch.zeros(8, 1536), torch.tensor([[1, 2, 2]]))
 
 
-def test_tower_reads_the_grids_itself_when_no_index_comes_along(small, small_collate):
+def test_tower_reads_grids_where_no_index_is_given(small, small_collate):
     picture = Image.effect_noise((96, 160), 64).convert("RGB")
     batch = small_collate.prompt([{"role": "user", "content": [{"type": "image", "image": picture}]}])
     with_index = small.visual(batch.pixel_values, batch.grid_thw, batch.vision).pooler_output

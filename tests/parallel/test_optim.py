@@ -6,7 +6,7 @@ from qwen3vl_train.config import OptimSection
 from qwen3vl_train.modules import group_of
 from qwen3vl_train.parallel.ddp import Replicated
 from qwen3vl_train.parallel.optim import MasterAdamW
-from qwen3vl_train.train.schedule import lr_factor
+from qwen3vl_train.train.step import lr_factor
 from tests.helpers import small_runs
 from tests.helpers.small_runs import ONE_IMAGE, Trainee
 

@@ -6,10 +6,13 @@ import sys
 import pytest
 import torch
 
+from qwen3vl_train.data.packing.loader import StepPacks
+from qwen3vl_train.data.packing.plan import PlanHash
 from qwen3vl_train.tracking.loss_by_source import SourceLoss
 from qwen3vl_train.tracking.metrics import (
     MetricsLog,
     StepTally,
+    StepTimes,
     bf16_peak_flops,
     device_peak_flops,
     read_metrics,
@@ -18,30 +21,34 @@ from qwen3vl_train.tracking.metrics import (
 
 TALLY = StepTally(
     step=3,
-    epoch=0.5,
     loss=1.25,
-    grad_norm=0.5,
     lr=1e-4,
     tokens=3000,
     label_tokens=400,
     visual_tokens=1200,
     patches=4800,
-    capacity=4096,
     flops=4.945e14,
-    seconds=2.0,
-    data_wait_seconds=0.5,
-    rejected=1,
-    dropped=2,
-    shrunk=3,
-    rank_balance=1.25,
+    grad_norms={"all": 0.5, "merger": 0.25},
     sources={"a": SourceLoss(1.25, 400), "b": SourceLoss(None, 0)},
 )
+PACKS = StepPacks(
+    packs=[], pack_numbers=[], num_packs=2, epoch=1, rejected=[], state={}, balance=1.25,
+    plan_hash=PlanHash(0, 0), num_dropped=2, num_shrunk=3, num_seen=9,
+)  # fmt: skip
+TIMES = StepTimes(step=2.0, data_wait=0.5, checkpoint_stall=0.0)
+
+
+def row_of(*, world_size: int, peak_flops: float | None) -> dict:
+    return step_metrics(
+        TALLY, PACKS, TIMES, num_rejected=1, max_tokens_per_pack=2048,
+        world_size=world_size, peak_flops=peak_flops, peak_memory_gib=1.5,
+    )  # fmt: skip
 
 
 def test_a_step_has_the_fields_of_metrics_jsonl():
-    assert step_metrics(TALLY, world_size=2, peak_flops=989e12, peak_memory_gib=1.5) == {
+    assert row_of(world_size=2, peak_flops=989e12) == {
         "step": 3,
-        "epoch": 0.5,
+        "epoch": 1,
         "loss": 1.25,
         "grad_norm": 0.5,
         "lr": 1e-4,
@@ -65,7 +72,7 @@ def test_a_step_has_the_fields_of_metrics_jsonl():
 
 
 def test_mfu_is_null_where_the_peak_is_not_known():
-    assert step_metrics(TALLY, world_size=1, peak_flops=None, peak_memory_gib=1.0)["mfu"] is None
+    assert row_of(world_size=1, peak_flops=None)["mfu"] is None
     assert device_peak_flops(torch.device("cpu")) is None
 
 

@@ -1,4 +1,4 @@
-"""The data of a recipe: opened once for all ranks, streams beside files, limits and budgets from the recipe."""
+"""The data of a recipe: indexed on rank 0 for all ranks, files and streams, limits and budgets from the recipe."""
 
 import json
 import os
@@ -8,11 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from qwen3vl_train.checkpoint.manifest import latest_checkpoint, read_record
-from qwen3vl_train.data.errors import Reject
+from qwen3vl_train.checkpoint.manifest import latest_checkpoint, read_manifest
 from qwen3vl_train.data.open import cost_model
-from qwen3vl_train.data.packing.loader import TrainLoader
-from qwen3vl_train.data.packing.stream import StreamLoader
+from qwen3vl_train.data.packing.stream import StreamedWindows
+from qwen3vl_train.data.packing.windows import IndexedWindows
 from qwen3vl_train.dist.ranks import Ranks
 from qwen3vl_train.modules import GROUPS
 from qwen3vl_train.tracking.metrics import read_metrics
@@ -30,10 +29,10 @@ def open_on_rank(rank, world_size, recipe, folder):
     names = [name for packs in steps for pack in packs for name in pack.sample_ids]
     # Rank 0 sends heartbeats, so that the others wait however long it takes.
     heartbeats = torch.distributed.distributed_c10d._get_default_store().add("main/heartbeats", 0)
-    return data.index.digest(), data.found_rejects(), len(data.rejects), heartbeats > 0, names
+    return data.index.digest(), data.rejects.indexed, len(data.rejects), heartbeats > 0, names
 
 
-def test_rank_0_looks_at_the_rows_for_all(tiny_folder, task, tmp_path):
+def test_rank_0_indexes_the_rows_for_all_ranks(tiny_folder, task, tmp_path):
     rows = [*(task / "train.jsonl").read_text().splitlines(), "{"]
     write_rows(tmp_path / "train.jsonl", rows)
     entry = {"path": str(tmp_path / "train.jsonl"), "media_root": str(task)}
@@ -51,9 +50,9 @@ def test_rank_0_looks_at_the_rows_for_all(tiny_folder, task, tmp_path):
 def test_budgets_and_limits_of_the_recipe_reach_the_packs(tiny_folder, task, tmp_path):
     limits = {"data__max_patches_per_pack": 40, "data__max_sequences_per_pack": 2, "data__max_tokens_per_sample": 30}
     rejecting = open_data(make_recipe(tiny_folder, task, tmp_path, **limits), ALONE)
-    assert rejecting.found_rejects()[0].reason.startswith("sample of ")
+    assert rejecting.rejects.indexed[0].reason.startswith("sample of ")
     dropping = open_data(make_recipe(tiny_folder, task, tmp_path, data__too_long="drop", **limits), ALONE)
-    assert dropping.found_rejects() == []
+    assert dropping.rejects.indexed == []
     assert dropping.index.num_dropped == len(rejecting.rejects)
     shrinking = open_data(make_recipe(tiny_folder, task, tmp_path, data__too_long="shrink_media", **limits), ALONE)
     assert shrinking.index.num_usable > dropping.index.num_usable
@@ -64,10 +63,10 @@ def test_budgets_and_limits_of_the_recipe_reach_the_packs(tiny_folder, task, tmp
                 assert pack.num_patches <= 40
                 assert len(pack.sample_ids) <= 2
                 assert max(pack.segments.lengths) <= 30
-    assert any("dropped as too long" in line for line in dropping.report_lines())
+    assert any("dropped as too long" in line for line in dropping.summary())
 
 
-def test_a_run_from_a_stream_is_the_same_resumed_and_counts_in_its_metrics(tiny_folder, task, tmp_path):
+def test_a_streamed_run_resumes_with_the_same_counts(tiny_folder, task, tmp_path):
     rows = [json.loads(line) for line in (task / "train.jsonl").read_text().splitlines()]
     write_rows(tmp_path / "s.jsonl", [{"messages": []}, *rows, *rows])
     entries = [
@@ -91,9 +90,9 @@ def test_a_run_from_a_stream_is_the_same_resumed_and_counts_in_its_metrics(tiny_
     assert small_runs.losses(cut) == small_runs.losses(whole)
     assert [row["rejected"] for row in read_metrics(cut / "metrics.jsonl")] == [step["rejected"] for step in steps]
     assert (cut / "rejected.jsonl").read_text() == (whole / "rejected.jsonl").read_text()
-    # 46 rows are looked at for six steps of 2 packs, the broken one once in each of the epochs that takes.
-    record = read_record(latest_checkpoint(whole))
-    assert record["rejects"] == read_record(latest_checkpoint(cut))["rejects"]
+    # Six steps of 2 packs scan 46 rows, the broken one once in each epoch.
+    record = read_manifest(latest_checkpoint(whole))
+    assert record["rejects"] == read_manifest(latest_checkpoint(cut))["rejects"]
     assert record["rejects"]["listed"] == 1
 
 
@@ -107,19 +106,19 @@ def test_too_many_rejected_rows_stop_a_stream(tiny_folder, task, tmp_path):
     with pytest.raises(ValueError) as caught:
         train(recipe)
     assert str(caught.value).startswith(
-        "data: 1 of the first 12 rows cannot be used, more than data.max_rejected_fraction 0.05; mend them or raise "
-        f"it\n  - {tmp_path}/s.jsonl:5: not JSON"
+        "data: 1 of the first 12 rows cannot be used, more than data.max_rejected_fraction 0.05; fix them or raise it"
+        f"\n  - {tmp_path}/s.jsonl:5: not JSON"
     )
 
 
 def test_the_loader_follows_the_recipe(tiny_folder, task, tmp_path):
     files = open_data(make_recipe(tiny_folder, task, tmp_path), ALONE)
-    assert isinstance(files.loader, TrainLoader)
-    assert "the busiest rank does 1.000 of the mean" in files.report_lines()[0]
+    assert isinstance(files.loader.producer, IndexedWindows)
+    assert "the busiest rank does 1.000 of the mean" in files.summary()[0]
     entries = [{"path": str(task / "train.jsonl"), "streaming": True}]
     stream = open_data(make_recipe(tiny_folder, task, tmp_path, data__train=entries), ALONE)
-    assert isinstance(stream.loader, StreamLoader)
-    assert stream.report_lines() == [
+    assert isinstance(stream.loader.producer, StreamedWindows)
+    assert stream.summary() == [
         f"data: streamed from {task}/train.jsonl, packed 2,048 rows at a time",
         "data: begins with train.jsonl: 11 rows, openai 11",
     ]
@@ -148,29 +147,15 @@ def test_paths_of_the_cache_follow_the_environment(tiny_folder, task, tmp_path):
     assert [file.suffix for file in kept.iterdir() if file.suffix != ".npz"] == []
 
 
-def test_a_file_that_two_entries_name_counts_twice_as_rows_and_lists_each_once(tiny_folder, task, tmp_path):
-    shutil.copytree(task, tmp_path / "data")
+def test_entries_of_one_file_share_the_ledger(tiny_folder, task, tmp_path):
     rows = (task / "train.jsonl").read_text().splitlines()
-    path = str(write_rows(tmp_path / "data" / "train.jsonl", [*rows, "{"]))
-    file = tmp_path / "data" / "images" / "0-0.png"
-    file.write_bytes(file.read_bytes()[:-3000])  # its header is whole
-    recipe = make_recipe(
-        tiny_folder, task, tmp_path, data__train=[{"path": path}, {"path": path, "weight": 0.5, "name": "again"}]
-    )
-    data = open_data(recipe, ALONE)
-    assert (len(data.rejects), len(data.index.rejects), data.index.num_rows) == (1, 2, 24)
-    broken = Reject(path, 1, "is truncated")
-    assert data.add_rejects([broken, broken]) == [broken]
-    assert data.add_rejects([broken]) == []
-    assert (len(data.rejects), len(data.index.rejects)) == (2, 4)
-    data.max_rejected_fraction = 4 / 24
-    data.check_rejects()
-    data.max_rejected_fraction = 3.9 / 24
-    with pytest.raises(ValueError, match=r"^data: 4 of 24 rows cannot be used"):
-        data.check_rejects()
+    path = str(write_rows(tmp_path / "train.jsonl", [*rows, "{"]))
+    entries = [{"path": path, "media_root": str(task), "name": name} for name in ("once", "again")]
+    data = open_data(make_recipe(tiny_folder, task, tmp_path, data__train=entries), ALONE)
+    assert (len(data.rejects), len(data.rejects.indexed), data.index.num_rows) == (1, 2, 24)
 
 
-def test_the_share_of_broken_rows_of_a_stream_does_not_sink_with_its_epochs(tiny_folder, task, tmp_path):
+def test_the_rejected_share_of_a_stream_holds_over_epochs(tiny_folder, task, tmp_path):
     rows = (task / "train.jsonl").read_text().splitlines()
     path = str(write_rows(tmp_path / "s.jsonl", [*rows[:4], "{", *rows[4:]]))
     entry = {"path": path, "media_root": str(task), "streaming": True}
@@ -178,17 +163,9 @@ def test_the_share_of_broken_rows_of_a_stream_does_not_sink_with_its_epochs(tiny
     data = open_data(make_recipe(tiny_folder, task, tmp_path, data__max_rejected_fraction=1 / 12, **options), ALONE)
     steps, new = iter(data.loader), []
     for _ in range(20):
-        step, _ = data.take(steps, ALONE)
-        new += data.add_rejects(step.rejected)
-        data.check_rejects()
-    assert data.num_stream_rejects == data.loader.num_seen // 12 > 2
-    assert (len(data.rejects), len(new)) == (1, 1)
-    assert data.rejects_state() == {"listed": 1, "of_streams": data.num_stream_rejects}
-    data.max_rejected_fraction = 0.08
-    with pytest.raises(ValueError, match=rf"^data: {data.num_stream_rejects} of the first .*\n  - {path}:5: not JSON"):
-        data.check_rejects()
-    again = open_data(make_recipe(tiny_folder, task, tmp_path, **options), ALONE, loader_state=step.state)
-    again.load_rejects(data.rejects_state(), new)
-    assert again.rejects_state() == data.rejects_state()
-    with pytest.raises(ValueError, match=rf"^data: {data.num_stream_rejects} of the first .*\n  - {path}:5: not JSON"):
-        again.check_rejects()
+        packs = data.take(steps, ALONE).packs
+        new += data.rejects.add(packs.rejected, num_seen=packs.num_seen)
+        data.rejects.check()
+    assert len(data.rejects) == len(new) == 1
+    assert data.rejects.state() == {"listed": 1, "of_streams": packs.num_seen // 12}
+    assert packs.num_seen > 24

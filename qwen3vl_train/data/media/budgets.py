@@ -1,4 +1,4 @@
-"""How large each image and clip of a sample may be, counted in visual tokens, and the grids of patches that follow."""
+"""Limits on the visual tokens of images and clips, and the grids of patches within them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,30 +11,25 @@ from qwen3vl_train.data.media.image import MERGE, PATCH, smart_resize
 Grid = tuple[int, int, int]
 """Patches of one medium: time, height, width."""
 
-_HALVINGS = 20
+_NUM_BISECTIONS = 20
 _NO_LIMIT = 2**62
 
 
 class Size(NamedTuple):
-    """A medium before it is resized, in pixels. num_frames: 0 for a still."""
+    """The size of a medium before it is resized, in pixels. num_frames: 0 for an image."""
 
     height: int
     width: int
     num_frames: int = 0
 
 
-class Fitted(NamedTuple):
-    """grids: one for each medium. num_shrunk: media that a budget made smaller than they are."""
-
-    grids: list[Grid]
-    num_shrunk: int
-
-
 @dataclass(frozen=True)
 class Budgets:
-    """min_pixels, max_pixels: area of a resized image. clips: None where the checkpoint says nothing of video.
+    """Limits on the media of one sample.
 
-    max_tokens_per_sample: visual tokens of all media of a sample together; None: no limit.
+    min_pixels, max_pixels: limits on the area of a resized image.
+    clips: rules for clips; None where the checkpoint has no video settings.
+    max_tokens_per_sample: limit on the visual tokens of all media of a sample together; None: no limit.
     """
 
     min_pixels: int
@@ -43,7 +38,7 @@ class Budgets:
     max_tokens_per_sample: int | None = None
 
     def grid(self, size: Size, max_pixels: int | None = None) -> Grid:
-        """Return the grid of one medium within its own limits. max_pixels: a tighter one. Raises MediaFault."""
+        """Return the grid of one medium within its own limits. max_pixels: replaces its own. Raise MediaFault."""
         limits = self.clips if size.num_frames else self
         assert limits is not None, "a clip was measured without rules for clips"
         most = limits.max_pixels if max_pixels is None else max_pixels
@@ -54,40 +49,43 @@ class Budgets:
             rows, cols = smart_resize(size.height, size.width, min_pixels=least, max_pixels=most)
         return -(-size.num_frames // FRAMES_PER_PATCH) or 1, rows // PATCH, cols // PATCH
 
-    def fit(self, sizes: Sequence[Size], max_tokens: int | None = None) -> Fitted:
-        """Resize every medium within its own limits, then all alike until the sample's budget holds.
+    def fit(self, sizes: Sequence[Size], grids: Sequence[Grid], max_tokens: int | None = None) -> list[Grid]:
+        """Return the grids of all media of a sample, shrunk by a common factor where the sample's budget is exceeded.
 
-        "Alike": the area of each is limited to the same fraction of what it would have been, the largest fraction that
-        fits. max_tokens: a tighter budget, from the length of the whole sample. Raises MediaFault for extreme shapes,
-        RowFault where even the smallest sizes are too many tokens.
+        The area of each is limited to the same fraction of its own, the largest fraction that fits. Raise RowFault
+        where even the smallest sizes have too many tokens.
+
+        sizes: of the media.
+        grids: of each medium within its own limits, see `grid`.
+        max_tokens: a tighter budget, from the length of the whole sample.
         """
-        grids = [self.grid(size) for size in sizes]
-        whole = [self.grid(size, max_pixels=_NO_LIMIT) for size in sizes]
         budget, field = self.max_tokens_per_sample, "data.max_visual_tokens_per_sample"
         if max_tokens is not None and (budget is None or max_tokens < budget):
             budget, field = max_tokens, "the limit on the whole sample leaves them,"
-        if budget is not None and _tokens(grids) > budget:
-            grids = self._fit_alike(sizes, grids, budget, field)
-        return Fitted(grids, sum(_tokens([one]) > _tokens([other]) for one, other in zip(whole, grids, strict=True)))
-
-    def _fit_alike(self, sizes: Sequence[Size], grids: Sequence[Grid], budget: int, field: str) -> list[Grid]:
-        smallest = _tokens(self._shrunk(sizes, grids, 0.0))
+        if budget is None or num_tokens(grids) <= budget:
+            return list(grids)
+        smallest = num_tokens(self._scale(sizes, grids, 0.0))
         if smallest > budget:
             raise RowFault(
                 f"{len(sizes)} images and clips take at least {smallest} visual tokens, more than {field} {budget}; "
                 "raise it or give fewer",
                 kind="too_long",
             )
-        fits, too_much = 0.0, 1.0
-        for _ in range(_HALVINGS):
-            middle = (fits + too_much) / 2
-            if _tokens(self._shrunk(sizes, grids, middle)) <= budget:
+        fits, too_large = 0.0, 1.0
+        for _ in range(_NUM_BISECTIONS):
+            middle = (fits + too_large) / 2
+            if num_tokens(self._scale(sizes, grids, middle)) <= budget:
                 fits = middle
             else:
-                too_much = middle
-        return self._shrunk(sizes, grids, fits)
+                too_large = middle
+        return self._scale(sizes, grids, fits)
 
-    def _shrunk(self, sizes: Sequence[Size], grids: Sequence[Grid], fraction: float) -> list[Grid]:
+    def count_shrunk(self, sizes: Sequence[Size], grids: Sequence[Grid]) -> int:
+        """Return the number of media whose grid a limit made smaller than their own size would give."""
+        full = [self.grid(size, max_pixels=_NO_LIMIT) for size in sizes]
+        return sum(num_tokens([most]) > num_tokens([grid]) for most, grid in zip(full, grids, strict=True))
+
+    def _scale(self, sizes: Sequence[Size], grids: Sequence[Grid], fraction: float) -> list[Grid]:
         areas = [
             PATCH**2 * height * width * (size.num_frames or 1)
             for size, (_, height, width) in zip(sizes, grids, strict=True)
@@ -95,5 +93,6 @@ class Budgets:
         return [self.grid(size, max(1, int(fraction * area))) for size, area in zip(sizes, areas, strict=True)]
 
 
-def _tokens(grids: Sequence[Grid]) -> int:
+def num_tokens(grids: Sequence[Grid]) -> int:
+    """Return the number of visual tokens of grids of patches."""
     return sum(time * height * width for time, height, width in grids) // MERGE**2

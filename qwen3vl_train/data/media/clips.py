@@ -1,4 +1,4 @@
-"""How a clip becomes frames, times, a size and patches: the arithmetic of Qwen3-VL's video processor."""
+"""Frames, times, size and patches of a clip: the arithmetic of Qwen3-VL's video processor."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -12,11 +12,14 @@ from qwen3vl_train.data.errors import MediaFault
 from qwen3vl_train.data.media.image import FACTOR, MAX_ASPECT, PATCH, resize_to_patches
 
 FRAMES_PER_PATCH = 2
+MAX_FPS = 1000
 
 
 class ClipRules(NamedTuple):
-    """fps: frames taken a second of a clip, between min_frames and max_frames in all, never more than it has.
+    """How frames of a clip are sampled and resized.
 
+    fps: frames sampled per second.
+    min_frames, max_frames: limits on the number of sampled frames, which never exceeds that of the clip.
     min_pixels, max_pixels: limits on the area of a resized frame times the number of frames.
     """
 
@@ -28,10 +31,10 @@ class ClipRules(NamedTuple):
 
 
 def sample_indices(num_frames: int, clip_fps: float, rules: ClipRules) -> list[int]:
-    """Return the numbers of the frames that are taken, evenly spread from the first to the last.
+    """Return the indices of the sampled frames, evenly spaced from the first to the last.
 
-    Agrees with `sample_frames` of transformers' Qwen3VLVideoProcessor (halves round to even): 24 frames at 12 a second,
-    two taken a second -> 0, 8, 15, 23.
+    Agrees with `sample_frames` of transformers' Qwen3VLVideoProcessor (halves round to even): 24 frames at 12 fps,
+    sampled at 2 fps -> 0, 8, 15, 23.
     """
     count = int(num_frames / clip_fps * rules.fps)
     count = min(max(count, rules.min_frames), rules.max_frames, num_frames)
@@ -39,7 +42,7 @@ def sample_indices(num_frames: int, clip_fps: float, rules: ClipRules) -> list[i
 
 
 def pair_times(times: Sequence[float]) -> list[float]:
-    """Return one time for each pair of frames, the mean of the two; an odd last frame counts twice.
+    """Return one time for each pair of frames, the mean of the two; an odd last frame is repeated.
 
     0.0, 0.5, 1.0 -> 0.25, 1.0
     """
@@ -48,20 +51,18 @@ def pair_times(times: Sequence[float]) -> list[float]:
 
 
 def resize_clip(num_frames: int, height: int, width: int, *, min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """Return the (height, width) that every frame is resized to.
+    """Return the (height, width) to resize every frame to.
 
     Agrees with `smart_resize` of transformers 5's Qwen3VLVideoProcessor: limits hold for the whole clip, a side below
     32 pixels is scaled up first, and an odd number of frames is rounded to an even one by halves to even (5 counts as
-    4, 7 as 8) in the test against the limits, though not in the scale. Raises MediaFault beyond 200:1.
+    4, 7 as 8) in the test against the limits, though not in the scale. Raise MediaFault beyond 200:1.
     """
     if height < FACTOR or width < FACTOR:
         scale = max(FACTOR / height, FACTOR / width)
         height, width = int(height * scale), int(width * scale)
     if max(height, width) > MAX_ASPECT * min(height, width):
-        raise MediaFault(
-            f"frames of {width}x{height}: are more extreme than {MAX_ASPECT}:1; crop or pad them",
-            kind="unsupported_media",
-        )
+        fault = f"frames of {width}x{height}: their aspect ratio exceeds {MAX_ASPECT}:1; crop or pad them"
+        raise MediaFault(fault, kind="unsupported_media")
     rows, cols = round(height / FACTOR) * FACTOR, round(width / FACTOR) * FACTOR
     area = round(num_frames / FRAMES_PER_PATCH) * FRAMES_PER_PATCH * rows * cols
     if area > max_pixels:
@@ -76,29 +77,30 @@ def resize_clip(num_frames: int, height: int, width: int, *, min_pixels: int, ma
 
 
 def clip_patches(frames: Iterable[tuple[int, Tensor]], indices: Sequence[int], grid: tuple[int, int, int]) -> Tensor:
-    """Resize and cut frames as they come, one at a time, into uint8 (P, 1536) patches of frame pairs.
+    """Resize frames one at a time, as they come, and cut them into uint8 (P, 1536) patches of frame pairs.
 
-    frames: (number, uint8 (3, H, W)) in any order, each number of `indices` at least once. grid: pairs, and patches of
-    a frame. A patch is (channel, frame of the pair, row, column), flattened; an odd last frame stands twice. Bit-equal
-    to transformers' Qwen3VLVideoProcessor on the same frames.
+    frames: (index, uint8 (3, H, W)) in any order, each of `indices` at least once.
+    grid: frame pairs, then rows and columns of patches.
+    A patch is (channel, frame of the pair, row, column), flattened; an odd last frame is repeated. Bit-equal to
+    transformers' Qwen3VLVideoProcessor on the same frames.
     """
     pairs, rows, cols = grid
     patches = torch.empty(pairs, rows * cols, 3, FRAMES_PER_PATCH, PATCH * PATCH, dtype=torch.uint8)
-    places: dict[int, list[int]] = {}
-    for place in range(pairs * FRAMES_PER_PATCH):
-        places.setdefault(indices[min(place, len(indices) - 1)], []).append(place)
-    missing = set(places)
-    for number, rgb in frames:
+    slots: dict[int, list[int]] = {}
+    for slot in range(pairs * FRAMES_PER_PATCH):
+        slots.setdefault(indices[min(slot, len(indices) - 1)], []).append(slot)
+    missing = set(slots)
+    for index, rgb in frames:
         frame = resize_to_patches(rgb, (rows, cols)).view(rows * cols, 3, PATCH * PATCH)
-        for place in places[number]:
-            patches[place // FRAMES_PER_PATCH, :, :, place % FRAMES_PER_PATCH] = frame
-        missing.discard(number)
-    assert not missing, f"frames {sorted(missing)[:5]} of the clip never came"
+        for slot in slots[index]:
+            patches[slot // FRAMES_PER_PATCH, :, :, slot % FRAMES_PER_PATCH] = frame
+        missing.discard(index)
+    assert not missing, f"frames {sorted(missing)[:5]} of the clip are missing"
     return patches.view(pairs * rows * cols, 3 * FRAMES_PER_PATCH * PATCH * PATCH)
 
 
-def doubled(patches: Tensor) -> Tensor:
-    """Repeat the one frame of stills (P, 768), as it stands beside clips: (P, 1536). Clips come back as they are."""
+def repeat_still_frames(patches: Tensor) -> Tensor:
+    """Repeat the one frame of stills, (P, 768) -> (P, 1536), the shape of clips. Clips are returned unchanged."""
     if patches.shape[1] != 3 * PATCH * PATCH:
         return patches
     return patches.view(-1, 3, 1, PATCH * PATCH).expand(-1, -1, FRAMES_PER_PATCH, -1).flatten(1)

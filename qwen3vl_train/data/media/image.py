@@ -1,17 +1,11 @@
-"""Find images, read their sizes from the header alone, decode them, and cut them into patches as Qwen3-VL does.
+"""Read the size of images from their header alone, decode them, and cut them into patches as Qwen3-VL does.
 
-Everything a row of data may name goes through `open_image`; only what the recipe allows to be fetched (a `Remote`) is
-reached over the network, and only the common raster formats are opened (some of Pillow's others start programs).
+Only the common raster formats are opened: some of Pillow's others start programs.
 """
 
-import base64
-import binascii
 import contextlib
-import errno
 import math
 import os
-import re
-import stat
 import struct
 import zlib
 from collections.abc import Iterator
@@ -26,10 +20,7 @@ from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
 from qwen3vl_train.data.errors import MediaFault
-from qwen3vl_train.data.media.remote import Remote, is_web_address
-
-ImageSource = str | bytes | Image.Image | Remote
-"""A path, a `data:` URI, the bytes of an encoded image, a PIL image, or something to be fetched."""
+from qwen3vl_train.data.media.paths import ImageInput, describe, path_or_bytes, unreadable
 
 PATCH = 16
 MERGE = 2
@@ -44,89 +35,14 @@ _DAMAGE = (
 """What Pillow's readers raise on damaged input; seen in its sources and by feeding them damaged files."""
 
 _STRIP_ROWS = 64
-_NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
 
 
-def name_of(source: ImageSource, kind: str = "image") -> str:
-    """Name a source in messages: its path (shortened), or what kind of object it is. kind: 'image' or 'video'."""
-    if isinstance(source, str):
-        return "data URI" if source.startswith("data:") else f"{kind} {source[:200]}{'...' * (len(source) > 200)}"
-    if isinstance(source, bytes):
-        return f"{kind} of {len(source)} bytes"
-    if isinstance(source, Remote):
-        return f"{kind} {source}"
-    return f"PIL image of {source.width}x{source.height}"
-
-
-def locate(path: str, media_root: str | os.PathLike[str] | None, kind: str = "image") -> str:
-    """Return the real path of a media file.
-
-    With a media_root, relative paths start there and nothing outside it is reached, be it by `..`, by an absolute
-    path or through a symbolic link. Without one, any local path will do. Raises MediaFault.
-    """
-    name = name_of(path, kind)
-    scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", path)
-    if scheme:
-        remedy = " or set allow_urls: true" if is_web_address(path) else ""
-        raise MediaFault(
-            f"{name}: is a {scheme[1]} URL and nothing is downloaded; give a local path{remedy}", kind="forbidden_path"
-        )
-    if "\0" in path or not path:
-        raise MediaFault(f"{name}: is not a path; give the path of a file")
-    if media_root is None:
-        return os.path.realpath(path)
-    root = os.path.realpath(media_root)
-    real = os.path.realpath(os.path.join(root, path))
-    if os.path.commonpath([root, real]) != root:
-        raise MediaFault(
-            f"{name}: leaves media_root {os.fspath(media_root)}; move the file into it", kind="forbidden_path"
-        )
-    return real
-
-
-def open_image(source: ImageSource, media_root: str | os.PathLike[str] | None = None) -> Image.Image:
-    """Open an image without decoding it; the caller closes it. Raises MediaFault for everything that is not one."""
-    name = name_of(source)
-    if isinstance(source, Image.Image):
-        return source
-    if isinstance(source, str) and source.startswith("data:"):
-        source = decode_data_uri(source)
-    elif isinstance(source, Remote):
-        source = source.fetch()
-    if isinstance(source, bytes):
-        if not source:
-            raise MediaFault(f"{name}: is empty; give the bytes of an image file")
-        return _identify(BytesIO(source), name)
-    return _identify(find_file(source, media_root), name)
-
-
-def find_file(path: str, media_root: str | os.PathLike[str] | None, kind: str = "image") -> str:
-    """Return the real path of a media file that exists and is not empty. Raises MediaFault, as `locate` does."""
-    name, real = name_of(path, kind), locate(path, media_root, kind)
-    try:
-        status = os.stat(real)
-    except OSError as error:
-        if error.errno not in _NOT_THERE:
-            raise _unreadable(name, error, "damaged") from None
-        raise MediaFault(f"{name}: no such file ({real}); check the path and media_root", kind="missing_file") from None
-    if not stat.S_ISREG(status.st_mode):
-        raise MediaFault(f"{name}: is not a file ({real}); check the path and media_root", kind="missing_file")
-    if status.st_size == 0:
-        raise MediaFault(f"{name}: is empty (0 bytes); copy the file again")
-    return real
-
-
-def decode_data_uri(uri: str, kind: str = "image") -> bytes:
-    """Return the bytes that a base64 data URI holds. Raises MediaFault."""
-    header, comma, body = uri.partition(",")
-    if not comma or not header.endswith(";base64"):
-        raise MediaFault(
-            f"data URI: is not base64; write data:{'image/png' if kind == 'image' else 'video/mp4'};base64,..."
-        )
-    try:
-        return base64.b64decode(body, validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise MediaFault(f"data URI: is not base64 ({error}); encode the {kind} again") from None
+def open_image(image: ImageInput, media_root: str | os.PathLike[str] | None = None) -> Image.Image:
+    """Open an image without decoding it; the caller closes it. Raise MediaFault for everything that is not an image."""
+    if isinstance(image, Image.Image):
+        return image
+    file = path_or_bytes(image, media_root)
+    return _identify(BytesIO(file) if isinstance(file, bytes) else file, describe(image))
 
 
 @cache
@@ -139,25 +55,22 @@ def _identify(file: str | IO[bytes], name: str) -> Image.Image:
     try:
         image = Image.open(file, formats=_readable())
     except Image.UnidentifiedImageError:
-        raise MediaFault(
-            f"{name}: is not an image of a known kind ({', '.join(_readable())}); convert it", kind="unsupported_media"
-        ) from None
+        fault = f"{name}: is not an image of a known format ({', '.join(_readable())}); convert it"
+        raise MediaFault(fault, kind="unsupported_media") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise _too_large(name, _declared_size(file) or str(error)) from None
     except _DAMAGE as error:
-        raise _unreadable(name, error, "damaged") from None
+        raise _damage_fault(name, error, "damaged") from None
     if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
         image.close()
         raise _too_large(name, f"{image.width}x{image.height}")
     return image
 
 
-def _unreadable(name: str, error: BaseException, what: str) -> MediaFault:
-    """Tell a disk or its permissions, whose errors have a number, from what is in a file."""
+def _damage_fault(name: str, error: BaseException, what: str) -> MediaFault:
+    """Distinguish errors of the disk or of its permissions, which have a number, from damage in a file."""
     if isinstance(error, OSError) and error.errno is not None:
-        return MediaFault(
-            f"{name}: cannot be read ({error.strerror}); check disk and permissions", kind="read_error", transient=True
-        )
+        return unreadable(name, error.strerror)
     return MediaFault(f"{name}: is {what} ({error}); replace the file")
 
 
@@ -170,7 +83,7 @@ def _too_large(name: str, size: str) -> MediaFault:
 
 
 def _declared_size(file: str | IO[bytes]) -> str | None:
-    """Read the size of an image that Pillow refuses to open for its size; None where its reader itself refuses."""
+    """Return the size of an image that Pillow refuses to open because of it; None where its reader refuses too."""
     with open(file, "rb") if isinstance(file, str) else file as stream:
         for kind in _readable():
             make, accept = Image.OPEN[kind]
@@ -184,29 +97,27 @@ def _declared_size(file: str | IO[bytes]) -> str | None:
 
 
 @contextlib.contextmanager
-def _reading(source: ImageSource, media_root: str | os.PathLike[str] | None) -> Iterator[Image.Image]:
-    """Open an image for reading, turn what Pillow raises into MediaFault, close what was opened here."""
-    image, name = open_image(source, media_root), name_of(source)
+def _reading(source: ImageInput, media_root: str | os.PathLike[str] | None) -> Iterator[Image.Image]:
+    """Open an image for reading, turn what Pillow raises into MediaFault, and close what was opened here."""
+    image, name = open_image(source, media_root), describe(source)
     try:
         if image.width < 1 or image.height < 1:
             raise MediaFault(f"{name}: {image.width}x{image.height} has no pixels; replace it")
         if image.mode == "F" or image.mode.startswith("I"):
-            raise MediaFault(
-                f"{name}: mode {image.mode} has more than 8 bits and no stated range; convert it to 8 bits a channel",
-                kind="unsupported_media",
-            )
+            fault = f"mode {image.mode} has more than 8 bits and no stated range; convert it to 8 bits a channel"
+            raise MediaFault(f"{name}: {fault}", kind="unsupported_media")
         yield image
     except MediaFault:
         raise
     except _DAMAGE as error:
-        raise _unreadable(name, error, "truncated or damaged") from None
+        raise _damage_fault(name, error, "truncated or damaged") from None
     finally:
         if image is not source:
             image.close()
 
 
-def image_size(source: ImageSource, media_root: str | os.PathLike[str] | None = None) -> tuple[int, int]:
-    """Return (height, width) as `load_rgb` will give them, from the header alone. Raises MediaFault."""
+def image_size(source: ImageInput, media_root: str | os.PathLike[str] | None = None) -> tuple[int, int]:
+    """Return the (height, width) that `load_rgb` will give, from the header alone. Raise MediaFault."""
     with _reading(source, media_root) as image:
         width, height = image.size
         if image is not source and _header_orientation(image) in (5, 6, 7, 8):
@@ -215,19 +126,19 @@ def image_size(source: ImageSource, media_root: str | os.PathLike[str] | None = 
 
 
 def _header_orientation(image: Image.Image) -> int:
-    """EXIF orientation (1..8) still to be applied to `image.size`, without decoding pixels where that can be."""
+    """Return the EXIF orientation (1..8) to apply to `image.size`, without decoding pixels where possible."""
     if image.format == "TIFF" and ExifTags.Base.Orientation in image.tag_v2:  # type: ignore[attr-defined]
-        return 1  # Pillow turns these itself, and their size is already the turned one
-    if image.format == "PNG" and "exif" not in image.info and _png_metadata_behind_pixels(image):
+        return 1  # Pillow rotates these itself, and `size` is already that of the rotated image
+    if image.format == "PNG" and "exif" not in image.info and _png_metadata_after_pixels(image):
         image.load()
     # Not image.getexif(): that of PNG decodes every image that has no EXIF block.
     return Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
 
 
-def _png_metadata_behind_pixels(image: Image.Image) -> bool:
-    """Say whether a PNG has an EXIF or XMP block behind its pixels. Leaves the file where it was."""
+def _png_metadata_after_pixels(image: Image.Image) -> bool:
+    """Return whether a PNG has an EXIF or XMP block after its pixels. The file position is restored."""
     file = image.fp  # type: ignore[attr-defined]
-    place, seen_pixels, found = file.tell(), False, False
+    position, seen_pixels, found = file.tell(), False, False
     file.seek(8)
     while len(header := file.read(8)) == 8 and not found:
         length, kind = struct.unpack(">I4s", header)
@@ -235,15 +146,16 @@ def _png_metadata_behind_pixels(image: Image.Image) -> bool:
         seen_pixels |= kind == b"IDAT"
         found = kind == b"eXIf" or start.startswith((b"Raw profile type exif", b"XML:com.adobe.xmp"))
         file.seek(length + 4 - len(start), os.SEEK_CUR)
-    file.seek(place)
+    file.seek(position)
     return found
 
 
-def load_rgb(source: ImageSource, media_root: str | os.PathLike[str] | None = None) -> Tensor:
-    """Decode an image to uint8 (3, H, W), a channels-last view. Raises MediaFault.
+def load_rgb(source: ImageInput, media_root: str | os.PathLike[str] | None = None) -> Tensor:
+    """Decode an image to uint8 (3, H, W), a channels-last view. Raise MediaFault.
 
-    EXIF orientation is applied to encoded images, not to PIL objects, and transparency is laid on white, as
-    transformers' Qwen2VLImageProcessor does. Grey, palette and CMYK images convert. Of an animation: the first frame.
+    EXIF orientation is applied to encoded images, not to PIL objects, and transparency is composited on white, as
+    transformers' Qwen2VLImageProcessor does. Grey, palette and CMYK images are converted. An animation gives its first
+    frame.
     """
     with _reading(source, media_root) as image:
         if image is not source:
@@ -259,8 +171,8 @@ def load_rgb(source: ImageSource, media_root: str | os.PathLike[str] | None = No
 def _pixels(rgb: Image.Image) -> np.ndarray:
     """Copy an RGB image to uint8 (H, W, 3), a few rows at a time.
 
-    In one go Pillow makes two more copies of the whole on the way; to get the memory for every copy that is spared here
-    and in `load_rgb` takes longer than to decode a JPEG.
+    Converted at once, Pillow makes two more copies of the whole image; allocating each copy that is avoided here and in
+    `load_rgb` takes longer than decoding a JPEG.
     """
     pixels_HWC = np.empty((rgb.height, rgb.width, 3), dtype=np.uint8)
     for top in range(0, rgb.height, _STRIP_ROWS):
@@ -270,16 +182,14 @@ def _pixels(rgb: Image.Image) -> np.ndarray:
 
 
 def smart_resize(height: int, width: int, *, factor: int = FACTOR, min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """Return the (height, width) an image is resized to: multiples of factor, area between the limits, ratio kept.
+    """Return the (height, width) to resize an image to: multiples of factor, area between the limits, ratio kept.
 
     Agrees with `smart_resize` of transformers' Qwen2VLImageProcessor (halves round to even). For very long images the
-    smallest side (one factor) wins over max_pixels. Raises MediaFault beyond 200:1. 300, 400 -> 288, 384.
+    smallest side (one factor) takes precedence over max_pixels. Raise MediaFault beyond 200:1. 300, 400 -> 288, 384.
     """
     if max(height, width) > MAX_ASPECT * min(height, width):
-        raise MediaFault(
-            f"image of {width}x{height}: is more extreme than {MAX_ASPECT}:1; crop it or pad it",
-            kind="unsupported_media",
-        )
+        fault = f"image of {width}x{height}: its aspect ratio exceeds {MAX_ASPECT}:1; crop it or pad it"
+        raise MediaFault(fault, kind="unsupported_media")
     rows, cols = round(height / factor) * factor, round(width / factor) * factor
     if rows * cols > max_pixels:
         shrink = math.sqrt(height * width / max_pixels)
@@ -295,8 +205,8 @@ def smart_resize(height: int, width: int, *, factor: int = FACTOR, min_pixels: i
 def resize_to_patches(rgb_CHW: Tensor, grid_hw: tuple[int, int]) -> Tensor:
     """Resize uint8 (3, H, W) to grid_hw patches of 16x16 and return them as uint8 (P, 768), in merge-block order.
 
-    One frame: a still repeats its frame, so it is stored once; a patch is (channel, row, column), flattened. Patches
-    run over blocks (rows / 2, columns / 2, 2, 2). Bit-equal to transformers' Qwen2VLImageProcessor (torchvision).
+    A still repeats its frame, so that is stored once; a patch is (channel, row, column), flattened. Patches are ordered
+    by blocks (rows / 2, columns / 2, 2, 2). Bit-equal to transformers' Qwen2VLImageProcessor (torchvision).
     """
     rows, cols = grid_hw
     size = (rows * PATCH, cols * PATCH)

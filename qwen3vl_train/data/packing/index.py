@@ -14,7 +14,7 @@ from qwen3vl_train.data.encode.encoder import SampleCost, fewest_tokens, is_trai
 from qwen3vl_train.data.errors import MediaFault, Reject, RowFault
 from qwen3vl_train.data.packing.index_cache import RowReject, SourceIndex, load_index, save_index
 from qwen3vl_train.data.packing.workers import in_workers
-from qwen3vl_train.data.rows.formats import SHAPES
+from qwen3vl_train.data.rows.formats import FORMATS
 from qwen3vl_train.data.rows.media_files import is_fetched, local_files, read_stats
 from qwen3vl_train.data.rows.sample import Sample
 from qwen3vl_train.data.sources import Source
@@ -41,8 +41,7 @@ class LengthRule(NamedTuple):
 
         Raises RowFault, also where the template trains nothing of the sample.
         """
-        encoder = collator.encoder
-        pieces = encoder.render(sample)
+        pieces = collator.render(sample)
         if not is_trained(pieces):
             raise RowFault(
                 "nothing to learn: a Thinking checkpoint is trained on answers behind the last question, and none "
@@ -53,7 +52,7 @@ class LengthRule(NamedTuple):
         fewest = fewest_tokens(pieces, collator.tokenizer)
         if fewest > self.max_tokens:
             return self._too_long(f"at least {fewest} tokens of text is longer than {self.field} {self.max_tokens}")
-        cost = encoder.cost_of(pieces, sample.media_root)
+        cost = collator.cost_of(pieces, sample.media_root)
         too_many = self.max_patches is not None and cost.patches > self.max_patches
         if cost.tokens <= self.max_tokens and not too_many:
             return cost
@@ -124,7 +123,7 @@ class Index:
     def count_shapes(self, source: int) -> Counter[str]:
         """Return how many rows of one source have each shape, without those that could not be read."""
         found = self.shapes[self.starts[source] : self.starts[source + 1]]
-        return Counter({shape: int((found == place).sum()) for place, shape in enumerate(SHAPES)})
+        return Counter({shape: int((found == place).sum()) for place, shape in enumerate(FORMATS)})
 
     def locate(self, number: int) -> tuple[int, int]:
         """Return (source, row of that source) of a row number."""
@@ -153,7 +152,7 @@ def build_index(
     cache_folder: where what was found is kept; a source whose content, template, budgets and media files are as they
     were is read from there, and only rows whose media files changed, or whose fault may have passed, are looked at
     again. progress: called with (rows looked at, rows to look at). What is wrong with the rows raises nothing here: see
-    `check_rejects`.
+    `RejectLedger.check`.
     """
     keys = [_cache_key(source, collator, rule) for source in sources]
     parts = [
@@ -228,7 +227,7 @@ class _Look:
                     costs[:, at] = cost
             files.append([] if sample is None else local_files(sample))
             if sample is not None:
-                shapes[at] = SHAPES.index(sample.shape)
+                shapes[at] = FORMATS.index(sample.row_format)
         paths = [path for of_row in files for path in of_row]
         num_files = np.array([len(of_row) for of_row in files], dtype=np.int64)
         return SourceIndex(costs, dropped, shapes, rejects, paths, num_files, read_stats(paths))
@@ -244,19 +243,3 @@ def _cache_key(source: Source, collator: MultimodalCollator, rule: LengthRule) -
         "length": list(rule),
         "name": source.name,
     }
-
-
-def check_rejects(index: Index, sources: Sequence[Source], max_rejected_fraction: float) -> None:
-    """Raise ValueError when there is nothing to learn from, or too much of the data is rejected."""
-    rejected = len(index.rejects)
-    shown = "".join(f"\n  - {reject}" for reject in index.rejects[:3])
-    if not index.num_usable:
-        names = ", ".join(source.name for source in sources)
-        raise ValueError(
-            f"{names}: nothing to learn from, none of {index.num_rows} rows can be used; mend the rows{shown}"
-        )
-    if rejected > max_rejected_fraction * index.num_rows:
-        raise ValueError(
-            f"data: {rejected} of {index.num_rows} rows cannot be used, more than data.max_rejected_fraction "
-            f"{max_rejected_fraction:g}; mend them or raise it{shown}"
-        )

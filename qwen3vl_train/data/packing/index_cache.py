@@ -35,7 +35,7 @@ class RowReject(NamedTuple):
 @dataclass
 class SourceIndex:
     """n rows of one source. costs: int64 (fields of SampleCost, n), 0 where a row is not used. dropped: bool (n,).
-    shapes: int8 (n,), place of the row's shape in SHAPES, -1 where it could not be read.
+    shapes: int8 (n,), index of the row's format in FORMATS, -1 where it could not be read.
 
     files: media files of all rows, row after row; num_files: int64 (n,), of each; stats: (files, 2), see `read_stats`.
     """

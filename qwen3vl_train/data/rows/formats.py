@@ -1,8 +1,8 @@
-"""The shapes that rows come in, each rewritten as OpenAI messages; `formats.py` then checks all of them alike.
+"""The formats of rows, each rewritten as OpenAI messages, which `messages.py` then checks.
 
-openai      {"messages": [{"role", "content"}]}, with media in typed parts, or apart from them under images and videos
-sharegpt    {"conversations": [{"from", "value"}]}, media apart, `<image>` and `<video>` marks in the questions; LLaVA's
-            JSON, and that of Qwen's own fine-tuning scripts with its data_path
+openai      {"messages": [{"role", "content"}]}, with media in typed parts, or listed separately under images and videos
+sharegpt    {"conversations": [{"from", "value"}]}, media listed separately, `<image>` and `<video>` placeholders in the
+            questions; LLaVA's JSON, and that of Qwen's own fine-tuning scripts with its data_path
 columns     {"question", "answer", "image"}, or whatever the recipe's `columns` calls them
 """
 
@@ -15,25 +15,25 @@ from typing import Any
 from qwen3vl_train.data.errors import RowFault
 
 Row = dict[str, Any]
-SHAPES = ("openai", "sharegpt", "columns")
+FORMATS = ("openai", "sharegpt", "columns")
 COLUMNS = ("question", "answer", "system", "reasoning", "image", "video", "boxes", "points")
 """What `columns` can name a column for."""
 READ_COLUMNS = (
     "messages", "conversations", "conversation", "tools", "system", "image", "images", "video", "videos", "data_path",
     "question", "answer", "reasoning", "boxes", "points", "bbox", "bbox_layout",
 )  # fmt: skip
-"""Every column that is looked at; typed files are read no further."""
+"""Every column that is read from typed files, unless `columns` renames it."""
 _ROLES = {
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "bot": "assistant",
     "chatgpt": "assistant", "model": "assistant", "system": "system", "tool": "tool", "observation": "tool",
     "function_response": "tool", "function_call": "assistant",
 }  # fmt: skip
-_MARK = re.compile(r"(<image>|<video>)")
-_BREAK_BEHIND, _BREAK_BEFORE = re.compile(r"^[^\S\n]*\n\s*"), re.compile(r"\s*\n[^\S\n]*$")
+_PLACEHOLDER = re.compile(r"(<image>|<video>)")
+_BREAK_AFTER, _BREAK_BEFORE = re.compile(r"^[^\S\n]*\n\s*"), re.compile(r"\s*\n[^\S\n]*$")
 
 
-def recognise(row: Row, columns: Mapping[str, str]) -> str:
-    """Return the shape of a row, a member of SHAPES. Raises RowFault when it has none of them."""
+def detect_format(row: Row, columns: Mapping[str, str]) -> str:
+    """Return the format of a row, a member of FORMATS. Raise RowFault when it has none of them."""
     messages = row.get("messages")
     if messages is not None:
         first = messages[0] if isinstance(messages, list) and messages else None
@@ -50,38 +50,38 @@ def recognise(row: Row, columns: Mapping[str, str]) -> str:
     )
 
 
-def to_messages(row: Row, shape: str, columns: Mapping[str, str]) -> Row:
-    """Rewrite a row of a known shape as {"messages", "tools"}. The values in it are still to be checked.
+def to_messages(row: Row, row_format: str, columns: Mapping[str, str]) -> Row:
+    """Rewrite a row of a known format as {"messages", "tools"}. Its values are not checked yet.
 
     {"image": "a.png", "conversations": [{"from": "human", "value": "<image>\\nWhat?"}, ...]} ->
     {"messages": [{"role": "user", "content": [{"type": "image", "image": "a.png"}, {"type": "text", "text": "What?"}]},
-    ...]}. Raises RowFault, also when marks and media do not match in number.
+    ...]}. Raise RowFault, also when placeholders and media differ in number.
     """
-    media = _Media(row, columns)
-    if shape == "openai":
+    media = _ListedMedia(row, columns)
+    if row_format == "openai":
         messages = row.get("messages")
-    elif shape == "sharegpt":
-        messages = _turns(row)
+    elif row_format == "sharegpt":
+        messages = _sharegpt_messages(row)
     else:
-        messages = _question_and_answer(row, columns, media)
+        messages = _column_messages(row, columns, media)
     if isinstance(messages, list):
-        messages = media.placed(messages)
+        messages = media.insert_into(messages)
     tools = row.get("tools")
     if isinstance(tools, str):
-        tools = _parsed(tools, "tools") if tools.strip() else None
+        tools = _parse_json(tools, "tools") if tools.strip() else None
     return {"messages": messages, "tools": tools}
 
 
-def _turns(row: Row) -> Any:
+def _sharegpt_messages(row: Row) -> Any:
     turns = next((row[key] for key in ("conversations", "conversation", "messages") if row.get(key) is not None), None)
     if not isinstance(turns, list):
         raise RowFault("conversations is not a list; write a list of {from, value}", kind="wrong_type")
     system = row.get("system")
     messages: list[Any] = [{"role": "system", "content": system}] if system else []
-    return messages + [_turn(turn, f"conversations[{place}]") for place, turn in enumerate(turns)]
+    return messages + [_sharegpt_message(turn, f"conversations[{index}]") for index, turn in enumerate(turns)]
 
 
-def _turn(turn: Any, where: str) -> Row:
+def _sharegpt_message(turn: Any, where: str) -> Row:
     if not isinstance(turn, dict):
         raise RowFault(f"{where} is not an object; write from and value", kind="wrong_type")
     message = {key: value for key, value in turn.items() if key not in ("from", "value") and value is not None}
@@ -93,92 +93,90 @@ def _turn(turn: Any, where: str) -> Row:
         message["content"] = turn["value"]
     if speaker == "function_call":
         calls = message.pop("content", None)
-        calls = _parsed(calls, f"{where}.value") if isinstance(calls, str) else calls
+        calls = _parse_json(calls, f"{where}.value") if isinstance(calls, str) else calls
         message["tool_calls"] = calls if isinstance(calls, list) else [calls]
     return message
 
 
-def _parsed(text: str, where: str) -> Any:
+def _parse_json(text: str, where: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise RowFault(f"{where} is not JSON ({str(error)[:80]}); write it as JSON", kind="invalid_json") from None
 
 
-def _question_and_answer(row: Row, columns: Mapping[str, str], media: "_Media") -> list[Any]:
-    def value(name: str) -> Any:
-        return row.get(columns.get(name, name))
-
-    question, messages = value("question"), []
+def _column_messages(row: Row, columns: Mapping[str, str], media: "_ListedMedia") -> list[Any]:
+    question, system, answer, reasoning = (
+        row.get(columns.get(name, name)) for name in ("question", "system", "answer", "reasoning")
+    )
     if question is not None and not isinstance(question, str):
-        raise RowFault(
-            f"column {columns.get('question', 'question')} is no text; name the question's column", kind="wrong_type"
-        )
-    if value("system"):
-        messages.append({"role": "system", "content": value("system")})
+        fault = f"column {columns.get('question', 'question')} is not text; name the question's column"
+        raise RowFault(fault, kind="wrong_type")
     content: Any = question or ""
-    if not _MARK.search(content):
-        content = media.all_parts() + ([{"type": "text", "text": question}] if question else [])
-        media.clear()
+    if not _PLACEHOLDER.search(content):
+        content = media.take_all() + ([{"type": "text", "text": question}] if question else [])
     if not content:
-        raise RowFault("neither question nor image; a row asks something", kind="missing_field")
-    answer = {"role": "assistant", "content": value("answer"), "reasoning_content": value("reasoning")}
-    return [*messages, {"role": "user", "content": content}, answer]
+        raise RowFault("neither a question nor an image; give a question", kind="missing_field")
+    return [
+        *([{"role": "system", "content": system}] if system else []),
+        {"role": "user", "content": content},
+        {"role": "assistant", "content": answer, "reasoning_content": reasoning},
+    ]
 
 
-class _Media:
-    """The media a row names apart from its text, still to be put where they belong."""
+class _ListedMedia:
+    """The media that a row lists separately from its texts, until they are inserted at their placeholders."""
 
     def __init__(self, row: Row, columns: Mapping[str, str]) -> None:
         folder = row.get("data_path")
         self.values = {
-            kind: [_inside(folder, value) for value in _listed(row, kind, columns)] for kind in ("image", "video")
+            kind: [_join_folder(folder, value) for value in _listed(row, kind, columns)] for kind in ("image", "video")
         }
 
-    def all_parts(self) -> list[Row]:
-        return [{"type": kind, kind: value} for kind, values in self.values.items() for value in values]
-
-    def clear(self) -> None:
+    def take_all(self) -> list[Row]:
+        """Return all media as parts, and forget them."""
+        parts = [{"type": kind, kind: value} for kind, values in self.values.items() for value in values]
         self.values = {"image": [], "video": []}
+        return parts
 
-    def placed(self, messages: list[Any]) -> list[Any]:
-        """Put the media at their marks. Raises RowFault where numbers differ.
+    def insert_into(self, messages: list[Any]) -> list[Any]:
+        """Insert the media at their placeholders. Raise RowFault where their numbers differ.
 
-        In a row with typed parts and no media apart from them, marks are plain text: there the parts say what is one.
+        In a row with typed parts and no listed media, placeholders are plain text: there the parts name the media.
         """
-        marks, typed, own = _count_marks(messages)
-        wanted = {kind: marks[kind] + marks["valueless"].count(kind) for kind in self.values}
-        if not any(self.values.values()) and (not any(wanted.values()) or (typed and not marks["valueless"])):
+        placeholders, empty_parts, typed, num_own = _count_placeholders(messages)
+        wanted = {kind: placeholders[kind] + empty_parts[kind] for kind in self.values}
+        if not any(self.values.values()) and (not any(wanted.values()) or (typed and not any(empty_parts.values()))):
             return messages
         for kind, values in self.values.items():
             if len(values) != wanted[kind]:
-                raise RowFault(_miscounted(kind, len(values), wanted[kind], own), kind="media_mismatch")
+                raise RowFault(_mismatch(kind, len(values), wanted[kind], num_own), kind="media_mismatch")
         pools = {kind: iter(values) for kind, values in self.values.items()}
-        return [_with_media(message, pools) if _asks(message) else message for message in messages]
+        return [_insert_media(message, pools) if _is_question(message) else message for message in messages]
 
 
-def _miscounted(kind: str, listed: int, marked: int, own: int) -> str:
-    if own:
-        remedy = f"the parts hold {own} of their own: list none beside them, or leave parts without media for them"
+def _mismatch(kind: str, listed: int, wanted: int, num_own: int) -> str:
+    if num_own:
+        remedy = f"the parts contain {num_own} of their own: list no others, or leave parts without media for them"
     elif listed:
-        remedy = f"put one mark where each {kind} belongs"
+        remedy = f"put one placeholder where each {kind} belongs"
     else:
         remedy = f"list one {kind} for each, or write typed parts, in which a text is a text"
     return (
-        f"{listed} {kind}{'s' * (listed != 1)} but {marked} <{kind}> mark{'s' * (marked != 1)} in the questions; "
-        f"{remedy}"
+        f"{listed} {kind}{'s' * (listed != 1)} but {wanted} <{kind}> placeholder{'s' * (wanted != 1)} in the "
+        f"questions; {remedy}"
     )
 
 
-def holds_media(row: Row) -> bool:
-    """Say whether a row names its media itself, in lists or in the parts of its messages."""
+def names_media(row: Row) -> bool:
+    """Return whether a row names media itself, in lists or in the parts of its messages."""
     if any(row.get(key) for key in ("image", "images", "video", "videos")):
         return True
     lists = [row.get(key) for key in ("messages", "conversations", "conversation")]
     messages = [message for found in lists if isinstance(found, list) for message in found if isinstance(message, dict)]
     contents = [message.get(key) for message in messages for key in ("content", "value")]
     parts = [part for content in contents if isinstance(content, list) for part in content if isinstance(part, dict)]
-    return any(_holds_medium(part) for part in parts)
+    return any(_has_medium(part) for part in parts)
 
 
 def _listed(row: Row, kind: str, columns: Mapping[str, str]) -> list[Any]:
@@ -192,12 +190,12 @@ def _listed(row: Row, kind: str, columns: Mapping[str, str]) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
-def _inside(folder: Any, value: Any) -> Any:
-    """Put a row's data_path before a path, or before each frame of a list or of {"frames": [...], "fps": 2}."""
+def _join_folder(folder: Any, value: Any) -> Any:
+    """Prepend a row's data_path to a path, or to each frame of a list or of {"frames": [...], "fps": 2}."""
     if isinstance(value, list):
-        return [_inside(folder, item) for item in value]
+        return [_join_folder(folder, item) for item in value]
     if isinstance(value, dict) and "frames" in value:
-        return {**value, "frames": _inside(folder, value["frames"])}
+        return {**value, "frames": _join_folder(folder, value["frames"])}
     if not folder or not isinstance(value, str) or value.startswith("data:") or "://" in value:
         return value
     if not isinstance(folder, str):
@@ -205,31 +203,34 @@ def _inside(folder: Any, value: Any) -> Any:
     return os.path.join(folder, value)
 
 
-def _asks(message: Any) -> bool:
+def _is_question(message: Any) -> bool:
     return isinstance(message, dict) and message.get("role") in ("user", "tool")
 
 
-def _count_marks(messages: list[Any]) -> tuple[dict[str, Any], bool, int]:
-    """Return (marks of each kind in text, kinds of parts that name no medium), whether any question is written as
-    parts, and the number of parts that name a medium.
+def _count_placeholders(messages: list[Any]) -> tuple[dict[str, int], dict[str, int], bool, int]:
+    """Count what takes or names a medium in the questions.
+
+    Return the placeholders in texts and the parts without their medium, each by kind; whether any question has typed
+    parts; and the number of parts with a medium.
     """
-    marks: dict[str, Any] = {"image": 0, "video": 0, "valueless": []}
-    own = 0
+    placeholders, empty_parts = {"image": 0, "video": 0}, {"image": 0, "video": 0}
+    num_own = 0
     for text, part in _texts_and_parts(messages):
         if text is not None:
-            for mark in _MARK.findall(text):
-                marks[mark[1:-1]] += 1
-        elif (kind := _valueless(part)) is not None:
-            marks["valueless"].append(kind)
+            for match in _PLACEHOLDER.findall(text):
+                placeholders[match[1:-1]] += 1
+        elif (kind := _kind_without_medium(part)) is not None:
+            empty_parts[kind] += 1
         else:
-            own += _holds_medium(part)
-    return marks, any(_asks(message) and isinstance(message.get("content"), list) for message in messages), own
+            num_own += _has_medium(part)
+    typed = any(_is_question(message) and isinstance(message.get("content"), list) for message in messages)
+    return placeholders, empty_parts, typed, num_own
 
 
 def _texts_and_parts(messages: list[Any]) -> Iterator[tuple[str | None, Any]]:
     """Yield (text, None) for each text of a question and (None, part) for each other part."""
     for message in messages:
-        content = message.get("content") if _asks(message) else None
+        content = message.get("content") if _is_question(message) else None
         for part in [content] if isinstance(content, str) else content if isinstance(content, list) else []:
             text = part.get("text") if isinstance(part, dict) else part
             if isinstance(text, str):
@@ -238,17 +239,17 @@ def _texts_and_parts(messages: list[Any]) -> Iterator[tuple[str | None, Any]]:
                 yield None, part
 
 
-def _valueless(part: Row) -> str | None:
-    """Return 'image' or 'video' for a part that says what stands there but not which."""
+def _kind_without_medium(part: Row) -> str | None:
+    """Return 'image' or 'video' for a part like {"type": "image"}, which does not say which one."""
     kind = part.get("type")
-    return kind if kind in ("image", "video") and not _holds_medium(part) else None
+    return kind if kind in ("image", "video") and not _has_medium(part) else None
 
 
-def _holds_medium(part: Row) -> bool:
+def _has_medium(part: Row) -> bool:
     return any(part.get(key) is not None for key in ("image", "image_url", "video", "video_url"))
 
 
-def _with_media(message: Row, pools: dict[str, Iterator[Any]]) -> Row:
+def _insert_media(message: Row, pools: dict[str, Iterator[Any]]) -> Row:
     content = message.get("content")
     if isinstance(content, str):
         return {**message, "content": _split(content, pools)}
@@ -256,10 +257,10 @@ def _with_media(message: Row, pools: dict[str, Iterator[Any]]) -> Row:
         return message
     parts: list[Any] = []
     for part in content:
-        kind = _valueless(part) if isinstance(part, dict) else None
+        kind = _kind_without_medium(part) if isinstance(part, dict) else None
         if kind is not None:
             parts.append({**part, kind: next(pools[kind])})
-        elif isinstance(part, dict) and isinstance(part.get("text"), str) and _MARK.search(part["text"]):
+        elif isinstance(part, dict) and isinstance(part.get("text"), str) and _PLACEHOLDER.search(part["text"]):
             parts += _split(part["text"], pools)
         else:
             parts.append(part)
@@ -267,20 +268,20 @@ def _with_media(message: Row, pools: dict[str, Iterator[Any]]) -> Row:
 
 
 def _split(text: str, pools: dict[str, Iterator[Any]]) -> list[Row]:
-    """Cut a text at its marks. A line break next to a mark, and the blanks around it, are the mark's and go with it.
+    """Split a text at its placeholders. A line break next to one, and the blanks around it, are removed with it.
 
     "<image>\\nWhat?" -> image, "What?"; "Is <image> red?" -> "Is ", image, " red?"
     """
     parts: list[Row] = []
-    pieces = _MARK.split(text)
-    for place, piece in enumerate(pieces):
-        if place % 2:
+    pieces = _PLACEHOLDER.split(text)
+    for index, piece in enumerate(pieces):
+        if index % 2:
             kind = piece[1:-1]
             parts.append({"type": kind, kind: next(pools[kind])})
             continue
-        if place > 0:
-            piece = _BREAK_BEHIND.sub("", piece)
-        if place + 1 < len(pieces):
+        if index > 0:
+            piece = _BREAK_AFTER.sub("", piece)
+        if index + 1 < len(pieces):
             piece = _BREAK_BEFORE.sub("", piece)
         if piece:
             parts.append({"type": "text", "text": piece})

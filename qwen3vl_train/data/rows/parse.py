@@ -1,171 +1,162 @@
-"""One row, in whatever shape and from whatever file -> one checked `Sample`, by the rules of its data set."""
+"""One row, in any format and from any file -> one checked `Sample`, by the rules of its data set."""
 
 import json
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from qwen3vl_train.data.encode.chat import as_json
 from qwen3vl_train.data.errors import MediaFault, RowFault
 from qwen3vl_train.data.media.remote import Remote, is_web_address
-from qwen3vl_train.data.rows.boxes import NOT_SAID, Convention, write_boxes
-from qwen3vl_train.data.rows.formats import READ_COLUMNS, SHAPES, recognise, to_messages
-from qwen3vl_train.data.rows.sample import Message, Part, Sample, TextPart, parse_sample
+from qwen3vl_train.data.rows.boxes import NO_CONVENTION, Convention, fill_boxes
+from qwen3vl_train.data.rows.formats import FORMATS, READ_COLUMNS, detect_format, to_messages
+from qwen3vl_train.data.rows.messages import parse_sample, to_json
+from qwen3vl_train.data.rows.sample import ImagePart, Message, Part, Sample, TextPart, VideoPart
 
 MAX_ROW_BYTES = 256 << 20
-"""Of one row in a file, media inside included: it is held in memory a few times over while it is read."""
+"""Of one row in a file, media inside included: several copies of it are in memory while it is read."""
 MAX_TEXT_CHARACTERS = 4_000_000
-"""Of all texts of a row, tools and calls of them included. Qwen3-VL knows 262,144 places and four characters make a
-token of prose, so this is four times what any pack can hold. See also `LengthRule.admit`.
-"""
+"""Of all texts of a row, its tools and calls included. Qwen3-VL has 262,144 positions and four characters make a token
+of prose, so this is four times what any pack can hold. See also `LengthRule.admit`."""
 MAX_MEDIA = 4096
-"""Of a row. At 64 tokens, the least that the released checkpoints give an image, more do not fit in 262,144 places."""
+"""Of a row. At 64 tokens, the fewest that the released checkpoints give an image, more exceed 262,144 positions."""
 
-Find = Callable[[str], Any]
-"""Returns what a name in a row of an archive or a data set stands for: its medium, or a path under media_root. Raises
-MediaFault."""
+ResolveMedium = Callable[[str], Any]
+"""Return the medium that a row of an archive or a data set names, or a path under media_root. Raise MediaFault."""
 
 
 @dataclass(frozen=True)
 class RowRules:
     """How the rows of one entry of the recipe are read.
 
-    label: names the data set in sample ids, and so in its own loss curve; None: the file's name. format: a member of
-    SHAPES, or auto. columns: our name -> theirs. train_on: all answers, or only the last of each row. allow_urls: media
-    at web addresses are downloaded, once when the row is indexed and again whenever it is trained on.
+    label: name of the data set in sample ids, and so of its own loss curve; None: the file's name.
+    format: a member of FORMATS, or auto.
+    columns: our name -> theirs.
+    train_on: all answers, or only the last of each row.
+    boxes: the convention of boxes where a row states none.
+    allow_urls: media at web addresses are downloaded, when the row is indexed and again whenever it is trained on.
     """
 
     label: str | None = None
     format: str = "auto"
     columns: Mapping[str, str] = field(default_factory=dict)
     train_on: str = "all"
-    boxes: Convention = NOT_SAID
+    boxes: Convention = NO_CONVENTION
     allow_urls: bool = False
 
     def columns_read(self) -> set[str]:
-        """Every column of a typed file that these rules look at."""
+        """Return every column of a typed file that these rules read."""
         return {*READ_COLUMNS, *self.columns.values()}
 
     def sample_id(self, file: str, row_number: int) -> str:
-        """Name a row: `label:train.jsonl:17`, or `train.jsonl:17` where the file is the label. See `source_of`."""
+        """Name a row: `label:train.jsonl:17`, or `train.jsonl:17` where the file is the label. See `dataset_of`."""
         file = file.replace(":", "_")
         return f"{file}:{row_number}" if self.label in (None, file) else f"{self.label}:{file}:{row_number}"
 
-    def sample(self, row: Any, sample_id: str, media_root: str | None = None, find: Find | None = None) -> Sample:
-        """Return the row as a Sample that has something to learn. Raises RowFault.
+    def sample(
+        self, row: Any, sample_id: str, media_root: str | None = None, resolve: ResolveMedium | None = None
+    ) -> Sample:
+        """Return the row as a Sample that trains something. Raise RowFault.
 
-        find: where its media are, if not under media_root, which may be a folder or an fsspec URL; see `Find`.
+        media_root: the folder or fsspec URL of its media.
+        resolve: finds media that are not under media_root.
         """
         if not isinstance(row, dict):
-            raise RowFault(_no_object(row), kind="wrong_type")
-        shape = recognise(row, self.columns) if self.format == "auto" else self.format
-        sample = replace(parse_sample(to_messages(row, shape, self.columns), sample_id, media_root), shape=shape)
+            raise RowFault(_not_an_object(row), kind="wrong_type")
+        row_format = detect_format(row, self.columns) if self.format == "auto" else self.format
+        sample = parse_sample(to_messages(row, row_format, self.columns), sample_id, media_root, row_format)
         _check_size(sample)
-        sample = self._with_media(sample, find)
+        sample = self._resolve_media(sample, resolve)
         try:
-            sample = write_boxes(sample, row, self.columns, self.boxes)
+            sample = fill_boxes(sample, row, self.columns, self.boxes)
         except RowFault as fault:
             fault.sample = sample  # what is wrong with a box may be its image
             raise
         if self.train_on == "last":
-            sample = replace(sample, messages=_only_last_trained(sample.messages))
+            sample = replace(sample, messages=_train_last_only(sample.messages))
         if not any(message.loss_weight > 0 for message in sample.messages):
-            raise RowFault(
-                "nothing to learn: no assistant message is trained; add an answer or take out loss: false",
-                kind="nothing_to_learn",
-            )
+            fault = "nothing to learn: no assistant message is trained; add an answer or remove loss: false"
+            raise RowFault(fault, kind="nothing_to_learn")
         return sample
 
-    def _with_media(self, sample: Sample, find: Find | None) -> Sample:
+    def _resolve_media(self, sample: Sample, resolve: ResolveMedium | None) -> Sample:
         root = sample.media_root if sample.media_root and "://" in sample.media_root else None
-
-        def place(value: Any) -> Any:
-            if isinstance(value, list | tuple):
-                return type(value)(place(item) for item in value)
-            if not isinstance(value, str) or value.startswith("data:"):
-                return value
-            if self.allow_urls and is_web_address(value):
-                return Remote(value)
-            found = value if find is None else find(value)
-            return _under_url(root, found) if root is not None and isinstance(found, str) else found
-
-        if find is None and root is None and not self.allow_urls:
+        if resolve is None and root is None and not self.allow_urls:
             return sample
-        messages = [replace(message, content=_mapped(message.content, place)) for message in sample.messages]
+
+        def resolved(medium: Any) -> Any:
+            if isinstance(medium, tuple):
+                return tuple(resolved(frame) for frame in medium)
+            if not isinstance(medium, str) or medium.startswith("data:"):
+                return medium
+            if self.allow_urls and is_web_address(medium):
+                return Remote(medium)
+            found = medium if resolve is None else resolve(medium)
+            return _join_url(root, found) if root is not None and isinstance(found, str) else found
+
+        def resolved_part(part: Part) -> Part:
+            if isinstance(part, ImagePart):
+                return ImagePart(resolved(part.image))
+            return replace(part, video=resolved(part.video)) if isinstance(part, VideoPart) else part
+
+        messages = [replace(message, content=tuple(map(resolved_part, message.content))) for message in sample.messages]
         return replace(sample, messages=tuple(messages), media_root=None if root else sample.media_root)
 
 
-def _mapped(content: Iterable[Part], place: Callable[[Any], Any]) -> tuple[Part, ...]:
-    """Apply `place` to the medium of each part, which stands in a field of the part's own kind: image or video."""
-    placed = []
-    for part in content:
-        names = {"image", "video"} & {known.name for known in fields(part)}
-        placed.append(replace(part, **{name: place(getattr(part, name)) for name in names}) if names else part)
-    return tuple(placed)
-
-
-def _under_url(root: str, path: str) -> Remote:
+def _join_url(root: str, path: str) -> Remote:
     if "://" in path or path.startswith("/") or ".." in path.replace("\\", "/").split("/") or not path:
-        raise MediaFault(f"{path[:200]}: leaves media_root {Remote(root)}; give a path below it", kind="forbidden_path")
+        fault = f"{path[:200]}: is outside media_root {Remote(root)}; give a path below it"
+        raise MediaFault(fault, kind="forbidden_path")
     return Remote(f"{root.rstrip('/')}/{path}")
 
 
-def source_of(sample_id: str) -> str:
-    """Return the data set that a sample id names: its label in the recipe, or else its file."""
+def dataset_of(sample_id: str) -> str:
+    """Return the data set of a sample id: its label in the recipe, or else its file."""
     return sample_id.split(":", 1)[0]
 
 
 def decode_row(text: bytes, *, first: bool = False) -> Any:
-    """Read one row of JSON. first: a byte order mark may stand before it. Raises RowFault."""
+    """Parse one row of JSON. first: a byte order mark may precede it. Raise RowFault."""
     try:
         return json.loads(text.decode("utf-8-sig" if first else "utf-8").strip())
     except UnicodeDecodeError as error:
-        raise RowFault(
-            f"not UTF-8 (byte {error.start} of the line); save the file as UTF-8", kind="invalid_json"
-        ) from None
+        fault = f"not UTF-8 (byte {error.start} of the line); save the file as UTF-8"
+        raise RowFault(fault, kind="invalid_json") from None
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise RowFault(f"not JSON ({reason}); write one object a line", kind="invalid_json") from None
 
 
-def shapes_line(name: str, counts: Mapping[str, int]) -> str:
-    """Say which shapes the rows of a data set have: "train.jsonl: 7 rows, openai 5, sharegpt 2"."""
-    found = ", ".join(f"{shape} {counts[shape]:,}" for shape in SHAPES if counts.get(shape))
-    return f"{name}: {sum(counts.values()):,} rows, {found or 'of no known shape'}"
+def format_counts(name: str, counts: Mapping[str, int]) -> str:
+    """Describe the formats of a data set's rows: "train.jsonl: 7 rows, openai 5, sharegpt 2"."""
+    found = ", ".join(f"{known} {counts[known]:,}" for known in FORMATS if counts.get(known))
+    return f"{name}: {sum(counts.values()):,} rows, {found or 'of no known format'}"
 
 
-def _no_object(row: Any) -> str:
+def _not_an_object(row: Any) -> str:
     if isinstance(row, list) and row and all(isinstance(item, dict) for item in row):
         return "row is a list of rows that another tool packed; give the rows themselves, packing is done here"
-    kind = {list: "a list", str: "a string", type(None): "null"}.get(type(row), "no object")
-    return f'row is {kind}, not an object; write {{"messages": [...]}}'
+    what = {list: "a list", str: "a string", type(None): "null"}.get(type(row), "a value")
+    return f'row is {what}, not an object; write {{"messages": [...]}}'
 
 
 def _check_size(sample: Sample) -> None:
-    content = [part for message in sample.messages for part in message.content]
-    characters = sum(len(part.text) for part in content if isinstance(part, TextPart))
+    characters = sum(len(part.text) for part in sample.parts if isinstance(part, TextPart))
     characters += sum(len(message.reasoning or "") for message in sample.messages)
-    characters += sum(len(as_json(tool)) for tool in sample.tools)
-    characters += sum(
-        len(call.name) + len(call.arguments if isinstance(call.arguments, str) else as_json(call.arguments))
-        for message in sample.messages
-        for call in message.tool_calls
-    )
+    characters += sum(len(to_json(tool)) for tool in sample.tools)
+    for call in (call for message in sample.messages for call in message.tool_calls):
+        arguments = call.arguments if isinstance(call.arguments, str) else to_json(call.arguments)
+        characters += len(call.name) + len(arguments)
     if characters > MAX_TEXT_CHARACTERS:
-        raise RowFault(
-            f"{characters:,} characters of text are more than {MAX_TEXT_CHARACTERS:,}, far beyond any pack; split it",
-            kind="too_long",
-        )
-    media = sum(not isinstance(part, TextPart) for part in content)
-    if media > MAX_MEDIA:
-        raise RowFault(
-            f"{media:,} images and videos are more than {MAX_MEDIA:,}, beyond the model's context; split the row",
-            kind="too_long",
-        )
+        limit = f"{MAX_TEXT_CHARACTERS:,}, far beyond any pack; split it"
+        raise RowFault(f"{characters:,} characters of text are more than {limit}", kind="too_long")
+    num_media = sum(not isinstance(part, TextPart) for part in sample.parts)
+    if num_media > MAX_MEDIA:
+        limit = f"{MAX_MEDIA:,}, beyond the model's context; split the row"
+        raise RowFault(f"{num_media:,} images and videos are more than {limit}", kind="too_long")
 
 
-def _only_last_trained(messages: tuple[Message, ...]) -> tuple[Message, ...]:
-    last = max((place for place, message in enumerate(messages) if message.role == "assistant"), default=-1)
+def _train_last_only(messages: tuple[Message, ...]) -> tuple[Message, ...]:
+    last = max((index for index, message in enumerate(messages) if message.role == "assistant"), default=-1)
     return tuple(
-        message if place == last else replace(message, loss_weight=0.0) for place, message in enumerate(messages)
+        message if index == last else replace(message, loss_weight=0.0) for index, message in enumerate(messages)
     )

@@ -1,4 +1,4 @@
-"""Where rows come from. A source knows its rows by number, or gives them one after the other; it keeps none of them."""
+"""Readers of files. A source reads rows by index, or one after the other; it keeps none of them in memory."""
 
 from qwen3vl_train.data.sources.base import FileSource, Source, StreamRow, StreamSource
 from qwen3vl_train.data.sources.jsonl import JsonlSource

@@ -1,4 +1,4 @@
-"""What the index, the loader and the stream ask of a source of rows."""
+"""The interface of a source of rows, and what the sources of one file share."""
 
 import os
 from abc import ABC, abstractmethod
@@ -7,19 +7,20 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from qwen3vl_train.data.errors import RowFault
-from qwen3vl_train.data.media.remote import Remote, reaches_web
-from qwen3vl_train.data.rows.parse import Find, RowRules
+from qwen3vl_train.data.media.remote import Remote, uses_web
+from qwen3vl_train.data.rows.parse import ResolveMedium, RowRules
 from qwen3vl_train.data.rows.sample import Sample
-from qwen3vl_train.data.sources.files import explained, is_compressed, is_url, stamp, unpacked
+from qwen3vl_train.data.sources.files import file_signature, is_compressed, is_url, naming_file, unpack
 
-Place = dict[str, int]
-"""Where a file is read on, as JSON."""
+Position = dict[str, int]
+"""Where to continue reading a file, as JSON."""
 
 
 class Source(Protocol):
-    """Rows that are known by their number and not kept in memory. It must pickle, for worker processes.
+    """Rows that are known by their index and not kept in memory. It must pickle, for worker processes.
 
-    name: the file, as the recipe wrote it. What the rows give follows from `fingerprint`, media_root and rules.
+    name: the file, as the recipe has it.
+    The rows are determined by `fingerprint`, media_root and rules.
     """
 
     name: str
@@ -29,11 +30,11 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def sample(self, row: int) -> Sample:
-        """Return row 0..len-1, checked. Raises RowFault."""
+        """Return row 0..len-1, checked. Raise RowFault."""
         ...
 
     def row_number(self, row: int) -> int:
-        """Return the number a person finds the row by, counted from 1."""
+        """Return the number that messages give the row, counted from 1."""
         ...
 
     def fingerprint(self) -> dict[str, Any]:
@@ -42,7 +43,11 @@ class Source(Protocol):
 
 
 class StreamRow(NamedTuple):
-    """One row of a stream. state: JSON; handed to `rows`, it goes on behind this row. file, row_number: for people."""
+    """One row of a stream.
+
+    state: JSON; passed to `StreamSource.rows`, it continues after this row.
+    row_number, file: for messages.
+    """
 
     state: dict[str, Any]
     sample: Sample | RowFault
@@ -51,39 +56,41 @@ class StreamRow(NamedTuple):
 
 
 class StreamSource(Protocol):
-    """Rows that come one after the other, of all files of one entry of the recipe. It must pickle, as a `Source`.
+    """The rows of all files of one entry of the recipe, one after the other. It must pickle, as a `Source`.
 
-    name: the path or pattern, as the recipe wrote it.
+    name: the path or pattern, as the recipe has it.
     """
 
     name: str
 
     def rows(self, state: dict[str, Any] | None = None) -> Iterator[StreamRow]:
-        """Yield the rows once, in their order: from the first, or behind the row whose state this is.
+        """Yield each row once, in order: from the first, or after the row whose state this is.
 
-        A row that cannot be used comes as its fault. Raises ValueError where a file cannot be read on.
+        A row that cannot be used is yielded as its fault. Raise ValueError where a file cannot be read further.
         """
         ...
 
     def fingerprint(self) -> dict[str, Any]:
-        """Return what the stream is made of, as JSON: files and their sizes, without reading them."""
+        """Return what the stream consists of, as JSON: files and their sizes, without reading them."""
         ...
 
 
 class RawRow(NamedTuple):
-    """A row as a file holds it, or its fault. place: where the file goes on behind it. number: for people.
+    """A row as a file has it, or its fault.
 
-    find: where its media are, of an archive or a data set.
+    number: for messages.
+    position: where the file continues after it.
+    resolve: finds its media, in an archive or a data set.
     """
 
     row: Any
     number: int
-    place: Place
-    find: Find | None = None
+    position: Position
+    resolve: ResolveMedium | None = None
 
 
 class FileSource(ABC):
-    """What the sources of one file have in common."""
+    """A `Source` over one file."""
 
     def __init__(
         self,
@@ -91,57 +98,65 @@ class FileSource(ABC):
         media_root: str | os.PathLike[str] | None = None,
         rules: RowRules | None = None,
     ) -> None:
-        """media_root: a folder or an fsspec URL. Raises ValueError when it is not there."""
+        """Open and scan the file. Raise ValueError when it is damaged or media_root does not exist.
+
+        media_root: a folder or an fsspec URL.
+        """
         self.name = os.fspath(path)
         self.media_root = None if media_root is None else os.fspath(media_root)
         self.rules = rules or RowRules()
         self.file = Path(self.name).name
-        self._stamps: dict[str, list[int | str]] = {}
+        self._signatures: dict[str, list[int | str]] = {}
         check_media_root(self.name, self.media_root, self.rules)
+        self._fingerprint = self._open()
+
+    @abstractmethod
+    def _open(self) -> dict[str, Any]:
+        """Find the rows of the file and return its fingerprint. Raise ValueError."""
 
     @abstractmethod
     def __len__(self) -> int: ...
 
     @abstractmethod
     def raw(self, row: int) -> RawRow:
-        """Return row 0..len-1 unchecked. Raises RowFault."""
+        """Return row 0..len-1 unchecked. Raise RowFault where it cannot be read or the file has changed."""
 
-    @abstractmethod
     def row_number(self, row: int) -> int:
-        """Return the number a person finds the row by, counted from 1."""
+        """Return the number that messages give the row, counted from 1."""
+        return row + 1
 
-    @abstractmethod
     def fingerprint(self) -> dict[str, Any]:
-        """Return what changes when the content changes, as JSON."""
+        """Return what changes when the content changes, as JSON; the path is not in it, so a file may move."""
+        return dict(self._fingerprint)
 
-    def _plain(self) -> str:
-        """Return the file, or a plain copy of a compressed one, for reading at any place. Raises ValueError."""
+    def sample(self, row: int) -> Sample:
+        """Return row 0..len-1 as a Sample, named like `train.jsonl:17`. Raise RowFault."""
+        raw = self.raw(row)
+        return self.rules.sample(raw.row, self.rules.sample_id(self.file, raw.number), self.media_root, raw.resolve)
+
+    def _uncompressed_path(self) -> str:
+        """Return the file, or an uncompressed copy of it, for random access. Raise ValueError."""
         if not is_compressed(self.name):
             return self.name
         if not is_url(self.name):
-            with explained(self.name):
-                self._note_stamp(self.name)  # before it is read, so that a change of it while it is read shows too
-        return str(unpacked(self.name))
+            with naming_file(self.name):
+                self._record_signature(self.name)  # before it is read, to notice a change during reading too
+        return str(unpack(self.name))
 
-    def _note_stamp(self, path: str) -> int:
-        """Remember a file as it is now, for `_check_unchanged`. Returns its size. Raises OSError."""
-        self._stamps[path] = stamp(path)
-        return int(self._stamps[path][0])
+    def _record_signature(self, path: str) -> int:
+        """Record the present signature of a file, for `_check_unchanged`. Return its size. Raise OSError."""
+        self._signatures[path] = file_signature(path)
+        return int(self._signatures[path][0])
 
     def _check_unchanged(self) -> None:
-        """Raise RowFault when a file that was noted is not as it was."""
-        for path, seen in self._stamps.items():
-            check_unchanged(path, seen)
-
-    def sample(self, row: int) -> Sample:
-        """Return row 0..len-1 as a Sample, named like `train.jsonl:17`. Raises RowFault."""
-        raw = self.raw(row)
-        return self.rules.sample(raw.row, self.rules.sample_id(self.file, raw.number), self.media_root, raw.find)
+        """Raise RowFault when a recorded file has changed."""
+        for path, recorded in self._signatures.items():
+            check_unchanged(path, recorded)
 
 
 def check_media_root(name: str, media_root: str | None, rules: RowRules) -> None:
-    """Raise ValueError for a folder that is not there, and for a web address unless the rules allow those."""
-    if media_root is not None and reaches_web(media_root) and not rules.allow_urls:
+    """Raise ValueError for a folder that does not exist, and for a web address unless the rules allow those."""
+    if media_root is not None and uses_web(media_root) and not rules.allow_urls:
         raise ValueError(
             f"{name}: media_root {Remote(media_root)} is a web address, and nothing is downloaded; set allow_urls: "
             "true, or media_root to a folder"
@@ -150,21 +165,18 @@ def check_media_root(name: str, media_root: str | None, rules: RowRules) -> None
         raise ValueError(f"{name}: media_root {media_root} is not a folder; check the paths under data")
 
 
-def check_unchanged(path: str, seen: list[int | str], when: str = "indexed") -> None:
-    """Raise RowFault when a file is not as it was, see `stamp`, so that places in it mean nothing any more.
+def check_unchanged(path: str, recorded: list[int | str], when: str = "indexed") -> None:
+    """Raise RowFault when a file's signature has changed, so that positions in it are no longer valid.
 
-    Of a remote file this is not asked: it would double its requests.
+    Remote files are not checked: it would double the number of requests.
     """
     if is_url(path):
         return
     try:
-        now = stamp(path)
+        now = file_signature(path)
     except OSError as error:
         now = [error.strerror or str(error)]
-    if now != seen:
-        what = f"{seen[0]} bytes then, {now[0]} now" if now[0] != seen[0] else "its time differs"
-        raise RowFault(
-            f"{path} changed since it was {when} ({what}); put it back and resume, or start a new run",
-            kind="changed",
-            transient=True,
-        )
+    if now != recorded:
+        what = f"{recorded[0]} bytes then, {now[0]} now" if now[0] != recorded[0] else "its time differs"
+        fault = f"{path} changed since it was {when} ({what}); put it back and resume, or start a new run"
+        raise RowFault(fault, kind="changed", transient=True)

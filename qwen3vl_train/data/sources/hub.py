@@ -7,29 +7,30 @@ from typing import Any
 from qwen3vl_train.data.media.remote import Remote
 from qwen3vl_train.data.rows.parse import RowRules
 from qwen3vl_train.data.sources.base import FileSource, RawRow
+from qwen3vl_train.data.sources.parquet import known_columns, row_to_python
 
 _HUB = "hf://"
 _ARCHIVES = ("zip://", "tar://", "gzip://", "bz2://", "xz://", "zstd://", "lz4://")
 
 
-def find_on_hub(path: str) -> str | Remote:
-    """Return what a path in a data set stands for.
+def resolve_hub_path(path: str) -> str | Remote:
+    """Return the medium of a path in a data set.
 
     A data set that is streamed from the hub leaves its pictures there: `hf://datasets/owner/name@main/a.png`, or
     `zip://a.png::hf://...` in an archive. Other paths are looked for under media_root.
     """
     *inner, outer = path.split("::")
-    stored = outer.startswith(_HUB) and all(part.startswith(_ARCHIVES) for part in inner)
-    return Remote(path) if stored else path
+    on_hub = outer.startswith(_HUB) and all(part.startswith(_ARCHIVES) for part in inner)
+    return Remote(path) if on_hub else path
 
 
 def is_saved_dataset(path: str) -> bool:
-    """Say whether a folder was written by `save_to_disk`."""
+    """Return whether a folder was written by `save_to_disk`."""
     return any(os.path.isfile(os.path.join(path, name)) for name in ("state.json", "dataset_dict.json"))
 
 
 def load_rows(path: str, split: str | None, subset: str | None, *, streaming: bool) -> Any:
-    """Open a data set without downloading more of it than that takes. Raises ValueError that says why it cannot be."""
+    """Open a data set without downloading more of it than needed. Raise ValueError with the reason it cannot be."""
     import datasets
     from datasets.exceptions import DatasetsError
 
@@ -48,7 +49,7 @@ def load_rows(path: str, split: str | None, subset: str | None, *, streaming: bo
 
 
 class HubSource(FileSource):
-    """A map-style data set: Arrow files mapped into memory. Pictures are left encoded, as bytes or paths."""
+    """A map-style data set: memory-mapped Arrow files. Pictures stay encoded, as bytes or paths."""
 
     def __init__(
         self,
@@ -59,38 +60,26 @@ class HubSource(FileSource):
         split: str | None = None,
         subset: str | None = None,
     ) -> None:
-        """Raises ValueError when it cannot be opened."""
+        self.split, self.subset = split, subset
         super().__init__(path, media_root, rules)
-        rows = load_rows(path, split, subset, streaming=False)
-        self._fingerprint = {"rows": len(rows), "fingerprint": rows._fingerprint}
-        kept = [name for name in rows.column_names if name in self.rules.columns_read()]
-        if not kept:
-            raise ValueError(
-                f"{path}: has the columns {', '.join(rows.column_names[:20])}, and none that rows are made from; "
-                "name them under columns"
-            )
-        # As Arrow tables: the python form would decode every picture and clip of a row.
+
+    def _open(self) -> dict[str, Any]:
+        rows = load_rows(self.name, self.split, self.subset, streaming=False)
+        kept = known_columns(rows.column_names, self.rules, self.name)
+        # As Arrow tables: the Python format would decode every picture and clip of a row.
         self._rows = rows.select_columns(kept).with_format("arrow")
+        return {"rows": len(rows), "fingerprint": rows._fingerprint}
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def raw(self, row: int) -> RawRow:
-        """Return row 0..len-1 unchecked. Raises RowFault for values that Python has no form of."""
-        from qwen3vl_train.data.sources.parquet import as_python
-
-        return RawRow(as_python(self._rows[row]), row + 1, {}, find_on_hub)
-
-    def row_number(self, row: int) -> int:
-        return row + 1
-
-    def fingerprint(self) -> dict[str, Any]:
-        """Return the number of rows and the fingerprint that `datasets` keeps of files and operations."""
-        return dict(self._fingerprint)
+        """Return row 0..len-1 unchecked. Raise RowFault for values that Python cannot represent."""
+        return RawRow(row_to_python(self._rows[row]), row + 1, {}, resolve_hub_path)
 
 
 def stream_hub(rows: Any, state: dict[str, Any] | None) -> Iterator[tuple[Any, dict[str, Any]]]:
-    """Yield (row, state behind it) of an iterable data set; the state is its own, as JSON."""
+    """Yield (row, state after it) of an iterable data set; the state is its own, as JSON."""
     if state is not None:
         rows.load_state_dict(state)
     for row in rows:

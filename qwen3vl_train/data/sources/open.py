@@ -1,4 +1,4 @@
-"""From an entry under data.train or data.eval to its sources."""
+"""Open the sources of an entry under data.train or data.eval."""
 
 import os
 
@@ -13,14 +13,14 @@ from qwen3vl_train.data.sources.parquet import ParquetSource
 from qwen3vl_train.data.sources.streams import FileStream, HubStream
 from qwen3vl_train.data.sources.tar import TarSource
 
-ENDINGS = (".jsonl", ".json", ".parquet", ".tar")
-"""Of the files that a folder or a pattern finds; each but Parquet also with .gz, .zst or .zstd behind it."""
+SUFFIXES = (".jsonl", ".json", ".parquet", ".tar")
+"""Of the files that a folder or a pattern finds; all but Parquet may be followed by .gz, .zst or .zstd."""
 
 Entry = TrainSource | EvalSource
 
 
 def entry_rules(entry: Entry) -> RowRules:
-    """Return how the rows of an entry are read. Their label is its name, or the last part of its path."""
+    """Return the rules for the rows of an entry. Their label is its name, or the last part of its path."""
     return RowRules(
         label=entry.name or os.path.basename(entry.path.rstrip("/")).replace(":", "_"),
         format=entry.format,
@@ -32,25 +32,25 @@ def entry_rules(entry: Entry) -> RowRules:
 
 
 def open_sources(entry: Entry) -> list[FileSource]:
-    """Open every file of an entry, one source each. Raises ValueError for what cannot be read.
+    """Open every file of an entry, one source each. Raise ValueError for what cannot be read.
 
-    Media are looked for in media_root, or else beside each file, and nowhere outside. With `split`, or for a folder
-    that `datasets` saved, the path is read by `datasets`.
+    Media are looked for in media_root, or else in the folder of each file, and nowhere outside. With `split`, or for a
+    folder that `datasets` saved, the path is read by `datasets`.
     """
     rules = entry_rules(entry)
     if _is_dataset(entry):
         return [HubSource(entry.path, _hub_root(entry), rules, split=entry.split, subset=entry.subset)]
-    _check_web(entry, rules)
-    return [_open(path, entry.media_root or _folder(path), rules) for path in find_files(entry.path, ENDINGS)]
+    _check_media_url(entry, rules)
+    return [_open(path, entry.media_root or _folder(path), rules) for path in find_files(entry.path, SUFFIXES)]
 
 
 def open_stream(entry: Entry) -> StreamSource:
-    """Open an entry as a stream over all of its files. Raises ValueError for what cannot be read."""
+    """Open an entry as a stream over all of its files. Raise ValueError for what cannot be read."""
     rules = entry_rules(entry)
     if _is_dataset(entry):
         return HubStream(entry.path, _hub_root(entry), rules, split=entry.split, subset=entry.subset)
-    _check_web(entry, rules)
-    files = find_files(entry.path, ENDINGS)
+    _check_media_url(entry, rules)
+    files = find_files(entry.path, SUFFIXES)
     return FileStream(entry.path, files, entry.media_root or _folder(files[0]), rules)
 
 
@@ -59,8 +59,8 @@ def _open(path: str, media_root: str, rules: RowRules) -> FileSource:
     return kinds.get(suffix_of(path), JsonlSource)(path, media_root, rules)
 
 
-def _check_web(entry: Entry, rules: RowRules) -> None:
-    """Refuse media on the web that the recipe does not allow, before a file of the entry is asked for there."""
+def _check_media_url(entry: Entry, rules: RowRules) -> None:
+    """Reject media on the web that the recipe does not allow, before any file of the entry is requested."""
     root = entry.media_root or _folder(entry.path)
     if is_url(root) and suffix_of(entry.path) != ".tar":
         check_media_root(entry.path, root, rules)
@@ -75,5 +75,5 @@ def _folder(path: str) -> str:
 
 
 def _hub_root(entry: Entry) -> str:
-    """Pictures of a data set are mostly inside it; of a folder, or beside one, where they are paths."""
+    """Return the media_root of a data set: pictures given as paths are in its folder, if it has one."""
     return entry.media_root or (entry.path if os.path.isdir(entry.path) else ".")

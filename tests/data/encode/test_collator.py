@@ -6,8 +6,9 @@ import torch
 from PIL import Image
 
 from qwen3vl_train.data.encode.collator import MultimodalCollator
-from qwen3vl_train.data.rows.sample import parse_sample
+from qwen3vl_train.data.rows.messages import parse_sample
 from tests.helpers import oracles
+from tests.helpers.messages import message_of
 
 SAMPLES = list(oracles.conversations().values())
 
@@ -17,7 +18,7 @@ def collate(tiny_folder):
     return MultimodalCollator.from_pretrained(tiny_folder)
 
 
-def test_a_pack_is_its_samples_one_behind_the_other(collate):
+def test_pack_concatenates_its_samples(collate):
     pack = collate(SAMPLES)
     alone = [collate([sample]) for sample in SAMPLES]
     for field, dim in (("input_ids", 0), ("labels", 0), ("positions", 1), ("pixel_values", 0), ("grid_thw", 0)):
@@ -26,21 +27,20 @@ def test_a_pack_is_its_samples_one_behind_the_other(collate):
     assert pack.num_labels == sum(one.num_labels for one in alone)
     assert pack.sample_ids == tuple(f"sample {place}" for place in range(len(SAMPLES)))
     assert torch.equal(pack.visual_pos_mask, pack.input_ids == collate.tokenizer.special_ids["<|image_pad|>"])
-    assert pack.feature_rows.tolist() == list(range(pack.num_patches // 4))
     start = 0
     for length in pack.sequence_lengths.tolist():
-        assert pack.labels[start + length - 1] == -100  # the last place of a sequence has no next token
+        assert pack.labels[start + length - 1] == -100  # the last token of a sequence has no next token
         start += length
 
 
-def test_a_pack_of_text_only(collate):
+def test_pack_of_text_only(collate):
     pack = collate([{"messages": [{"role": "user", "content": "Hi"}]}])
     assert pack.pixel_values.shape == (0, 768)
     assert pack.pixel_values.dtype == torch.uint8
-    assert (pack.num_labels, pack.grid_thw.shape, pack.loss_weights) == (0, (0, 3), None)
+    assert (pack.num_labels, pack.grid_thw.shape) == (0, (0, 3))
 
 
-def test_weights_of_some_samples_fill_up_with_ones(collate):
+def test_weights_are_one_where_no_message_says_more(collate):
     plain = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
     heavy = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "loss_weight": 3}]}
     pack = collate([plain, heavy])
@@ -64,7 +64,7 @@ def test_pickling_changes_nothing(collate):
     assert torch.equal(again(SAMPLES).input_ids, collate(SAMPLES).input_ids)
 
 
-def test_prompts_end_where_the_answer_begins(collate):
+def test_prompt_ends_where_the_answer_begins(collate):
     messages = SAMPLES[3]["messages"]
     prompt, whole = collate.prompt(messages[:-1]), collate([{"messages": messages}])
     assert torch.equal(prompt.input_ids, whole.input_ids[: prompt.num_tokens])
@@ -73,9 +73,10 @@ def test_prompts_end_where_the_answer_begins(collate):
     assert collate.decode(prompt.input_ids.tolist(), skip_special_tokens=False).endswith("<|im_start|>assistant\n")
     assert torch.equal(collate.prompt({"messages": messages[:-1]}).input_ids, prompt.input_ids)
     assert torch.equal(collate.prompt(parse_sample({"messages": messages[:-1]})).input_ids, prompt.input_ids)
-    with pytest.raises(ValueError) as caught:
-        collate.prompt(messages)
-    assert str(caught.value) == "prompt: messages[5]: a prompt that ends with an answer; leave the answer out"
+    assert (
+        message_of(ValueError, collate.prompt, messages)
+        == "prompt: messages[5]: a prompt that ends with an answer; remove the answer"
+    )
 
 
 def test_faults_name_the_sample(collate):

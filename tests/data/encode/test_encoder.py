@@ -9,8 +9,9 @@ from qwen3vl_train.data.encode.chat import DIALECTS, as_text
 from qwen3vl_train.data.encode.collator import MultimodalCollator
 from qwen3vl_train.data.encode.template import PROBES
 from qwen3vl_train.data.errors import RowFault
-from qwen3vl_train.data.rows.sample import parse_sample
+from qwen3vl_train.data.rows.messages import parse_sample
 from tests.helpers import oracles
+from tests.helpers.messages import message_of
 
 USER = {"role": "user", "content": "Hi"}
 IMAGE = {"type": "image", "image": Image.new("RGB", (64, 64))}
@@ -35,20 +36,17 @@ def thinking(tmp_path_factory):
 
 
 def labelled(collate, sample) -> list[str]:
-    """Return every stretch of trained tokens, as text, and check that each label is the next token."""
+    """Return every run of trained tokens, as text, and check that each label is the next token."""
     encoded = collate.encode(sample)
-    ids, labels = encoded.input_ids.tolist(), encoded.labels.tolist()
-    stretches, open_stretch = [], False
-    for place, label in enumerate(labels):
-        if label == -100:
-            open_stretch = False
-            continue
-        assert label == ids[place + 1]
-        if not open_stretch:
-            stretches.append([])
-        stretches[-1].append(label)
-        open_stretch = True
-    return [collate.decode(stretch, skip_special_tokens=False) for stretch in stretches]
+    assert torch.equal(encoded.label_ids, encoded.input_ids[encoded.label_rows + 1])
+    runs: list[list[int]] = []
+    last = None
+    for row, label in zip(encoded.label_rows.tolist(), encoded.label_ids.tolist(), strict=True):
+        if last is None or row != last + 1:
+            runs.append([])
+        runs[-1].append(label)
+        last = row
+    return [collate.decode(run, skip_special_tokens=False) for run in runs]
 
 
 LABELS = [
@@ -105,16 +103,15 @@ def test_labels_of_a_thinking_checkpoint(thinking, messages, labels):
     assert labelled(thinking, {"messages": messages}) == [label.removeprefix("\n") for label in labels]
 
 
-def test_weights_go_with_the_labels(collate):
+def test_weights_belong_to_labels(collate):
     sample = {"messages": [USER, answer("One", loss_weight=2.5), USER, answer("Two"), USER, answer("No", loss=False)]}
     encoded = collate.encode(sample)
     by_weight = {
-        weight: collate.decode(encoded.labels[encoded.loss_weights == weight].tolist(), skip_special_tokens=False)
+        weight: collate.decode(encoded.label_ids[encoded.label_weights == weight].tolist(), skip_special_tokens=False)
         for weight in (2.5, 1.0)
     }
     assert by_weight == {2.5: "One<|im_end|>", 1.0: "Two<|im_end|>"}
-    assert torch.equal(encoded.loss_weights > 0, encoded.labels != -100)
-    assert collate.encode({"messages": [USER, answer("One", loss_weight=1.0)]}).loss_weights is None
+    assert set(encoded.label_weights.tolist()) == {1.0, 2.5}
 
 
 def test_ids_and_pixels_equal_transformers(oracle_folder):
@@ -151,7 +148,7 @@ def test_ids_of_text_equal_transformers(collate, thinking, tiny_folder, dialect)
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_folder, local_files_only=True)
     template = (tiny_checkpoint.ASSETS / f"chat_template_{dialect}.jinja").read_text()
-    encoder = {"instruct": collate, "thinking": thinking}[dialect].encoder
+    encoder = {"instruct": collate, "thinking": thinking}[dialect]
     rows = [probe for probe in PROBES[dialect].values() if "image" not in str(probe)]
     rows += [{"messages": [{"role": "user", "content": text}, answer(text)]} for text in TRICKY]
     assert len(rows) > 14
@@ -181,13 +178,13 @@ def test_costs_are_the_encoded_lengths(collate):
     samples = [*oracles.conversations().values(), {"messages": [USER]}]
     for sample in samples:
         cost, encoded = collate.cost(sample), collate.encode(sample)
-        assert cost.tokens == len(encoded.input_ids) == len(encoded.labels) == encoded.positions.shape[1]
+        assert cost.tokens == len(encoded.input_ids) == encoded.positions.shape[1]
         assert cost.visual_tokens == sum(piece.length for piece in encoded.slices)
         assert cost.patches == len(encoded.patches) == sum(h * w for _, h, w in encoded.grids)
         assert cost.patch_pairs == sum((h * w) ** 2 for _, h, w in encoded.grids)
 
 
-def test_slices_lie_on_the_placeholders(collate):
+def test_slices_are_at_the_placeholders(collate):
     encoded = collate.encode(oracles.conversations()["many_turns"])
     pad = collate.tokenizer.special_ids["<|image_pad|>"]
     placed = torch.zeros(len(encoded.input_ids), dtype=torch.bool)
@@ -203,23 +200,21 @@ DROPPED = [
     ([USER, {"role": "system", "content": "x"}],
      "messages[1]: a system message that is not the first, which the template drops; move it to the front"),
     ([USER, answer("x", reasoning_content="y")],
-     "messages[1]: reasoning_content, which the template of an Instruct checkpoint drops; take it out or use a "
+     "messages[1]: reasoning_content, which the template of an Instruct checkpoint drops; remove it or use a "
      "Thinking checkpoint"),
     ([{"role": "user", "content": [{"text": "a"}, {"image": "/none.png"}]}],
      "messages[0].content[1]: image /none.png: no such file (/none.png); check the path and media_root"),
     ([{"role": "user", "content": [{"image": Image.new("RGB", (1, 300))}]}],
-     "messages[0].content[0]: image of 1x300: is more extreme than 200:1; crop it or pad it"),
+     "messages[0].content[0]: image of 1x300: its aspect ratio exceeds 200:1; crop it or pad it"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("messages", "fault"), DROPPED, ids=["system", "reasoning", "missing", "extreme"])
 def test_faults_name_the_message(collate, messages, fault):
     for call in (collate.cost, collate.encode):
-        with pytest.raises(RowFault) as caught:
-            call({"messages": messages})
-        assert str(caught.value) == fault
+        assert message_of(RowFault, call, {"messages": messages}) == fault
 
 
-def test_a_late_system_message_is_fine_where_the_template_keeps_it(thinking):
+def test_late_system_message_is_allowed_by_the_thinking_template(thinking):
     sample = parse_sample({"messages": [USER, {"role": "system", "content": "x"}, USER]})
     assert "<|im_start|>system\nx<|im_end|>" in as_text(DIALECTS["thinking"](sample.messages))

@@ -4,6 +4,7 @@ import pytest
 import tiny_checkpoint
 
 from qwen3vl_train.data.encode.template import check_template, find_template, render_template
+from tests.helpers.messages import message_of
 
 TEMPLATES = {
     name: (tiny_checkpoint.ASSETS / f"chat_template_{name}.jinja").read_text() for name in ("instruct", "thinking")
@@ -11,11 +12,11 @@ TEMPLATES = {
 
 
 @pytest.mark.parametrize("dialect", TEMPLATES)
-def test_both_published_templates_are_recognised(dialect):
+def test_published_templates_are_recognised(dialect):
     assert check_template(TEMPLATES[dialect]) == dialect
 
 
-def test_rendering_is_that_of_transformers():
+def test_rendering_equals_transformers():
     from transformers.utils.chat_template_utils import render_jinja_template
 
     messages = [{"role": "user", "content": "é <b>"}, {"role": "assistant", "content": "x"}]
@@ -52,9 +53,7 @@ def test_changed_thinking_template_is_found():
 
 
 def test_messages_about_other_templates():
-    with pytest.raises(ValueError) as caught:
-        check_template("{{ messages[0].content }}", "a.jinja")
-    assert str(caught.value) == (
+    assert message_of(ValueError, check_template, "{{ messages[0].content }}", "a.jinja") == (
         "a.jinja: probe 'question' renders 'Hi', but Qwen3-VL instruct renders '<|im_start|>user\\nHi<'; "
         "use the template this checkpoint was published with"
     )
@@ -63,10 +62,8 @@ def test_messages_about_other_templates():
             check_template(template, "b")
 
 
-def test_where_the_template_is_looked_for(tmp_path):
-    with pytest.raises(ValueError) as caught:
-        find_template(tmp_path)
-    assert str(caught.value) == (
+def test_template_files_by_precedence(tmp_path):
+    assert message_of(ValueError, find_template, tmp_path) == (
         f"{tmp_path}: no chat template (chat_template.jinja, chat_template.json, or chat_template in "
         "tokenizer_config.json); copy it from the checkpoint"
     )
@@ -83,7 +80,7 @@ def test_where_the_template_is_looked_for(tmp_path):
     assert find_template(tmp_path) == ("a", str(tmp_path / "chat_template.jinja"))
 
 
-def test_a_broken_file_is_named(tmp_path):
+def test_broken_template_file_is_named(tmp_path):
     (tmp_path / "chat_template.json").write_text("{")
     with pytest.raises(ValueError, match=r"chat_template\.json: not a JSON object \(.*\); copy the file again"):
         find_template(tmp_path)

@@ -3,11 +3,10 @@
 import random
 from dataclasses import replace
 
-import pytest
-
 from qwen3vl_train.data.errors import RowFault
 from qwen3vl_train.data.media.budgets import Budgets, Size
 from qwen3vl_train.data.media.clips import ClipRules
+from tests.helpers.messages import message_of
 
 BUDGETS = Budgets(64 * 64, 2048 * 2048, ClipRules(2.0, 4, 768, 4096, 25165824))
 
@@ -16,8 +15,11 @@ def tokens(grids) -> int:
     return sum(t * h * w for t, h, w in grids) // 4
 
 
-def together(limit: int | None) -> Budgets:
-    return replace(BUDGETS, max_tokens_per_sample=limit)
+def fit(limit: int | None, sizes):
+    """Return the grids and the number of shrunk media within a budget of the whole sample."""
+    budgets = replace(BUDGETS, max_tokens_per_sample=limit)
+    grids = budgets.fit(sizes, [budgets.grid(size) for size in sizes])
+    return grids, budgets.count_shrunk(sizes, grids)
 
 
 def test_grids_count_patches_and_frame_pairs():
@@ -28,20 +30,20 @@ def test_grids_count_patches_and_frame_pairs():
     assert BUDGETS.grid(Size(96, 160, 4), max_pixels=8 * 2048) == (2, 2, 4)
 
 
-def test_a_sample_within_its_budget_is_left_alone():
+def test_sample_within_its_budget_is_unchanged():
     sizes = [Size(300, 400), Size(96, 160, 4)]
     alone = [BUDGETS.grid(size) for size in sizes]
     whole = tokens(alone)
-    assert together(None).fit(sizes) == together(whole).fit(sizes) == (alone, 0)
-    shrunk = together(whole - 1).fit(sizes)
-    assert tokens(shrunk.grids) < whole
-    assert shrunk.num_shrunk >= 1
+    assert fit(None, sizes) == fit(whole, sizes) == (alone, 0)
+    grids, num_shrunk = fit(whole - 1, sizes)
+    assert tokens(grids) < whole
+    assert num_shrunk >= 1
 
 
-def test_all_media_shrink_alike():
-    """One still and one clip of the same area each frame keep that relation, and their shapes."""
+def test_all_media_shrink_by_one_factor():
+    """An image and a clip with equal frame areas keep equal areas, and all keep their shapes."""
     sizes = [Size(1024, 1024), Size(1024, 512), Size(1024, 1024, 8)]
-    grids, num_shrunk = together(1500).fit(sizes)
+    grids, num_shrunk = fit(1500, sizes)
     assert num_shrunk == 3
     assert 0.8 * 1500 < tokens(grids) <= 1500
     (_, height, width), (_, half_height, half_width), (pairs, of_clip, across) = grids
@@ -50,7 +52,7 @@ def test_all_media_shrink_alike():
     assert (of_clip, across) == (height, width)
 
 
-def test_the_budget_holds_and_is_used():
+def test_budget_is_kept_and_used():
     rng = random.Random(0)
     for _ in range(300):
         sizes = [
@@ -60,30 +62,28 @@ def test_the_budget_holds_and_is_used():
         alone = [BUDGETS.grid(size) for size in sizes]
         least = sum((size.num_frames + 1) // 2 or 1 for size in sizes)
         limit = rng.randint(4 * least, max(4 * least, 2 * tokens(alone)))
-        grids, num_shrunk = together(limit).fit(sizes)
+        grids, num_shrunk = fit(limit, sizes)
         assert tokens(grids) <= limit
         if tokens(alone) <= limit:
             assert (grids, num_shrunk) == (alone, 0)
         else:
             assert num_shrunk > 0
             assert all(tokens([grid]) <= tokens([before]) for grid, before in zip(grids, alone, strict=True))
-            more = together(limit + 1).fit(sizes).grids  # a larger budget never makes anything smaller
+            more = fit(limit + 1, sizes)[0]  # a larger budget never makes anything smaller
             assert all(tokens([grid]) <= tokens([larger]) for grid, larger in zip(grids, more, strict=True))
 
 
-def test_a_budget_below_one_token_for_each_medium_is_a_fault():
+def test_budget_below_one_token_per_medium_is_a_fault():
     sizes = [Size(64, 64)] * 3 + [Size(64, 64, 9)]
-    assert together(8).fit(sizes).grids == [(1, 2, 2)] * 3 + [(5, 2, 2)]
-    with pytest.raises(RowFault) as caught:
-        together(7).fit(sizes)
-    assert str(caught.value) == (
+    assert fit(8, sizes)[0] == [(1, 2, 2)] * 3 + [(5, 2, 2)]
+    assert message_of(RowFault, fit, 7, sizes) == (
         "4 images and clips take at least 8 visual tokens, more than data.max_visual_tokens_per_sample 7; "
         "raise it or give fewer"
     )
 
 
-def test_many_media_do_not_take_long():
+def test_many_media_are_fitted_quickly():
     sizes = [Size(500 + place % 7, 400) for place in range(3000)]
-    grids, num_shrunk = together(30_000).fit(sizes)
+    grids, num_shrunk = fit(30_000, sizes)
     assert tokens(grids) <= 30_000
     assert num_shrunk == 3000

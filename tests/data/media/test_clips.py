@@ -8,8 +8,16 @@ import pytest
 import torch
 
 from qwen3vl_train.data.errors import MediaFault
-from qwen3vl_train.data.media.clips import ClipRules, clip_patches, doubled, pair_times, resize_clip, sample_indices
+from qwen3vl_train.data.media.clips import (
+    ClipRules,
+    clip_patches,
+    pair_times,
+    repeat_still_frames,
+    resize_clip,
+    sample_indices,
+)
 from tests.helpers import clip_files
+from tests.helpers.messages import message_of
 
 RULES = ClipRules(2.0, 4, 768, 4096, 25165824)
 
@@ -45,9 +53,9 @@ def test_patches_are_bit_equal_to_transformers(case, order):
     assert torch.equal(ours, clip_files.oracle_patches(frames.contiguous(), size))  # holds the tests' own oracle too
 
 
-def test_a_frame_that_never_comes_is_our_fault():
+def test_missing_frame_is_an_assertion_error():
     frame = torch.zeros(3, 32, 32, dtype=torch.uint8)
-    with pytest.raises(AssertionError, match=r"frames \[7\] of the clip never came"):
+    with pytest.raises(AssertionError, match=r"frames \[7\] of the clip are missing"):
         clip_patches([(3, frame)], [3, 7], (1, 2, 2))
 
 
@@ -101,15 +109,16 @@ def test_sizes_equal_transformers():
 
 def test_extreme_shapes_are_refused():
     assert resize_clip(4, 32, 6400, min_pixels=1024, max_pixels=10**9) == (32, 6400)
-    with pytest.raises(MediaFault) as caught:
-        resize_clip(4, 32, 6401, min_pixels=1024, max_pixels=10**9)
-    assert str(caught.value) == "frames of 6401x32: are more extreme than 200:1; crop or pad them"
+    assert (
+        message_of(MediaFault, resize_clip, 4, 32, 6401, min_pixels=1024, max_pixels=10**9)
+        == "frames of 6401x32: their aspect ratio exceeds 200:1; crop or pad them"
+    )
 
 
-def test_stills_beside_clips_repeat_their_frame():
+def test_images_packed_with_clips_repeat_their_frame():
     still = torch.randint(0, 256, (8, 768), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
-    twice = doubled(still).view(8, 3, 2, 256)
+    twice = repeat_still_frames(still).view(8, 3, 2, 256)
     assert torch.equal(twice[:, :, 0].reshape(8, 768), still)
     assert torch.equal(twice[:, :, 1].reshape(8, 768), still)
-    assert doubled(twice.reshape(8, 1536)).shape == (8, 1536)
-    assert doubled(still[:0]).shape == (0, 1536)
+    assert repeat_still_frames(twice.reshape(8, 1536)).shape == (8, 1536)
+    assert repeat_still_frames(still[:0]).shape == (0, 1536)

@@ -12,7 +12,9 @@ import torch
 from PIL import Image, ImageOps
 
 from qwen3vl_train.data.errors import MediaFault
-from qwen3vl_train.data.media.image import image_size, load_rgb, locate, resize_to_patches, smart_resize
+from qwen3vl_train.data.media.image import image_size, load_rgb, resize_to_patches, smart_resize
+from qwen3vl_train.data.media.paths import resolve_path
+from tests.helpers.messages import message_of
 
 LIMITS = {"min_pixels": 65536, "max_pixels": 16777216}
 
@@ -108,7 +110,7 @@ def test_patch_order_is_blocks_of_two_by_two():
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_turns_files_and_their_header_sizes_but_not_pil_objects(kind, orientation):
+def test_exif_rotates_files_but_not_pil_images(kind, orientation):
     exif = Image.Exif()
     exif[0x112] = orientation
     data = encoded(pattern(50, 30), kind, exif=exif)
@@ -121,7 +123,7 @@ def test_exif_turns_files_and_their_header_sizes_but_not_pil_objects(kind, orien
         assert load_rgb(Image.open(io.BytesIO(data))).shape == (3, 30, 50)
 
 
-def test_orientation_behind_the_pixels_of_a_png_counts():
+def test_png_orientation_after_the_pixels_is_applied():
     exif = Image.Exif()
     exif[0x112] = 6
     data = encoded(pattern(50, 30), exif=exif)
@@ -154,7 +156,7 @@ def test_modes_convert_as_transformers_does():
     assert torch.equal(load_rgb(encoded(alpha)), load_rgb(alpha))
 
 
-def test_every_kind_of_source_gives_the_same_pixels(tmp_path):
+def test_every_input_type_gives_the_same_pixels(tmp_path):
     data = encoded(pattern(33, 21))
     (tmp_path / "a b.png").write_bytes(data)
     uri = "data:image/png;base64," + base64.b64encode(data).decode()
@@ -176,13 +178,6 @@ def test_sizes_are_read_without_decoding(monkeypatch):
     assert {image_size(value) for value in data.values()} == {(40, 60)}
 
 
-def message(call, *arguments) -> str:
-    with pytest.raises(MediaFault) as caught:
-        call(*arguments)
-    assert isinstance(caught.value, ValueError)
-    return str(caught.value)
-
-
 KINDS = "(JPEG, PNG, WEBP, GIF, BMP, TIFF, PPM, JPEG2000, AVIF)"
 
 
@@ -199,7 +194,7 @@ def test_faults_of_files(tmp_path):
         "none.png": f"image none.png: no such file ({real}/none.png); check the path and media_root",
         "sub": f"image sub: is not a file ({real}/sub); check the path and media_root",
         "empty.png": "image empty.png: is empty (0 bytes); copy the file again",
-        "text.png": f"image text.png: is not an image of a known kind {KINDS}; convert it",
+        "text.png": f"image text.png: is not an image of a known format {KINDS}; convert it",
         "header.png": "image header.png: is damaged (Truncated File Read); replace the file",
         "http://example.org/a.png": "image http://example.org/a.png: is a http URL and nothing is downloaded; "
         "give a local path or set allow_urls: true",
@@ -209,33 +204,43 @@ def test_faults_of_files(tmp_path):
         "x" * 5000: f"image {'x' * 200}...: no such file ({real}/{'x' * 5000}); check the path and media_root",
     }
     for path, fault in faults.items():
-        assert message(image_size, path, root) == fault
-        assert message(load_rgb, path, root) == fault
-    assert image_size("cut.jpg", root) == (300, 400)  # the header of a cut file is whole
-    assert message(load_rgb, "cut.jpg", root).startswith(
+        assert message_of(MediaFault, image_size, path, root) == fault
+        assert message_of(MediaFault, load_rgb, path, root) == fault
+    assert image_size("cut.jpg", root) == (300, 400)  # the header of a truncated file is complete
+    assert message_of(MediaFault, load_rgb, "cut.jpg", root).startswith(
         "image cut.jpg: is truncated or damaged (image file is truncated"
     )
 
 
-def test_faults_of_other_sources():
-    assert message(image_size, b"") == "image of 0 bytes: is empty; give the bytes of an image file"
-    assert message(image_size, b"junk") == f"image of 4 bytes: is not an image of a known kind {KINDS}; convert it"
-    assert message(load_rgb, "data:image/png,abc") == "data URI: is not base64; write data:image/png;base64,..."
-    assert message(load_rgb, "data:image/png;base64,a?b=").startswith("data URI: is not base64 (")
-    assert message(load_rgb, "data:image/png;base64,aGk=") == (
-        f"data URI: is not an image of a known kind {KINDS}; convert it"
+def test_faults_of_other_inputs():
+    assert message_of(MediaFault, image_size, b"") == "image of 0 bytes: is empty; give the bytes of an image file"
+    assert (
+        message_of(MediaFault, image_size, b"junk")
+        == f"image of 4 bytes: is not an image of a known format {KINDS}; convert it"
+    )
+    assert (
+        message_of(MediaFault, load_rgb, "data:image/png,abc")
+        == "data URI: is not base64; write data:image/png;base64,..."
+    )
+    assert message_of(MediaFault, load_rgb, "data:image/png;base64,a?b=").startswith("data URI: is not base64 (")
+    assert message_of(MediaFault, load_rgb, "data:image/png;base64,aGk=") == (
+        f"data URI: is not an image of a known format {KINDS}; convert it"
     )
 
 
 @pytest.mark.parametrize("mode", ["I", "I;16", "F"])
 def test_more_than_eight_bits_are_refused(mode):
     fault = f"PIL image of 8x8: mode {mode} has more than 8 bits and no stated range; convert it to 8 bits a channel"
-    assert message(image_size, Image.new(mode, (8, 8))) == message(load_rgb, Image.new(mode, (8, 8))) == fault
+    assert (
+        message_of(MediaFault, image_size, Image.new(mode, (8, 8)))
+        == message_of(MediaFault, load_rgb, Image.new(mode, (8, 8)))
+        == fault
+    )
 
 
-def test_programs_hidden_in_formats_are_not_opened():
+def test_formats_that_run_programs_are_not_opened():
     postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n"
-    assert "is not an image of a known kind" in message(image_size, postscript)
+    assert "is not an image of a known format" in message_of(MediaFault, image_size, postscript)
 
 
 @pytest.mark.parametrize("size", [(1200, 1000), (3000, 1000)])
@@ -247,17 +252,17 @@ def test_decompression_bombs(monkeypatch, size):
         "decompression bombs; shrink the file"
     )
     with pytest.warns(Image.DecompressionBombWarning) if size[0] == 1200 else monkeypatch.context():
-        assert message(image_size, data) == fault
+        assert message_of(MediaFault, image_size, data) == fault
 
 
-def test_more_extreme_than_200_to_1_is_refused():
+def test_aspect_ratio_beyond_200_is_refused():
     assert smart_resize(2000, 10, **LIMITS) == (3648, 32)
-    fault = "image of 10x2001: is more extreme than 200:1; crop it or pad it"
-    assert message(lambda: smart_resize(2001, 10, **LIMITS)) == fault
-    assert message(lambda: smart_resize(10, 2001, **LIMITS)) == fault.replace("10x2001", "2001x10")
+    fault = "image of 10x2001: its aspect ratio exceeds 200:1; crop it or pad it"
+    assert message_of(MediaFault, lambda: smart_resize(2001, 10, **LIMITS)) == fault
+    assert message_of(MediaFault, lambda: smart_resize(10, 2001, **LIMITS)) == fault.replace("10x2001", "2001x10")
 
 
-def test_nothing_outside_media_root_is_reached(tmp_path):
+def test_paths_outside_media_root_are_refused(tmp_path):
     root = tmp_path / "images"
     root.mkdir()
     (tmp_path / "images2").mkdir()
@@ -267,17 +272,20 @@ def test_nothing_outside_media_root_is_reached(tmp_path):
     (root / "inner.png").symlink_to(root / "a.png")
     (root / "out").symlink_to(tmp_path)
     for path in ("../a.png", str(tmp_path / "a.png"), "link.png", "out/a.png", "../images2/a.png", "x/../../a.png"):
-        assert message(image_size, path, root) == f"image {path}: leaves media_root {root}; move the file into it"
+        assert (
+            message_of(MediaFault, image_size, path, root)
+            == f"image {path}: is outside media_root {root}; move the file into it"
+        )
     for path in ("a.png", "./a.png", "x/../a.png", "inner.png", str(root / "a.png"), "../images/a.png"):
         assert image_size(path, root) == (8, 8)
     (tmp_path / "alias").symlink_to(root)
     assert image_size("a.png", tmp_path / "alias") == (8, 8)
     assert image_size(str(root / "link.png")) == (8, 8)  # no media_root: any local path
-    assert locate("a.png", root) == str(root / "a.png")
+    assert resolve_path("a.png", root) == str(root / "a.png")
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL", "ignore::PIL.Image.DecompressionBombWarning")
-def test_damaged_files_raise_nothing_but_our_fault():
+def test_damaged_files_raise_media_fault_only():
     """Cut and flip bytes of every format: the size from the header is the size that decodes, or both are refused."""
     rng = random.Random(0)
     whole = [encoded(pattern(37, 21), kind) for kind in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")]

@@ -11,9 +11,11 @@ import pytest
 import torch
 
 from qwen3vl_train.data.errors import MediaFault
-from qwen3vl_train.data.media.video import VideoHeader, read_frames, read_header
+from qwen3vl_train.data.media.frames import read_frames
+from qwen3vl_train.data.media.video import VideoHeader, read_header
 from tests.helpers import clip_files, faults
 from tests.helpers.clip_files import decode, write_clip
+from tests.helpers.messages import message_of
 
 OPEN_HEVC = "log-level=none:open-gop=1:keyint=8"
 KINDS = {
@@ -45,7 +47,7 @@ def gathered(source, indices, header=None, root=None) -> dict[int, torch.Tensor]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_frames_are_those_of_decoding_everything(kind, tmp_path):
+def test_frames_equal_those_of_full_decoding(kind, tmp_path):
     name, options = KINDS[kind]
     path = write_clip(tmp_path / name, 40, **options)
     frames = decode(path)
@@ -60,7 +62,7 @@ def test_frames_are_those_of_decoding_everything(kind, tmp_path):
             assert torch.equal(frame, frames[index]), (kind, indices, index)
 
 
-def test_only_the_groups_with_wanted_frames_are_decoded(tmp_path, monkeypatch):
+def test_only_groups_with_wanted_frames_are_decoded(tmp_path, monkeypatch):
     path = str(write_clip(tmp_path / "a.mp4", 100, options={"x264-params": "keyint=10:scenecut=0:bframes=0"}))
     fed = faults.note_decoded_packets()
     header = read_header(path)
@@ -70,7 +72,7 @@ def test_only_the_groups_with_wanted_frames_are_decoded(tmp_path, monkeypatch):
     assert fed == [1 + 4 + 10, 1, 100]
 
 
-def test_frames_that_lead_a_key_frame_begin_at_the_one_before(tmp_path, monkeypatch):
+def test_leading_frames_are_decoded_from_the_previous_key_frame(tmp_path, monkeypatch):
     """In an open group some frames follow the key frame in the file and are shown before it; both groups make them."""
     path = str(write_clip(tmp_path / "a.mp4", 40, options=KINDS["open groups"][1]["options"]))
     fed, header = faults.note_decoded_packets(), read_header(path)
@@ -81,8 +83,8 @@ def test_frames_that_lead_a_key_frame_begin_at_the_one_before(tmp_path, monkeypa
     assert max(fed) < 20
 
 
-def test_a_decoder_that_withholds_a_frame_is_asked_again_from_the_beginning(tmp_path, monkeypatch):
-    """A key frame of this kind only begins to refresh the picture, so frames soon behind it need what was before."""
+def test_withheld_frame_is_decoded_again_from_the_beginning(tmp_path, monkeypatch):
+    """A key frame of this kind only starts to refresh the picture, so frames shortly after it need those before it."""
     path = write_clip(tmp_path / "a.mp4", 60, options={"x264-params": "intra-refresh=1:keyint=12:bframes=2"})
     fed = faults.note_decoded_packets()
     frames, header = decode(path), read_header(str(path))
@@ -94,7 +96,7 @@ def test_a_decoder_that_withholds_a_frame_is_asked_again_from_the_beginning(tmp_
         assert len(fed) == passes
 
 
-def test_frames_cut_away_by_an_edit_list_do_not_count(tmp_path):
+def test_frames_removed_by_an_edit_list_do_not_count(tmp_path):
     """A clip that was trimmed without encoding it again keeps the frames before the cut, unseen."""
     whole, cut = write_clip(tmp_path / "a.mp4", 40, options={"x264-params": "bframes=2"}), tmp_path / "cut.mp4"
     with av.open(str(whole)) as source, av.open(str(cut), "w") as out:
@@ -117,7 +119,7 @@ def test_frames_cut_away_by_an_edit_list_do_not_count(tmp_path):
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.mov"])
 @pytest.mark.parametrize("turn", [90, 180, -90])
-def test_phones_turn_their_frames(name, turn, tmp_path):
+def test_phone_rotation_is_applied(name, turn, tmp_path):
     path = write_clip(tmp_path / name, 12, rotation=turn)
     header = read_header(str(path))
     assert (header.height, header.width) == ((64, 96) if turn == 180 else (96, 64))
@@ -142,15 +144,9 @@ def test_phones_turn_their_frames(name, turn, tmp_path):
     assert difference.mean() < 2  # colour is at half resolution, so turning before or after conversion differs a little
 
 
-def message(call, *arguments) -> str:
-    with pytest.raises(MediaFault) as caught:
-        call(*arguments)
-    return str(caught.value)
-
-
 def both(source, root=None) -> str:
-    """The fault of a source, which its header must show already."""
-    return message(read_header, source, root)
+    """Return the fault of a source, which reading its header must raise."""
+    return message_of(MediaFault, read_header, source, root)
 
 
 UNREADABLE = "; replace it or write it as MP4"
@@ -179,13 +175,13 @@ def test_faults_that_the_header_shows(tmp_path):
         out.start_encoding()
     real = str(root.resolve())
     faults = {
-        "text.mp4": "is truncated, damaged or of a kind that is not read (Invalid data found when processing input)"
+        "text.mp4": "is truncated, damaged or of an unsupported format (Invalid data found when processing input)"
         + UNREADABLE,
-        "tail.mp4": "is truncated, damaged or of a kind that is not read (Invalid data found when processing input)"
+        "tail.mp4": "is truncated, damaged or of an unsupported format (Invalid data found when processing input)"
         + UNREADABLE,
         "empty.mp4": "is empty (0 bytes); copy the file again",
         "gone.mp4": f"no such file ({real}/gone.mp4); check the path and media_root",
-        "../x.mp4": f"leaves media_root {root}; move the file into it",
+        "../x.mp4": f"is outside media_root {root}; move the file into it",
         "sound.mp4": "has no video stream (streams: audio); replace the file",
         "fast.mp4": "frame rate is 2000, not above 0 and at most 1000; write the file again with its rate",
         "one.mp4": "has 1 frame, a clip needs 2; replace it, or give the frame as an image",
@@ -195,18 +191,18 @@ def test_faults_that_the_header_shows(tmp_path):
     for name, fault in faults.items():
         assert both(name, root) == f"video {name}: {fault}"
     last = both("cut.mp4", root)
-    assert last.startswith("video cut.mp4: is cut off: its header places frames up to byte ")
+    assert last.startswith("video cut.mp4: is truncated: its header lists frames up to byte ")
     assert last.endswith(f", it has {half}; copy the file again")
     assert both("a.mkv", root).startswith(
-        "video a.mkv: is cut off: its header promises 3.3 seconds, its packets end at "
+        "video a.mkv: is truncated: its header declares 3.3 seconds, its packets end at "
     )
-    assert both("a.avi", root).startswith("video a.avi: its header promises 40 frames, ")
-    assert both("a.avi", root).endswith(" are there; it is cut off or damaged, write it again")
+    assert both("a.avi", root).startswith("video a.avi: its header declares 40 frames, ")
+    assert both("a.avi", root).endswith(" were found; it is truncated or damaged, write it again")
     assert both(b"") == "video of 0 bytes: is empty; give the bytes of a video file"
     assert both("data:video/mp4,abc") == "data URI: is not base64; write data:video/mp4;base64,..."
 
 
-def test_a_rate_that_no_camera_has_is_a_fault(tmp_path):
+def test_impossible_frame_rate_is_a_fault(tmp_path):
     data = bytearray(write_clip(tmp_path / "a.mp4", 12, options={"x264-params": "bframes=0"}).read_bytes())
     place = data.index(b"stts") + 16
     assert data[place : place + 4] == (1024).to_bytes(4, "big")  # a frame lasts 1024 of 12288 ticks a second
@@ -219,23 +215,28 @@ def test_faults_that_decoding_shows(tmp_path):
     path = write_clip(tmp_path / "a.mp4", 40, options={"x264-params": "keyint=10"})
     header = read_header(str(path))
     for wrong in (header._replace(num_frames=41), header._replace(num_frames=39)):
-        fault = f"its header promises {wrong.num_frames} frames, 40 are there; it is cut off or damaged, write it again"
-        assert message(gathered, str(path), [0, 30], wrong) == f"video {path}: {fault}"
+        fault = (
+            f"its header declares {wrong.num_frames} frames, 40 were found; it is truncated or damaged, write it again"
+        )
+        assert message_of(MediaFault, gathered, str(path), [0, 30], wrong) == f"video {path}: {fault}"
     fault = "a frame is 96x64, the header says 90x64; write it again in one size"
-    assert message(gathered, str(path), [0], header._replace(width=90)) == f"video {path}: {fault}"
+    assert message_of(MediaFault, gathered, str(path), [0], header._replace(width=90)) == f"video {path}: {fault}"
     turned = write_clip(tmp_path / "turned.mkv", 12, rotation=180)
-    fault = "its frames are turned by 180 degrees, its header says 0; write it again upright, or as MP4"
-    assert message(gathered, str(turned), [0]) == f"video {turned}: {fault}"
+    fault = "its frames are rotated by 180 degrees, its header says 0; write it again upright, or as MP4"
+    assert message_of(MediaFault, gathered, str(turned), [0]) == f"video {turned}: {fault}"
     slanted = write_clip(tmp_path / "slanted.mp4", 12, rotation=30)
     assert both(str(slanted)) == (
-        f"video {slanted}: is mirrored or turned by no multiple of 90 degrees; write it again upright"
+        f"video {slanted}: is mirrored or not rotated by a multiple of 90 degrees; write it again upright"
     )
     avi = write_clip(tmp_path / "a.avi", 12, codec="mpeg4")
-    fault = "its header promises 13 frames, 12 are there; it is cut off or damaged, write it again"
-    assert message(gathered, str(avi), [0], read_header(str(avi))._replace(num_frames=13)) == f"video {avi}: {fault}"
+    fault = "its header declares 13 frames, 12 were found; it is truncated or damaged, write it again"
+    assert (
+        message_of(MediaFault, gathered, str(avi), [0], read_header(str(avi))._replace(num_frames=13))
+        == f"video {avi}: {fault}"
+    )
 
 
-def test_a_disk_that_fails_is_not_the_file(tmp_path, monkeypatch):
+def test_disk_errors_are_transient(tmp_path, monkeypatch):
     path = write_clip(tmp_path / "a.mp4")
 
     def fail(*arguments, **options):
@@ -248,7 +249,7 @@ def test_a_disk_that_fails_is_not_the_file(tmp_path, monkeypatch):
     assert caught.value.transient
 
 
-def test_bombs_are_refused_by_their_header(tmp_path, monkeypatch):
+def test_decompression_bombs_are_refused_by_their_header(tmp_path, monkeypatch):
     path = str(write_clip(tmp_path / "a.mp4", 4))
     monkeypatch.setattr("PIL.Image.MAX_IMAGE_PIXELS", 6000)
     assert both(path) == (
@@ -268,7 +269,7 @@ def test_bombs_are_refused_by_their_header(tmp_path, monkeypatch):
     ids=["playlist", "concat", "dash", "sdp"],
 )
 @pytest.mark.parametrize("ending", ["mp4", "m3u8", "ffconcat", "mpd", "sdp"])
-def test_files_that_point_at_other_files_are_not_opened(text, ending, tmp_path):
+def test_files_that_refer_to_other_files_are_not_opened(text, ending, tmp_path):
     target = write_clip(tmp_path / "secret.mp4", 12)
     path = tmp_path / f"a.{ending}"
     path.write_text(text.format(target=target))
@@ -281,7 +282,7 @@ def test_bare_streams_have_no_rate_and_are_not_opened(tmp_path):
     assert both(str(path)).endswith(UNREADABLE)
 
 
-def test_cover_art_is_no_video(tmp_path):
+def test_cover_art_is_not_a_video(tmp_path):
     path = tmp_path / "song.mp4"
     with av.open(str(path), "w") as out:
         sound = out.add_stream("aac", rate=8000)
@@ -295,7 +296,7 @@ def test_cover_art_is_no_video(tmp_path):
     assert both(str(path)) == f"video {path}: has no video stream (streams: audio, video); replace the file"
 
 
-def test_damaged_files_raise_nothing_but_our_fault(tmp_path):
+def test_damaged_files_raise_media_fault_only(tmp_path):
     """Cut and flip bytes of every container: what is planned from the header decodes, or there is a fault."""
     rng = random.Random(0)
     names = {
@@ -329,7 +330,9 @@ def test_damaged_files_raise_nothing_but_our_fault(tmp_path):
 MEMORY = """
 import sys
 from qwen3vl_train.data.media.clips import ClipRules, clip_patches, resize_clip, sample_indices
-from qwen3vl_train.data.media.video import read_frames, read_header
+from qwen3vl_train.data.media.frames import read_frames
+from qwen3vl_train.data.media.video import read_header
+from tests.helpers.messages import message_of
 
 def peak():
     return 1024 * int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
@@ -346,7 +349,7 @@ for path in sys.argv[1:]:
 """
 
 
-def test_ten_minutes_do_not_need_their_frames_in_memory(tmp_path):
+def test_ten_minute_clip_needs_little_memory(tmp_path):
     options = {"size": (128, 96), "codec": "mpeg4", "rate": 15, "gop": 60}
     short = write_clip(tmp_path / "short.mp4", 30, **options)
     with av.open(str(tmp_path / "long.mp4"), "w") as out:
@@ -366,4 +369,4 @@ def test_ten_minutes_do_not_need_their_frames_in_memory(tmp_path):
     assert after[:2] == [9000, 768]
     frames_bytes = 9000 * 128 * 96 * 3  # 332 MB; those that are sampled are 28 MB, and so are their patches
     grown = after[3] - before[3] - after[2]
-    assert grown < 20e6 < frames_bytes / 10, f"{grown / 1e6:.0f} MB beside the patches"
+    assert grown < 20e6 < frames_bytes / 10, f"{grown / 1e6:.0f} MB besides the patches"

@@ -46,7 +46,7 @@ def test_a_pack_comes_out_as_it_went_in(packs):
 
 def test_a_pack_from_a_worker_holds_one_block_of_shared_memory(packs):
     """And so one file descriptor: torch opens one for each storage that comes from another process."""
-    results = in_workers(SharedMemoryPack.of, packs * 3, 2)
+    results = in_workers(SharedMemoryPack.from_pack, packs * 3, 2)
     for number, shipment in enumerate(results):
         pack = shipment.unpack()
         assert_same(pack, packs[number % len(packs)])

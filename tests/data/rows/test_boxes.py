@@ -9,6 +9,7 @@ from qwen3vl_train.data.encode.collator import MultimodalCollator
 from qwen3vl_train.data.errors import MediaFault, RowFault
 from qwen3vl_train.data.rows.boxes import Convention
 from qwen3vl_train.data.rows.parse import RowRules
+from tests.helpers.messages import message_of
 
 IMAGE = Image.new("RGB", (640, 480))
 
@@ -39,7 +40,7 @@ def test_every_convention_writes_the_same_box(convention, box):
     assert read([box], (None, "xyxy"), bbox=unit, bbox_layout=layout) == "[100, 100, 500, 500]"
 
 
-def test_points_and_boxes_are_taken_in_order_over_all_texts():
+def test_boxes_fill_placeholders_in_order_over_all_texts():
     messages = [
         {
             "role": "user",
@@ -52,8 +53,8 @@ def test_points_and_boxes_are_taken_in_order_over_all_texts():
     assert (first.text, second.text) == ("At [100, 100], [0, 0, 100, 100]?", "[0, 0, 1000, 1000] and [500, 500]")
 
 
-def test_the_same_text_whatever_size_the_model_sees(tiny_folder):
-    """An image shrunk by a budget, and one whose sides are rounded: the box stays the fraction that it is."""
+def test_boxes_do_not_depend_on_the_resized_image(tiny_folder):
+    """An image shrunk by a budget, and one whose sides are rounded: the box keeps its fraction of the image."""
     for size in ((640, 480), (1999, 333)):
         row = {"boxes": [[size[0] / 4, size[1] / 4, size[0] / 2, size[1] / 2]], "bbox": "pixel", "image": "a.png",
                "conversations": [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "<box>"}]}  # fmt: skip
@@ -66,7 +67,7 @@ def test_the_same_text_whatever_size_the_model_sees(tiny_folder):
             assert "assistant\n[250, 250, 500, 500]<|im_end|>" in collate.decode(ids, skip_special_tokens=False)
 
 
-def test_pixels_count_in_the_image_as_it_is_shown():
+def test_pixels_refer_to_the_image_after_exif_rotation():
     """A phone's upright photo is stored lying: 200x100 in the file, 100x200 as seen."""
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -81,11 +82,11 @@ def test_one_of_several_images():
     assert read([[0.1, 0.1, 0.5, 0.5]], ("unit", "xyxy"), images=images) == "[100, 100, 500, 500]"
 
 
-def test_edges_within_half_a_thousandth_are_rounding():
+def test_boxes_may_exceed_the_image_by_rounding():
     assert read([[-0.3, 0, 640.3, 480]]) == "[0, 0, 1000, 1000]"
 
 
-def test_without_boxes_marks_are_text():
+def test_placeholders_without_boxes_are_text():
     assert read(None, (None, "xyxy"), "tick the <box>") == "tick the <box>"
     assert read([[1, 2, 3, 4]], (None, "xyxy"), "no mark") == "no mark"
 
@@ -101,15 +102,16 @@ FAULTS = [
      "xywh?"),
     ({"boxes": [[100, 100, 0, 60]], "convention": ("pixel", "xywh")}, "boxes[0] [100.0, 100.0, 0.0, 60.0] read as xywh "
      "has no area; is its layout xyxy?"),
-    ({"boxes": [[0, float("nan"), 1, 1]]}, "boxes[0] is [0, nan, 1, 1], not 4 finite numbers; mend the box"),
-    ({"boxes": [[0, 0, 1, float("inf")]]}, "boxes[0] is [0, 0, 1, inf], not 4 finite numbers; mend the box"),
-    ({"boxes": [[0, 0, True, 1]]}, "boxes[0] is [0, 0, True, 1], not 4 finite numbers; mend the box"),
+    ({"boxes": [[0, float("nan"), 1, 1]]}, "boxes[0] is [0, nan, 1, 1], not 4 finite numbers; fix the box"),
+    ({"boxes": [[0, 0, 1, float("inf")]]}, "boxes[0] is [0, 0, 1, inf], not 4 finite numbers; fix the box"),
+    ({"boxes": [[0, 0, True, 1]]}, "boxes[0] is [0, 0, True, 1], not 4 finite numbers; fix the box"),
     ({"boxes": [[0, 0, 1]]}, "boxes[0] is not a list of 4 numbers; write [x, y, x, y]"),
     ({"boxes": "x"}, "boxes is not a list; write a list of boxes"),
-    ({"boxes": [[0, 0, 1, 1]] * 2}, "2 boxes but 1 <box> mark in the text; write one mark for each"),
-    ({"boxes": [], "points": [[1, 1]], "text": "x"}, "1 point but 0 <point> marks in the text; write one mark for "
-     "each"),
-    ({"boxes": [[0, 0, 1, 1]], "convention": (None, "xyxy")}, "boxes of no stated convention; set bbox to pixel, unit, "
+    ({"boxes": [[0, 0, 1, 1]] * 2}, "2 boxes but 1 <box> placeholder in the text; write one placeholder for each"),
+    ({"boxes": [], "points": [[1, 1]], "text": "x"},
+     "1 point but 0 <point> placeholders in the text; write one placeholder for each"),
+    ({"boxes": [[0, 0, 1, 1]], "convention": (None, "xyxy")},
+     "boxes without a stated convention; set bbox to pixel, unit, "
      "per_mille in the row or the recipe"),
     ({"boxes": [[0, 0, 1, 1]], "bbox": [0, 0, 1, 1]}, "bbox is '[0, 0, 1, 1]'; use pixel, unit, per_mille, and list "
      "boxes under boxes"),
@@ -123,11 +125,9 @@ FAULTS = [
 
 @pytest.mark.parametrize(("case", "fault"), FAULTS, ids=lambda value: str(value)[:70])
 def test_faults(case, fault):
-    with pytest.raises(RowFault) as caught:
-        read(**case)
-    assert str(caught.value) == fault
+    assert message_of(RowFault, read, **case) == fault
 
 
-def test_a_broken_image_is_the_fault_of_its_box():
+def test_fault_of_an_image_names_its_box():
     with pytest.raises(MediaFault, match=r"^boxes\[0\]: image of 4 bytes: is not an image"):
         read([[0, 0, 1, 1]], images=(b"junk",))

@@ -20,9 +20,10 @@ from qwen3vl_train.data.errors import MediaFault, RowFault
 from qwen3vl_train.data.media.image import load_rgb
 from qwen3vl_train.data.media.remote import Remote
 from qwen3vl_train.data.packing.index import LengthRule, build_index
-from qwen3vl_train.data.rows.parse import shapes_line
+from qwen3vl_train.data.rows.parse import format_counts
 from qwen3vl_train.data.sources import JsonlSource, open_sources, open_stream
 from tests.helpers import faults
+from tests.helpers.messages import message_of
 from tests.helpers.row_files import KINDS, NUM_ROWS, ROW, png, talks, texts, write_all, write_tar
 
 
@@ -32,7 +33,7 @@ def files(tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_rows_by_number(files, kind):
+def test_rows_by_index(files, kind):
     (source,) = open_sources(TrainSource(path=str(files[kind])))
     assert len(source) == NUM_ROWS
     source = pickle.loads(pickle.dumps(source))
@@ -46,7 +47,7 @@ def test_rows_by_number(files, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_stream_goes_on_behind_any_row(files, kind):
+def test_stream_continues_after_any_row(files, kind):
     entry = TrainSource(path=str(files[kind]))
     rows = list(open_stream(entry).rows())
     assert [texts(row.sample)[0] for row in rows] == [f"Nr {n}?" for n in range(NUM_ROWS)]
@@ -61,7 +62,7 @@ def test_a_stream_goes_on_behind_any_row(files, kind):
         ]
 
 
-def test_fingerprints_follow_the_content_not_the_place(files, tmp_path):
+def test_fingerprint_depends_on_content_not_on_path(files, tmp_path):
     for kind in KINDS[:-1]:
         copy = tmp_path / kind
         copy.write_bytes(files[kind].read_bytes())
@@ -75,7 +76,7 @@ def test_fingerprints_follow_the_content_not_the_place(files, tmp_path):
     assert one["size"] == other["size"]
 
 
-def test_patterns_and_folders_are_a_source_for_each_file(tmp_path):
+def test_patterns_and_folders_give_one_source_per_file(tmp_path):
     for name in ("b-2.jsonl", "b-1.jsonl", "c.json", "notes.txt"):
         (tmp_path / name).write_text(ROW % name)
     sources = open_sources(TrainSource(path=f"{tmp_path}/b-*.jsonl", name="mine"))
@@ -86,9 +87,7 @@ def test_patterns_and_folders_are_a_source_for_each_file(tmp_path):
     rows = list(stream.rows())
     assert [Path(row.file).name for row in rows] == ["b-1.jsonl", "b-2.jsonl", "c.json"]
     assert [row.file for row in stream.rows(rows[0].state)] == [row.file for row in rows[1:]]
-    with pytest.raises(ValueError) as caught:
-        open_sources(TrainSource(path=f"{tmp_path}/d-*"))
-    assert str(caught.value) == (
+    assert message_of(ValueError, open_sources, TrainSource(path=f"{tmp_path}/d-*")) == (
         f"{tmp_path}/d-*: no file in it ends with .jsonl, .json, .parquet, .tar; check the paths under data"
     )
 
@@ -102,7 +101,7 @@ def remote():
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "saved"])
-def test_files_and_media_behind_any_url(files, kind, remote):
+def test_files_and_media_at_fsspec_urls(files, kind, remote):
     for path in files.values():
         if path.is_file():
             remote.pipe(f"/bucket/x/{path.name}", path.read_bytes())
@@ -118,16 +117,16 @@ def test_files_and_media_behind_any_url(files, kind, remote):
     assert [source.name for source in found] == [f"memory:///bucket/x/{kind}"]
 
 
-def test_media_do_not_leave_a_remote_root(remote):
+def test_media_outside_a_remote_root_are_refused(remote):
     remote.pipe("/bucket/x/a.jsonl", "\n".join(
         json.dumps({"image": path, "question": "?", "answer": "x"}) for path in ("../b.png", "/b.png", "s3://b/c.png")
     ).encode())  # fmt: skip
     for row in open_stream(TrainSource(path="memory://bucket/x/a.jsonl")).rows():
         assert isinstance(row.sample, MediaFault)
-        assert "leaves media_root memory://bucket/x; give a path below it" in str(row.sample)
+        assert "is outside media_root memory://bucket/x; give a path below it" in str(row.sample)
 
 
-def test_the_hub_library_reads_folders_by_split_and_leaves_pictures_encoded(files, tmp_path):
+def test_hub_source_reads_a_split_and_keeps_images_encoded(files, tmp_path):
     os.symlink(files["a.parquet"], tmp_path / "train-0.parquet")
     entry = TrainSource(path=str(tmp_path), split="train")
     (source,) = open_sources(entry)
@@ -138,9 +137,7 @@ def test_the_hub_library_reads_folders_by_split_and_leaves_pictures_encoded(file
         (None, f"{tmp_path}/dict: no split None among test; set split to one of them"),
         ("test", f"{tmp_path}/dict: has the columns x, and none that rows are made from; name them under columns"),
     ):
-        with pytest.raises(ValueError) as caught:
-            open_sources(TrainSource(path=str(tmp_path / "dict"), split=split))
-        assert str(caught.value) == fault
+        assert message_of(ValueError, open_sources, TrainSource(path=str(tmp_path / "dict"), split=split)) == fault
     with pytest.raises(
         ValueError, match=r"^no/such: |^no/such \(no folder here, so a name on the Hugging Face hub\): "
     ):
@@ -157,7 +154,7 @@ class Hub(type(fsspec.filesystem("memory"))):
         return super()._strip_protocol(path.replace("hf://", "memory://"))
 
 
-def test_pictures_that_a_data_set_keeps_on_the_hub_are_fetched_there(tmp_path, remote, monkeypatch):
+def test_images_on_the_hub_are_fetched_from_there(tmp_path, remote, monkeypatch):
     monkeypatch.setitem(registry, "hf", Hub)
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w") as packed:
@@ -184,9 +181,7 @@ def test_pictures_that_a_data_set_keeps_on_the_hub_are_fetched_there(tmp_path, r
         "image s3://bucket/a.png: is a s3 URL and nothing is downloaded; give a local path",
         "hf://bucket/none.png: cannot be read (",
     ), strict=True):  # fmt: skip
-        with pytest.raises(MediaFault) as caught:
-            load_rgb(*image)
-        assert str(caught.value).startswith(fault)
+        assert message_of(MediaFault, load_rgb, *image).startswith(fault)
     allowed = TrainSource(path=str(tmp_path / "rows"), split="train", allow_urls=True)
     assert open_sources(allowed)[0].sample(3).messages[0].content[0].image == Remote(paths[3])
     elsewhere = TrainSource(path=str(tmp_path / "rows"), split="train", media_root="memory://bucket")
@@ -199,7 +194,7 @@ def test_pictures_that_a_data_set_keeps_on_the_hub_are_fetched_there(tmp_path, r
         load_rgb(plain.sample(0).messages[0].content[0].image, str(tmp_path))
 
 
-def test_rows_are_lines_and_blank_ones_are_skipped(tmp_path):
+def test_blank_lines_are_skipped(tmp_path):
     file = tmp_path / "train.jsonl"
     rows = [ROW % text for text in ("ä", "b", "c\\r")]
     file.write_bytes(("\ufeff" + rows[0] + "\r\n\n  \n" + rows[1] + "\n" + rows[2]).encode())
@@ -214,7 +209,7 @@ def test_rows_are_lines_and_blank_ones_are_skipped(tmp_path):
 
 
 @pytest.mark.parametrize("block", [1, 7, 64])
-def test_cuts_between_blocks_change_nothing(tmp_path, block):
+def test_block_size_does_not_change_rows(tmp_path, block):
     faults.set_row_limits(block=block)
     rows = [{"question": f'ü {n} " ] \\ }}', "answer": "€" * n + "x"} for n in range(5)]
     (tmp_path / "a.json").write_text(" \n" + json.dumps(rows, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -229,7 +224,7 @@ def test_cuts_between_blocks_change_nothing(tmp_path, block):
         assert [texts(row.sample) for row in rest] == [[row["question"], row["answer"]] for row in rows[2:]]
 
 
-def test_an_array_is_told_from_lines_by_its_first_character(tmp_path):
+def test_array_is_detected_by_its_first_character(tmp_path):
     (tmp_path / "a.json").write_text(ROW % "a" + "\n" + ROW % "b")
     assert len(JsonlSource(tmp_path / "a.json")) == 2
     for text in ("", "[]", " [ ] "):
@@ -237,19 +232,17 @@ def test_an_array_is_told_from_lines_by_its_first_character(tmp_path):
         assert len(JsonlSource(tmp_path / "a.json")) == 0
 
 
-def test_columns_of_parquet_that_no_rule_names_are_not_read(tmp_path):
+def test_unknown_parquet_columns_are_not_read(tmp_path):
     pq.write_table(pa.table({"q": ["?"], "a": ["x"], "junk": [b"1"]}), tmp_path / "a.parquet")
     entry = TrainSource(path=str(tmp_path / "a.parquet"), columns={"question": "q", "answer": "a"})
     (source,) = open_sources(entry)
     assert source.raw(0).row == {"q": "?", "a": "x"}
-    with pytest.raises(ValueError) as caught:
-        open_sources(TrainSource(path=str(tmp_path / "a.parquet")))
-    assert str(caught.value) == (
+    assert message_of(ValueError, open_sources, TrainSource(path=str(tmp_path / "a.parquet"))) == (
         f"{tmp_path}/a.parquet: has the columns q, a, junk, and none that rows are made from; name them under columns"
     )
 
 
-def test_media_of_a_shard_are_found_by_name_ending_or_not_at_all(tmp_path):
+def test_shard_media_are_found_by_name_or_extension(tmp_path):
     talk = [{"role": "user", "content": [{"type": "image", "image": "jpg"}, {"type": "image", "image": "1.seg.png"}]},
             {"role": "assistant", "content": "ok"}]  # fmt: skip
     write_tar(tmp_path / "a.tar", [
@@ -270,22 +263,20 @@ def test_media_of_a_shard_are_found_by_name_ending_or_not_at_all(tmp_path):
             '{"messages": [{"role": ..., "content": ...}, ...]} or name its columns under columns'),
         (5, "d/6.txt: not UTF-8 (byte 0); save it as UTF-8"),
     ):  # fmt: skip
-        with pytest.raises(RowFault) as caught:
-            source.sample(row)
-        assert str(caught.value) == fault
+        assert message_of(RowFault, source.sample, row) == fault
 
 
-def test_rows_of_mixed_shapes_in_one_file(tmp_path, tiny_folder):
+def test_rows_of_mixed_formats_in_one_file(tmp_path, tiny_folder):
     rows = [ROW % "a", json.dumps({"question": "?", "answer": "x"}), json.dumps(talks(1)[0]), "{}", "[1]", "7"]
     (tmp_path / "a.jsonl").write_text("\n".join(rows))
     streamed = list(open_stream(TrainSource(path=str(tmp_path / "a.jsonl"))).rows())
-    assert [row.sample.shape for row in streamed[:3]] == ["openai", "columns", "sharegpt"]
+    assert [row.sample.row_format for row in streamed[:3]] == ["openai", "columns", "sharegpt"]
     assert [isinstance(row.sample, RowFault) for row in streamed] == [False] * 3 + [True] * 3
     for _ in range(2):  # the second time from what was kept of the first
         collate = MultimodalCollator.from_pretrained(tiny_folder)
         (tmp_path / "0.png").write_bytes(png(0))
         sources = open_sources(TrainSource(path=str(tmp_path / "a.jsonl")))
         index = build_index(sources, collate, LengthRule(500), cache_folder=tmp_path / "index")
-        line = shapes_line("a.jsonl", index.count_shapes(0))
+        line = format_counts("a.jsonl", index.count_shapes(0))
         assert line == "a.jsonl: 3 rows, openai 1, sharegpt 1, columns 1"
         assert len(index.rejects) == 3

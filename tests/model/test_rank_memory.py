@@ -1,4 +1,4 @@
-"""The computed table against torch's own sharding of the released shapes, on the ranks of a fake process group."""
+"""The memory and traffic of a rank against torch's own sharding of released shapes, in a fake process group."""
 
 import importlib.util
 import sys
@@ -18,17 +18,17 @@ from qwen3vl_train.config import ParallelSection, recipe_from_dict
 from qwen3vl_train.data.encode.collator import MultimodalCollator
 from qwen3vl_train.dist.ranks import Ranks
 from qwen3vl_train.dist.tensors import to_local
+from qwen3vl_train.model.costs import (
+    Layout,
+    fsdp_unit,
+    rank_memory,
+    rows_of_shard,
+    text_activation_bytes,
+    vision_activation_bytes,
+)
 from qwen3vl_train.model.qwen3vl import Qwen3VLForConditionalGeneration
 from qwen3vl_train.parallel.fsdp import shard_model
 from qwen3vl_train.parallel.mesh import build_mesh
-from qwen3vl_train.parallel.scaling import (
-    Layout,
-    piece_rows,
-    share_of,
-    text_activation_bytes,
-    unit_of,
-    vision_activation_bytes,
-)
 from qwen3vl_train.train.build import build_model
 
 ROOT = Path(__file__).parents[2]
@@ -67,7 +67,7 @@ def bytes_of(model: torch.nn.Module, *, trained: bool) -> int:
     return sum(piece.numel() * piece.element_size() for piece in pieces)
 
 
-def test_the_shapes_are_those_of_the_released_checkpoints():
+def test_shapes_are_those_of_released_checkpoints():
     # Counts of the published files; a tied head is counted once.
     counts = {"2B": 2_127_532_032, "4B": 4_437_815_808, "8B": 8_767_123_696, "32B": 33_357_390_064}
     for size, count in counts.items():
@@ -90,30 +90,30 @@ SHARDED = [
 
 
 @pytest.mark.parametrize(("size", "tune", "layout", "rank"), SHARDED)
-def test_torch_shards_the_released_shapes_as_the_table_says(size: str, tune: str, layout: Layout, rank: int):
-    share = share_of(scaling_table.meta_model(size, tune), layout, place=rank % layout.shard)
+def test_torch_shards_released_shapes_as_computed(size: str, tune: str, layout: Layout, rank: int):
+    memory = rank_memory(scaling_table.meta_model(size, tune), layout, index=rank % layout.shard)
     with fake_ranks(rank, layout.num_ranks) as ranks:
         model = sharded(size, tune, layout, ranks)
-        assert bytes_of(model, trained=False) == share.frozen
-        assert bytes_of(model, trained=True) == share.trained
+        assert bytes_of(model, trained=False) == memory.frozen
+        assert bytes_of(model, trained=True) == memory.trained
         units = {name for name, module in model.named_modules() if isinstance(module, FSDPModule)}
-        assert units == {unit_of(name) for name, _ in model.named_parameters()}
+        assert units == {fsdp_unit(name) for name, _ in model.named_parameters()}
 
 
 @pytest.mark.parametrize("shard", [8, 64, 1024])
 @pytest.mark.parametrize("size", ["8B", "32B"])
-def test_pieces_are_even_and_padding_is_stated(size: str, shard: int):
-    share = share_of(scaling_table.meta_model(size, "full"), Layout("fsdp2", 1, shard))
+def test_shards_are_even_and_padding_is_counted(size: str, shard: int):
+    memory = rank_memory(scaling_table.meta_model(size, "full"), Layout("fsdp2", 1, shard))
     # Rows of all large matrices divide by 8 and 64. By 1,024 those of the vision tower (1152, 3456, 4304) and of the
     # vocabulary (151936) do not, nor do norms of 128: their last ranks hold less or nothing.
-    assert share.padding <= {8: 0.0, 64: 1e-3, 1024: 0.025}[shard]
+    assert memory.padding <= {8: 0.0, 64: 1e-3, 1024: 0.025}[shard]
     for rows in (128, 1152, 4304, 151936):
-        assert sum(piece_rows(rows, shard, place) for place in range(shard)) == rows
+        assert sum(rows_of_shard(rows, shard, index) for index in range(shard)) == rows
 
 
-def test_a_uneven_tensor_leaves_the_last_ranks_with_nothing():
-    assert [piece_rows(10, 4, place) for place in range(4)] == [3, 3, 3, 1]
-    assert [piece_rows(9, 8, place) for place in range(8)] == [2, 2, 2, 2, 1, 0, 0, 0]
+def test_uneven_rows_leave_the_last_ranks_with_less():
+    assert [rows_of_shard(10, 4, index) for index in range(4)] == [3, 3, 3, 1]
+    assert [rows_of_shard(9, 8, index) for index in range(8)] == [2, 2, 2, 2, 1, 0, 0, 0]
 
 
 class Traffic(TorchDispatchMode):
@@ -147,7 +147,7 @@ TUNES = {
 
 @pytest.mark.parametrize("layout", [Layout("fsdp2", 1, 8), Layout("fsdp2", 2, 4)], ids=["fsdp2", "hsdp"])
 @pytest.mark.parametrize("tune", TUNES.values(), ids=list(TUNES))
-def test_a_pass_sends_what_the_table_says(tiny_folder: Path, tune: dict, layout: Layout):
+def test_a_pass_sends_what_is_computed(tiny_folder: Path, tune: dict, layout: Layout):
     recipe = recipe_from_dict(
         {
             "name": "x",
@@ -167,13 +167,13 @@ def test_a_pass_sends_what_the_table_says(tiny_folder: Path, tune: dict, layout:
         with Traffic(layout.shard) as traffic:
             loss_sum, _ = model(batch)
             loss_sum.backward()
-    share = share_of(plain, layout)
-    assert traffic.sent["all_gather"] + traffic.sent["reduce_scatter"] == share.sent_in_shard
+    memory = rank_memory(plain, layout)
+    assert traffic.sent["all_gather"] + traffic.sent["reduce_scatter"] == memory.sent_in_shard
     # A ring of two sends all of a piece: half of it to be summed, half of it summed.
-    assert traffic.sent["all_reduce"] == share.sent_between_replicas
+    assert traffic.sent["all_reduce"] == memory.sent_between_replicas
 
 
-def test_activations_are_near_the_figures_computed_by_others():
+def test_activation_bytes_are_near_published_figures():
     # MB a token and KB a patch of fused bfloat16 training, each counted by hand tensor by tensor elsewhere: 10% for
     # what is kept or recomputed by one kernel or another.
     for size, megabytes in (("2B", 1.9), ("4B", 3.8), ("8B", 4.7)):
@@ -185,6 +185,6 @@ def test_activations_are_near_the_figures_computed_by_others():
 
 
 @pytest.mark.parametrize("table", ["table", "shape_table"])
-def test_the_tables_of_the_documentation_are_the_computed_ones(table: str):
+def test_tables_in_docs_are_the_computed_ones(table: str):
     computed = getattr(scaling_table, table)()
-    assert computed in (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
+    assert computed in (ROOT / "benchmarks" / "RESULTS.md").read_text(encoding="utf-8")

@@ -1,28 +1,38 @@
-"""Everything a run tells: metrics.jsonl, eval.jsonl, rejected.jsonl, the tracker and the terminal.
+"""What a run records: metrics.jsonl, eval.jsonl, the tracker and the terminal.
 
-Rank 0 writes these; other ranks print their lines to a file of their own.
+Rank 0 writes these; other ranks print their lines to a log file of their own.
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TextIO
 
 from qwen3vl_train.config import Recipe
 from qwen3vl_train.data.errors import Reject
+from qwen3vl_train.data.packing.loader import StepPacks
 from qwen3vl_train.dist.ranks import Ranks
 from qwen3vl_train.dist.stop import STOPPED, StopRequest
-from qwen3vl_train.tracking.metrics import MetricsLog, StepTally, device_peak_flops, peak_memory_gib, step_metrics
-from qwen3vl_train.tracking.wandb import Console, open_tracker
-from qwen3vl_train.train.evaluate import EvalLoss
-from qwen3vl_train.train.run_folder import REJECTED_FILE, RejectLog
+from qwen3vl_train.tracking.console import Console
+from qwen3vl_train.tracking.metrics import (
+    MetricsLog,
+    StepTally,
+    StepTimes,
+    device_peak_flops,
+    peak_memory_gib,
+    step_metrics,
+)
+from qwen3vl_train.tracking.wandb import open_tracker
 
 
 class Recorder:
-    """Opened once a run, as a with-block; an exception that leaves the block marks the tracked run as failed, a
-    StopRequest as one that will go on.
+    """A context manager, opened once a run.
 
-    wandb_run_id: of the run that goes on, as its checkpoint has it.
+    An exception that leaves the block marks the tracked run as failed, a StopRequest as one that will go on.
+
+    out: where lines for the terminal go.
+    wandb_run_id: from the checkpoint of a run that is resumed.
     """
 
     def __init__(
@@ -36,10 +46,9 @@ class Recorder:
         start_step: int,
         wandb_run_id: str | None = None,
     ) -> None:
-        self._folder, self._ranks = folder, ranks
+        self._recipe, self._folder, self._ranks = recipe, folder, ranks
         self._peak_flops = device_peak_flops(ranks.device)
         self._metrics = MetricsLog(folder / "metrics.jsonl") if ranks.is_main else None
-        self._rejects = RejectLog(folder / REJECTED_FILE, writes=ranks.is_main)
         self._tracker = open_tracker(recipe, folder, ranks.rank, wandb_run_id)
         self._console = Console(num_steps, start_step=start_step, file=out)
 
@@ -59,16 +68,21 @@ class Recorder:
 
     @property
     def wandb_run_id(self) -> str | None:
-        """What a checkpoint keeps so that the run goes on as the same W&B run; None where there is none."""
+        """The id that a checkpoint keeps so that a resumed run is the same W&B run; None where there is none."""
         return self._tracker.run_id
 
     def line(self, text: str) -> None:
+        """Print one line."""
         self._console.line(text)
 
-    def step(self, tally: StepTally, grad_norms: dict[str, float]) -> None:
-        """Write one step; grad_norms of the module groups, and a curve for each data set, go to the tracker."""
+    def step(self, tally: StepTally, packs: StepPacks, times: StepTimes, *, num_rejected: int) -> None:
+        """Record one step; the tracker also gets gradient norms by module group and the loss of each data set."""
         row = step_metrics(
             tally,
+            packs,
+            times,
+            num_rejected=num_rejected,
+            max_tokens_per_pack=self._recipe.data.max_tokens_per_pack,
             world_size=self._ranks.world_size,
             peak_flops=self._peak_flops,
             peak_memory_gib=peak_memory_gib(self._ranks.device),
@@ -76,21 +90,22 @@ class Recorder:
         if self._metrics:
             self._metrics.append(row)
         curves = {key: value for key, value in row.items() if key != "sources"}
-        curves |= {f"grad_norm/{group}": norm for group, norm in grad_norms.items()}
+        curves |= {f"grad_norm/{group}": norm for group, norm in tally.grad_norms.items()}
         curves |= {f"loss/{name}": of_source.loss for name, of_source in tally.sources.items()}
         self._tracker.log(curves, tally.step)
         self._console.step(row)
 
-    def evaluation(self, step: int, name: str, result: EvalLoss, seconds: float) -> None:
+    def evaluation(self, step: int, name: str, loss: float, label_tokens: int, seconds: float) -> None:
+        """Record the loss on a held-out file."""
         if not self._ranks.is_main:
             return
-        row = {"step": step, "name": name, "loss": result.loss, "label_tokens": result.label_tokens, "seconds": seconds}
+        row = {"step": step, "name": name, "loss": loss, "label_tokens": label_tokens, "seconds": seconds}
         with (self._folder / "eval.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
-        self._tracker.log({f"eval/{name}/loss": result.loss}, step)
-        self.line(f"eval step {step}: {name} loss {result.loss:.4f} over {result.label_tokens} label tokens")
+        self._tracker.log({f"eval/{name}/loss": loss}, step)
+        self.line(f"eval step {step}: {name} loss {loss:.4f} over {label_tokens} label tokens")
 
-    def rejected(self, rejects: list[Reject]) -> None:
-        """List rows that were left out, and say so; each is listed once, however often it is met."""
-        for reject in self._rejects.add(rejects):
-            self.line(f"left out: {reject}")
+    def rejects(self, rejects: Sequence[Reject]) -> None:
+        """Print rows that were rejected while training."""
+        for reject in rejects:
+            self.line(f"rejected: {reject}")
