@@ -102,6 +102,7 @@ CASES = [
 ]
 
 
+@pytest.mark.measures
 @pytest.mark.parametrize(("engine", "tune", "dtype"), CASES, ids=["-".join(case) for case in CASES])
 def test_loading_takes_the_shard_and_a_quarter_at_most(
     half_a_gigabyte: Path, tmp_path: Path, engine: str, tune: str, dtype: str
@@ -126,6 +127,7 @@ def test_loading_takes_the_shard_and_a_quarter_at_most(
         assert peak < 1.25 * shard
 
 
+@pytest.mark.measures
 def test_the_measure_sees_a_copy_of_one_tenth():
     tenth = 50 * MEBIBYTE
     with _Peak() as memory:

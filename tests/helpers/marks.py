@@ -26,9 +26,13 @@ def add_marks(item: pytest.Item) -> None:
         item.add_marker("process")
     fixtures = [definitions[-1].func for definitions in item._fixtureinfo.name2fixturedefs.values()]  # type: ignore
     for function in (item.function, *fixtures):  # type: ignore[attr-defined]
-        for name in _names(inspect.unwrap(function), set()):
-            if name in _STARTERS:
-                item.add_marker(_STARTERS[name])
+        for mark in marks_of(inspect.unwrap(function)):
+            item.add_marker(mark)
+
+
+def marks_of(function: Any) -> set[str]:
+    """Return the marks of what a test or fixture, or a function of the tests that it calls, names."""
+    return {_STARTERS[name] for name in _names(function, set()) if name in _STARTERS}
 
 
 def _names(value: Any, seen: set[Any]) -> Iterator[str]:
@@ -42,7 +46,8 @@ def _names(value: Any, seen: set[Any]) -> Iterator[str]:
         return
     for name in set(_names_in(value.__code__)):
         yield name
-        yield from _names(value.__globals__.get(name), seen)
+        if name not in _STARTERS:
+            yield from _names(value.__globals__.get(name), seen)
 
 
 def _names_in(code: CodeType) -> Iterator[str]:
@@ -62,7 +67,9 @@ def watch(item: pytest.Item) -> None:
 
 def check() -> None:
     """Fail where the test that `watch` was called for tried to start a process, whatever became of the error."""
-    assert not _refused, _refused[0]
+    refused = _refused.copy()
+    _refused.clear()
+    assert not refused, refused[0]
 
 
 def _refuse(event: str, arguments: tuple[Any, ...]) -> None:

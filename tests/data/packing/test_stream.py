@@ -334,6 +334,7 @@ print(json.dumps(seen))
 """
 
 
+@pytest.mark.measures
 def test_memory_does_not_grow_with_the_stream(tiny_folder):
     """The length of the real show, a million rows, is in benchmarks/data.py; here are five windows against twenty."""
     command = [sys.executable, "-c", MEMORY, str(tiny_folder), "4096", "10240", "40960"]
