@@ -162,7 +162,7 @@ def _is_of(step: int) -> Callable[..., bool]:
 # Moments of the save of a checkpoint: the function, before or after it, and for a step, which of its calls it is.
 SAVE_MOMENTS: dict[str, tuple[Any, str, str, Callable[[int], Callable[..., bool]]]] = {
     "before the save": (CheckpointWriter, "start", "before", lambda step: lambda _, saved, *__: saved == step),
-    "folder made": (writer, "start_aside", "after", _is_of),
+    "folder made": (writer, "start_partial", "after", _is_of),
     "before the manifest": (writer, "write_manifest", "before", _is_of),
     "before the rename": (Path, "rename", "before", _is_of),
     "after the rename": (Path, "rename", "after", _is_of),
@@ -199,7 +199,7 @@ def refuse_removal(refuses: Callable[[], bool]) -> None:
 
 def before_checksums(act: Callable[[Path, list[Path]], Any]) -> None:
     """Call act(folder, files) when this rank has written its files of a checkpoint, before it sums them."""
-    _around(writer, "sum_files", before=act)
+    _around(writer, "checksum_files", before=act)
 
 
 def note_checkpoint_files() -> dict[str, list[str]]:
@@ -240,7 +240,7 @@ def refuse_writes(checkpoints: CheckpointWriter) -> None:
 
 def refuse_rename() -> None:
     """Let the disk refuse to give a written checkpoint its name."""
-    _patches.setattr(writer, "finish", _no_space)
+    _patches.setattr(writer, "finish_partial", _no_space)
 
 
 def refuse_folders() -> None:
