@@ -172,9 +172,9 @@ def packs() -> None:
                 found = plan_packs(tokens[rows], patches[rows], work[rows], limits)
                 sums = [int(work[rows][pack].sum()) for pack in found]
                 lead = -len(loads) % NUM_RANKS
-                for place in arrange(sums, packs_per_step=NUM_RANKS, lead=lead, seed=(0, start)):
-                    filled.append(int(tokens[rows][found[place]].sum()))
-                    loads.append(sums[place])
+                for number in arrange(sums, packs_per_step=NUM_RANKS, lead=lead, seed=(0, start)):
+                    filled.append(int(tokens[rows][found[number]].sum()))
+                    loads.append(sums[number])
             seconds = time.perf_counter() - start_time
             figures = plan_figures(
                 filled, loads, max_tokens=limits.tokens, packs_per_step=NUM_RANKS, world_size=NUM_RANKS
