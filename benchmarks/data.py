@@ -23,9 +23,18 @@ from sklearn.datasets import load_sample_images
 from qwen3vl_train.data.encode.collator import MultimodalCollator
 from qwen3vl_train.data.media.image import PATCH, load_rgb, resize_to_patches, smart_resize
 from qwen3vl_train.data.packing.index import LengthRule, build_index
+from qwen3vl_train.data.packing.loader import Loader
 from qwen3vl_train.data.packing.mixture import InOrder, Part
-from qwen3vl_train.data.packing.plan import CostModel, PackLimits, arrange, plan_figures, plan_packs, random_stream
-from qwen3vl_train.data.packing.stream import StreamLoader
+from qwen3vl_train.data.packing.plan import (
+    CostModel,
+    FamilyCosts,
+    PackLimits,
+    arrange,
+    plan_figures,
+    plan_packs,
+    random_stream,
+)
+from qwen3vl_train.data.packing.stream import StreamedWindows
 from qwen3vl_train.data.rows.parse import RowRules
 from qwen3vl_train.data.sources import JsonlSource
 from qwen3vl_train.data.sources.streams import FileStream
@@ -169,10 +178,10 @@ def packs() -> None:
             start_time = time.perf_counter()
             for start in range(0, num_rows, window):
                 rows = slice(start, start + window)
-                found = plan_packs(tokens[rows], patches[rows], work[rows], limits)
+                found = plan_packs(FamilyCosts.from_rows(tokens[rows], patches[rows], work[rows]), limits)
                 sums = [int(work[rows][pack].sum()) for pack in found]
-                lead = -len(loads) % NUM_RANKS
-                for number in arrange(sums, packs_per_step=NUM_RANKS, lead=lead, seed=(0, start)):
+                carry_over = -len(loads) % NUM_RANKS
+                for number in arrange(sums, packs_per_step=NUM_RANKS, carry_over=carry_over, seed=(0, start)):
                     filled.append(int(tokens[rows][found[number]].sum()))
                     loads.append(sums[number])
             seconds = time.perf_counter() - start_time
@@ -216,10 +225,8 @@ def stream(scratch: Path, num_rows: int) -> None:
     write_text_rows(file, num_rows)
     collate = tiny_collator(scratch)
     source = FileStream(str(file), [str(file)], str(scratch), RowRules())
-    loader = StreamLoader(
-        [Part(InOrder(source), 1.0)], collate, LengthRule(8192), packs_per_step=NUM_RANKS, limits=PackLimits(8192),
-        seed=0, num_epochs=1,
-    )  # fmt: skip
+    windows = StreamedWindows([Part(InOrder(source), 1.0)], collate, LengthRule(8192), seed=0)
+    loader = Loader(windows, collate, packs_per_step=NUM_RANKS, limits=PackLimits(8192), num_epochs=1)
     lines, start = [], time.perf_counter()
     reports = [num_rows * share // 100 for share in (5, 25, 50, 75, 100)]
     for step in loader:
