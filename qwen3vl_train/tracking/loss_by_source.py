@@ -25,7 +25,7 @@ def source_names(recipe: Recipe) -> list[str]:
 
 
 class SourceTally:
-    """Sum losses and labels by data set over this rank's packs of a step; synchronises with the device once, at the end."""
+    """Sum losses and labels by data set over this rank's packs of a step; waits for the device once, at the end."""
 
     def __init__(self, names: Sequence[str], device: torch.device) -> None:
         """names: of all data sets, the same on every rank."""
