@@ -196,7 +196,7 @@ def _take(rank, world_size, recipe, how):
     ranks = Ranks(rank, world_size, rank, CPU)
     data = open_data(recipe, ranks)
     if how == "differs" and rank == 1:
-        data.loader.seed += 1
+        data.loader.producer.seed += 1
     steps = iter(data.loader)
 
     def one_step(steps):

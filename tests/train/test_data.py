@@ -10,8 +10,8 @@ import torch
 
 from qwen3vl_train.checkpoint.manifest import latest_checkpoint, read_manifest
 from qwen3vl_train.data.open import cost_model
-from qwen3vl_train.data.packing.loader import TrainLoader
-from qwen3vl_train.data.packing.stream import StreamLoader
+from qwen3vl_train.data.packing.stream import StreamedWindows
+from qwen3vl_train.data.packing.windows import IndexedWindows
 from qwen3vl_train.dist.ranks import Ranks
 from qwen3vl_train.modules import GROUPS
 from qwen3vl_train.tracking.metrics import read_metrics
@@ -113,11 +113,11 @@ def test_too_many_rejected_rows_stop_a_stream(tiny_folder, task, tmp_path):
 
 def test_the_loader_follows_the_recipe(tiny_folder, task, tmp_path):
     files = open_data(make_recipe(tiny_folder, task, tmp_path), ALONE)
-    assert isinstance(files.loader, TrainLoader)
+    assert isinstance(files.loader.producer, IndexedWindows)
     assert "the busiest rank does 1.000 of the mean" in files.summary()[0]
     entries = [{"path": str(task / "train.jsonl"), "streaming": True}]
     stream = open_data(make_recipe(tiny_folder, task, tmp_path, data__train=entries), ALONE)
-    assert isinstance(stream.loader, StreamLoader)
+    assert isinstance(stream.loader.producer, StreamedWindows)
     assert stream.summary() == [
         f"data: streamed from {task}/train.jsonl, packed 2,048 rows at a time",
         "data: begins with train.jsonl: 11 rows, openai 11",
