@@ -133,12 +133,14 @@ def _some(names: list[str], limit: int = 5) -> str:
 
 
 def check_weights(model: nn.Module, files: WeightFiles) -> None:
-    """Compare the names and shapes on disk with those of the model; the model may be on the meta device.
+    """Compare the names and shapes on disk with those of the model, which may be on the meta device.
 
     Raises ValueError that names every kind of difference: missing, unexpected, wrong shape.
     """
-    wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - set(wanted)
+    wanted = {
+        base_name(name): tuple(parameter.shape) for name, parameter in model.named_parameters() if not is_adapter(name)
+    }
+    tied = {base_name(name) for name, _ in model.named_parameters(remove_duplicate=False)} - set(wanted)
     missing = [to_huggingface(name) for name in wanted if name not in files.shapes]
     extra = [to_huggingface(name) for name in files.shapes if name not in wanted and name not in tied]
     misshapen = [

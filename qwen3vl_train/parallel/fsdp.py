@@ -13,9 +13,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from qwen3vl_train.config import ParallelSection
-from qwen3vl_train.model.qwen3vl import Qwen3VLForConditionalGeneration
+from qwen3vl_train.model.qwen3vl import DTYPES, Qwen3VLForConditionalGeneration
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Gathered weights may take this part of the device before `reshard_after_forward: auto` frees them after every forward.
 KEEP_GATHERED = 0.2
 

@@ -16,12 +16,11 @@ from qwen3vl_train.data.open import open_collator
 from qwen3vl_train.data.rows.sample import Sample
 from qwen3vl_train.data.sources import FileSource, open_sources
 from qwen3vl_train.model.generate import generate_greedy
-from qwen3vl_train.model.qwen3vl import Qwen3VLForConditionalGeneration
+from qwen3vl_train.model.qwen3vl import DTYPES, Qwen3VLForConditionalGeneration
 from qwen3vl_train.train.load_run import is_run_folder, restore_run
 
 # Prompts are generated side by side up to this many tokens; a cache of the largest model then stays near 4 GiB.
 MAX_PROMPT_TOKENS = 8192
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def open_model(path: Path, dtype: str | None) -> tuple[Qwen3VLForConditionalGeneration, MultimodalCollator]:

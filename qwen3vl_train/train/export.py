@@ -23,11 +23,10 @@ from qwen3vl_train.data.encode.collator import MultimodalCollator
 from qwen3vl_train.data.open import open_collator
 from qwen3vl_train.dist.ranks import Ranks
 from qwen3vl_train.dist.tensors import full_tensor, global_shape
-from qwen3vl_train.model.hf_names import to_huggingface
 from qwen3vl_train.model.lora import adapter_tensors, merge_lora
-from qwen3vl_train.model.qwen3vl import Qwen3VLForConditionalGeneration
-from qwen3vl_train.train.build import DTYPES
-from qwen3vl_train.train.load_run import RestoredRun, restore_run, round_weights
+from qwen3vl_train.model.qwen3vl import DTYPES, Qwen3VLForConditionalGeneration
+from qwen3vl_train.train.build import as_trained
+from qwen3vl_train.train.load_run import RestoredRun, restore_run
 from qwen3vl_train.train.verify import LogitDifference, compare_with_transformers, probe_batches, probe_logits
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -62,7 +61,7 @@ def export_run(run: Path, out: Path, *, merge: bool) -> Exported:
     batches = probe_batches(collate)
     with replacing(out) as folder:
         if as_adapter:
-            num_tensors = _write_adapter(recipe, adapter_tensors(model, to_huggingface), folder, collate)
+            num_tensors = _write_adapter(recipe, adapter_tensors(model), folder, collate)
         else:
             num_tensors = _write_checkpoint(restored, folder, collate)
         logits = probe_logits(model, batches)
@@ -88,7 +87,7 @@ def export_while_training(recipe: Recipe, model: Qwen3VLForConditionalGeneration
     """
     started = time.perf_counter()
     if isinstance(recipe.tune, LoraTune):
-        members = adapter_tensors(model, to_huggingface)
+        members = adapter_tensors(model)
     else:
         members = dict(model.named_parameters())
     gathered = ((name, full_tensor(tensor).detach()) for name, tensor in members.items())
@@ -129,7 +128,7 @@ def _write_checkpoint(restored: RestoredRun, folder: Path, collate: MultimodalCo
     dtype = DTYPES[restored.recipe.model.dtype]
     merge_lora(restored.model)
     # Both sides of the comparison are then the same function: the files hold no more than this.
-    round_weights(restored.model, dtype)
+    as_trained(restored.model, dtype)
     weights = dict(restored.model.named_parameters())
     sizes = {name: weight.numel() for name, weight in weights.items()}
     limits, clips = _media_settings(collate)

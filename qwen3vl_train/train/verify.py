@@ -14,7 +14,7 @@ from torch import Tensor
 from qwen3vl_train.batch import PackedBatch
 from qwen3vl_train.data.encode.collator import MultimodalCollator
 from qwen3vl_train.model.qwen3vl import Qwen3VLForConditionalGeneration
-from qwen3vl_train.train.load_run import round_weights
+from qwen3vl_train.train.build import as_trained
 
 # Both sides compute in float32 from the same weights; what is left is the order of summation, 1e-5 on tiny models and
 # growing with depth. A wrong scale, a missing module or another template moves logits by tenths of their spread.
@@ -78,7 +78,7 @@ def compare_with_transformers(
     left_over = [f"{kind}: {sorted(names)[:3]}" for kind, names in info.items() if names]
     if left_over:
         raise RuntimeError(f"{checkpoint}: transformers does not load it whole ({'; '.join(left_over)})")
-    round_weights(stock, dtype)
+    as_trained(stock, dtype)
     if adapter is not None:
         from peft import PeftModel
 

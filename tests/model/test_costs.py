@@ -14,7 +14,6 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from qwen3vl_train.model.costs import FlopsCounter
-from qwen3vl_train.model.hf_names import to_huggingface
 from qwen3vl_train.model.lora import add_lora, lora_modules
 from qwen3vl_train.modules import GROUPS, train_only
 from tests.helpers import oracles
@@ -99,7 +98,7 @@ def test_the_main_merger_alone_trains(small, batch):
 
 def test_adapters_on_the_text(small, batch):
     rank, arch = 4, small.arch.text
-    modules = lora_modules(small, ["text_attn", "text_mlp"], to_huggingface)
+    modules = lora_modules(small, ["text_attn", "text_mlp"])
     add_lora(small, modules, rank=rank, alpha=8, dropout=0.0, rslora=False, dora=False)
     matrix, attention = counted(small, batch)
     vision, text, patch_embed = one_pass(small, batch)

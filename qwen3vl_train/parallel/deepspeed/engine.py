@@ -81,7 +81,7 @@ class ZeroAdamW:
 
         self.ranks = ranks
         self.host_mesh = init_device_mesh("cpu", (ranks.world_size,))
-        self.touched: set[str] = set()
+        self.params_with_grad: set[str] = set()
         self.trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         if not self.trained:
             raise ValueError("tune: nothing trains; name at least one module group or LoRA target")
@@ -103,7 +103,7 @@ class ZeroAdamW:
             }
         self.pieces.link_moments()
         for name, parameter in self.trained.items():
-            parameter.register_post_accumulate_grad_hook(lambda _, name=name: self.touched.add(name))
+            parameter.register_post_accumulate_grad_hook(lambda _, name=name: self.params_with_grad.add(name))
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         # What DeepSpeed does around a forward pass through its engine; ours goes through the model itself.
@@ -160,7 +160,7 @@ class ZeroAdamW:
         return tensors
 
     @torch.no_grad()
-    def loaded(self, tensors: dict[str, Tensor], num_updates: int) -> None:
+    def load_state_dict(self, tensors: dict[str, Tensor], num_updates: int) -> None:
         for name, parameter in self.trained.items():
             for part in ("weight", *MOMENTS):
                 self.pieces.set_part(parameter, part, full_tensor(tensors[f"{part}/{name}"]))
