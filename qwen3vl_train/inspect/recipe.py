@@ -62,10 +62,10 @@ def inspect_recipe(
 
 
 def _model_facts(recipe: Recipe, collate: MultimodalCollator) -> dict[str, Any]:
-    budgets = collate.encoder.budgets
+    budgets = collate.budgets
     return {
         "path": recipe.model.path,
-        "template": collate.encoder.dialect,
+        "template": collate.dialect,
         "min_visual_tokens_per_image": budgets.min_pixels // FACTOR**2,
         "max_visual_tokens_per_image": budgets.max_pixels // FACTOR**2,
     }

@@ -110,7 +110,7 @@ def _grouped(
             sample = source.sample(row)
             question, expected = split_answer(sample)
             whole = collate.encode(sample)
-            prompt = collate.encoder.encode(question, generation_prompt=True)
+            prompt = collate.encode(question, generation_prompt=True)
         except RowFault as fault:
             rejected.append(f"{source.name}:{source.row_number(row)}: {fault}")
             continue

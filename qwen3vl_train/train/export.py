@@ -178,7 +178,7 @@ def _sort_targets(file: Path) -> None:
 
 def _media_settings(collate: MultimodalCollator) -> tuple[tuple[int, int], dict[str, Any] | None]:
     """Pixel limits of images, and the settings of clips as a video preprocessor has them (None: it has none)."""
-    budgets = collate.encoder.budgets
+    budgets = collate.budgets
     clips = budgets.clips
     if clips is None:
         return (budgets.min_pixels, budgets.max_pixels), None

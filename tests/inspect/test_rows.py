@@ -1,9 +1,10 @@
 """What a row says: its trained tokens, its sizes, what looks wrong in it."""
 
+from dataclasses import replace
+
 import pytest
 
 from qwen3vl_train.data.encode.collator import MultimodalCollator
-from qwen3vl_train.data.encode.encoder import Encoder
 from qwen3vl_train.data.rows.messages import parse_sample
 from qwen3vl_train.inspect.boxes import BoxEvidence
 from qwen3vl_train.inspect.rows import read_row
@@ -19,8 +20,7 @@ def collate(tiny_folder):
 
 @pytest.fixture(scope="module")
 def thinking(collate):
-    encoder = Encoder(collate.tokenizer, "thinking", collate.encoder.budgets)
-    return MultimodalCollator(encoder, position_table_side=collate.position_table_side)
+    return replace(collate, dialect="thinking")
 
 
 def facts_of(raw, collate):

@@ -1,34 +1,34 @@
-"""Qwen3-VL's chat markup, written out by our own rules, so that every character is known to be trained or not.
+"""Qwen3-VL's chat template as Python rules, so that every character is known to be trained or not.
 
-A dialect turns messages into pieces. Special tokens are pieces of their own and never text, so nothing that a user
+A dialect renders messages as pieces. Special tokens are pieces of their own and never text, so nothing that a user
 types can become one. `template.py` checks that a dialect renders what the checkpoint's own template renders.
 """
 
-import json
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from qwen3vl_train.data.encode.tokenizer import IMAGE_PAD, TURN_END, TURN_START, VIDEO_PAD, VISION_END, VISION_START
 from qwen3vl_train.data.errors import RowFault
+from qwen3vl_train.data.rows.messages import to_json
 from qwen3vl_train.data.rows.sample import ImagePart, Message, TextPart, VideoPart
 
 
 class Special(NamedTuple):
-    """One special token, by name. weight: 0 where it is not trained."""
+    """One special token, by name. weight: its loss weight, 0 where it is not trained."""
 
     name: str
     weight: float = 0.0
 
 
 class Text(NamedTuple):
-    """Plain text. Neighbouring texts are one run to the tokenizer. weight: 0 where it is not trained."""
+    """Plain text. Adjacent texts are tokenised together. weight: its loss weight, 0 where it is not trained."""
 
     text: str
     weight: float = 0.0
 
 
 class Slot(NamedTuple):
-    """Where a medium stands, with the markup around it still to be written. where: `messages[0].content[1]`."""
+    """The slot of a medium, to be replaced by `vision_markup`. where: its position, `messages[0].content[1]`."""
 
     part: ImagePart | VideoPart
     where: str
@@ -43,7 +43,7 @@ class Pad(NamedTuple):
 
 Piece = Special | Text | Slot | Pad
 Dialect = Callable[..., list[Piece]]
-"""(messages, tools, *, generation_prompt) -> pieces. Raises RowFault for what the template would drop silently."""
+"""(messages, tools, *, generation_prompt) -> pieces. Raise RowFault for what the template would drop silently."""
 
 _TOOLS_HEAD = (
     "# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
@@ -56,11 +56,15 @@ _TOOLS_FOOT = (
 )
 
 
-def markup(slot: Slot, num_tokens: int, times: Sequence[float] = (), *, wrapped: bool = False) -> list[Piece]:
-    """Write out a slot. num_tokens: placeholders of an image or of each frame pair of a clip; times: of the pairs.
+def vision_markup(slot: Slot, num_tokens: int, times: Sequence[float] = (), *, wrapped: bool = False) -> list[Piece]:
+    """Return the pieces of a medium.
 
-    A clip reads `<0.3 seconds>`, then the pair between vision marks like an image, and so on. wrapped: with one more
-    pair of marks around the whole clip, as transformers 5.10 to 5.23 write it; 4.57 to 5.9 and Qwen's own code do not.
+    A clip reads `<0.3 seconds>`, then its first frame pair between vision start and end like an image, and so on.
+
+    num_tokens: placeholder tokens of an image, or of each frame pair of a clip.
+    times: seconds of the frame pairs.
+    wrapped: put vision start and end around the whole clip too, as transformers 5.10 to 5.23 does; 4.57 to 5.9 and
+        Qwen's own code do not.
     """
     if isinstance(slot.part, ImagePart):
         return [Special(VISION_START), Pad(IMAGE_PAD, num_tokens), Special(VISION_END)]
@@ -76,7 +80,7 @@ def markup(slot: Slot, num_tokens: int, times: Sequence[float] = (), *, wrapped:
 
 
 def as_text(pieces: Sequence[Piece]) -> str:
-    """Return the text the checkpoint's template makes of the same messages (one placeholder for an image or clip)."""
+    """Return the text that the checkpoint's template renders, with one placeholder for an image or clip."""
     words = []
     for piece in pieces:
         if isinstance(piece, Slot):
@@ -89,37 +93,32 @@ def as_text(pieces: Sequence[Piece]) -> str:
     return "".join(words)
 
 
-def as_json(value: Any) -> str:
-    """Write tools and arguments of calls as the template does."""
-    return json.dumps(value, ensure_ascii=False)
-
-
-def _content(message: Message, place: int) -> list[Piece]:
+def _content(message: Message, index: int) -> list[Piece]:
     return [
-        Text(part.text) if isinstance(part, TextPart) else Slot(part, f"messages[{place}].content[{number}]")
-        for number, part in enumerate(message.content)
+        Text(part.text) if isinstance(part, TextPart) else Slot(part, f"messages[{index}].content[{part_index}]")
+        for part_index, part in enumerate(message.content)
     ]
 
 
 def _calls(message: Message, has_content: bool) -> str:
     """Render the tool calls of an assistant message as the text that follows its content."""
     words = []
-    for number, call in enumerate(message.tool_calls):
-        arguments = call.arguments if isinstance(call.arguments, str) else as_json(call.arguments)
-        gap = "\n" if number or has_content else ""
+    for index, call in enumerate(message.tool_calls):
+        arguments = call.arguments if isinstance(call.arguments, str) else to_json(call.arguments)
+        gap = "\n" if index or has_content else ""
         words.append(f'{gap}<tool_call>\n{{"name": "{call.name}", "arguments": {arguments}}}\n</tool_call>')
     return "".join(words)
 
 
 def _system(messages: Sequence[Message], tools: Sequence[Any]) -> list[Piece]:
-    """The turn at the front: the system message, the description of the tools, both, or nothing."""
+    """Render the first turn: the system message, the description of the tools, both, or nothing."""
     own = messages[0] if messages[0].role == "system" else None
     if own is None and not tools:
         return []
     text = own.text if own else ""
     if tools:
         gap = "\n\n" if own else ""
-        text += gap + _TOOLS_HEAD + "".join("\n" + as_json(tool) for tool in tools) + _TOOLS_FOOT
+        text += gap + _TOOLS_HEAD + "".join("\n" + to_json(tool) for tool in tools) + _TOOLS_FOOT
     return [*_turn("system", [Text(text)])]
 
 
@@ -127,14 +126,14 @@ def _turn(role: str, content: Sequence[Piece], end_weight: float = 0.0) -> list[
     return [Special(TURN_START), Text(f"{role}\n"), *content, Special(TURN_END, end_weight), Text("\n")]
 
 
-def _tool_results(messages: Sequence[Message], place: int) -> list[Piece]:
-    """One tool message; the first of a row of them opens a user turn, the last closes it."""
-    opens = place == 0 or messages[place - 1].role != "tool"
-    closes = place + 1 == len(messages) or messages[place + 1].role != "tool"
+def _tool_results(messages: Sequence[Message], index: int) -> list[Piece]:
+    """Render one tool message; the first of consecutive ones opens a user turn, the last closes it."""
+    opens = index == 0 or messages[index - 1].role != "tool"
+    closes = index + 1 == len(messages) or messages[index + 1].role != "tool"
     return [
         *([Special(TURN_START), Text("user")] if opens else []),
         Text("\n<tool_response>\n"),
-        *_content(messages[place], place),
+        *_content(messages[index], index),
         Text("\n</tool_response>"),
         *([Special(TURN_END), Text("\n")] if closes else []),
     ]
@@ -145,26 +144,26 @@ def render_instruct(
 ) -> list[Piece]:
     """Render as the Instruct checkpoints do. An answer is trained from its first character through `<|im_end|>`."""
     pieces = _system(messages, tools)
-    for place, message in enumerate(messages):
-        if message.role == "system" and place:
+    for index, message in enumerate(messages):
+        if message.role == "system" and index:
             raise RowFault(
-                f"messages[{place}]: a system message that is not the first, which the template drops; "
+                f"messages[{index}]: a system message that is not the first, which the template drops; "
                 "move it to the front",
                 kind="dropped_by_template",
             )
         if message.reasoning is not None:
             raise RowFault(
-                f"messages[{place}]: reasoning_content, which the template of an Instruct checkpoint drops; take it "
-                "out or use a Thinking checkpoint",
+                f"messages[{index}]: reasoning_content, which the template of an Instruct checkpoint drops; remove "
+                "it or use a Thinking checkpoint",
                 kind="dropped_by_template",
             )
         if message.role == "user":
-            pieces += _turn("user", _content(message, place))
+            pieces += _turn("user", _content(message, index))
         elif message.role == "assistant":
             answer = message.text + _calls(message, bool(message.content))
             pieces += _turn("assistant", [Text(answer, message.loss_weight)], message.loss_weight)
         elif message.role == "tool":
-            pieces += _tool_results(messages, place)
+            pieces += _tool_results(messages, index)
     if generation_prompt:
         pieces += [Special(TURN_START), Text("assistant\n")]
     return pieces
@@ -173,44 +172,44 @@ def render_instruct(
 def render_thinking(
     messages: Sequence[Message], tools: Sequence[Any] = (), *, generation_prompt: bool = False
 ) -> list[Piece]:
-    """Render as the Thinking checkpoints do: reasoning stays only in answers behind the last question of the user.
+    """Render as the Thinking checkpoints do: reasoning is kept only in answers after the user's last question.
 
-    Generation always starts behind `<think>\\n`, so only answers that have it are trained, from there through
-    `<|im_end|>`; earlier answers stand without their reasoning, in a state the served model is never in.
+    Generation always starts after `<think>\\n`, so only answers that have it are trained, from there through
+    `<|im_end|>`; earlier answers have no reasoning, a state that the served model is never in.
     """
     pieces = _system(messages, tools)
     last_query = _last_query(messages)
-    for place, message in enumerate(messages):
-        if message.role == "user" or (message.role == "system" and place):
-            pieces += _turn(message.role, _content(message, place))
+    for index, message in enumerate(messages):
+        if message.role == "user" or (message.role == "system" and index):
+            pieces += _turn(message.role, _content(message, index))
         elif message.role == "assistant":
             reasoning, answer = _split_reasoning(message)
             calls = _calls(message, bool(answer))
-            if place > last_query and (place + 1 == len(messages) or reasoning):
+            if index > last_query and (index + 1 == len(messages) or reasoning):
                 thought = reasoning.strip("\n") + "\n</think>\n\n" + answer.lstrip("\n") + calls
                 weight = message.loss_weight
                 pieces += _turn("assistant", [Text("<think>\n"), Text(thought, weight)], weight)
             else:
                 pieces += _turn("assistant", [Text(answer + calls)])
         elif message.role == "tool":
-            pieces += _tool_results(messages, place)
+            pieces += _tool_results(messages, index)
     if generation_prompt:
         pieces += [Special(TURN_START), Text("assistant\n<think>\n")]
     return pieces
 
 
 def _last_query(messages: Sequence[Message]) -> int:
-    """Place of the last user message that is not a wrapped tool response; the last message when there is none."""
-    for place in range(len(messages) - 1, -1, -1):
-        text = as_text(_content(messages[place], place))
+    """Return the index of the last user message that is not a wrapped tool response, or else of the last message."""
+    for index in range(len(messages) - 1, -1, -1):
+        text = as_text(_content(messages[index], index))
         wrapped = text.startswith("<tool_response>") and text.endswith("</tool_response>")
-        if messages[place].role == "user" and not wrapped:
-            return place
+        if messages[index].role == "user" and not wrapped:
+            return index
     return len(messages) - 1
 
 
 def _split_reasoning(message: Message) -> tuple[str, str]:
-    """Return (reasoning, answer); reasoning may stand in its own field or in `<think>` marks in the text."""
+    """Return (reasoning, answer); reasoning is in its own field or between `<think>` tags in the text."""
     text = message.text
     if message.reasoning is not None:
         return message.reasoning, text

@@ -1,7 +1,7 @@
 """Samples -> one `PackedBatch`, for one checkpoint: its tokenizer, its template, its pixel limits."""
 
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,27 +9,26 @@ import torch
 
 from qwen3vl_train.arch import Qwen3VLArch
 from qwen3vl_train.batch import PackedBatch, VisionSlice
-from qwen3vl_train.data.encode.chat import DIALECTS
-from qwen3vl_train.data.encode.encoder import EncodedSample, Encoder, SampleCost, joined_patches
-from qwen3vl_train.data.encode.processor import budget, clip_rules, read_clip_rules, read_image_limits
+from qwen3vl_train.data.encode.encoder import EncodedSample, Encoder, RawSample, as_sample, concat_patches
+from qwen3vl_train.data.encode.processor import (
+    override_clip_rules,
+    override_image_limits,
+    read_clip_rules,
+    read_image_limits,
+)
 from qwen3vl_train.data.encode.template import check_template, find_template
 from qwen3vl_train.data.encode.tokenizer import ChatTokenizer
 from qwen3vl_train.data.errors import RowFault
 from qwen3vl_train.data.media.budgets import Budgets, Grid
 from qwen3vl_train.data.media.image import MERGE
-from qwen3vl_train.data.rows.messages import parse_sample
 from qwen3vl_train.data.rows.sample import Sample
 
-RawSample = Sample | dict[str, Any]
 
+@dataclass(frozen=True)
+class MultimodalCollator(Encoder):
+    """Encode samples and pack them. It has no open file and can be pickled, so it can be sent to worker processes."""
 
-class MultimodalCollator:
-    """Encodes samples and packs them. Holds no file open and can be pickled, so it travels to worker processes."""
-
-    def __init__(self, encoder: Encoder, *, position_table_side: int) -> None:
-        assert encoder.dialect in DIALECTS, encoder.dialect
-        self.encoder = encoder
-        self.position_table_side = position_table_side
+    position_table_side: int = field(kw_only=True)
 
     @classmethod
     def from_pretrained(
@@ -49,68 +48,62 @@ class MultimodalCollator:
     ) -> "MultimodalCollator":
         """Read config, tokenizer, chat template and preprocessor settings of a local checkpoint.
 
-        The budgets count visual tokens (32x32 pixels of an image, or of a pair of frames) and, like the sampling of
-        clips, default to the checkpoint's own. shrink_to_tokens, shrink_to_patches: the media of a sample that has more
-        of them, text included, are shrunk until it has not. video_markup: 'bare' or 'wrapped', see `chat.markup`.
-        Raises ValueError for files that are missing, contradict each other, or ask for what Qwen3-VL does not do.
+        Visual tokens (32x32 pixels of an image, or of a pair of frames) and the sampling of clips default to the
+        checkpoint's own limits. Raise ValueError for files that are missing, contradict each other, or ask for what
+        Qwen3-VL does not do.
+
+        shrink_to_tokens, shrink_to_patches: the media of a sample with more, including text, are shrunk until it fits.
+        video_markup: bare or wrapped, see `vision_markup`.
         """
         arch = Qwen3VLArch.from_pretrained(path)
         tokenizer = ChatTokenizer.from_pretrained(path, arch)
         dialect = check_template(*find_template(path))
-        limits = budget(read_image_limits(path, arch), min_visual_tokens_per_image, max_visual_tokens_per_image)
+        limits = override_image_limits(
+            read_image_limits(path, arch), min_visual_tokens_per_image, max_visual_tokens_per_image
+        )
         rules = read_clip_rules(path, arch)
         if rules is not None:
-            rules = clip_rules(rules, fps, min_frames, max_frames, max_visual_tokens_per_video)
+            rules = override_clip_rules(rules, fps, min_frames, max_frames, max_visual_tokens_per_video)
         if max_visual_tokens_per_sample is not None and max_visual_tokens_per_sample < 1:
             raise ValueError(f"data.max_visual_tokens_per_sample: got {max_visual_tokens_per_sample}; use at least 1")
         if video_markup not in ("bare", "wrapped"):
             raise ValueError(f"model.video_markup: got {video_markup!r}; use bare or wrapped")
         budgets = Budgets(*limits, clips=rules, max_tokens_per_sample=max_visual_tokens_per_sample)
         wrapped = video_markup == "wrapped"
-        encoder = Encoder(tokenizer, dialect, budgets, wrapped, shrink_to_tokens, shrink_to_patches)
-        return cls(encoder, position_table_side=arch.vision.position_table_side)
-
-    @property
-    def tokenizer(self) -> ChatTokenizer:
-        return self.encoder.tokenizer
+        return cls(
+            tokenizer, dialect, budgets, wrapped, shrink_to_tokens, shrink_to_patches,
+            position_table_side=arch.vision.position_table_side,
+        )  # fmt: skip
 
     def fingerprint(self) -> dict[str, str]:
         """Return what changes with the template, the tokenizer or a budget, as JSON."""
-        settings = {field.name: getattr(self.encoder, field.name) for field in fields(self.encoder)}
+        settings = {setting.name: getattr(self, setting.name) for setting in fields(Encoder)}
         return {name: self.tokenizer.digest if name == "tokenizer" else repr(value) for name, value in settings.items()}
 
     def __call__(self, samples: Sequence[RawSample]) -> PackedBatch:
-        """Pack all samples into one batch, in their order. A sample is {"messages": [...]} or a Sample.
+        """Pack all samples into one batch, in order. A sample is {"messages": [...]} or a Sample.
 
-        Media paths of a dict are local paths as they stand. A sample without an answer is packed without labels.
-        Raises ValueError that names the sample.
+        Media paths of a dict are local paths, not bounded by a media_root. A sample without an answer is packed without
+        labels. Raise ValueError that names the sample.
         """
-        return self.pack([self._named(sample, f"sample {place}") for place, sample in enumerate(samples)])
-
-    def cost(self, sample: RawSample) -> SampleCost:
-        """Return exactly the lengths that `encode` will give, from text and image headers alone. Raises RowFault."""
-        return self.encoder.cost(_as_sample(sample, "sample"))
-
-    def encode(self, sample: RawSample) -> EncodedSample:
-        """Decode and tokenise one sample. Raises RowFault."""
-        return self.encoder.encode(_as_sample(sample, "sample"))
+        return self.pack([self._encode_named(sample, f"sample {index}") for index, sample in enumerate(samples)])
 
     def prompt(self, messages: RawSample | Sequence[dict[str, Any]]) -> PackedBatch:
-        """Render a conversation up to where the answer begins: one sequence without labels, for generation.
+        """Render a conversation up to the beginning of the answer: one sequence without labels, for generation.
 
-        messages: a list of messages or a whole sample; it must end before the answer. Raises ValueError.
+        messages: a list of messages or a whole sample; it must end before the answer. Raise ValueError.
         """
         raw = messages if isinstance(messages, dict | Sample) else {"messages": list(messages)}
-        encoded = self._named(raw, "prompt", generation_prompt=True)
+        encoded = self._encode_named(raw, "prompt", generation_prompt=True)
         labels = ("label_rows", "label_ids", "label_weights")
         return self.pack([replace(encoded, **{name: getattr(encoded, name)[:0] for name in labels})])
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """Turn token ids back to text."""
+        """Return the text of token ids."""
         return self.tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
     def pack(self, samples: Sequence[EncodedSample]) -> PackedBatch:
-        """Lay encoded samples one behind the other. Labels and positions are each sample's own."""
+        """Concatenate encoded samples. Labels and positions are each sample's own."""
         assert samples, "a pack holds at least one sample"
         grids: list[Grid] = []
         slices: list[list[VisionSlice]] = []
@@ -129,7 +122,7 @@ class MultimodalCollator:
             label_rows=torch.cat(label_rows),
             label_ids=torch.cat([sample.label_ids for sample in samples]),
             label_weights=torch.cat([sample.label_weights for sample in samples]),
-            pixel_values=joined_patches([sample.patches for sample in samples]),
+            pixel_values=concat_patches([sample.patches for sample in samples]),
             grid_thw=grids,
             vision_slices_per_seq=slices,
             position_table_side=self.position_table_side,
@@ -137,18 +130,14 @@ class MultimodalCollator:
             sample_ids=tuple(sample.sample_id for sample in samples),
         )
 
-    def _named(self, raw: RawSample, name: str, *, generation_prompt: bool = False) -> EncodedSample:
-        """Encode for a caller who must be told which sample is at fault."""
+    def _encode_named(self, raw: RawSample, name: str, *, generation_prompt: bool = False) -> EncodedSample:
+        """Encode a sample. Raise ValueError that names it."""
         try:
-            sample = _as_sample(raw, name)
+            sample = as_sample(raw, name)
             name = sample.sample_id
             last = len(sample.messages) - 1
             if generation_prompt and sample.messages[last].role == "assistant":
-                raise RowFault(f"messages[{last}]: a prompt that ends with an answer; leave the answer out")
-            return self.encoder.encode(sample, generation_prompt=generation_prompt)
+                raise RowFault(f"messages[{last}]: a prompt that ends with an answer; remove the answer")
+            return self.encode(sample, generation_prompt=generation_prompt)
         except RowFault as fault:
             raise ValueError(f"{name}: {fault}") from None
-
-
-def _as_sample(sample: RawSample, name: str) -> Sample:
-    return sample if isinstance(sample, Sample) else parse_sample(sample, name)

@@ -1,16 +1,16 @@
-"""One sample -> token ids, shifted labels, positions and patches; and what it will cost, from headers alone."""
+"""One sample -> token ids, next-token labels, positions and patches; or its cost, from headers alone."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from qwen3vl_train.batch import VisionSlice
-from qwen3vl_train.data.encode.chat import DIALECTS, Pad, Piece, Slot, Special, Text, markup
+from qwen3vl_train.data.encode.chat import DIALECTS, Pad, Piece, Slot, Special, Text, vision_markup
 from qwen3vl_train.data.encode.media import Measured, measure, read_patches
 from qwen3vl_train.data.encode.positions import Run, mrope_positions
 from qwen3vl_train.data.encode.tokenizer import ChatTokenizer
@@ -18,13 +18,19 @@ from qwen3vl_train.data.errors import MediaFault
 from qwen3vl_train.data.media.budgets import Budgets, Grid, num_tokens
 from qwen3vl_train.data.media.clips import repeat_still_frames
 from qwen3vl_train.data.media.image import MERGE, PATCH
+from qwen3vl_train.data.rows.messages import parse_sample
 from qwen3vl_train.data.rows.sample import Sample
+
+RawSample = Sample | dict[str, Any]
+"""A parsed sample, or {"messages": [...]}."""
 
 
 class SampleCost(NamedTuple):
-    """What a sample takes. tokens: all of them, visual ones included. patch_pairs: sum of squares over frames.
+    """What a sample takes.
 
-    num_shrunk: media that a budget made smaller than they are.
+    tokens: all tokens, including visual ones.
+    patches, patch_pairs: of the vision encoder; pairs are the sum of squares over frames.
+    num_shrunk: media that a limit made smaller than they are.
     """
 
     tokens: int
@@ -57,8 +63,8 @@ class EncodedSample:
     sample_id: str
 
 
-class Layout(NamedTuple):
-    """The tokens of a sample before they are tensors. weights: one for each token, 0 where it is not trained."""
+class TokenLayout(NamedTuple):
+    """The tokens of a sample before they are tensors. weights: loss weight of each token, 0 where it is not trained."""
 
     ids: list[int]
     weights: list[float]
@@ -73,15 +79,17 @@ def lay_out(
     *,
     times: Sequence[Sequence[float]] = (),
     wrapped: bool = False,
-) -> Layout:
-    """Tokenise pieces, with the slots filled by grids in their order.
+) -> TokenLayout:
+    """Tokenise pieces, with the slots filled by the grids in order.
 
-    times: for each slot, the seconds of a clip's frame pairs. wrapped: the markup of clips, see `markup`.
-    Neighbouring texts are encoded in one call, as if the markup were one string; a token is trained where it lies
-    wholly inside text that is. "assistant\\n" + "\\nYes" -> "assistant", "\\n\\n" (not trained), "Yes" (trained).
+    Adjacent texts are encoded in one call, as if the chat were one string; a token is trained if it is entirely inside
+    trained text. "assistant\\n" + "\\nYes" -> "assistant", "\\n\\n" (not trained), "Yes" (trained).
+
+    times: for each slot, the seconds of a clip's frame pairs.
+    wrapped: the markup of clips, see `vision_markup`.
     """
-    layout = Layout([], [], [], [])
-    filled, frame_grids = _fill(pieces, grids, times, wrapped)
+    layout = TokenLayout([], [], [], [])
+    filled, frame_grids = _fill_slots(pieces, grids, times, wrapped)
     row, grids_in_order = 0, iter(frame_grids)
     for is_text, group in groupby(filled, key=lambda piece: isinstance(piece, Text)):
         if is_text:
@@ -110,7 +118,9 @@ def count_tokens(
 ) -> int:
     """Return the number of tokens that `lay_out` makes of the same arguments, without making them."""
     count = 0
-    for is_text, group in groupby(_fill(pieces, grids, times, wrapped)[0], key=lambda piece: isinstance(piece, Text)):
+    for is_text, group in groupby(
+        _fill_slots(pieces, grids, times, wrapped)[0], key=lambda piece: isinstance(piece, Text)
+    ):
         if is_text:
             count += tokenizer.count("".join(piece.text for piece in group if isinstance(piece, Text)))
         else:
@@ -125,28 +135,28 @@ def fewest_tokens(pieces: Sequence[Piece], tokenizer: ChatTokenizer) -> int:
 
 
 def is_trained(pieces: Sequence[Piece]) -> bool:
-    """Say whether anything of what pieces render is trained."""
+    """Return whether any piece is trained."""
     return any(piece.weight > 0 for piece in pieces if isinstance(piece, Text | Special))
 
 
-def _fill(
+def _fill_slots(
     pieces: Sequence[Piece], grids: Sequence[Grid], times: Sequence[Sequence[float]], wrapped: bool
 ) -> tuple[list[Piece], list[Grid]]:
-    """Write out the slots. Returns the pieces without slots, and the grid of every frame or frame pair in them."""
+    """Replace the slots by their markup. Return the pieces, and the grid of every image or frame pair in them."""
     filled: list[Piece] = []
     remaining = iter(zip(grids, times or [()] * len(grids), strict=True))
     frame_grids: list[Grid] = []
     for piece in pieces:
         if isinstance(piece, Slot):
-            (frames, height, width), of_pairs = next(remaining)
+            (frames, height, width), pair_times = next(remaining)
             frame_grids += [(1, height, width)] * frames
-            filled += markup(piece, height * width // MERGE**2, of_pairs, wrapped=wrapped)
+            filled += vision_markup(piece, height * width // MERGE**2, pair_times, wrapped=wrapped)
         else:
             filled.append(piece)
     return filled, frame_grids
 
 
-def _append(layout: Layout, ids: list[int], weights: list[float]) -> None:
+def _append(layout: TokenLayout, ids: list[int], weights: list[float]) -> None:
     layout.ids.extend(ids)
     layout.weights.extend(weights)
     if layout.runs and isinstance(layout.runs[-1], int):
@@ -162,19 +172,21 @@ def _encode_texts(texts: list[Text], tokenizer: ChatTokenizer) -> tuple[list[int
     for weight, group in groupby(texts, key=lambda text: text.weight):
         end = start + sum(len(text.text) for text in group)
         if weight:
-            for place, (first, last) in enumerate(offsets):
+            for index, (first, last) in enumerate(offsets):
                 if start <= first and last <= end:
-                    weights[place] = weight
+                    weights[index] = weight
         start = end
     return ids, weights
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """Encodes samples for one checkpoint. dialect: a key of DIALECTS; wrapped_clips: the markup of clips.
+    """Encode samples for one checkpoint.
 
-    max_tokens: all media of a longer sample are shrunk alike until it fits, which is a fault where it never does; None:
-    a sample may have any length. max_patches: the same of its patches.
+    dialect: a key of DIALECTS.
+    wrapped_clips: the markup of clips, see `vision_markup`.
+    max_tokens, max_patches: all media of a sample with more are shrunk by a common factor until it fits; it is a fault
+        where it never does. None: no limit.
     """
 
     tokenizer: ChatTokenizer
@@ -185,15 +197,16 @@ class Encoder:
     max_patches: int | None = None
 
     def render(self, sample: Sample, *, generation_prompt: bool = False) -> list[Piece]:
-        """Write a sample out in the dialect of the checkpoint. Raises RowFault for what its template would drop."""
+        """Render a sample in the checkpoint's dialect. Raise RowFault for what its template would drop."""
         return DIALECTS[self.dialect](sample.messages, sample.tools, generation_prompt=generation_prompt)
 
-    def cost(self, sample: Sample) -> SampleCost:
-        """Return exactly what `encode` will make, from text and media headers, without decoding. Raises RowFault."""
+    def cost(self, raw: RawSample) -> SampleCost:
+        """Return the exact lengths that `encode` gives, from text and media headers alone. Raise RowFault."""
+        sample = as_sample(raw)
         return self.cost_of(self.render(sample), sample.media_root)
 
     def cost_of(self, pieces: Sequence[Piece], media_root: str | None) -> SampleCost:
-        """Return the cost of a sample that is rendered already, see `cost`. media_root: of the sample."""
+        """Return the cost of a rendered sample, see `cost`. media_root: of the sample."""
         measured, grids = self._measure(pieces, media_root)
         patches = sum(t * h * w for t, h, w in grids)
         return SampleCost(
@@ -208,7 +221,7 @@ class Encoder:
         """Read the headers of all media and return their grids within every limit."""
         measured, own_grids = [], []
         for slot in _slots(pieces):
-            with _naming(slot):
+            with _naming_part(slot):
                 measured.append(measure(slot.part, self.budgets.clips, media_root))
                 own_grids.append(self.budgets.grid(measured[-1].size))
         sizes = [medium.size for medium in measured]
@@ -225,13 +238,14 @@ class Encoder:
         times = [medium.times for medium in measured]
         return count_tokens(pieces, grids, self.tokenizer, times=times, wrapped=self.wrapped_clips)
 
-    def encode(self, sample: Sample, *, generation_prompt: bool = False) -> EncodedSample:
-        """Decode, resize and tokenise a sample. Raises RowFault that names the part at fault."""
+    def encode(self, raw: RawSample, *, generation_prompt: bool = False) -> EncodedSample:
+        """Decode, resize and tokenise a sample. Raise RowFault that names the part at fault."""
+        sample = as_sample(raw)
         pieces = self.render(sample, generation_prompt=generation_prompt)
         measured, grids = self._measure(pieces, sample.media_root)
         patches = [torch.zeros(0, 3 * PATCH * PATCH, dtype=torch.uint8)]
         for slot, medium, grid in zip(_slots(pieces), measured, grids, strict=True):
-            with _naming(slot):
+            with _naming_part(slot):
                 patches.append(read_patches(slot.part, medium, grid, sample.media_root))
         times = [medium.times for medium in measured]
         layout = lay_out(pieces, grids, self.tokenizer, times=times, wrapped=self.wrapped_clips)
@@ -246,21 +260,26 @@ class Encoder:
             positions=mrope_positions(layout.runs),
             slices=layout.slices,
             grids=grids,
-            patches=joined_patches(patches),
+            patches=concat_patches(patches),
             sample_id=sample.sample_id,
         )
 
 
-def joined_patches(patches: Sequence[Tensor]) -> Tensor:
-    """Put patches one behind the other: (P, 768) where all are of stills, else (P, 1536) with stills doubled."""
-    if any(of_medium.shape[1] != 3 * PATCH * PATCH for of_medium in patches):
-        patches = [repeat_still_frames(of_medium) for of_medium in patches]
+def as_sample(raw: RawSample, name: str = "sample") -> Sample:
+    """Parse a dict. Raise RowFault."""
+    return raw if isinstance(raw, Sample) else parse_sample(raw, name)
+
+
+def concat_patches(patches: Sequence[Tensor]) -> Tensor:
+    """Concatenate patches: (P, 768) where all are of images, else (P, 1536) with the frame of images repeated."""
+    if any(one.shape[1] != 3 * PATCH * PATCH for one in patches):
+        patches = [repeat_still_frames(one) for one in patches]
     return torch.cat(list(patches))
 
 
 @contextmanager
-def _naming(slot: Slot) -> Iterator[None]:
-    """Put the place of a part before what is wrong with it."""
+def _naming_part(slot: Slot) -> Iterator[None]:
+    """Add the position of a part to its faults."""
     try:
         yield
     except MediaFault as fault:

@@ -1,4 +1,4 @@
-"""One image or clip of a sample: measured from its header, later read as patches."""
+"""One image or clip of a sample: measured from its header, later decoded to patches."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -16,7 +16,11 @@ from qwen3vl_train.data.rows.sample import ImagePart, VideoPart
 
 
 class Measured(NamedTuple):
-    """What a header says. indices: frames of a clip that are taken; times: seconds, one for each pair of them."""
+    """What the header of a medium says.
+
+    indices: sampled frames of a clip.
+    times: seconds, one for each pair of sampled frames.
+    """
 
     size: Size
     indices: tuple[int, ...] = ()
@@ -25,7 +29,7 @@ class Measured(NamedTuple):
 
 
 def measure(part: ImagePart | VideoPart, rules: ClipRules | None, media_root: str | None) -> Measured:
-    """Measure an image or a clip without decoding it. Raises MediaFault."""
+    """Measure an image or a clip without decoding it. Raise MediaFault."""
     if isinstance(part, ImagePart):
         return Measured(Size(*image_size(part.image, media_root)))
     if rules is None:
@@ -34,23 +38,23 @@ def measure(part: ImagePart | VideoPart, rules: ClipRules | None, media_root: st
             kind="unsupported_media",
         )
     if isinstance(part.video, tuple):
-        return _measure_list(part, rules, media_root)
+        return _measure_frames(part, rules, media_root)
     header = read_header(part.video, media_root)
     indices = sample_indices(header.num_frames, header.fps, rules)
     times = pair_times([index / header.fps for index in indices])
     return Measured(Size(header.height, header.width, len(indices)), tuple(indices), tuple(times), header)
 
 
-def _measure_list(part: VideoPart, rules: ClipRules, media_root: str | None) -> Measured:
-    """Measure frames that lie in files of their own: at a given rate they are sampled, at given times all are taken."""
+def _measure_frames(part: VideoPart, rules: ClipRules, media_root: str | None) -> Measured:
+    """Measure a list of frames: with a frame rate they are sampled, with timestamps all are used."""
     frames = part.video
     assert isinstance(frames, tuple), part
     if part.timestamps is not None:
         indices, times = list(range(len(frames))), list(part.timestamps)
         if len(frames) > rules.max_frames:
             raise MediaFault(
-                f"list of {len(frames)} frames: more than the limit of {rules.max_frames}; give fewer, give fps in the "
-                "place of their times to have them sampled, or raise data.max_frames",
+                f"list of {len(frames)} frames: more than the limit of {rules.max_frames}; give fewer, give fps "
+                "instead of their times to have them sampled, or raise data.max_frames",
                 kind="too_long",
             )
     else:
@@ -68,9 +72,9 @@ def _measure_list(part: VideoPart, rules: ClipRules, media_root: str | None) -> 
 
 
 def read_patches(part: ImagePart | VideoPart, measured: Measured, grid: Grid, media_root: str | None) -> Tensor:
-    """Decode, resize and cut: uint8 (P, 768) of an image, (P, 1536) of a clip. Raises MediaFault.
+    """Decode a medium to patches: uint8 (P, 768) of an image, (P, 1536) of a clip. Raise MediaFault.
 
-    A file that decodes to another size than its header says is a fault: its cost was planned from the header.
+    A file that decodes to a size other than its header's is a fault: its cost was planned from the header.
     """
     if isinstance(part, ImagePart):
         return resize_to_patches(_load(part.image, measured, media_root), grid[1:])
@@ -79,11 +83,11 @@ def read_patches(part: ImagePart | VideoPart, measured: Measured, grid: Grid, me
         frames = read_frames(part.video, measured.indices, measured.header, media_root)
     else:
         assert isinstance(part.video, tuple), part
-        frames = _load_list(part.video, measured, media_root)
+        frames = _load_frames(part.video, measured, media_root)
     return clip_patches(frames, measured.indices, grid)
 
 
-def _load_list(frames: tuple, measured: Measured, media_root: str | None) -> Iterator[tuple[int, Tensor]]:
+def _load_frames(frames: tuple, measured: Measured, media_root: str | None) -> Iterator[tuple[int, Tensor]]:
     for index in measured.indices:
         yield index, _load(frames[index], measured, media_root)
 

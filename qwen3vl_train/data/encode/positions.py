@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 Run = int | tuple[int, int, int]
-"""A stretch of a sequence: a number of text tokens, or the grid (1, height, width) of an image or frame, in patches."""
+"""A part of a sequence: a number of text tokens, or the grid (1, height, width) of an image or frame, in patches."""
 
 
 def mrope_positions(runs: Iterable[Run], *, merge_size: int = 2) -> Tensor:
     """Return int64 (3, n) positions of a sequence, exactly as transformers' `Qwen3VLModel.get_rope_index`.
 
-    Text counts on by one on all three rows. An image that starts at p has time p, height p + row, width p + column of
-    its merged grid, and the text behind it goes on at p + max(rows, columns). A clip is one run for each frame.
+    Text increases by one on all three rows. An image that starts at p has time p, height p + row, width p + column of
+    its merged grid, and the text after it continues at p + max(rows, columns). A clip is one run for each frame.
     [2, (1, 4, 4), 1] -> 0 1 | 2 2 2 2 | 4;  0 1 | 2 2 3 3 | 4;  0 1 | 2 3 2 3 | 4
     """
     parts: list[Tensor] = []

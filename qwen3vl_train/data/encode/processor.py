@@ -1,4 +1,4 @@
-"""Image and video settings of a checkpoint, read from its preprocessor files and held against what this code does."""
+"""Read image and video settings from the preprocessor files of a checkpoint, and check that they are supported."""
 
 import json
 from pathlib import Path
@@ -12,17 +12,17 @@ _SAMPLING = {"fps": 2, "min_frames": 4, "max_frames": 768}
 
 
 class ImageLimits(NamedTuple):
-    """Area of an image after resizing, in pixels; one visual token is 32x32 of them."""
+    """Limits on the area of a resized image, in pixels; one visual token is 32x32 of them."""
 
     min_pixels: int
     max_pixels: int
 
 
 def read_image_limits(model_path: str | Path, arch: Qwen3VLArch) -> ImageLimits:
-    """Read processor_config.json (transformers 5) or preprocessor_config.json. Raises ValueError.
+    """Read processor_config.json (transformers 5) or preprocessor_config.json. Raise ValueError.
 
-    Everything that shapes pixels is checked, since the class defaults of transformers are not Qwen3-VL's: a missing
-    patch size or mean would silently mean another one there.
+    Every setting that affects pixels is checked, since the class defaults of transformers are not Qwen3-VL's: there, a
+    missing patch size or mean would silently be another one.
     """
     found = _settings(Path(model_path), "image_processor", "preprocessor_config.json")
     if found is None:
@@ -37,10 +37,10 @@ def read_image_limits(model_path: str | Path, arch: Qwen3VLArch) -> ImageLimits:
 
 
 def read_clip_rules(model_path: str | Path, arch: Qwen3VLArch) -> ClipRules | None:
-    """Read processor_config.json or video_preprocessor_config.json; None where there is neither. Raises ValueError.
+    """Read processor_config.json or video_preprocessor_config.json; None where there is neither. Raise ValueError.
 
-    Sampling that the published files leave out is that of transformers' Qwen3VLVideoProcessor: two frames a second, 4
-    to 768 of them.
+    Sampling settings that the published files lack are those of transformers' Qwen3VLVideoProcessor: two frames per
+    second, 4 to 768 of them.
     """
     found = _settings(Path(model_path), "video_processor", "video_preprocessor_config.json")
     if found is None:
@@ -50,13 +50,15 @@ def read_clip_rules(model_path: str | Path, arch: Qwen3VLArch) -> ClipRules | No
     if settings.get("cap_pixels_per_frame"):
         faults.append("cap_pixels_per_frame is true, Qwen3-VL was trained with the limit of the whole clip alone")
     limits = _area_limits(settings, faults)
-    fps, fewest, most = (settings.get(key) or usual for key, usual in _SAMPLING.items())
-    numbers = isinstance(fps, int | float) and isinstance(fewest, int) and isinstance(most, int)
-    if not (numbers and 0 < fps <= MAX_FPS and FRAMES_PER_PATCH <= fewest <= most):
-        faults.append(f"fps, min_frames, max_frames are {fps!r}, {fewest!r}, {most!r}, Qwen3-VL has 2, 4, 768")
+    fps, min_frames, max_frames = (settings.get(key) or default for key, default in _SAMPLING.items())
+    numbers = isinstance(fps, int | float) and isinstance(min_frames, int) and isinstance(max_frames, int)
+    if not (numbers and 0 < fps <= MAX_FPS and FRAMES_PER_PATCH <= min_frames <= max_frames):
+        faults.append(
+            f"fps, min_frames, max_frames are {fps!r}, {min_frames!r}, {max_frames!r}, Qwen3-VL has 2, 4, 768"
+        )
     if faults:
         raise ValueError(f"{where}: {'; '.join(faults)}; use the video preprocessor file of this checkpoint")
-    return ClipRules(float(fps), fewest, most, *limits)
+    return ClipRules(float(fps), min_frames, max_frames, *limits)
 
 
 def _pixel_faults(settings: dict[str, Any], arch: Qwen3VLArch) -> list[str]:
@@ -67,9 +69,9 @@ def _pixel_faults(settings: dict[str, Any], arch: Qwen3VLArch) -> list[str]:
         "temporal_patch_size": (FRAMES_PER_PATCH, vision.temporal_patch_size),
     }
     faults = []
-    for key, (value, of_model) in wanted.items():
-        if settings.get(key) != value or of_model != value:
-            faults.append(f"{key} is {settings.get(key)} here and {of_model} in config.json, Qwen3-VL has {value}")
+    for key, (value, model_value) in wanted.items():
+        if settings.get(key) != value or model_value != value:
+            faults.append(f"{key} is {settings.get(key)} here and {model_value} in config.json, Qwen3-VL has {value}")
     for key in ("image_mean", "image_std"):
         if settings.get(key) != [0.5, 0.5, 0.5]:
             faults.append(f"{key} is {settings.get(key)}, Qwen3-VL has [0.5, 0.5, 0.5]")
@@ -95,7 +97,7 @@ def _area_limits(settings: dict[str, Any], faults: list[str]) -> ImageLimits:
 
 
 def _settings(folder: Path, section: str, own_file: str) -> tuple[dict[str, Any], str] | None:
-    """Find the settings in their section of processor_config.json, or else in a file of their own."""
+    """Return the settings in their section of processor_config.json, or else in a file of their own, and that file."""
     for name in ("processor_config.json", own_file):
         file = folder / name
         if not file.is_file():
@@ -111,10 +113,12 @@ def _settings(folder: Path, section: str, own_file: str) -> tuple[dict[str, Any]
     return None
 
 
-def budget(limits: ImageLimits, min_visual_tokens: int | None, max_visual_tokens: int | None) -> ImageLimits:
-    """Put a budget in visual tokens an image in the place of the checkpoint's limits.
+def override_image_limits(
+    limits: ImageLimits, min_visual_tokens: int | None, max_visual_tokens: int | None
+) -> ImageLimits:
+    """Replace the checkpoint's limits by the recipe's, in visual tokens per image; None keeps the checkpoint's.
 
-    A maximum below the checkpoint's minimum (or the other way round) takes that along. Raises ValueError.
+    A maximum below the checkpoint's minimum lowers that too, and the reverse. Raise ValueError.
     """
     for name, tokens in (("min", min_visual_tokens), ("max", max_visual_tokens)):
         if tokens is not None and tokens < 1:
@@ -134,17 +138,17 @@ def budget(limits: ImageLimits, min_visual_tokens: int | None, max_visual_tokens
     return ImageLimits(least, most)
 
 
-def clip_rules(
+def override_clip_rules(
     rules: ClipRules,
     fps: float | None,
     min_frames: int | None,
     max_frames: int | None,
     max_visual_tokens: int | None,
 ) -> ClipRules:
-    """Put the recipe's sampling and budget in the place of the checkpoint's; None leaves its own.
+    """Replace the checkpoint's sampling and limits by the recipe's; None keeps the checkpoint's.
 
-    One visual token is 32x32 pixels of two frames. As in transformers, the budget bounds the area of all frames: the
-    pair that an odd number of frames ends with may come on top. A limit takes its counterpart along. Raises ValueError.
+    One visual token is 32x32 pixels of two frames. As in transformers, the limit is on the area of all frames: the pair
+    that an odd number of frames ends with may exceed it. A limit moves its counterpart too. Raise ValueError.
     """
     if fps is not None and not 0 < fps <= MAX_FPS:
         raise ValueError(f"data.fps: got {fps}; use a number above 0 and at most {MAX_FPS}")

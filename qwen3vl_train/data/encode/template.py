@@ -1,4 +1,4 @@
-"""Find the checkpoint's chat template and check that one of our dialects renders exactly what it renders."""
+"""Find the checkpoint's chat template, and check that one of our dialects renders exactly the same."""
 
 import json
 from pathlib import Path
@@ -67,11 +67,11 @@ _THINKING: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 PROBES = {"instruct": _COMMON, "thinking": {**_COMMON, **_THINKING}}
-"""Conversations that between them reach every branch of the templates, for each dialect."""
+"""Conversations that together reach every branch of the templates, for each dialect."""
 
 
 def find_template(model_path: str | Path) -> tuple[str, str]:
-    """Return (text of the chat template, where it stands). Raises ValueError when the checkpoint has none."""
+    """Return (text of the chat template, its file). Raise ValueError when the checkpoint has none."""
     folder = Path(model_path)
     file = folder / "chat_template.jinja"
     if file.is_file():
@@ -95,7 +95,7 @@ def find_template(model_path: str | Path) -> tuple[str, str]:
 
 
 def render_template(template: str, messages: list[Any], tools: list[Any] | None, generation_prompt: bool) -> str:
-    """Render with the template itself, in a sandbox, set up as transformers does. Raises jinja2.TemplateError."""
+    """Render with the template itself, in a sandbox set up as in transformers. Raise jinja2.TemplateError."""
     from jinja2 import TemplateError
     from jinja2.ext import loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -112,10 +112,10 @@ def render_template(template: str, messages: list[Any], tools: list[Any] | None,
 
 
 def check_template(template: str, where: str = "chat_template") -> str:
-    """Return the name of the dialect that a checkpoint's template speaks: 'instruct' or 'thinking'.
+    """Return the dialect of a checkpoint's template: 'instruct' or 'thinking'.
 
-    Every probe is rendered by the template and by our rules, with and without the prompt for an answer. Raises
-    ValueError that shows the first place where the two differ.
+    Every probe is rendered by the template and by our rules, with and without the generation prompt. Raise ValueError
+    that shows where the two first differ.
     """
     from jinja2 import TemplateError
 
@@ -138,6 +138,6 @@ def check_template(template: str, where: str = "chat_template") -> str:
 
 
 def _around(text: str, other: str) -> str:
-    """Show the neighbourhood of the first place where text differs from other."""
-    place = next((i for i, (a, b) in enumerate(zip(text, other, strict=False)) if a != b), min(len(text), len(other)))
-    return repr(text[max(0, place - 20) : place + 20])
+    """Quote the text around the first character that differs from other."""
+    index = next((i for i, (a, b) in enumerate(zip(text, other, strict=False)) if a != b), min(len(text), len(other)))
+    return repr(text[max(0, index - 20) : index + 20])

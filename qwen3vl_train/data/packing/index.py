@@ -41,8 +41,7 @@ class LengthRule(NamedTuple):
 
         Raises RowFault, also where the template trains nothing of the sample.
         """
-        encoder = collator.encoder
-        pieces = encoder.render(sample)
+        pieces = collator.render(sample)
         if not is_trained(pieces):
             raise RowFault(
                 "nothing to learn: a Thinking checkpoint is trained on answers behind the last question, and none "
@@ -53,7 +52,7 @@ class LengthRule(NamedTuple):
         fewest = fewest_tokens(pieces, collator.tokenizer)
         if fewest > self.max_tokens:
             return self._too_long(f"at least {fewest} tokens of text is longer than {self.field} {self.max_tokens}")
-        cost = encoder.cost_of(pieces, sample.media_root)
+        cost = collator.cost_of(pieces, sample.media_root)
         too_many = self.max_patches is not None and cost.patches > self.max_patches
         if cost.tokens <= self.max_tokens and not too_many:
             return cost

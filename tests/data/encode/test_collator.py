@@ -74,7 +74,7 @@ def test_prompts_end_where_the_answer_begins(collate):
     assert torch.equal(collate.prompt(parse_sample({"messages": messages[:-1]})).input_ids, prompt.input_ids)
     with pytest.raises(ValueError) as caught:
         collate.prompt(messages)
-    assert str(caught.value) == "prompt: messages[5]: a prompt that ends with an answer; leave the answer out"
+    assert str(caught.value) == "prompt: messages[5]: a prompt that ends with an answer; remove the answer"
 
 
 def test_faults_name_the_sample(collate):

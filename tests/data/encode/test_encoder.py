@@ -147,7 +147,7 @@ def test_ids_of_text_equal_transformers(collate, thinking, tiny_folder, dialect)
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_folder, local_files_only=True)
     template = (tiny_checkpoint.ASSETS / f"chat_template_{dialect}.jinja").read_text()
-    encoder = {"instruct": collate, "thinking": thinking}[dialect].encoder
+    encoder = {"instruct": collate, "thinking": thinking}[dialect]
     rows = [probe for probe in PROBES[dialect].values() if "image" not in str(probe)]
     rows += [{"messages": [{"role": "user", "content": text}, answer(text)]} for text in TRICKY]
     assert len(rows) > 14
@@ -199,7 +199,7 @@ DROPPED = [
     ([USER, {"role": "system", "content": "x"}],
      "messages[1]: a system message that is not the first, which the template drops; move it to the front"),
     ([USER, answer("x", reasoning_content="y")],
-     "messages[1]: reasoning_content, which the template of an Instruct checkpoint drops; take it out or use a "
+     "messages[1]: reasoning_content, which the template of an Instruct checkpoint drops; remove it or use a "
      "Thinking checkpoint"),
     ([{"role": "user", "content": [{"text": "a"}, {"image": "/none.png"}]}],
      "messages[0].content[1]: image /none.png: no such file (/none.png); check the path and media_root"),

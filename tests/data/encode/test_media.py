@@ -79,7 +79,7 @@ def test_faults_of_lists(frames, tmp_path):
     )
     few = RULES._replace(max_frames=6)
     assert message(measure, VideoPart(names(*range(7)), timestamps=tuple(map(float, range(7)))), few, root) == (
-        "list of 7 frames: more than the limit of 6; give fewer, give fps in the place of their times to have them "
+        "list of 7 frames: more than the limit of 6; give fewer, give fps instead of their times to have them "
         "sampled, or raise data.max_frames"
     )
     assert len(measure(VideoPart(names(*range(7)), fps=2.0), few, root).indices) == 6

@@ -4,7 +4,13 @@ import pytest
 import tiny_checkpoint
 
 from qwen3vl_train.arch import Qwen3VLArch
-from qwen3vl_train.data.encode.processor import ImageLimits, budget, clip_rules, read_clip_rules, read_image_limits
+from qwen3vl_train.data.encode.processor import (
+    ImageLimits,
+    override_clip_rules,
+    override_image_limits,
+    read_clip_rules,
+    read_image_limits,
+)
 from qwen3vl_train.data.media.clips import ClipRules
 
 
@@ -83,20 +89,20 @@ def test_missing_and_broken_files(folder, arch):
 
 def test_budgets_count_tokens_of_32_by_32():
     limits = ImageLimits(65536, 16777216)
-    assert budget(limits, None, None) == limits
-    assert budget(limits, None, 1280) == (65536, 1280 * 1024)
-    assert budget(limits, 256, 1280) == (256 * 1024, 1280 * 1024)
-    assert budget(limits, None, 16) == (16 * 1024, 16 * 1024)  # below the checkpoint's minimum of 64
-    assert budget(limits, 20000, None) == (20000 * 1024, 20000 * 1024)
+    assert override_image_limits(limits, None, None) == limits
+    assert override_image_limits(limits, None, 1280) == (65536, 1280 * 1024)
+    assert override_image_limits(limits, 256, 1280) == (256 * 1024, 1280 * 1024)
+    assert override_image_limits(limits, None, 16) == (16 * 1024, 16 * 1024)  # below the checkpoint's minimum of 64
+    assert override_image_limits(limits, 20000, None) == (20000 * 1024, 20000 * 1024)
 
 
 def test_impossible_budgets():
     limits = ImageLimits(65536, 16777216)
     with pytest.raises(ValueError) as caught:
-        budget(limits, 100, 50)
+        override_image_limits(limits, 100, 50)
     assert str(caught.value) == "data.min_visual_tokens_per_image: got 100, more than the maximum of 50; lower it"
     with pytest.raises(ValueError) as caught:
-        budget(limits, None, 0)
+        override_image_limits(limits, None, 0)
     assert str(caught.value) == "data.max_visual_tokens_per_image: got 0; use at least 1"
 
 
@@ -142,11 +148,11 @@ def test_other_settings_of_clips_are_refused(folder, arch, changes, fault):
 
 def test_the_recipe_goes_before_the_rules_of_the_checkpoint():
     rules = ClipRules(2.0, 4, 768, 4096, 25165824)
-    assert clip_rules(rules, None, None, None, None) == rules
-    assert clip_rules(rules, 0.5, 8, 64, 100) == (0.5, 8, 64, 4096, 100 * 2 * 32 * 32)
-    assert clip_rules(rules, None, None, 3, None) == rules._replace(min_frames=3, max_frames=3)
-    assert clip_rules(rules, None, 1000, None, None) == rules._replace(min_frames=1000, max_frames=1000)
-    assert clip_rules(rules, None, None, None, 1) == rules._replace(min_pixels=2048, max_pixels=2048)
+    assert override_clip_rules(rules, None, None, None, None) == rules
+    assert override_clip_rules(rules, 0.5, 8, 64, 100) == (0.5, 8, 64, 4096, 100 * 2 * 32 * 32)
+    assert override_clip_rules(rules, None, None, 3, None) == rules._replace(min_frames=3, max_frames=3)
+    assert override_clip_rules(rules, None, 1000, None, None) == rules._replace(min_frames=1000, max_frames=1000)
+    assert override_clip_rules(rules, None, None, None, 1) == rules._replace(min_pixels=2048, max_pixels=2048)
 
 
 @pytest.mark.parametrize(
@@ -162,5 +168,5 @@ def test_the_recipe_goes_before_the_rules_of_the_checkpoint():
 )
 def test_impossible_rules(given, fault):
     with pytest.raises(ValueError) as caught:
-        clip_rules(ClipRules(2.0, 4, 768, 4096, 25165824), *given)
+        override_clip_rules(ClipRules(2.0, 4, 768, 4096, 25165824), *given)
     assert str(caught.value) == fault
