@@ -95,7 +95,7 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def merge_lora(model: nn.Module) -> None:
-    """Add every adapter to its base weight and put the plain linear modules back."""
+    """Add every adapter to its base weight and restore the plain linear modules."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     for name, module in list(model.named_modules()):

@@ -50,7 +50,9 @@ def restore_run(folder: Path, *, dtype: torch.dtype, device: torch.device | str 
         if parameter.requires_grad:
             tensor = stored.pop(f"weight/{name}", None)
             if tensor is None or tensor.shape != parameter.shape:
-                raise ValueError(f"{checkpoint}: holds no fitting {name}; was the recipe in {folder} changed?")
+                raise ValueError(
+                    f"{checkpoint}: does not hold {name} in its shape; was the recipe in {folder} changed?"
+                )
             parameter.copy_(tensor)
     if stored:
         raise ValueError(f"{checkpoint}: holds {next(iter(stored))}, which the recipe in {folder} does not train")

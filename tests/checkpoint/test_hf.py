@@ -217,7 +217,7 @@ def test_a_truncated_file(folder, keep):
     with pytest.raises(ValueError) as caught:
         load_qwen3_vl_model(folder)
     message = str(caught.value)
-    assert message.startswith(f"{file}: not a whole safetensors file ({file.stat().st_size} bytes; ")
+    assert message.startswith(f"{file}: not a complete safetensors file ({file.stat().st_size} bytes; ")
     assert message.endswith("); download it again")
 
 

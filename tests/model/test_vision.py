@@ -105,7 +105,7 @@ def test_patch_embedding_equals_the_convolution_in_every_form(small):
     torch.testing.assert_close(embed(one_frame), expected, **close)
 
 
-def test_one_frame_gives_both_halves_of_the_kernel_their_gradient(small):
+def test_one_frame_gives_both_kernel_halves_their_gradient(small):
     embed = small.visual.vision.patch_embed
     one_frame = torch.randint(0, 256, (6, 3, 1, 256), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     gradients = []

@@ -82,7 +82,7 @@ def test_lora_moves_adapters_alone(tiny_folder, pack):
     assert moved == {name for name in before if ".lora_" in name}
 
 
-def test_a_text_pack_is_no_trouble_where_only_the_vision_side_trains(tiny_folder, pack):
+def test_a_text_pack_where_only_the_vision_side_trains(tiny_folder, pack):
     trainee = Trainee(tiny_folder, tune={"method": "full", "train": ["merger"]}, optim__weight_decay=0.0)
     before = trainee.weights()
     assert trainee.step([pack(TEXT_ONLY)]).grad_norms["all"] == 0
@@ -141,7 +141,7 @@ def test_a_non_finite_loss_stops_before_any_weight_moves(tiny_folder, pack, dtyp
     assert all(torch.allclose(state[name], masters[name], rtol=0, atol=0, equal_nan=True) for name in state)
 
 
-def test_a_non_finite_gradient_alone_stops_too_and_names_its_group(tiny_folder, pack):
+def test_a_non_finite_gradient_stops_and_names_its_group(tiny_folder, pack):
     trainee = Trainee(tiny_folder)
     trainee.model.visual.vision.merger.linear_fc1.weight.register_hook(lambda gradient: gradient * math.inf)
     before = trainee.weights()

@@ -19,7 +19,7 @@ def _check(check: GradientCheck, trainee: Trainee, step: int, *, media: bool, la
 
 
 @pytest.mark.parametrize("tune", [small_runs.FULL, small_runs.LORA], ids=["full", "lora"])
-def test_a_first_step_with_an_image_is_judged_whole_and_once(tiny_folder, pack, tune):
+def test_a_first_step_with_an_image_is_checked_once(tiny_folder, pack, tune):
     trainee = Trainee(tiny_folder, tune=tune)
     check = GradientCheck(trainee.model)
     trainee.step([pack(ONE_IMAGE)])
@@ -29,7 +29,7 @@ def test_a_first_step_with_an_image_is_judged_whole_and_once(tiny_folder, pack, 
     assert _check(check, trainee, 2, media=True) is None
 
 
-def test_a_text_only_start_is_judged_as_text_and_again_with_the_first_image(tiny_folder, pack):
+def test_a_text_only_start_is_checked_again_with_an_image(tiny_folder, pack):
     trainee = Trainee(tiny_folder)
     check = GradientCheck(trainee.model)
     trainee.step([pack(TEXT_ONLY)])
@@ -44,7 +44,7 @@ def test_a_text_only_start_is_judged_as_text_and_again_with_the_first_image(tiny
     )
 
 
-def test_a_step_whose_rows_all_broke_is_not_judged(tiny_folder, pack):
+def test_a_step_without_labels_is_not_checked(tiny_folder, pack):
     trainee = Trainee(tiny_folder)
     check = GradientCheck(trainee.model)
     trainee.step([])
@@ -68,7 +68,7 @@ def test_a_trained_tensor_without_a_gradient_is_named(tiny_folder, pack, row):
     )
 
 
-def test_a_vision_tensor_without_a_gradient_is_found_at_the_first_image(tiny_folder, pack):
+def test_a_vision_tensor_without_a_gradient_is_named(tiny_folder, pack):
     trainee = Trainee(tiny_folder)
     trainee.model.visual.vision.merger.register_parameter("forgotten", nn.Parameter(torch.zeros(3)))
     check = GradientCheck(trainee.model)
