@@ -11,6 +11,7 @@ from qwen3vl_train.data.encode.template import PROBES
 from qwen3vl_train.data.errors import RowFault
 from qwen3vl_train.data.rows.messages import parse_sample
 from tests.helpers import oracles
+from tests.helpers.messages import message_of
 
 USER = {"role": "user", "content": "Hi"}
 IMAGE = {"type": "image", "image": Image.new("RGB", (64, 64))}
@@ -211,9 +212,7 @@ DROPPED = [
 @pytest.mark.parametrize(("messages", "fault"), DROPPED, ids=["system", "reasoning", "missing", "extreme"])
 def test_faults_name_the_message(collate, messages, fault):
     for call in (collate.cost, collate.encode):
-        with pytest.raises(RowFault) as caught:
-            call({"messages": messages})
-        assert str(caught.value) == fault
+        assert message_of(RowFault, call, {"messages": messages}) == fault
 
 
 def test_a_late_system_message_is_fine_where_the_template_keeps_it(thinking):

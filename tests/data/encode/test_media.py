@@ -13,6 +13,7 @@ from qwen3vl_train.data.media.clips import ClipRules
 from qwen3vl_train.data.rows.sample import ImagePart, VideoPart
 from tests.helpers import clip_files
 from tests.helpers.clip_files import moving, oracle_patches, write_clip
+from tests.helpers.messages import message_of
 
 RULES = ClipRules(2.0, 4, 768, 4096, 25165824)
 BUDGETS = Budgets(64 * 64, 512 * 512, RULES)
@@ -34,12 +35,6 @@ def names(*places: int) -> tuple[str, ...]:
 def patches(part, root, rules=RULES) -> torch.Tensor:
     measured = measure(part, rules, root)
     return read_patches(part, measured, BUDGETS.grid(measured.size), root)
-
-
-def message(call, *arguments) -> str:
-    with pytest.raises(MediaFault) as caught:
-        call(*arguments)
-    return str(caught.value)
 
 
 def test_frames_at_given_times_are_all_taken(frames, tmp_path):
@@ -74,19 +69,21 @@ def test_the_same_frames_from_any_kind_of_source(frames, tmp_path):
 def test_faults_of_lists(frames, tmp_path):
     root = str(tmp_path)
     Image.new("RGB", (90, 71)).save(tmp_path / "odd.png")
-    assert message(measure, VideoPart(("0.png", "odd.png"), fps=2.0), RULES, root) == (
+    assert message_of(MediaFault, measure, VideoPart(("0.png", "odd.png"), fps=2.0), RULES, root) == (
         "image odd.png: is 90x71, the first frame of its clip 90x70; give frames of one size"
     )
     few = RULES._replace(max_frames=6)
-    assert message(measure, VideoPart(names(*range(7)), timestamps=tuple(map(float, range(7)))), few, root) == (
+    assert message_of(
+        MediaFault, measure, VideoPart(names(*range(7)), timestamps=tuple(map(float, range(7)))), few, root
+    ) == (
         "list of 7 frames: more than the limit of 6; give fewer, give fps instead of their times to have them "
         "sampled, or raise data.max_frames"
     )
     assert len(measure(VideoPart(names(*range(7)), fps=2.0), few, root).indices) == 6
-    assert message(measure, VideoPart(("0.png", "../1.png"), fps=2.0), RULES, root) == (
+    assert message_of(MediaFault, measure, VideoPart(("0.png", "../1.png"), fps=2.0), RULES, root) == (
         f"image ../1.png: is outside media_root {root}; move the file into it"
     )
-    assert message(measure, VideoPart("a.mp4"), None, root) == (
+    assert message_of(MediaFault, measure, VideoPart("a.mp4"), None, root) == (
         "video: the checkpoint has no video_preprocessor_config.json; copy it from its publisher"
     )
 
@@ -95,10 +92,12 @@ def test_a_file_that_changed_since_it_was_measured_is_a_fault(frames, tmp_path):
     root, part = str(tmp_path), VideoPart(names(0, 1), fps=2.0)
     measured = measure(part, RULES, root)
     Image.new("RGB", (80, 70)).save(tmp_path / "1.png")
-    assert message(read_patches, part, measured, (1, 4, 6), root) == (
+    assert message_of(MediaFault, read_patches, part, measured, (1, 4, 6), root) == (
         "image 1.png: decodes to 80x70, its header says 90x70; replace it"
     )
     image = ImagePart("0.png")
     still = measure(image, RULES, root)
     Image.new("RGB", (80, 70)).save(tmp_path / "0.png")
-    assert message(read_patches, image, still, (1, 4, 6), root).endswith("its header says 90x70; replace it")
+    assert message_of(MediaFault, read_patches, image, still, (1, 4, 6), root).endswith(
+        "its header says 90x70; replace it"
+    )

@@ -12,6 +12,7 @@ from qwen3vl_train.data.encode.processor import (
     read_image_limits,
 )
 from qwen3vl_train.data.media.clips import ClipRules
+from tests.helpers.messages import message_of
 
 
 @pytest.fixture
@@ -69,9 +70,10 @@ FAULTS = [
 @pytest.mark.parametrize(("changes", "fault"), FAULTS, ids=lambda value: str(value)[:40])
 def test_other_settings_are_refused(folder, arch, changes, fault):
     file = edit(folder, **changes)
-    with pytest.raises(ValueError) as caught:
-        read_image_limits(folder, arch)
-    assert str(caught.value) == f"{file}: {fault}; use the preprocessor file of this checkpoint"
+    assert (
+        message_of(ValueError, read_image_limits, folder, arch)
+        == f"{file}: {fault}; use the preprocessor file of this checkpoint"
+    )
 
 
 def test_missing_and_broken_files(folder, arch):
@@ -80,9 +82,7 @@ def test_missing_and_broken_files(folder, arch):
     with pytest.raises(ValueError, match=r"preprocessor_config\.json: not JSON \(.*\); copy the file again"):
         read_image_limits(folder, arch)
     file.unlink()
-    with pytest.raises(ValueError) as caught:
-        read_image_limits(folder, arch)
-    assert str(caught.value) == (
+    assert message_of(ValueError, read_image_limits, folder, arch) == (
         f"{folder}: no preprocessor_config.json or processor_config.json; copy it from the checkpoint"
     )
 
@@ -98,12 +98,14 @@ def test_budgets_count_tokens_of_32_by_32():
 
 def test_impossible_budgets():
     limits = ImageLimits(65536, 16777216)
-    with pytest.raises(ValueError) as caught:
-        override_image_limits(limits, 100, 50)
-    assert str(caught.value) == "data.min_visual_tokens_per_image: got 100, more than the maximum of 50; lower it"
-    with pytest.raises(ValueError) as caught:
-        override_image_limits(limits, None, 0)
-    assert str(caught.value) == "data.max_visual_tokens_per_image: got 0; use at least 1"
+    assert (
+        message_of(ValueError, override_image_limits, limits, 100, 50)
+        == "data.min_visual_tokens_per_image: got 100, more than the maximum of 50; lower it"
+    )
+    assert (
+        message_of(ValueError, override_image_limits, limits, None, 0)
+        == "data.max_visual_tokens_per_image: got 0; use at least 1"
+    )
 
 
 def edit_clips(folder, **changes):
@@ -141,9 +143,10 @@ CLIP_FAULTS = [
 @pytest.mark.parametrize(("changes", "fault"), CLIP_FAULTS, ids=lambda value: str(value)[:40])
 def test_other_settings_of_clips_are_refused(folder, arch, changes, fault):
     file = edit_clips(folder, **changes)
-    with pytest.raises(ValueError) as caught:
-        read_clip_rules(folder, arch)
-    assert str(caught.value) == f"{file}: {fault}; use the video preprocessor file of this checkpoint"
+    assert (
+        message_of(ValueError, read_clip_rules, folder, arch)
+        == f"{file}: {fault}; use the video preprocessor file of this checkpoint"
+    )
 
 
 def test_the_recipe_goes_before_the_rules_of_the_checkpoint():
@@ -167,6 +170,4 @@ def test_the_recipe_goes_before_the_rules_of_the_checkpoint():
     ],
 )
 def test_impossible_rules(given, fault):
-    with pytest.raises(ValueError) as caught:
-        override_clip_rules(ClipRules(2.0, 4, 768, 4096, 25165824), *given)
-    assert str(caught.value) == fault
+    assert message_of(ValueError, override_clip_rules, ClipRules(2.0, 4, 768, 4096, 25165824), *given) == fault

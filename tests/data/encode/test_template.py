@@ -4,6 +4,7 @@ import pytest
 import tiny_checkpoint
 
 from qwen3vl_train.data.encode.template import check_template, find_template, render_template
+from tests.helpers.messages import message_of
 
 TEMPLATES = {
     name: (tiny_checkpoint.ASSETS / f"chat_template_{name}.jinja").read_text() for name in ("instruct", "thinking")
@@ -52,9 +53,7 @@ def test_changed_thinking_template_is_found():
 
 
 def test_messages_about_other_templates():
-    with pytest.raises(ValueError) as caught:
-        check_template("{{ messages[0].content }}", "a.jinja")
-    assert str(caught.value) == (
+    assert message_of(ValueError, check_template, "{{ messages[0].content }}", "a.jinja") == (
         "a.jinja: probe 'question' renders 'Hi', but Qwen3-VL instruct renders '<|im_start|>user\\nHi<'; "
         "use the template this checkpoint was published with"
     )
@@ -64,9 +63,7 @@ def test_messages_about_other_templates():
 
 
 def test_where_the_template_is_looked_for(tmp_path):
-    with pytest.raises(ValueError) as caught:
-        find_template(tmp_path)
-    assert str(caught.value) == (
+    assert message_of(ValueError, find_template, tmp_path) == (
         f"{tmp_path}: no chat template (chat_template.jinja, chat_template.json, or chat_template in "
         "tokenizer_config.json); copy it from the checkpoint"
     )

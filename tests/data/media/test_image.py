@@ -14,6 +14,7 @@ from PIL import Image, ImageOps
 from qwen3vl_train.data.errors import MediaFault
 from qwen3vl_train.data.media.image import image_size, load_rgb, resize_to_patches, smart_resize
 from qwen3vl_train.data.media.paths import resolve_path
+from tests.helpers.messages import message_of
 
 LIMITS = {"min_pixels": 65536, "max_pixels": 16777216}
 
@@ -177,13 +178,6 @@ def test_sizes_are_read_without_decoding(monkeypatch):
     assert {image_size(value) for value in data.values()} == {(40, 60)}
 
 
-def message(call, *arguments) -> str:
-    with pytest.raises(MediaFault) as caught:
-        call(*arguments)
-    assert isinstance(caught.value, ValueError)
-    return str(caught.value)
-
-
 KINDS = "(JPEG, PNG, WEBP, GIF, BMP, TIFF, PPM, JPEG2000, AVIF)"
 
 
@@ -210,20 +204,26 @@ def test_faults_of_files(tmp_path):
         "x" * 5000: f"image {'x' * 200}...: no such file ({real}/{'x' * 5000}); check the path and media_root",
     }
     for path, fault in faults.items():
-        assert message(image_size, path, root) == fault
-        assert message(load_rgb, path, root) == fault
+        assert message_of(MediaFault, image_size, path, root) == fault
+        assert message_of(MediaFault, load_rgb, path, root) == fault
     assert image_size("cut.jpg", root) == (300, 400)  # the header of a cut file is whole
-    assert message(load_rgb, "cut.jpg", root).startswith(
+    assert message_of(MediaFault, load_rgb, "cut.jpg", root).startswith(
         "image cut.jpg: is truncated or damaged (image file is truncated"
     )
 
 
 def test_faults_of_other_sources():
-    assert message(image_size, b"") == "image of 0 bytes: is empty; give the bytes of an image file"
-    assert message(image_size, b"junk") == f"image of 4 bytes: is not an image of a known format {KINDS}; convert it"
-    assert message(load_rgb, "data:image/png,abc") == "data URI: is not base64; write data:image/png;base64,..."
-    assert message(load_rgb, "data:image/png;base64,a?b=").startswith("data URI: is not base64 (")
-    assert message(load_rgb, "data:image/png;base64,aGk=") == (
+    assert message_of(MediaFault, image_size, b"") == "image of 0 bytes: is empty; give the bytes of an image file"
+    assert (
+        message_of(MediaFault, image_size, b"junk")
+        == f"image of 4 bytes: is not an image of a known format {KINDS}; convert it"
+    )
+    assert (
+        message_of(MediaFault, load_rgb, "data:image/png,abc")
+        == "data URI: is not base64; write data:image/png;base64,..."
+    )
+    assert message_of(MediaFault, load_rgb, "data:image/png;base64,a?b=").startswith("data URI: is not base64 (")
+    assert message_of(MediaFault, load_rgb, "data:image/png;base64,aGk=") == (
         f"data URI: is not an image of a known format {KINDS}; convert it"
     )
 
@@ -231,12 +231,16 @@ def test_faults_of_other_sources():
 @pytest.mark.parametrize("mode", ["I", "I;16", "F"])
 def test_more_than_eight_bits_are_refused(mode):
     fault = f"PIL image of 8x8: mode {mode} has more than 8 bits and no stated range; convert it to 8 bits a channel"
-    assert message(image_size, Image.new(mode, (8, 8))) == message(load_rgb, Image.new(mode, (8, 8))) == fault
+    assert (
+        message_of(MediaFault, image_size, Image.new(mode, (8, 8)))
+        == message_of(MediaFault, load_rgb, Image.new(mode, (8, 8)))
+        == fault
+    )
 
 
 def test_programs_hidden_in_formats_are_not_opened():
     postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n"
-    assert "is not an image of a known format" in message(image_size, postscript)
+    assert "is not an image of a known format" in message_of(MediaFault, image_size, postscript)
 
 
 @pytest.mark.parametrize("size", [(1200, 1000), (3000, 1000)])
@@ -248,14 +252,14 @@ def test_decompression_bombs(monkeypatch, size):
         "decompression bombs; shrink the file"
     )
     with pytest.warns(Image.DecompressionBombWarning) if size[0] == 1200 else monkeypatch.context():
-        assert message(image_size, data) == fault
+        assert message_of(MediaFault, image_size, data) == fault
 
 
 def test_more_extreme_than_200_to_1_is_refused():
     assert smart_resize(2000, 10, **LIMITS) == (3648, 32)
     fault = "image of 10x2001: its aspect ratio exceeds 200:1; crop it or pad it"
-    assert message(lambda: smart_resize(2001, 10, **LIMITS)) == fault
-    assert message(lambda: smart_resize(10, 2001, **LIMITS)) == fault.replace("10x2001", "2001x10")
+    assert message_of(MediaFault, lambda: smart_resize(2001, 10, **LIMITS)) == fault
+    assert message_of(MediaFault, lambda: smart_resize(10, 2001, **LIMITS)) == fault.replace("10x2001", "2001x10")
 
 
 def test_nothing_outside_media_root_is_reached(tmp_path):
@@ -268,7 +272,10 @@ def test_nothing_outside_media_root_is_reached(tmp_path):
     (root / "inner.png").symlink_to(root / "a.png")
     (root / "out").symlink_to(tmp_path)
     for path in ("../a.png", str(tmp_path / "a.png"), "link.png", "out/a.png", "../images2/a.png", "x/../../a.png"):
-        assert message(image_size, path, root) == f"image {path}: is outside media_root {root}; move the file into it"
+        assert (
+            message_of(MediaFault, image_size, path, root)
+            == f"image {path}: is outside media_root {root}; move the file into it"
+        )
     for path in ("a.png", "./a.png", "x/../a.png", "inner.png", str(root / "a.png"), "../images/a.png"):
         assert image_size(path, root) == (8, 8)
     (tmp_path / "alias").symlink_to(root)

@@ -15,6 +15,7 @@ from qwen3vl_train.data.media.frames import read_frames
 from qwen3vl_train.data.media.video import VideoHeader, read_header
 from tests.helpers import clip_files, faults
 from tests.helpers.clip_files import decode, write_clip
+from tests.helpers.messages import message_of
 
 OPEN_HEVC = "log-level=none:open-gop=1:keyint=8"
 KINDS = {
@@ -143,15 +144,9 @@ def test_phones_turn_their_frames(name, turn, tmp_path):
     assert difference.mean() < 2  # colour is at half resolution, so turning before or after conversion differs a little
 
 
-def message(call, *arguments) -> str:
-    with pytest.raises(MediaFault) as caught:
-        call(*arguments)
-    return str(caught.value)
-
-
 def both(source, root=None) -> str:
     """The fault of a source, which its header must show already."""
-    return message(read_header, source, root)
+    return message_of(MediaFault, read_header, source, root)
 
 
 UNREADABLE = "; replace it or write it as MP4"
@@ -223,19 +218,22 @@ def test_faults_that_decoding_shows(tmp_path):
         fault = (
             f"its header declares {wrong.num_frames} frames, 40 were found; it is truncated or damaged, write it again"
         )
-        assert message(gathered, str(path), [0, 30], wrong) == f"video {path}: {fault}"
+        assert message_of(MediaFault, gathered, str(path), [0, 30], wrong) == f"video {path}: {fault}"
     fault = "a frame is 96x64, the header says 90x64; write it again in one size"
-    assert message(gathered, str(path), [0], header._replace(width=90)) == f"video {path}: {fault}"
+    assert message_of(MediaFault, gathered, str(path), [0], header._replace(width=90)) == f"video {path}: {fault}"
     turned = write_clip(tmp_path / "turned.mkv", 12, rotation=180)
     fault = "its frames are rotated by 180 degrees, its header says 0; write it again upright, or as MP4"
-    assert message(gathered, str(turned), [0]) == f"video {turned}: {fault}"
+    assert message_of(MediaFault, gathered, str(turned), [0]) == f"video {turned}: {fault}"
     slanted = write_clip(tmp_path / "slanted.mp4", 12, rotation=30)
     assert both(str(slanted)) == (
         f"video {slanted}: is mirrored or not rotated by a multiple of 90 degrees; write it again upright"
     )
     avi = write_clip(tmp_path / "a.avi", 12, codec="mpeg4")
     fault = "its header declares 13 frames, 12 were found; it is truncated or damaged, write it again"
-    assert message(gathered, str(avi), [0], read_header(str(avi))._replace(num_frames=13)) == f"video {avi}: {fault}"
+    assert (
+        message_of(MediaFault, gathered, str(avi), [0], read_header(str(avi))._replace(num_frames=13))
+        == f"video {avi}: {fault}"
+    )
 
 
 def test_a_disk_that_fails_is_not_the_file(tmp_path, monkeypatch):
@@ -334,6 +332,7 @@ import sys
 from qwen3vl_train.data.media.clips import ClipRules, clip_patches, resize_clip, sample_indices
 from qwen3vl_train.data.media.frames import read_frames
 from qwen3vl_train.data.media.video import read_header
+from tests.helpers.messages import message_of
 
 def peak():
     return 1024 * int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])

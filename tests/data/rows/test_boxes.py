@@ -9,6 +9,7 @@ from qwen3vl_train.data.encode.collator import MultimodalCollator
 from qwen3vl_train.data.errors import MediaFault, RowFault
 from qwen3vl_train.data.rows.boxes import Convention
 from qwen3vl_train.data.rows.parse import RowRules
+from tests.helpers.messages import message_of
 
 IMAGE = Image.new("RGB", (640, 480))
 
@@ -124,9 +125,7 @@ FAULTS = [
 
 @pytest.mark.parametrize(("case", "fault"), FAULTS, ids=lambda value: str(value)[:70])
 def test_faults(case, fault):
-    with pytest.raises(RowFault) as caught:
-        read(**case)
-    assert str(caught.value) == fault
+    assert message_of(RowFault, read, **case) == fault
 
 
 def test_a_broken_image_is_the_fault_of_its_box():

@@ -9,6 +9,7 @@ from qwen3vl_train.data.errors import RowFault
 from qwen3vl_train.data.rows.messages import parse_sample
 from qwen3vl_train.data.rows.parse import RowRules, decode_row
 from qwen3vl_train.data.rows.sample import ImagePart, TextPart, ToolCall, VideoPart
+from tests.helpers.messages import message_of
 
 ASK = {"role": "user", "content": "Hi"}
 ANSWER = {"role": "assistant", "content": "Hello"}
@@ -93,9 +94,7 @@ ROW_FAULTS = {
 
 @pytest.mark.parametrize("text", ROW_FAULTS, ids=lambda text: text[:40])
 def test_faults_of_rows(text):
-    with pytest.raises(RowFault) as caught:
-        parse_row(text, "a.jsonl:1", None)
-    assert str(caught.value) == ROW_FAULTS[text]
+    assert message_of(RowFault, parse_row, text, "a.jsonl:1", None) == ROW_FAULTS[text]
 
 
 KEYS = "content, loss, loss_weight, name, reasoning_content, role, tool_call_id, tool_calls"
@@ -127,9 +126,7 @@ MESSAGE_FAULTS = [
 
 @pytest.mark.parametrize(("message", "fault"), MESSAGE_FAULTS, ids=lambda value: str(value)[:60])
 def test_faults_of_messages(message, fault):
-    with pytest.raises(RowFault) as caught:
-        parse_sample({"messages": [ASK, message]})
-    assert str(caught.value) == fault
+    assert message_of(RowFault, parse_sample, {"messages": [ASK, message]}) == fault
 
 
 PART_FAULTS = [
@@ -153,9 +150,7 @@ PART_FAULTS = [
 
 @pytest.mark.parametrize(("part", "fault"), PART_FAULTS, ids=lambda value: str(value)[:60])
 def test_faults_of_parts(part, fault):
-    with pytest.raises(RowFault) as caught:
-        parse_sample(user({"text": "a"}, part))
-    assert str(caught.value) == fault
+    assert message_of(RowFault, parse_sample, user({"text": "a"}, part)) == fault
 
 
 def test_only_rows_of_a_file_need_something_to_learn():
@@ -227,14 +222,10 @@ CLIP_FAULTS = [
 
 @pytest.mark.parametrize(("part", "fault"), CLIP_FAULTS, ids=lambda value: str(value)[:60])
 def test_faults_of_clips(part, fault):
-    with pytest.raises(RowFault) as caught:
-        parse_sample(user({"type": "video", **part}))
-    assert str(caught.value) == f"messages[0].content[0]{fault}"
+    assert message_of(RowFault, parse_sample, user({"type": "video", **part})) == f"messages[0].content[0]{fault}"
 
 
 def test_clips_stand_where_the_template_shows_them():
-    with pytest.raises(RowFault) as caught:
-        parse_sample({"messages": [ASK, {"role": "assistant", "content": [{"video": "a.mp4"}]}]})
-    assert str(caught.value) == (
-        "messages[1]: the assistant message has a video, which the template drops; move it to a user message"
-    )
+    assert message_of(
+        RowFault, parse_sample, {"messages": [ASK, {"role": "assistant", "content": [{"video": "a.mp4"}]}]}
+    ) == ("messages[1]: the assistant message has a video, which the template drops; move it to a user message")

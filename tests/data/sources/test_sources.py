@@ -23,6 +23,7 @@ from qwen3vl_train.data.packing.index import LengthRule, build_index
 from qwen3vl_train.data.rows.parse import format_counts
 from qwen3vl_train.data.sources import JsonlSource, open_sources, open_stream
 from tests.helpers import faults
+from tests.helpers.messages import message_of
 from tests.helpers.row_files import KINDS, NUM_ROWS, ROW, png, talks, texts, write_all, write_tar
 
 
@@ -86,9 +87,7 @@ def test_patterns_and_folders_are_a_source_for_each_file(tmp_path):
     rows = list(stream.rows())
     assert [Path(row.file).name for row in rows] == ["b-1.jsonl", "b-2.jsonl", "c.json"]
     assert [row.file for row in stream.rows(rows[0].state)] == [row.file for row in rows[1:]]
-    with pytest.raises(ValueError) as caught:
-        open_sources(TrainSource(path=f"{tmp_path}/d-*"))
-    assert str(caught.value) == (
+    assert message_of(ValueError, open_sources, TrainSource(path=f"{tmp_path}/d-*")) == (
         f"{tmp_path}/d-*: no file in it ends with .jsonl, .json, .parquet, .tar; check the paths under data"
     )
 
@@ -138,9 +137,7 @@ def test_the_hub_library_reads_folders_by_split_and_leaves_pictures_encoded(file
         (None, f"{tmp_path}/dict: no split None among test; set split to one of them"),
         ("test", f"{tmp_path}/dict: has the columns x, and none that rows are made from; name them under columns"),
     ):
-        with pytest.raises(ValueError) as caught:
-            open_sources(TrainSource(path=str(tmp_path / "dict"), split=split))
-        assert str(caught.value) == fault
+        assert message_of(ValueError, open_sources, TrainSource(path=str(tmp_path / "dict"), split=split)) == fault
     with pytest.raises(
         ValueError, match=r"^no/such: |^no/such \(no folder here, so a name on the Hugging Face hub\): "
     ):
@@ -184,9 +181,7 @@ def test_pictures_that_a_data_set_keeps_on_the_hub_are_fetched_there(tmp_path, r
         "image s3://bucket/a.png: is a s3 URL and nothing is downloaded; give a local path",
         "hf://bucket/none.png: cannot be read (",
     ), strict=True):  # fmt: skip
-        with pytest.raises(MediaFault) as caught:
-            load_rgb(*image)
-        assert str(caught.value).startswith(fault)
+        assert message_of(MediaFault, load_rgb, *image).startswith(fault)
     allowed = TrainSource(path=str(tmp_path / "rows"), split="train", allow_urls=True)
     assert open_sources(allowed)[0].sample(3).messages[0].content[0].image == Remote(paths[3])
     elsewhere = TrainSource(path=str(tmp_path / "rows"), split="train", media_root="memory://bucket")
@@ -242,9 +237,7 @@ def test_columns_of_parquet_that_no_rule_names_are_not_read(tmp_path):
     entry = TrainSource(path=str(tmp_path / "a.parquet"), columns={"question": "q", "answer": "a"})
     (source,) = open_sources(entry)
     assert source.raw(0).row == {"q": "?", "a": "x"}
-    with pytest.raises(ValueError) as caught:
-        open_sources(TrainSource(path=str(tmp_path / "a.parquet")))
-    assert str(caught.value) == (
+    assert message_of(ValueError, open_sources, TrainSource(path=str(tmp_path / "a.parquet"))) == (
         f"{tmp_path}/a.parquet: has the columns q, a, junk, and none that rows are made from; name them under columns"
     )
 
@@ -270,9 +263,7 @@ def test_media_of_a_shard_are_found_by_name_ending_or_not_at_all(tmp_path):
             '{"messages": [{"role": ..., "content": ...}, ...]} or name its columns under columns'),
         (5, "d/6.txt: not UTF-8 (byte 0); save it as UTF-8"),
     ):  # fmt: skip
-        with pytest.raises(RowFault) as caught:
-            source.sample(row)
-        assert str(caught.value) == fault
+        assert message_of(RowFault, source.sample, row) == fault
 
 
 def test_rows_of_mixed_shapes_in_one_file(tmp_path, tiny_folder):
