@@ -105,7 +105,7 @@ def export_while_training(recipe: Recipe, model: Qwen3VLForConditionalGeneration
     failure = ranks.gather(None if fault is None else str(fault))[0]
     if failure is not None:
         raise RuntimeError(
-            f"{out}: could not be written ({failure}); make room or set checkpoint.export_every_steps: null, then start "
+            f"{out}: could not be written ({failure}); make room or set checkpoint.export_every_steps: null, then "
             "start the run again; launch/export.py writes the same later"
         ) from fault
     return time.perf_counter() - started
