@@ -56,16 +56,11 @@ def shard_model(
             # The loss is already divided by the labels of all ranks, so gradients are summed, not averaged.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
-    tower_trains = any(parameter.requires_grad for parameter in [*vision.blocks.parameters(), *_embedding(vision)])
+    tower_trains = any(parameter.requires_grad for parameter in vision.tower_parameters())
     vision_trains = any(parameter.requires_grad for parameter in vision.parameters())
     _prefetch([*vision.blocks], before=None)
     _prefetch([vision], before=vision.blocks[-1] if tower_trains else None)
     _prefetch([*text.layers], before=vision if vision_trains else None)
-
-
-def _embedding(vision: nn.Module) -> list[nn.Parameter]:
-    """Return the parameters below the first vision block: where they train, gradients pass through all blocks."""
-    return [parameter for name, parameter in vision.named_parameters() if name.startswith(("patch_embed", "pos_embed"))]
 
 
 def _prefetch(blocks: list[nn.Module], *, before: nn.Module | None) -> None:
