@@ -361,7 +361,7 @@ def test_nothing_is_left_where_writing_fails(folder, tmp_path):
     assert list(tmp_path.glob("*out*")) + list(tmp_path.glob(".*")) == []
 
 
-def test_a_folder_that_is_there_is_not_touched(folder):
+def test_an_existing_folder_is_not_changed(folder):
     with pytest.raises(ValueError) as caught:
         save_huggingface({}, folder, source=folder, dtype=torch.float32)
     assert str(caught.value) == f"{folder}: exists already; choose another folder or remove it"

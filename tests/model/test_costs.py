@@ -1,7 +1,7 @@
 """The formula against PyTorch's own count of the operations that ran, matrix products and attention apart.
 
-A multiply and an add are two in both. The formula charges what the mathematics of whole parts needs, which differs from
-what runs in few, known places; each test puts these right and then compares exactly:
+A multiply and an add are two in both. The formula charges what the mathematics of each part needs, which differs from
+what runs in few known points; each test corrects these and then compares exactly:
 - causal attention is charged half of its square, while the counter charges all;
 - attention's backward is charged twice its forward, while the fused kernel makes the scores again: 2.5 times;
 - the patch embedding is charged for two frames, though the one of a still is sent once;
