@@ -1,16 +1,15 @@
-"""What the data path costs, and how full its packs are: `python benchmarks/data.py [images index packs stream]`.
+"""Measure what the data path costs and how full its packs are: `python benchmarks/data.py [images index packs stream]`.
 
 Prints a table for each part, in Markdown. Times of `images` are CPU seconds of one core of this process; those of
-`index` and `stream` are wall seconds. Everything is made here, on disk in a temporary folder; nothing is downloaded.
+`index` and `stream` are wall seconds. All data is made in a temporary folder; nothing is downloaded.
 """
 
 import argparse
 import json
 import os
-import shutil
-import sys
+import runpy
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,20 +20,26 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "data"))
-
-from tiny_checkpoint import write_tiny_checkpoint
-
 from qwen3vl_train.data.encode.collator import MultimodalCollator
 from qwen3vl_train.data.media.image import PATCH, load_rgb, resize_to_patches, smart_resize
 from qwen3vl_train.data.packing.index import LengthRule, build_index
+from qwen3vl_train.data.packing.loader import Loader
 from qwen3vl_train.data.packing.mixture import InOrder, Part
-from qwen3vl_train.data.packing.plan import CostModel, PackLimits, arrange, plan_figures, plan_packs, random_stream
-from qwen3vl_train.data.packing.stream import StreamLoader
+from qwen3vl_train.data.packing.plan import (
+    CostModel,
+    FamilyCosts,
+    PackLimits,
+    arrange,
+    plan_figures,
+    plan_packs,
+    random_stream,
+)
+from qwen3vl_train.data.packing.stream import StreamedWindows
 from qwen3vl_train.data.rows.parse import RowRules
 from qwen3vl_train.data.sources import JsonlSource
 from qwen3vl_train.data.sources.streams import FileStream
 
+ROOT = Path(__file__).resolve().parents[1]
 TOKEN_PIXELS = 32 * 32
 NUM_RANKS = 8
 
@@ -45,7 +50,7 @@ def table(head: list[str], lines: list[list[str]]) -> None:
 
 
 def photo(width: int, height: int) -> bytes:
-    """A JPEG of quality 90 with the detail of photographs: two real ones side by side until it is full."""
+    """Return a JPEG of quality 90 that is tiled with two real photographs."""
     tiles = [Image.fromarray(image) for image in load_sample_images().images]
     picture = Image.new("RGB", (width, height))
     step_x, step_y = tiles[0].size
@@ -57,7 +62,7 @@ def photo(width: int, height: int) -> bytes:
 
 
 def milliseconds(call: Callable[[], Any], times: int = 60) -> float:
-    """The best of three rounds: the machine may be shared, and only ever adds to the cost."""
+    """Return the time of a call in the best of three rounds, since other work on the machine only adds to it."""
     call()
     rounds = []
     for _ in range(3):
@@ -69,7 +74,7 @@ def milliseconds(call: Callable[[], Any], times: int = 60) -> float:
 
 
 def images() -> None:
-    """Decode, resize and cut into patches, on one core."""
+    """Measure decoding, resizing and cutting into patches, on one core."""
     torch.set_num_threads(1)
     lines = []
     cases = {
@@ -91,8 +96,13 @@ def images() -> None:
     table(["JPEG", "visual tokens", "decode ms", "resize and cut ms", "images a second a core"], lines)
 
 
+def tiny_collator(scratch: Path, **limits: int) -> MultimodalCollator:
+    runpy.run_path(str(ROOT / "data" / "tiny_checkpoint.py"))["write_tiny_checkpoint"](scratch / "tiny")
+    return MultimodalCollator.from_pretrained(scratch / "tiny", **limits)
+
+
 def write_image_rows(folder: Path, num_rows: int) -> Path:
-    """Rows of one picture each, every picture a file of its own; sizes differ."""
+    """Write rows of one image each, each image in a file of its own, of different sizes."""
     random = random_stream(0)
     blanks = []
     for _ in range(64):
@@ -114,12 +124,11 @@ def write_image_rows(folder: Path, num_rows: int) -> Path:
 
 
 def index(scratch: Path, num_rows: int) -> None:
-    """Look at every row and the header of its picture, then start again."""
+    """Measure the index of new rows, which reads every row and the header of its image, and of unchanged rows."""
     folder = scratch / "index"
     folder.mkdir()
     file = write_image_rows(folder, num_rows)
-    write_tiny_checkpoint(scratch / "tiny")
-    collate = MultimodalCollator.from_pretrained(scratch / "tiny", max_visual_tokens_per_image=1280)
+    collate = tiny_collator(scratch, max_visual_tokens_per_image=1280)
     timed = []
     for _ in range(4):
         start = time.perf_counter()
@@ -140,10 +149,10 @@ def index(scratch: Path, num_rows: int) -> None:
 
 
 def ragged(num_rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Tokens, patches and patch pairs of rows as mixed data has them.
+    """Return tokens, patches and patch pairs of rows like those of mixed data.
 
-    None to four pictures of 64 to 1,280 tokens each (log-uniform), and text of 20 to 3,000 tokens (log-normal, median
-    121).
+    A row has zero to four images of 64 to 1,280 tokens each (log-uniform), and text of 20 to 3,000 tokens (log-normal,
+    median 121).
     """
     random = random_stream(0)
     pictures = random.choice([0, 1, 1, 1, 1, 1, 1, 1, 2, 4], num_rows)
@@ -157,7 +166,7 @@ def ragged(num_rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def packs() -> None:
-    """Fill and balance of packs of 8,192 tokens, 8 packs a step on 8 ranks."""
+    """Measure fill and balance of packs of 8,192 tokens, 8 packs a step on 8 ranks."""
     num_rows = 10_000
     tokens, patches, pairs = ragged(num_rows)
     work = CostModel().work(tokens, patches, pairs)
@@ -169,12 +178,12 @@ def packs() -> None:
             start_time = time.perf_counter()
             for start in range(0, num_rows, window):
                 rows = slice(start, start + window)
-                found = plan_packs(tokens[rows], patches[rows], work[rows], limits)
+                found = plan_packs(FamilyCosts.from_rows(tokens[rows], patches[rows], work[rows]), limits)
                 sums = [int(work[rows][pack].sum()) for pack in found]
-                lead = -len(loads) % NUM_RANKS
-                for place in arrange(sums, packs_per_step=NUM_RANKS, lead=lead, seed=(0, start)):
-                    filled.append(int(tokens[rows][found[place]].sum()))
-                    loads.append(sums[place])
+                carry_over = -len(loads) % NUM_RANKS
+                for number in arrange(sums, packs_per_step=NUM_RANKS, carry_over=carry_over, seed=(0, start)):
+                    filled.append(int(tokens[rows][found[number]].sum()))
+                    loads.append(sums[number])
             seconds = time.perf_counter() - start_time
             figures = plan_figures(
                 filled, loads, max_tokens=limits.tokens, packs_per_step=NUM_RANKS, world_size=NUM_RANKS
@@ -196,29 +205,10 @@ def resident_mib() -> float:
 
 def write_text_rows(file: Path, num_rows: int) -> None:
     random = random_stream(0)
-    words = np.array(
-        [
-            "the",
-            "a",
-            "photo",
-            "of",
-            "shows",
-            "dog",
-            "cat",
-            "lake",
-            "tree",
-            "house",
-            "sky",
-            "old",
-            "new",
-            "red",
-            "green",
-            "and",
-            "in",
-            "on",
-            "with",
-        ]
-    )
+    words = np.array([
+        "the", "a", "photo", "of", "shows", "dog", "cat", "lake", "tree", "house", "sky", "old", "new", "red", "green",
+        "and", "in", "on", "with",
+    ])  # fmt: skip
     lengths = random.randint(5, 60, num_rows)
     with file.open("w") as out:
         for number in range(num_rows):
@@ -229,31 +219,22 @@ def write_text_rows(file: Path, num_rows: int) -> None:
             out.write(json.dumps({"messages": messages}) + "\n")
 
 
-def steps(loader: StreamLoader) -> Iterator[tuple[int, int]]:
-    """(rows looked at, tokens packed) after every step."""
-    for step in loader:
-        yield step.num_seen, sum(pack.num_tokens for pack in step.packs)
-
-
 def stream(scratch: Path, num_rows: int) -> None:
-    """Pack a long file through a window of 2,048 rows, in one process, and watch its memory."""
+    """Measure the memory of packing a long file through a window of 2,048 rows, in one process."""
     file = scratch / "stream.jsonl"
     write_text_rows(file, num_rows)
-    write_tiny_checkpoint(scratch / "tiny")
-    collate = MultimodalCollator.from_pretrained(scratch / "tiny")
+    collate = tiny_collator(scratch)
     source = FileStream(str(file), [str(file)], str(scratch), RowRules())
-    loader = StreamLoader(
-        [Part(InOrder(source), 1.0)], collate, LengthRule(8192), packs_per_step=NUM_RANKS, limits=PackLimits(8192),
-        seed=0, num_epochs=1,
-    )  # fmt: skip
-    lines, tokens, packed, start = [], 0, 0, time.perf_counter()
-    marks = [num_rows * share // 100 for share in (5, 25, 50, 75, 100)]
-    for seen, of_step in steps(loader):
-        tokens, packed = tokens + of_step, packed + NUM_RANKS
-        if marks and seen >= marks[0]:
+    windows = StreamedWindows([Part(InOrder(source), 1.0)], collate, LengthRule(8192), seed=0)
+    loader = Loader(windows, collate, packs_per_step=NUM_RANKS, limits=PackLimits(8192), num_epochs=1)
+    lines, start = [], time.perf_counter()
+    reports = [num_rows * share // 100 for share in (5, 25, 50, 75, 100)]
+    for step in loader:
+        if reports and step.num_seen >= reports[0]:
             seconds = time.perf_counter() - start
-            lines.append([f"{seen:,}", f"{resident_mib():,.0f}", f"{seconds:.0f}", f"{seen / seconds:,.0f}"])
-            marks.pop(0)
+            rate = step.num_seen / seconds
+            lines.append([f"{step.num_seen:,}", f"{resident_mib():,.0f}", f"{seconds:.0f}", f"{rate:,.0f}"])
+            reports.pop(0)
     table(["rows streamed", "resident MiB", "seconds", "rows a second"], lines)
 
 
@@ -276,7 +257,6 @@ def main() -> None:
         }
         for name in arguments.parts:
             parts[name]()
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 if __name__ == "__main__":

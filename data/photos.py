@@ -3,19 +3,18 @@
 A pagoda by a lake and a flower (640x427), and crops of both, with boxes drawn by hand that move with the crops:
 
     DIR/images/*.jpg
-    DIR/llava.json         LLaVA's form: an array of conversations with <image> marks, as Qwen's own scripts take it
+    DIR/llava.json         LLaVA's form: an array of conversations with <image>, which Qwen's own scripts also read
     DIR/grounding.jsonl    boxes and points in pixels, one `<box>` or `<point>` in the text for each
 
-Two photos teach a model nothing about the world; they show the form, and that a loss on it falls.
+Two photos teach a model nothing about the world; they show the form of the rows, and that a loss on them falls.
 """
 
-import argparse
 import json
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-from digits import jsonl_bytes, put
+from digits import jsonl_bytes, run_script, write_if_changed
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
@@ -24,7 +23,7 @@ NUM_CROPS = 24
 Box = tuple[int, int, int, int]
 """x1, y1, x2, y2 in pixels."""
 
-# Drawn by eye on the photos. The point is the middle of what is asked for.
+# Drawn by eye on the photos. The point is the middle of the thing.
 BOXES: dict[str, tuple[str, Box, tuple[int, int]]] = {
     "china": ("pagoda", (63, 29, 372, 418), (206, 41)),
     "flower": ("flower", (168, 84, 445, 358), (306, 222)),
@@ -40,13 +39,13 @@ ABOUT = {
 
 
 def photos() -> dict[str, np.ndarray]:
-    """The photos by name, uint8 (427, 640, 3)."""
+    """Return the photos by name, uint8 (427, 640, 3)."""
     found = load_sample_images()
     return {Path(name).stem: image for name, image in zip(found.filenames, found.images, strict=True)}
 
 
 def crops(name: str, size: tuple[int, int]) -> list[Box]:
-    """Return the whole photo and crops of it that hold all of its box, always the same. size: width, height."""
+    """Return the whole photo and crops of it that contain its box, always the same ones. size: (width, height)."""
     rng = np.random.default_rng([SEED, len(name)])
     width, height = size
     x1, y1, x2, y2 = BOXES[name][1]
@@ -58,7 +57,7 @@ def crops(name: str, size: tuple[int, int]) -> list[Box]:
 
 
 def conversation(image: str, pairs: list[tuple[str, str]]) -> dict:
-    """One row of LLaVA's form; the picture stands before the first question."""
+    """Build one row in LLaVA's form, with the image before the first question."""
     turns = []
     for number, (question, answer) in enumerate(pairs):
         turns.append({"from": "human", "value": f"<image>\n{question}" if number == 0 else question})
@@ -67,45 +66,37 @@ def conversation(image: str, pairs: list[tuple[str, str]]) -> dict:
 
 
 def grounding(image: str, name: str, cut: Box) -> list[dict]:
-    """Two rows about one crop: where the thing is, and where a point of it is."""
+    """Build two rows about one crop: one asks for the box of the thing, the other for a point of it."""
     label, box, point = BOXES[name]
     left, top = cut[:2]
-    place = {"image": image, "bbox": "pixel"}
+    common = {"image": image, "bbox": "pixel"}
     box_answer, point_answer = (
         f'[{{"bbox_2d": <box>, "label": "{label}"}}]',
         f'[{{"point_2d": <point>, "label": "{label}"}}]',
     )
     return [
-        {**place, "boxes": [[box[0] - left, box[1] - top, box[2] - left, box[3] - top]],
+        {**common, "boxes": [[box[0] - left, box[1] - top, box[2] - left, box[3] - top]],
          "question": f"Locate the {label} and report its box as JSON.", "answer": box_answer},
-        {**place, "points": [[point[0] - left, point[1] - top]],
+        {**common, "points": [[point[0] - left, point[1] - top]],
          "question": f"Point at {POINTS[label]} and report it as JSON.", "answer": point_answer},
     ]  # fmt: skip
 
 
 def write_photos(folder: Path) -> int:
-    """Write everything and return how many files were written; what is complete is left as it is."""
+    """Write everything that is not there, and return how many files were written."""
     (folder / "images").mkdir(parents=True, exist_ok=True)
-    talks, places, written = [], [], 0
+    conversations, groundings, written = [], [], 0
     for name, image in photos().items():
         for number, cut in enumerate(crops(name, (image.shape[1], image.shape[0]))):
             path = f"images/{name}-{number:02d}.jpg"
             out = BytesIO()
             Image.fromarray(image).crop(cut).save(out, "JPEG", quality=90)
-            written += put(folder / path, out.getvalue())
-            talks.append(conversation(path, ABOUT[name]))
-            places += grounding(path, name, cut)
-    written += put(folder / "llava.json", json.dumps(talks, indent=1).encode())
-    return written + put(folder / "grounding.jsonl", jsonl_bytes(places))
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Write two photos as LLaVA JSON and as rows with boxes.")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    folder = parser.parse_args().out
-    written = write_photos(folder)
-    print(f"{folder}: {f'wrote {written} files' if written else 'complete, nothing to do'}")
+            written += write_if_changed(folder / path, out.getvalue())
+            conversations.append(conversation(path, ABOUT[name]))
+            groundings += grounding(path, name, cut)
+    written += write_if_changed(folder / "llava.json", json.dumps(conversations, indent=1).encode())
+    return written + write_if_changed(folder / "grounding.jsonl", jsonl_bytes(groundings))
 
 
 if __name__ == "__main__":
-    main()
+    run_script("Write two photos as LLaVA JSON and as rows with boxes.", lambda folder: {"files": write_photos(folder)})

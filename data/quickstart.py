@@ -1,7 +1,6 @@
-"""The whole path on a laptop: data, tiny model, full fine-tuning, LoRA, export, held-out accuracy. `make quickstart`
-runs it.
+"""Run everything on a laptop: data, tiny model, full fine-tuning, LoRA, export, accuracy (`make quickstart`).
 
-Every step is a command a user would type; each is printed, and skipped where its result is there from an earlier run.
+Every step is a command that a user would type. Each is printed, and skipped if its result is there from an earlier run.
 Nothing is downloaded: the digits come with scikit-learn, the checkpoint is drawn at random.
 """
 
@@ -50,7 +49,7 @@ EVALUATIONS: list[tuple[str, str, str, str]] = [
 
 
 def run(arguments: list[str]) -> None:
-    """Print and run one command; stop the quickstart where it fails."""
+    """Print and run one command; stop the quickstart if it fails."""
     print(f"\n$ python {shlex.join(arguments)}", flush=True)
     done = subprocess.run([sys.executable, *arguments])
     if done.returncode:
@@ -61,7 +60,7 @@ def main() -> None:
     started = time.perf_counter()
     for result, command in STEPS:
         if result.exists():
-            print(f"{result}: there already")
+            print(f"{result}: is there already")
         else:
             run(command)
     summaries = []
@@ -69,16 +68,8 @@ def main() -> None:
     for _, model, data, _ in EVALUATIONS:
         summary = ROOT / "eval" / f"{model.replace('/', '-')}-{data.removesuffix('.jsonl')}.json"
         if not summary.exists():
-            arguments = [
-                str(ROOT / model),
-                "--data",
-                str(DIGITS / data),
-                "--max-new-tokens",
-                "12",
-                "--json",
-                str(summary),
-            ]
-            run(["launch/eval.py", *arguments])
+            options = ["--data", str(DIGITS / data), "--max-new-tokens", "12", "--json", str(summary)]
+            run(["launch/eval.py", str(ROOT / model), *options])
         summaries.append(json.loads(summary.read_text()))
     table = Table(
         title="A tiny Qwen3-VL, drawn at random, learns tiny tasks from scratch (scikit-learn's digits, held out)"

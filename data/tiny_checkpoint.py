@@ -2,7 +2,7 @@
 
 The folder has the files, names and config dialect of the released checkpoints (as transformers 4.57 wrote them, which
 every later version loads), so whatever reads a real one reads this one. Only the sizes and the vocabulary are small:
-the tokenizer is trained here, in a second, and knows Qwen3-VL's markup. Token ids therefore differ from the released.
+the tokenizer is trained here, in a second, and knows Qwen3-VL's markup. Its token ids differ from the released ones.
 """
 
 import argparse
@@ -46,8 +46,8 @@ def default_texts() -> list[str]:
 def build_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Train a byte-level BPE as Qwen's is built: NFC, Qwen's split pattern, the 26 added tokens after the trained ones.
 
-    vocab_size: entries in all (256 bytes, merges, added tokens); fewer come out when the texts run out of pairs.
-    The same texts and size give the same tokenizer. Raises ValueError when vocab_size leaves no room for the bytes.
+    vocab_size: number of entries (256 bytes, merges, added tokens); there are fewer if the texts run out of pairs.
+    The same texts and size give the same tokenizer. Raises ValueError if vocab_size is too small for the bytes.
     """
     smallest = 256 + len(ADDED_TOKENS)
     if vocab_size < smallest:
@@ -88,7 +88,7 @@ def tiny_config(
     deepstack_visual_indexes: tuple[int, ...] = (0, 1, 2),
     tie_word_embeddings: bool = True,
 ) -> dict[str, Any]:
-    """Build config.json in the published dialect with every number written out (transformers' defaults are other ones).
+    """Build config.json in the published dialect with every number written out (transformers has other defaults).
 
     The embedding has more rows than the tokenizer has entries, as in the released checkpoints. M-RoPE sections keep the
     released proportion 24:20:20 as near as head_dim / 2 allows. num_position_embeddings is a square: the learned table.
@@ -213,8 +213,8 @@ def initial_tensors(config: dict[str, Any], seed: int) -> dict[str, Tensor]:
     """Draw fresh float32 weights under the published names; the same seed gives the same weights.
 
     Norms are 1 and biases 0. Matrices, and the patch embedding seen as one, are normal with std 1/sqrt(fan-in); tables
-    with std 1/sqrt(width), so that a tied head can reach every token: with 0.02 a token that the first task never
-    showed keeps a row too short to be predicted, and no adapter on a frozen embedding can learn to say it.
+    with std 1/sqrt(width), so that a tied head can predict every token: with 0.02 a token that the first task never
+    contained keeps a row too short to be predicted, and no adapter on a frozen embedding can learn to write it.
     lm_head.weight is written only when it is not tied to the embedding.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -237,7 +237,7 @@ def _write_json(file: Path, content: dict[str, Any]) -> None:
 def write_processor_files(
     folder: Path, tokenizer: Tokenizer, *, min_pixels: int, max_pixels: int, template: str = "instruct"
 ) -> None:
-    """Write what lies beside config.json and the weights: tokenizer, chat template, pixel limits, sampling.
+    """Write the files beside config.json and the weights: tokenizer, chat template, pixel limits, sampling.
 
     min_pixels, max_pixels: limits of one image after resizing; an image costs its pixels / 1024 in tokens.
     template: 'instruct' or 'thinking'.
@@ -299,7 +299,7 @@ def write_tiny_checkpoint(
     """Write the whole folder and return its config. A 64x64 image costs 4 tokens under the default limits.
 
     texts: what the tokenizer is trained on (default: `default_texts`). sizes: the keywords of `tiny_config`.
-    Files that are there already are replaced; other files in the folder stay.
+    Replaces files of the same names; other files in the folder stay.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = build_tokenizer(default_texts() if texts is None else texts, vocab_size)

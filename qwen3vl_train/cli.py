@@ -6,10 +6,12 @@ from collections.abc import Callable
 
 
 def run_or_explain(work: Callable[[], object]) -> int:
-    """Run, and return the exit code; errors of a known kind are printed as a message without a traceback.
+    """Run some work and return the exit code; known errors are printed as a message without a traceback.
 
-    0: done. 2: ValueError, something to mend in the input. 1: RuntimeError or OSError, it broke on the way.
-    75: asked to stop by a signal, saved, can be started again.
+    0: done.
+    1: RuntimeError or OSError, it failed while running.
+    2: ValueError, the input must be fixed.
+    75: a signal asked it to stop; it has saved and can be started again.
     """
     from qwen3vl_train.dist.rendezvous import stop_ranks
     from qwen3vl_train.dist.stop import STOPPED, StopRequest
@@ -25,9 +27,9 @@ def run_or_explain(work: Callable[[], object]) -> int:
         if os.environ.get("QWEN3VL_TRACEBACK"):
             raise
         rank = f"[rank {os.environ['RANK']}] " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
-        # Notes: what went wrong beside it, such as a checkpoint that could not be written.
-        told = "\n".join([str(error), *getattr(error, "__notes__", [])])
-        print(f"{rank}error: {told}\n(QWEN3VL_TRACEBACK=1 shows where)", file=sys.stderr, flush=True)
+        # Notes: what else went wrong, such as a checkpoint that could not be written.
+        message = "\n".join([str(error), *getattr(error, "__notes__", [])])
+        print(f"{rank}error: {message}\n(QWEN3VL_TRACEBACK=1 shows where)", file=sys.stderr, flush=True)
         return 2 if isinstance(error, ValueError) else 1
     finally:
         stop_ranks()

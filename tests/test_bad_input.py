@@ -1,4 +1,4 @@
-"""Bad input gets a clear answer: every message as the user of launch/sft.py sees it, with its exit code."""
+"""Bad input gets a clear error: every message as the user of launch/sft.py sees it, with its exit code."""
 
 import json
 import shutil
@@ -19,7 +19,7 @@ HINT = "(QWEN3VL_TRACEBACK=1 shows where)\n"
 
 @pytest.fixture
 def answer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
-    """A function: recipe values (or its text) and overrides -> exit code and error message of the sft script."""
+    """Return a function: recipe values (or text) and overrides -> exit code and error message of the sft script."""
 
     def run(values: dict[str, Any] | str, *overrides: str) -> tuple[int, str]:
         recipe = tmp_path / "recipe.yaml"
@@ -42,7 +42,7 @@ def values(tiny_folder: Path, task: Path, tmp_path: Path) -> dict[str, Any]:
 
 @pytest.fixture
 def model(tiny_folder: Path, tmp_path: Path) -> Path:
-    """A copy of the checkpoint, to be spoilt."""
+    """Return a copy of the checkpoint, to be damaged."""
     shutil.copytree(tiny_folder, tmp_path / "model")
     return tmp_path / "model"
 
@@ -50,7 +50,7 @@ def model(tiny_folder: Path, tmp_path: Path) -> Path:
 # Recipe
 
 
-def test_all_faults_of_a_recipe_are_told_at_once(answer, tmp_path):
+def test_all_errors_of_a_recipe_are_listed_at_once(answer, tmp_path):
     text = """# line 1
 name: my run
 model: {path: some/model, dtype: float16}
@@ -81,7 +81,7 @@ trian: {num_steps: 3}
     )
 
 
-def test_a_recipe_that_is_not_there(answer, tmp_path, capsys):
+def test_missing_recipe(answer, tmp_path, capsys):
     assert sft([str(tmp_path / "none.yaml")]) == 2
     assert capsys.readouterr().err == (
         f"error: {tmp_path / 'none.yaml'}: 1 error\n"
@@ -92,7 +92,7 @@ def test_a_recipe_that_is_not_there(answer, tmp_path, capsys):
 # Model folder
 
 
-def test_a_model_folder_that_is_not_there(answer, values, tmp_path):
+def test_missing_model_folder(answer, values, tmp_path):
     values["model"]["path"] = "Qwen/Qwen3-VL-4B-Instruct"
     expected = "Qwen/Qwen3-VL-4B-Instruct: not a folder; give a local Qwen3-VL checkpoint in Hugging Face form"
     assert answer(values) == (2, expected)
@@ -115,14 +115,14 @@ def test_a_model_folder_that_is_not_there(answer, values, tmp_path):
         ),
     ],
 )
-def test_a_config_of_another_model(answer, values, model, change, expected):
+def test_config_of_another_model(answer, values, model, change, expected):
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**config, **change}))
     values["model"]["path"] = str(model)
     assert answer(values) == (2, f"{model / 'config.json'}: {expected}")
 
 
-def test_weights_that_do_not_fit_the_config(answer, values, model):
+def test_weights_that_do_not_match_the_config(answer, values, model):
     weights = load_file(model / "model.safetensors")
     del weights["model.visual.merger.norm.bias"]
     weights["model.visual.merger.extra.bias"] = weights["model.visual.merger.norm.weight"].clone()
@@ -140,7 +140,7 @@ def test_weights_that_do_not_fit_the_config(answer, values, model):
     assert answer(values) == (2, expected)
 
 
-def test_a_truncated_weight_file(answer, values, model):
+def test_truncated_weight_file(answer, values, model):
     file = model / "model.safetensors"
     file.write_bytes(file.read_bytes()[:5000])
     values["model"]["path"] = str(model)
@@ -150,7 +150,7 @@ def test_a_truncated_weight_file(answer, values, model):
     assert message.endswith("); download it again")
 
 
-def test_a_lora_target_that_matches_nothing(answer, values, tmp_path):
+def test_lora_target_that_matches_nothing(answer, values, tmp_path):
     values["tune"] = {"method": "lora", "targets": [r"model\.visual\.merger\.linear_fc3"]}
     assert answer(values) == (
         2,
@@ -167,8 +167,8 @@ def test_a_lora_target_that_matches_nothing(answer, values, tmp_path):
 # Data
 
 
-def _spoil(folder: Path, task: Path) -> list[tuple[int, str]]:
-    """Write a file of one sound row and one of every kind that is not; return (line, reason) of those."""
+def _write_broken_rows(folder: Path, task: Path) -> list[tuple[int, str]]:
+    """Write a file of one valid row and one row with each fault; return (line, reason) of the faults."""
     shutil.copytree(task / "images", folder / "images")
     images = folder / "images"
     whole = (images / "0-0.png").read_bytes()
@@ -240,8 +240,8 @@ def _rejected(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "rejected.jsonl").read_text().splitlines()]
 
 
-def test_broken_rows_are_listed_with_file_row_and_reason_and_the_run_goes_on(answer, values, task, tmp_path):
-    expected = _spoil(tmp_path / "data", task)
+def test_broken_rows_are_listed_and_the_run_goes_on(answer, values, task, tmp_path):
+    expected = _write_broken_rows(tmp_path / "data", task)
     values["data"] |= {"train": [{"path": str(tmp_path / "data" / "train.jsonl")}], "max_rejected_fraction": 0.99}
     assert answer(values) == (0, "")
     rows = _rejected(tmp_path / "out" / "run")
@@ -253,8 +253,8 @@ def test_broken_rows_are_listed_with_file_row_and_reason_and_the_run_goes_on(ans
     assert read_metrics(tmp_path / "out" / "run" / "metrics.jsonl")[-1]["rejected"] == len(expected)
 
 
-def test_too_many_broken_rows_stop_the_run_before_it_begins_and_are_listed(answer, values, task, tmp_path):
-    found_in_headers = len(_spoil(tmp_path / "data", task)) - 1  # all but the one whose header is whole
+def test_too_many_broken_rows_stop_the_run_at_its_start(answer, values, task, tmp_path):
+    found_in_headers = len(_write_broken_rows(tmp_path / "data", task)) - 1  # all but the one whose header is complete
     path = str(tmp_path / "data" / "train.jsonl")
     values["data"]["train"] = [{"path": path}]
     code, message = answer(values)
@@ -262,21 +262,21 @@ def test_too_many_broken_rows_stop_the_run_before_it_begins_and_are_listed(answe
     lines = message.splitlines()
     assert lines[0] == (
         f"data: {found_in_headers} of 16 rows cannot be used, more than data.max_rejected_fraction 0.01; "
-        "mend them or raise it"
+        "fix them or raise it"
     )
     assert lines[1] == f"  - {path}:2: not JSON (Expecting value: line 1 column 15 (char 14)); write one object a line"
     assert len(lines) == 4
     run = tmp_path / "out" / "run"
     assert [file.name for file in run.iterdir()] == ["rejected.jsonl"]
     assert len(_rejected(run)) == found_in_headers
-    # Mended, the same recipe starts in the same folder, and the list holds what is broken now.
+    # Once fixed, the same recipe starts in the same folder, and the list holds what is broken now.
     rows = (tmp_path / "data" / "train.jsonl").read_text().splitlines()
     small_runs.write_rows(tmp_path / "data" / "train.jsonl", [rows[0]] * 200 + [rows[2]])
     assert answer(values) == (0, "")
     assert [row["row"] for row in _rejected(run)] == [201]
 
 
-def test_rows_that_break_while_decoding_stop_the_run_once_they_are_too_many(answer, values, task, tmp_path):
+def test_too_many_rows_that_break_in_decoding_stop_the_run(answer, values, task, tmp_path):
     shutil.copytree(task, tmp_path / "data")
     for name in ("0-0", "2-0"):
         file = tmp_path / "data" / "images" / f"{name}.png"
@@ -287,12 +287,12 @@ def test_rows_that_break_while_decoding_stop_the_run_once_they_are_too_many(answ
     code, message = answer(values)
     assert code == 2
     assert message.splitlines()[0] == (
-        "data: 2 of 11 rows cannot be used, more than data.max_rejected_fraction 0.1; mend them or raise it"
+        "data: 2 of 11 rows cannot be used, more than data.max_rejected_fraction 0.1; fix them or raise it"
     )
     assert sorted(row["row"] for row in _rejected(tmp_path / "out" / "run")) == [1, 3]
 
 
-def test_broken_held_out_rows_are_listed_too_and_counted_apart(answer, values, task, tmp_path):
+def test_broken_held_out_rows_are_listed_and_counted_apart(answer, values, task, tmp_path):
     shutil.copytree(task, tmp_path / "data")
     file = tmp_path / "data" / "images" / "0-0.png"
     file.write_bytes(file.read_bytes()[:-3000])
@@ -307,13 +307,13 @@ def test_broken_held_out_rows_are_listed_too_and_counted_apart(answer, values, t
     code, message = answer(values)
     assert (code, message.splitlines()[0]) == (
         2,
-        "data: 1 of 4 rows cannot be used, more than data.max_rejected_fraction 0.2; mend them or raise it",
+        "data: 1 of 4 rows cannot be used, more than data.max_rejected_fraction 0.2; fix them or raise it",
     )
-    # It stopped behind the last checkpoint: what was trained is not lost for rows that were never trained on.
+    # It stopped after the last checkpoint, so nothing trained is lost because of rows that were never trained on.
     assert small_runs.final_tensors(tmp_path / "out" / "run")
 
 
-def test_a_file_with_nothing_to_learn_from(answer, values, tmp_path):
+def test_file_without_a_usable_row(answer, values, tmp_path):
     path = small_runs.write_rows(tmp_path / "data" / "train.jsonl", [{"messages": [{"role": "user", "content": "?"}]}])
     values["data"]["train"] = [{"path": str(path)}]
     values["data"]["max_rejected_fraction"] = 1.0
@@ -321,7 +321,7 @@ def test_a_file_with_nothing_to_learn_from(answer, values, tmp_path):
     assert (code, message.splitlines()) == (
         2,
         [
-            f"{path}: nothing to learn from, none of 1 rows can be used; mend the rows",
+            f"{path}: nothing to learn from, none of 1 rows can be used; fix the rows",
             f"  - {path}:1: nothing to learn: no assistant message is trained; add an answer or remove loss: false",
         ],
     )
@@ -329,11 +329,11 @@ def test_a_file_with_nothing_to_learn_from(answer, values, tmp_path):
     assert [file.name for file in run.iterdir()] == ["rejected.jsonl"]
     assert [(row["file"], row["row"]) for row in _rejected(run)] == [(str(path), 1)]
     path.write_text("")
-    assert answer(values) == (2, f"{path}: nothing to learn from, none of 0 rows can be used; mend the rows")
+    assert answer(values) == (2, f"{path}: nothing to learn from, none of 0 rows can be used; fix the rows")
     assert list(run.iterdir()) == []
 
 
-def test_data_files_that_are_not_there(answer, values, task, tmp_path):
+def test_missing_data_files(answer, values, task, tmp_path):
     values["data"]["train"] = [{"path": str(tmp_path / "none.jsonl")}]
     assert answer(values) == (2, f"{tmp_path / 'none.jsonl'}: no such file; check the paths under data")
     values["data"]["train"] = [{"path": str(task / "train.jsonl"), "media_root": str(tmp_path / "none")}]
@@ -344,7 +344,7 @@ def test_data_files_that_are_not_there(answer, values, task, tmp_path):
 # Output
 
 
-def test_an_output_folder_that_holds_another_run(answer, values, tmp_path):
+def test_output_folder_of_another_run(answer, values, tmp_path):
     assert answer(values) == (0, "")
     run = tmp_path / "out" / "run"
     expected = (
@@ -355,14 +355,14 @@ def test_an_output_folder_that_holds_another_run(answer, values, tmp_path):
     assert answer(values) == (0, "")
 
 
-def test_an_output_folder_that_cannot_be_made(answer, values, tmp_path):
+def test_output_folder_that_cannot_be_made(answer, values, tmp_path):
     (tmp_path / "out").write_text("a file")
     code, message = answer(values)
     assert code in (1, 2)
     assert str(tmp_path / "out") in message
 
 
-def test_a_traceback_is_shown_when_asked_for(answer, values, monkeypatch):
+def test_traceback_is_shown_on_request(answer, values, monkeypatch):
     monkeypatch.setenv("QWEN3VL_TRACEBACK", "1")
     values["model"]["path"] = "nowhere"
     with pytest.raises(ValueError, match=r"^nowhere: not a folder"):

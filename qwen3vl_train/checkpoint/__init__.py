@@ -1,4 +1,1 @@
-"""What is read from and written to disk.
-
-Weights in Hugging Face form, adapters, and the state that a run resumes from.
-"""
+"""Weights in Hugging Face form, adapters, and the state that a run resumes from, on disk."""

@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all."""
+"""Folders that appear complete or not at all."""
 
 import os
 import shutil
@@ -8,46 +8,46 @@ from pathlib import Path
 
 
 @contextmanager
-def replacing(folder: Path) -> Iterator[Path]:
-    """Write a folder aside and rename it into place when the block ends well.
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """Yield a folder to write to, and rename it to `folder` when the block ends without an error.
 
-    Raises ValueError when `folder` exists already. Whatever stops the block, `folder` is not made and the part written
-    is removed.
+    Raises ValueError where `folder` exists already. Whatever ends the block early, `folder` is not made and the partial
+    one is removed.
     """
-    aside = start_aside(folder)
+    partial = start_partial(folder)
     try:
-        yield aside
-        for path in aside.rglob("*"):
+        yield partial
+        for path in partial.rglob("*"):
             flush(path)
-        finish(aside, folder)
+        finish_partial(partial, folder)
     except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
         raise
 
 
-def start_aside(folder: Path) -> Path:
-    """Make the folder in which `folder` is written until it is whole.
+def start_partial(folder: Path) -> Path:
+    """Make the folder in which `folder` is written until it is complete.
 
-    Raises ValueError when `folder` exists already.
+    Raises ValueError where `folder` exists already.
     """
     if folder.exists():
         raise ValueError(f"{folder}: exists already; choose another folder or remove it")
-    aside = folder.with_name(f".{folder.name}.partial")
+    partial = folder.with_name(f".{folder.name}.partial")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
-    return aside
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    return partial
 
 
-def finish(aside: Path, folder: Path) -> None:
-    """Rename `aside`, in which everything is flushed, to `folder`, so that a power cut cannot undo it."""
-    flush(aside)
-    aside.rename(folder)
+def finish_partial(partial: Path, folder: Path) -> None:
+    """Rename `partial`, whose files are flushed, to `folder`, so that a power cut cannot undo it."""
+    flush(partial)
+    partial.rename(folder)
     flush(folder.parent)
 
 
 def flush(path: Path) -> None:
-    """Let a file's content, or a folder's list of files, reach the disk."""
+    """Write a file's content, or a folder's list of files, to the disk (fsync)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from qwen3vl_train.arch import Qwen3VLArch, published_config, read_config
-from qwen3vl_train.checkpoint.atomic import replacing
+from qwen3vl_train.checkpoint.atomic import atomic_folder
 from qwen3vl_train.dist.tensors import local_slice, to_local
 from qwen3vl_train.model.hf_names import from_huggingface, to_huggingface
 from qwen3vl_train.model.lora import base_name, is_adapter
@@ -254,7 +254,7 @@ def save_huggingface(
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Call `write_huggingface` on a folder that appears complete or not at all. Raises ValueError when `out` exists."""
-    with replacing(Path(out)) as folder:
+    with atomic_folder(Path(out)) as folder:
         write_huggingface(
             weights.items(),
             {name: tensor.numel() for name, tensor in weights.items()},

@@ -1,9 +1,8 @@
-"""Which checkpoints a run has, whether they are whole, and which may go.
+"""Which checkpoints a run has, whether they are complete, and which are kept.
 
 checkpoints/step-00000200/
     state/*.safetensors      float32 weights and moments of what trains
-    checkpoint.json          the manifest: step, loader state, who wrote it, size and checksum of every file;
-    written last
+    checkpoint.json          the manifest, written last: step, loader state, versions, size and checksum of every file
 """
 
 import json
@@ -23,9 +22,9 @@ BLOCK = 2**24
 
 @dataclass(frozen=True)
 class KeepPolicy:
-    """Which checkpoints stay: the newest keep_last, every keep_every-th step, and the best by a held-out loss.
+    """Which checkpoints are kept: the newest keep_last, every keep_every-th step, and the best by a held-out loss.
 
-    keep_best: name of the held-out set whose lowest loss is best; None for none.
+    keep_best: name of the held-out file whose lowest loss is best; None to keep none for its loss.
     """
 
     keep_last: int
@@ -37,31 +36,35 @@ def checkpoint_folder(run_dir: Path, step: int) -> Path:
     return run_dir / "checkpoints" / f"step-{step:08d}"
 
 
-def whole_checkpoints(run_dir: Path) -> list[Path]:
-    """Folders that were finished, oldest first. One that was being written has another name and is never among them."""
+def complete_checkpoints(run_dir: Path) -> list[Path]:
+    """Return the folders of complete checkpoints, oldest first. A partial one has another name."""
     return sorted(folder for folder in (run_dir / "checkpoints").glob("step-*") if (folder / MANIFEST).is_file())
 
 
 def latest_checkpoint(run_dir: Path) -> Path | None:
-    """The newest finished checkpoint of a run; None where there is none. Does not look into its files."""
-    folders = whole_checkpoints(run_dir)
+    """Return the newest complete checkpoint of a run, or None. Does not check its files."""
+    folders = complete_checkpoints(run_dir)
     return folders[-1] if folders else None
 
 
-Sums = dict[str, dict[str, int]]
-"""Of files, by name within their checkpoint: `bytes`, and `crc32` of their content."""
+FileEntries = dict[str, dict[str, int]]
+"""Files by name within their checkpoint: `bytes`, and `crc32` of their content."""
 
 
-def sum_files(folder: Path, files: Iterable[Path]) -> Sums:
-    """Size and checksum of finished files in a checkpoint's folder."""
+def checksum_files(folder: Path, files: Iterable[Path]) -> FileEntries:
+    """Return size and checksum of complete files in a checkpoint's folder."""
     return {
         file.relative_to(folder).as_posix(): {"bytes": file.stat().st_size, "crc32": _crc32(file)} for file in files
     }
 
 
-def write_manifest(folder: Path, record: dict[str, Any], sums: Sums) -> None:
-    """Write the manifest of a folder whose other files are complete and flushed. sums: of all of these files."""
-    content = json.dumps({**record, "files": dict(sorted(sums.items()))}, indent=1)
+def write_manifest(folder: Path, record: dict[str, Any], entries: FileEntries) -> None:
+    """Write the manifest of a folder whose other files are complete and flushed.
+
+    record: what it holds beside the files.
+    entries: all of these files.
+    """
+    content = json.dumps({**record, "files": dict(sorted(entries.items()))}, indent=1)
     (folder / MANIFEST).write_text(content, encoding="utf-8")
     flush(folder / MANIFEST)
 
@@ -74,10 +77,10 @@ def _crc32(file: Path) -> int:
     return checksum
 
 
-def read_record(folder: Path, *, checksums: bool = False) -> dict[str, Any]:
-    """Read a checkpoint's manifest and hold its files against it; with checksums, every byte of them.
+def read_manifest(folder: Path, *, checksums: bool = False) -> dict[str, Any]:
+    """Read a checkpoint's manifest and compare the sizes of its files; with checksums, every byte of them.
 
-    Raises ValueError where it is unreadable, or a file is missing, cut short or altered.
+    Raises ValueError where the manifest is unreadable, or a file is missing, cut short or altered.
     """
     manifest = folder / MANIFEST
     try:
@@ -92,7 +95,7 @@ def read_record(folder: Path, *, checksums: bool = False) -> dict[str, Any]:
         try:
             got = file.stat().st_size if file.is_file() else None
             same = got == size and (not checksums or _crc32(file) == crc32)
-        except OSError as error:  # a disk that gives up within a file
+        except OSError as error:  # the disk fails in the middle of a file
             raise ValueError(f"{file}: cannot be read ({error.strerror}); remove this checkpoint") from None
         if got != size:
             state = "missing" if got is None else f"{got} bytes, written with {size}"
@@ -103,28 +106,28 @@ def read_record(folder: Path, *, checksums: bool = False) -> dict[str, Any]:
 
 
 def choose_checkpoint(run_dir: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that is whole to the last byte, and what is wrong with the newer ones, if there are any.
+    """Return the newest checkpoint whose checksums are right, or None, and what is wrong with the newer ones.
 
-    Raises ValueError where there are checkpoints and none is whole.
+    Raises ValueError where there are checkpoints and none is complete.
     """
-    faults: list[str] = []
-    folders = whole_checkpoints(run_dir)
+    errors: list[str] = []
+    folders = complete_checkpoints(run_dir)
     for folder in reversed(folders):
         try:
-            read_record(folder, checksums=True)
+            read_manifest(folder, checksums=True)
         except ValueError as error:
-            faults.append(str(error))
+            errors.append(str(error))
         else:
-            return folder, faults
-    if faults:
-        listed = "".join(f"\n  - {fault}" for fault in faults)
-        raise ValueError(f"{run_dir}: none of {len(folders)} checkpoints is whole{listed}")
+            return folder, errors
+    if errors:
+        listed = "".join(f"\n  - {error}" for error in errors)
+        raise ValueError(f"{run_dir}: none of {len(folders)} checkpoints is complete{listed}")
     return None, []
 
 
-def set_aside_newer(run_dir: Path, chosen: Path | None) -> None:
-    """Rename the damaged checkpoints behind the chosen one, so that their steps can be saved again."""
-    for folder in whole_checkpoints(run_dir):
+def rename_damaged(run_dir: Path, chosen: Path | None) -> None:
+    """Rename the damaged checkpoints after the chosen one, so that their steps can be saved again."""
+    for folder in complete_checkpoints(run_dir):
         if chosen is not None and folder.name > chosen.name:
             target = folder.with_name(f"damaged-{folder.name}")
             shutil.rmtree(target, ignore_errors=True)
@@ -134,22 +137,22 @@ def set_aside_newer(run_dir: Path, chosen: Path | None) -> None:
 def prune(run_dir: Path, policy: KeepPolicy) -> None:
     """Remove the checkpoints that the policy does not keep.
 
-    Each is renamed first: what a kill leaves half removed is no checkpoint any more, and goes the next time. Raises
-    OSError where the disk refuses.
+    Each is renamed first: one that a kill leaves half removed is not taken for a checkpoint, and is removed the next
+    time. Raises OSError where the disk refuses.
     """
-    folders = whole_checkpoints(run_dir)
+    folders = complete_checkpoints(run_dir)
     kept = set(folders[-policy.keep_last :])
     if policy.keep_every:
         kept |= {folder for folder in folders if int(folder.name.removeprefix("step-")) % policy.keep_every == 0}
     if policy.keep_best:
         losses = {folder: _loss(folder, policy.keep_best) for folder in folders}
-        judged = {folder: loss for folder, loss in losses.items() if loss is not None}
-        if judged:
-            kept.add(min(judged, key=lambda folder: judged[folder]))
+        known = {folder: loss for folder, loss in losses.items() if loss is not None}
+        if known:
+            kept.add(min(known, key=lambda folder: known[folder]))
     for folder in folders:
         if folder not in kept:
             target = folder.with_name(f".{folder.name}.removed")
-            if target.exists():  # of the same step done before; a rename onto it would fail for good
+            if target.exists():  # of the same step, saved before a resume; a rename onto it would fail
                 shutil.rmtree(target)
             folder.rename(target)
     for removed in (run_dir / "checkpoints").glob(".step-*.removed"):
@@ -157,9 +160,9 @@ def prune(run_dir: Path, policy: KeepPolicy) -> None:
 
 
 def _loss(folder: Path, name: str) -> float | None:
-    """The loss of a checkpoint on a held-out set; None where it was not evaluated, is damaged, or has no finite one."""
+    """Return the loss of a checkpoint on a held-out file; None where it has none, or one that is not finite."""
     try:
-        loss = read_record(folder).get("eval", {}).get(name)
+        loss = read_manifest(folder).get("eval", {}).get(name)
     except ValueError:
         return None
     return loss if loss is not None and math.isfinite(loss) else None

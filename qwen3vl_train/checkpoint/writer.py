@@ -1,10 +1,9 @@
-"""The tensors that a run resumes from, through torch's distributed checkpoint: every rank writes and reads its own
-pieces.
+"""Write and read the tensors that a run resumes from, by torch.distributed.checkpoint: each rank its own shards.
 
-Only what trains is stored, in one neutral form whatever the engine: float32 weights and moments by name. The rest is in
-the model folder that the recipe names. The files are safetensors: no pickle is written or read. Random numbers need no
-state, each pack's are a function of seed, step and place in the step. A checkpoint is written while training goes on;
-the step waits only until its tensors are copied.
+Only what trains is stored, in one form for all engines: float32 weights and moments by name. The rest is in the model
+folder that the recipe names. The files are safetensors: no pickle is written or read. Random numbers need no state:
+those of a pack follow from seed, step and its number in the step. A checkpoint is written while training goes on; the
+step waits only until its tensors are copied.
 """
 
 import logging
@@ -24,26 +23,28 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from qwen3vl_train.checkpoint.atomic import finish, flush, start_aside
+from qwen3vl_train.checkpoint.atomic import finish_partial, flush, start_partial
 from qwen3vl_train.checkpoint.manifest import (
+    FileEntries,
     KeepPolicy,
-    Sums,
     checkpoint_folder,
+    checksum_files,
     latest_checkpoint,
     prune,
-    sum_files,
     write_manifest,
 )
 from qwen3vl_train.dist.ranks import Ranks
 
 
 class CheckpointWriter:
-    """Writes one checkpoint at a time beside the training.
+    """Write one checkpoint at a time in a thread while training goes on.
 
-    Every rank has one and calls its methods at the same steps. A with-block: whatever ends it, a write under way is let
-    finish, so that the checkpoint it makes is there for the next start; if that write failed, the error that ends the
-    block carries a note of it. timeout_seconds: how long ranks wait for each other while they write. tell: where to say
-    what went wrong without harm.
+    Every rank has a writer and calls its methods at the same steps. It is a context manager: whatever ends the block, a
+    write under way is finished, so that its checkpoint exists at the next start; if that write failed, the error that
+    ends the block has a note about it.
+
+    timeout_seconds: how long ranks wait for each other while they write.
+    report: prints what went wrong without ending the run.
     """
 
     def __init__(
@@ -58,7 +59,7 @@ class CheckpointWriter:
         self._run_dir, self._ranks, self._policy, self._report = run_dir, ranks, policy, report
         self._group: Any = None
         if ranks.world_size > 1:
-            # Its messages go between threads of their own, so they must not share a group with those of the training.
+            # The writing threads exchange messages, which must not share a process group with those of the training.
             self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
@@ -73,11 +74,11 @@ class CheckpointWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._thread.shutdown(wait=True)
-        fault = self._pending.exception() if self._pending else None
-        if fault is not None:
+        failure = self._pending.exception() if self._pending else None
+        if failure is not None:
             if error is None:
-                raise fault
-            error.add_note(str(fault))
+                raise failure
+            error.add_note(str(failure))
 
     def start(self, step: int, state_tensors: Callable[[], dict[str, Tensor]], record: dict[str, Any]) -> None:
         """Copy the tensors and begin to write them. Waits first for a checkpoint still being written.
@@ -93,13 +94,13 @@ class CheckpointWriter:
         tensors = state_tensors()
         folder = checkpoint_folder(self._run_dir, step)
         try:
-            aside = self._ranks.on_main(lambda: _start(folder))
+            partial = self._ranks.on_main(lambda: _start(folder))
         except ValueError as error:
-            raise RuntimeError(self._refused(folder, error)) from error
+            raise RuntimeError(self._describe(folder, error)) from error
         sharded = any(isinstance(tensor, DTensor) for tensor in tensors.values())
         if sharded or self._ranks.is_main:
-            staged = {name: _copied(tensor) for name, tensor in tensors.items()}
-            self._pending = self._thread.submit(self._write, staged, sharded, aside, folder, {"step": step, **record})
+            staged = {name: _copy_to_host(tensor) for name, tensor in tensors.items()}
+            self._pending = self._thread.submit(self._write, staged, sharded, partial, folder, {"step": step, **record})
         self._stall_seconds += time.perf_counter() - started
 
     def pop_stall_seconds(self) -> float:
@@ -108,64 +109,66 @@ class CheckpointWriter:
         return seconds
 
     def _write(
-        self, staged: dict[str, Tensor], sharded: bool, aside: Path, folder: Path, record: dict[str, Any]
+        self, staged: dict[str, Tensor], sharded: bool, partial: Path, folder: Path, record: dict[str, Any]
     ) -> None:
         try:
-            sums = _dcp_save(staged, aside / "state", self._group if sharded else None)
+            entries = _dcp_save(staged, partial / "state", self._group if sharded else None)
             if self._ranks.is_main:
-                write_manifest(aside, record, sums)
-                flush(aside / "state")
-                finish(aside, folder)
+                write_manifest(partial, record, entries)
+                flush(partial / "state")
+                finish_partial(partial, folder)
         except (OSError, SafetensorError) as error:
             if self._ranks.is_main:
-                shutil.rmtree(aside, ignore_errors=True)
-            raise RuntimeError(self._refused(folder, error)) from error
+                shutil.rmtree(partial, ignore_errors=True)
+            raise RuntimeError(self._describe(folder, error)) from error
         if self._ranks.is_main:
             try:
                 prune(self._run_dir, self._policy)
             except OSError as error:  # the new checkpoint is complete: the run goes on
-                self._report(f"an old checkpoint could not be removed ({error}); it is tried again after the next save")
+                self._report(
+                    f"an older checkpoint could not be removed ({error}); it is tried again after the next save"
+                )
 
-    def _refused(self, folder: Path, error: Exception) -> str:
+    def _describe(self, folder: Path, error: Exception) -> str:
         try:
             last = latest_checkpoint(self._run_dir)
-        except OSError:  # the same fault: whoever cannot write there may not be let in at all
+        except OSError:  # the folder may be unreadable as well
             return f"{folder}: could not be saved ({error}); make the folder writable, then start the run again"
-        then = f"the run goes on from {last}, which is whole" if last else "the run starts again, it has no checkpoint"
+        resumes = f"the run goes on from {last}, which is complete"
+        then = resumes if last else "the run starts again, it has no checkpoint"
         return f"{folder}: could not be saved ({error}); make room, then {then}"
 
     def failed(self) -> bool:
-        """Whether this rank's part in the write under way has ended in an error, which `wait` raises on all ranks."""
+        """Return whether this rank's part of the last write has failed; `wait` raises its error on all ranks."""
         return self._pending is not None and self._pending.done() and self._pending.exception() is not None
 
     def wait(self) -> None:
-        """Wait until everything started is on disk, by whichever rank. Every rank must call it.
+        """Wait until what all ranks have started is on disk. Every rank must call it.
 
         Raises RuntimeError, the same on all ranks, where the disk refused one of them (full, read-only).
         """
         error = self._pending.exception() if self._pending else None
-        fault = None if error is None else str(error) if isinstance(error, RuntimeError) else repr(error)
-        faults = [told for told in self._ranks.gather(fault) if told is not None]
+        message = None if error is None else str(error) if isinstance(error, RuntimeError) else repr(error)
+        messages = [message for message in self._ranks.gather(message) if message is not None]
         self._pending = None
-        if faults:
-            raise RuntimeError(faults[0]) from error
+        if messages:
+            raise RuntimeError(messages[0]) from error
 
 
 def _start(folder: Path) -> Path:
     try:
-        return start_aside(folder)
+        return start_partial(folder)
     except OSError as error:
         raise ValueError(str(error)) from error
 
 
-def _copied(tensor: Tensor) -> Tensor:
-    # On a GPU, torch's staging copies to the host; on the CPU it would keep the tensor itself, which the next step
-    # changes.
+def _copy_to_host(tensor: Tensor) -> Tensor:
+    # torch's own staging copies from a GPU, but on the CPU keeps the tensor itself, which the next step changes.
     return tensor.detach().clone() if tensor.device.type == "cpu" else tensor.detach().to("cpu", copy=True)
 
 
-def _dcp_save(tensors: dict[str, Tensor], folder: Path, group: dist.ProcessGroup | None) -> Sums:
-    """Write this rank's pieces, or without a group all there is; returns, on rank 0, the sums of all ranks' files.
+def _dcp_save(tensors: dict[str, Tensor], folder: Path, group: dist.ProcessGroup | None) -> FileEntries:
+    """Write this rank's shards, or without a group everything; return, on rank 0, the entries of all ranks' files.
 
     Where the disk refuses one rank, all raise its error.
     """
@@ -174,43 +177,42 @@ def _dcp_save(tensors: dict[str, Tensor], folder: Path, group: dist.ProcessGroup
     from torch.distributed.checkpoint.state_dict_saver import save
 
     class Writer(HuggingFaceStorageWriter):
-        """Flushes the files, as all of torch's writers do, and sums them: each rank its own, while others do theirs."""
+        """Write and flush as torch's writers do, then compute checksums: each rank those of its files."""
 
         def write_data(self, *arguments: Any) -> Any:
             results = super().write_data(*arguments)
             results.wait()
             names = sorted({result.storage_data.relative_path for result in results.value()})
-            sums.update(sum_files(folder.parent, [folder / name for name in names]))
+            entries.update(checksum_files(folder.parent, [folder / name for name in names]))
             return results
 
-    sums: Sums = {}
+    entries: FileEntries = {}
     writer = Writer(str(folder), save_distributed=True)
-    _hush()
+    _silence_single_process_warnings()
     try:
         save(dict(tensors), storage_writer=writer, process_group=group, no_dist=group is None)
     except CheckpointException as error:  # not an Exception: it wraps what happened, by rank
         raise next(iter(error.failures.values()))[0] from None
     if group is None:
-        return sums
+        return entries
     gathered: list[Any] | None = [None] * group.size() if group.rank() == 0 else None
-    dist.gather_object(sums, gathered, dst=0, group=group)
+    dist.gather_object(entries, gathered, dst=0, group=group)
     return {name: entry for of_rank in gathered or [] for name, entry in of_rank.items()}
 
 
-def _hush() -> None:
-    """torch warns of saving in a single process, which is what is meant here.
+def _silence_single_process_warnings() -> None:
+    """Silence torch's warning that a single process saves, which is intended here.
 
-    For good, not for the time of a save: `warnings.catch_warnings` in one thread would undo what others change.
+    It stays silenced: `warnings.catch_warnings` in one thread would undo what other threads change.
     """
     logging.getLogger("torch.distributed.checkpoint").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*assuming the intent is to .* in a single process")
 
 
 def load_checkpoint(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """Read a checkpoint into tensors, in place; of sharded ones each rank reads its pieces, however they were cut when
-    written.
+    """Read a checkpoint into tensors, in place. Each rank reads its shards, whatever the sharding was when written.
 
-    Every rank must call it. Raises ValueError where the names or shapes are others than those stored.
+    Every rank must call it. Raises ValueError where names or shapes differ from those stored.
     """
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
     from torch.distributed.checkpoint.state_dict_loader import load
@@ -221,7 +223,7 @@ def load_checkpoint(folder: Path, tensors: dict[str, Tensor]) -> None:
     if wrong:
         raise ValueError(f"{folder}: holds another set of trained tensors, e.g. {wrong[0]}; was `tune` changed?")
     sharded = any(isinstance(tensor, DTensor) for tensor in tensors.values())
-    _hush()
+    _silence_single_process_warnings()
     load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(folder / "state")), no_dist=not sharded)
 
 
@@ -237,15 +239,12 @@ def _stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 
 
 def read_tensors(folder: Path, prefix: str = "") -> dict[str, Tensor]:
-    """Read the tensors of a checkpoint whose names begin with prefix, whole, to the CPU.
-
-    `weight/` leaves out the moments.
-    """
+    """Read the full tensors whose names begin with prefix, to the CPU. `weight/` skips the moments."""
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
     from torch.distributed.checkpoint.state_dict_loader import load
 
     shapes = {name: shape for name, shape in _stored_shapes(folder).items() if name.startswith(prefix)}
     tensors: dict[str, Any] = {name: torch.empty(shape) for name, shape in shapes.items()}
-    _hush()
+    _silence_single_process_warnings()
     load(tensors, storage_reader=HuggingFaceStorageReader(str(folder / "state")), no_dist=True)
     return tensors

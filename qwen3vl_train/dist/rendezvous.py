@@ -11,19 +11,21 @@ from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from qwen3vl_train.dist.ranks import Ranks
 
-# Read by NCCL's process group when it is made; what the user has set stays. docs/scaling.md: how to read the records.
-# FR is torch's newer word for TORCH_NCCL_TRACE_BUFFER_SIZE and TORCH_NCCL_DEBUG_INFO_TEMP_FILE, which it warns of.
+# Read by NCCL's process group when it is created; what the user has set is kept. docs/scaling.md explains the traces.
+# TORCH_FR_* are the newer names of TORCH_NCCL_TRACE_BUFFER_SIZE and TORCH_NCCL_DEBUG_INFO_TEMP_FILE (deprecated).
 NCCL_SETTINGS = {
     "TORCH_FR_BUFFER_SIZE": "2000",  # flight recorder: the last collectives of each rank, with stacks
     "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",  # written to TORCH_FR_DUMP_TEMP_FILE + rank
-    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "3",  # a timeout ends the process; without it the run would hang for good
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "3",  # a timeout ends the process; without it the run would hang forever
 }
 
 
 def start_ranks(*, timeout_seconds: float = 1800.0, nccl_trace_prefix: str | None = None) -> Ranks:
     """Read what the launcher put into the environment and join the other ranks; without it this is one process.
 
-    CPU tensors travel by gloo, GPU tensors by NCCL. timeout_seconds: how long a collective waits for the last rank.
+    CPU tensors use gloo, GPU tensors NCCL.
+
+    timeout_seconds: how long a collective waits for the last rank.
     nccl_trace_prefix: of the files that NCCL's flight recorder writes on a timeout.
     """
     for name, value in NCCL_SETTINGS.items():
@@ -54,11 +56,11 @@ def _has_store_of_torchrun() -> bool:
 
 
 def _store_of_this_start(rank: int, world_size: int, timeout: timedelta) -> Store:
-    """torchrun's store under a name that the ranks of this start have agreed on.
+    """Return torchrun's store under a prefix that only the ranks of this start use.
 
     torchrun keeps one store over its restarts, and torch (2.13) looks there for the addresses of the other ranks under
-    names that do not change: a rank that is quick finds those of the killed ones, and all of them hang or fail. So rank
-    0 invents a name and every rank a token; only a list with its own token tells a rank that a name is not an old one.
+    names that do not change: a fast rank finds those of killed ranks, and all ranks hang or fail. So rank 0 invents a
+    prefix and every rank a token; a rank accepts a prefix only once its own token is listed under it.
     """
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = TCPStore(address, port, world_size, is_master=False, timeout=timeout)

@@ -1,4 +1,4 @@
-"""Being asked to stop: what schedulers send before they take a machine away."""
+"""Stop requests: the signals that schedulers send before they take a machine away."""
 
 import os
 import signal
@@ -13,15 +13,15 @@ _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopRequest(RuntimeError):
-    """The run has saved and ends early because it was asked to."""
+    """The run was asked to stop, has saved, and ends early."""
 
 
 class StopSignals:
-    """Turns the first SIGTERM or SIGUSR1 into a request that the loop sees after its step; a second one ends the
-    process at once, with 128 + its number, also while the main thread is inside a collective.
+    """A context manager that turns the first SIGTERM or SIGUSR1 into a request, which the loop sees after its step.
 
-    A with-block: the handlers that were there before come back at its end. Python handles signals in the main thread
-    alone; where the training runs in another one (Ray), nothing is installed and what started it decides.
+    A second signal ends the process at once with exit code 128 + its number, also while the main thread is inside a
+    collective. The previous handlers are restored at the end of the block. Python handles signals in the main thread
+    only; where training runs in another thread (Ray), nothing is installed and the parent decides.
     """
 
     def __init__(self) -> None:
@@ -36,8 +36,8 @@ class StopSignals:
     def __enter__(self) -> "StopSignals":
         if threading.current_thread() is not threading.main_thread():
             return self
-        # A main thread that waits in C++ for a rank that never comes runs no handler of Python's. But the signal's
-        # number is written to this socket at once, and a thread counts what comes.
+        # A main thread that waits in C++ for a rank that never comes runs no Python handler. But the number of the
+        # signal is written to this socket at once, and a thread counts the numbers.
         self._numbers, self._written = socket.socketpair()
         self._written.setblocking(False)
         self._fd_before = signal.set_wakeup_fd(self._written.fileno(), warn_on_full_buffer=False)
@@ -53,7 +53,7 @@ class StopSignals:
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
         signal.set_wakeup_fd(self._fd_before)
-        # Ends the thread. Not `close`: the loader's workers hold the socket open too.
+        # This ends the thread. `close` would not: the loader's workers hold the socket open too.
         self._written.shutdown(socket.SHUT_WR)
         self._counter.join()
         self._written.close()

@@ -1,4 +1,4 @@
-"""Tensors that may be sharded over ranks (DTensor, or a parameter that ZeRO-3 has cut up) or whole, handled alike."""
+"""Functions for any tensor: sharded over ranks (a DTensor, or a parameter that ZeRO-3 has partitioned) or not."""
 
 import torch
 from torch import Tensor
@@ -8,12 +8,12 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 
 def to_local(tensor: Tensor) -> Tensor:
-    """This rank's piece of a sharded tensor; any other tensor as it is."""
+    """Return this rank's shard of a DTensor; any other tensor as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """All of a tensor, on every rank. Every rank must call it. A parameter is given as it is, not detached."""
+    """Return the full tensor on every rank. Every rank must call it. Pass a parameter itself, not detached."""
     if hasattr(tensor, "ds_id"):
         from deepspeed.runtime.zero import GatheredParameters
 
@@ -23,12 +23,12 @@ def full_tensor(tensor: Tensor) -> Tensor:
 
 
 def global_shape(tensor: Tensor) -> torch.Size:
-    """The shape of the whole tensor. What ZeRO-3 has cut up looks empty by itself."""
+    """Return the shape of the full tensor. A parameter that ZeRO-3 has partitioned is itself empty."""
     return getattr(tensor, "ds_shape", tensor.shape)
 
 
 def local_slice(tensor: Tensor) -> tuple[slice, ...]:
-    """Where this rank's piece stands in the whole tensor, a slice for each dim."""
+    """Return which part of the full tensor this rank holds, a slice for each dim."""
     if not isinstance(tensor, DTensor):
         return tuple(slice(0, size) for size in tensor.shape)
     shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
@@ -36,12 +36,12 @@ def local_slice(tensor: Tensor) -> tuple[slice, ...]:
 
 
 def shard_rows(values: Tensor, mesh: DeviceMesh) -> DTensor:
-    """Keep this rank's rows of a whole tensor, as a DTensor on the CPU. Sends nothing. mesh: 1-D, of the CPU."""
+    """Return this rank's rows of a full tensor, as a DTensor on the CPU. Sends nothing. mesh: 1-D, of the CPU."""
     shape, offset = compute_local_shape_and_global_offset(values.shape, mesh, [Shard(0)])
     rows = values[offset[0] : offset[0] + shape[0]].to("cpu", copy=True)
     return DTensor.from_local(rows, mesh, [Shard(0)], run_check=False, shape=values.shape, stride=values.stride())
 
 
 def copy_local_shard(tensor: Tensor, values: Tensor) -> None:
-    """Copy this rank's piece of the whole `values` into a tensor. Sends nothing."""
+    """Copy this rank's shard of the full `values` into a tensor. Sends nothing."""
     to_local(tensor).copy_(values[local_slice(tensor)])

@@ -16,9 +16,10 @@ from qwen3vl_train.data.encode.collator import MultimodalCollator
 from qwen3vl_train.data.errors import Reject, RowFault
 from qwen3vl_train.data.open import cost_model, length_rule, pack_limits
 from qwen3vl_train.data.packing.index import Index, build_index
-from qwen3vl_train.data.packing.loader import TrainLoader
+from qwen3vl_train.data.packing.loader import Loader
 from qwen3vl_train.data.packing.mixture import InOrder, Shuffled
-from qwen3vl_train.data.packing.plan import plan_packs
+from qwen3vl_train.data.packing.plan import FamilyCosts, plan_packs
+from qwen3vl_train.data.packing.windows import IndexedWindows
 from qwen3vl_train.data.rows.boxes import NO_CONVENTION
 from qwen3vl_train.data.rows.parse import RowRules
 from qwen3vl_train.data.rows.sample import Sample
@@ -183,18 +184,17 @@ def open_training(recipe: Recipe, collate: MultimodalCollator, max_rows: int | N
     index = index_files(recipe, collate, [file for file, _ in weighted])
     if not index.num_usable:
         return Training(collate, index, sources, weights, [], 0, streamed=False)
-    loader = TrainLoader(
-        weighted,
+    loader = Loader(
+        IndexedWindows(weighted, index, seed=train.seed, cost_model=cost_model(recipe)),
         collate,
-        index,
         packs_per_step=train.packs_per_step,
         limits=pack_limits(data),
-        seed=train.seed,
         num_epochs=train.num_epochs if train.num_steps is None else None,
         num_steps=train.num_steps,
-        cost_model=cost_model(recipe),
     )
-    return Training(collate, index, sources, weights, loader.epoch_packs(0), loader.num_steps, streamed=False)
+    packs = [pack.rows for pack in loader.epoch_packs(0)]
+    assert loader.num_steps is not None
+    return Training(collate, index, sources, weights, packs, loader.num_steps, streamed=False)
 
 
 def open_held_out(recipe: Recipe, collate: MultimodalCollator) -> list[tuple[Index, list[FileSource]]]:
@@ -245,7 +245,8 @@ def _plan(recipe: Recipe, index: Index) -> list[list[int]]:
         return []
     tokens, patches, pairs = (column[numbers] for column in (index.tokens, index.patches, index.patch_pairs))
     work = cost_model(recipe).work(tokens, patches, pairs)
-    return [numbers[pack].tolist() for pack in plan_packs(tokens, patches, work, pack_limits(recipe.data))]
+    packs = plan_packs(FamilyCosts.from_rows(tokens, patches, work), pack_limits(recipe.data))
+    return [numbers[pack].tolist() for pack in packs]
 
 
 def name_entries(training: Training, held_out: list[tuple[Index, list[FileSource]]]) -> list[Entry]:

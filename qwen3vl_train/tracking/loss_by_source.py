@@ -1,4 +1,4 @@
-"""The loss of every data set of a mixture by itself."""
+"""The loss of each data set of a mixture."""
 
 from collections.abc import Sequence
 from typing import NamedTuple

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from qwen3vl_train.data.packing.steps import StepPacks
+from qwen3vl_train.data.packing.loader import StepPacks
 from qwen3vl_train.tracking.loss_by_source import SourceLoss
 
 # Dense bf16 tensor throughput in FLOP/s by words of the device's name; the first match decides.

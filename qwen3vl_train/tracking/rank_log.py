@@ -1,4 +1,4 @@
-"""Where ranks other than 0 print to: a file of their own, so that the terminal shows one run and not a thousand."""
+"""A log file for each rank other than 0, so that the terminal shows the run once and not a thousand times."""
 
 import os
 import sys
@@ -17,11 +17,11 @@ def rank_log_path(folder: Path, rank: int) -> Path:
 
 @contextmanager
 def rank_log(folder: Path, ranks: Ranks) -> Iterator[TextIO]:
-    """Send what this process and its libraries print to `folder/logs/rank-<n>.log`, and give the file to print to.
+    """Redirect what this process and its libraries print to `folder/logs/rank-<n>.log`, and yield the file to print to.
 
-    Rank 0 keeps its terminal: it gets sys.stdout and nothing is moved. The file descriptors themselves are moved, so
-    that NCCL's and gloo's own messages go there too; both come back at the end, so an error that ends the run is
-    printed by every rank where it can be seen. A resumed run appends.
+    Rank 0 keeps the terminal: it gets sys.stdout. The file descriptors themselves are redirected, so that messages of
+    NCCL and gloo go to the file too. They are restored at the end, so every rank prints the error that ends a run to
+    the terminal. A resumed run appends.
     """
     if ranks.is_main:
         yield sys.stdout

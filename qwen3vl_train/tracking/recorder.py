@@ -11,7 +11,7 @@ from typing import TextIO
 
 from qwen3vl_train.config import Recipe
 from qwen3vl_train.data.errors import Reject
-from qwen3vl_train.data.packing.steps import StepPacks
+from qwen3vl_train.data.packing.loader import StepPacks
 from qwen3vl_train.dist.ranks import Ranks
 from qwen3vl_train.dist.stop import STOPPED, StopRequest
 from qwen3vl_train.tracking.console import Console

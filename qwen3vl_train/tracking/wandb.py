@@ -16,16 +16,19 @@ class Tracker(Protocol):
     run_id: str | None
 
     def log(self, metrics: dict[str, Any], step: int) -> None:
-        """Record numbers of a step. Steps never go back; several calls for one step are joined."""
+        """Record numbers of a step. Steps never decrease; several calls for one step are merged."""
         ...
 
     def finish(self, exit_code: int = 0) -> None:
-        """Close the run; an exit code other than 0 marks it as failed, STOPPED as one that will go on."""
+        """Close the run; an exit code other than 0 marks it as failed, STOPPED as one that will be resumed."""
         ...
 
 
 class SilentTracker:
-    """Of ranks other than 0, and of `track.wandb: off`. run_id: handed on for a start that tracks again."""
+    """A tracker that records nothing: of ranks other than 0, and of `track.wandb: off`.
+
+    run_id: kept for a later start that tracks again.
+    """
 
     def __init__(self, run_id: str | None = None) -> None:
         self.run_id = run_id
@@ -40,9 +43,8 @@ class SilentTracker:
 class WandbTracker:
     """One W&B run, kept under `run_dir/wandb/`; offline it needs neither account nor network.
 
-    The run's id is kept in `run_dir/wandb_run_id`, so a resumed run goes on as the same W&B run; run_id is put there
-    where the file is missing. Each offline session is a folder of its own there; `wandb sync --append` sends them as
-    parts of one run.
+    Its id is kept in `run_dir/wandb_run_id`, so a resumed run continues the same W&B run; run_id is written there where
+    the file is missing. Each offline session has a folder of its own; `wandb sync --append` uploads them as one run.
     """
 
     def __init__(self, recipe: Recipe, run_dir: Path, run_id: str | None = None) -> None:
@@ -55,7 +57,7 @@ class WandbTracker:
         if online and not _has_login(wandb.setup().settings.base_url):
             raise ValueError(_NO_LOGIN.format(what="no W&B login found"))
         settings = wandb.Settings(
-            console="off",  # the terminal stays ours; our lines are not copied into W&B
+            console="off",  # our terminal output is not captured
             silent=not online,
             disable_git=True,  # git state is in the config, without the remote's address, which may hold a password
             save_code=False,
@@ -65,7 +67,7 @@ class WandbTracker:
                 mode="online" if online else "offline",
                 dir=str(run_dir),
                 id=self.run_id,
-                resume="allow" if online else None,  # offline, the id alone joins the parts
+                resume="allow" if online else None,  # offline, the id alone joins the sessions
                 project=recipe.track.project,
                 name=recipe.name,
                 config={**public_dict(recipe), "git": git_state(Path.cwd())},
@@ -87,11 +89,11 @@ _NO_LOGIN = "track.wandb: online, but {what}; run `wandb login`, set WANDB_API_K
 
 
 def open_tracker(recipe: Recipe, run_dir: Path, rank: int, run_id: str | None = None) -> Tracker:
-    """Start tracking on rank 0; every other rank, and `track.wandb: off`, gets a tracker that does nothing.
-
-    run_id: of the W&B run to go on with where `run_dir` does not know it.
+    """Start tracking on rank 0; every other rank, and `track.wandb: off`, gets a SilentTracker.
 
     Raises ValueError, before any prompt, where `online` is asked for and no login is found, or W&B refuses to start.
+
+    run_id: of the W&B run to continue where `run_dir` has none.
     """
     if rank != 0 or recipe.track.wandb == "off":
         return SilentTracker(run_id)
@@ -109,7 +111,7 @@ def _run_id(run_dir: Path, known: str | None) -> str:
 
 
 def _has_login(base_url: str) -> bool:
-    """Whether W&B would find credentials without asking: environment, or the netrc file that `wandb login` writes."""
+    """Return whether W&B finds credentials without a prompt: in the environment, or in a netrc file (`wandb login`)."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     host = urlsplit(base_url).hostname or "api.wandb.ai"
@@ -123,7 +125,7 @@ def _has_login(base_url: str) -> bool:
 
 
 def git_state(folder: Path) -> dict[str, Any] | None:
-    """Commit of the checkout that `folder` is in, and whether tracked files differ from it; None without git."""
+    """Return the commit of the checkout around `folder` and whether tracked files differ; None without git."""
     answers = []
     for command in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"]):
         try:

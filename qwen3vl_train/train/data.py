@@ -17,11 +17,12 @@ from qwen3vl_train.data.encode.collator import MultimodalCollator
 from qwen3vl_train.data.errors import Reject, RowFault
 from qwen3vl_train.data.open import cost_model, length_rule, open_collator, pack_limits
 from qwen3vl_train.data.packing.index import Index, build_index
-from qwen3vl_train.data.packing.loader import TrainLoader, eval_packs
+from qwen3vl_train.data.packing.loader import Loader, StepPacks
 from qwen3vl_train.data.packing.mixture import InOrder, Part, Shuffled
+from qwen3vl_train.data.packing.packs import eval_packs
 from qwen3vl_train.data.packing.plan import PackLimits, plan_figures
-from qwen3vl_train.data.packing.steps import StepPacks
-from qwen3vl_train.data.packing.stream import StreamLoader
+from qwen3vl_train.data.packing.stream import StreamedWindows
+from qwen3vl_train.data.packing.windows import IndexedWindows, WindowProducer
 from qwen3vl_train.data.rejects import REJECTED_FILE, RejectLedger
 from qwen3vl_train.data.rows.parse import dataset_of, format_counts
 from qwen3vl_train.data.sources import FileSource, StreamSource, open_sources, open_stream
@@ -61,7 +62,7 @@ class TrainingData:
     stream_shapes: number of rows of each shape among the first of each stream, by its name, as `shapes`.
     """
 
-    loader: TrainLoader | StreamLoader
+    loader: Loader
     index: Index
     evals: dict[str, EvalPass]
     files: list[tuple[Index, list[FileSource]]]
@@ -70,7 +71,7 @@ class TrainingData:
 
     @property
     def is_streamed(self) -> bool:
-        return isinstance(self.loader, StreamLoader)
+        return isinstance(self.loader.producer, StreamedWindows)
 
     @property
     def num_steps(self) -> int:
@@ -95,7 +96,7 @@ class TrainingData:
         wait_seconds = time.perf_counter() - started
         status = StepStatus.reduce(
             ranks,
-            plan_hash=None if error else packs.mark.both(),
+            plan_hash=None if error else packs.plan_hash.combined(),
             has_rejects=not error and bool(packs.rejected),
             stop_requested=stop_requested,
             save_failed=save_failed,
@@ -103,7 +104,7 @@ class TrainingData:
         if status.failed:
             ranks.raise_together(error)
         if status.plan_differs:
-            raise plan_error(packs.state["steps_done"], ranks.gather(list(packs.mark)))
+            raise plan_error(packs.state["steps_done"], ranks.gather(list(packs.plan_hash)))
         if status.has_rejects:
             packs = replace(packs, rejected=gather_rejects(packs.rejected, ranks))
         return TakenStep(packs, status, wait_seconds)
@@ -119,18 +120,18 @@ class TrainingData:
 
     def summary(self) -> list[str]:
         """Return the lines that the start banner shows about the data."""
-        if isinstance(self.loader, StreamLoader):
-            names = ", ".join(part.name for part in self.loader.parts)
-            lines = [f"data: streamed from {names}, packed {self.loader.window:,} rows at a time"]
+        if isinstance(self.loader.producer, StreamedWindows):
+            names = ", ".join(part.name for part in self.loader.producer.parts)
+            lines = [f"data: streamed from {names}, packed {self.loader.producer.size:,} rows at a time"]
             return lines + [f"data: begins with {format_counts(*found)}" for found in self.stream_shapes.items()]
         index, loader = self.index, self.loader
         packs = loader.epoch_packs(loader.epoch)
         figures = plan_figures(
-            [int(index.tokens[pack].sum()) for pack in packs],
-            [int(loader.work[pack].sum()) for pack in packs],
-            max_tokens=loader.max_tokens,
+            [pack.tokens for pack in packs],
+            [pack.work for pack in packs],
+            max_tokens=loader.limits.tokens,
             packs_per_step=loader.packs_per_step,
-            world_size=loader.world_size,
+            world_size=loader.data_world_size,
         )
         lines = [
             f"data: {index.num_usable:,} samples, {int(index.tokens.sum()):,} tokens of which "
@@ -181,8 +182,6 @@ def open_data(recipe: Recipe, ranks: Ranks, *, loader_state: dict[str, Any] | No
         return ranks.on_main(lambda: look_on_main(sources))
 
     loader, index = _make_loader(recipe, ranks, opened, look_at)
-    # Where it is made of the times of files, machines with copies of their own do not share it.
-    loader.fingerprint = ranks.on_main(lambda: loader.fingerprint)
     if loader_state is not None:
         loader.load_state_dict(loader_state)
     files = [] if opened.streams else [(index, opened.train_files())]
@@ -200,15 +199,15 @@ def open_data(recipe: Recipe, ranks: Ranks, *, loader_state: dict[str, Any] | No
             rejects=of_files.rejects,
         )
     opening = TrainingData(loader, index, evals, files, rejects)
-    if isinstance(loader, StreamLoader):
-        opening.stream_shapes = ranks.on_main(lambda: _first_shapes(loader, recipe.train.seed))
+    if isinstance(producer := loader.producer, StreamedWindows):
+        opening.stream_shapes = ranks.on_main(lambda: _first_shapes(producer.parts, recipe.train.seed))
     return opening
 
 
-def _first_shapes(loader: StreamLoader, seed: int) -> dict[str, Counter[str]]:
+def _first_shapes(parts: Sequence[Part], seed: int) -> dict[str, Counter[str]]:
     """Read the first rows of each part. Raises ValueError where that is not possible."""
     counts: dict[str, Counter[str]] = {}
-    for part in loader.parts:
+    for part in parts:
         for row in islice(part.reader.rows(None, (seed,)), _PEEKED_ROWS):
             if not isinstance(row.sample, RowFault):
                 counts.setdefault(dataset_of(row.sample.sample_id), Counter())[row.sample.row_format] += 1
@@ -263,31 +262,49 @@ def _open(recipe: Recipe) -> _Opened:
 
 def _make_loader(
     recipe: Recipe, ranks: Ranks, opened: _Opened, look_at: Callable[[Sequence[FileSource]], Index]
-) -> tuple[TrainLoader | StreamLoader, Index]:
+) -> tuple[Loader, Index]:
     """Return the loader, and the index it plans from, which is empty where a source is a stream."""
     data, train = recipe.data, recipe.train
-    options: dict[str, Any] = {
-        "packs_per_step": train.packs_per_step,
-        "limits": pack_limits(data),
-        "seed": train.seed,
-        "rank": ranks.rank,
-        "world_size": ranks.world_size,
-        "num_workers": data.num_workers,
-        "num_epochs": train.num_epochs if train.num_steps is None else None,
-        "num_steps": train.num_steps,
-        "cost_model": cost_model(recipe),
-        "pin_memory": ranks.device.type == "cuda",
-    }
+    index = Index.from_sources([], []) if opened.streams else look_at(opened.train_files())
+    producer = _make_producer(recipe, ranks, opened, index)
+    loader = Loader(
+        producer,
+        opened.collate,
+        packs_per_step=train.packs_per_step,
+        limits=pack_limits(data),
+        num_epochs=train.num_epochs if train.num_steps is None else None,
+        num_steps=train.num_steps,
+        data_rank=ranks.rank,
+        data_world_size=ranks.world_size,
+        num_workers=data.num_workers,
+        pin_memory=ranks.device.type == "cuda",
+        # Where it is made of the times of files, machines with copies of their own do not share it.
+        fingerprint=ranks.on_main(producer.fingerprint),
+    )
+    return loader, index
+
+
+def _make_producer(recipe: Recipe, ranks: Ranks, opened: _Opened, index: Index) -> WindowProducer:
+    """Return what makes windows of the training rows. index: of all of them, unless a source is a stream."""
+    data, seed, cost = recipe.data, recipe.train.seed, cost_model(recipe)
     if not opened.streams:
-        index = look_at(opened.train_files())
         weighted = [(source, entry.weight) for source, entry in opened.train if isinstance(source, FileSource)]
-        return TrainLoader(weighted, opened.collate, index, **options), index
+        return IndexedWindows(weighted, index, seed=seed, cost_model=cost)
     parts = [
         Part(Shuffled(source) if isinstance(source, FileSource) else InOrder(source, entry.num_rows), entry.weight)
         for source, entry in opened.train
     ]
-    options |= {"window": data.stream_window, "broadcast": StoreBroadcast(ranks) if ranks.world_size > 1 else None}
-    return StreamLoader(parts, opened.collate, length_rule(data), **options), Index.from_sources([], [])
+    return StreamedWindows(
+        parts,
+        opened.collate,
+        length_rule(data),
+        seed=seed,
+        size=data.stream_window,
+        cost_model=cost,
+        broadcast=StoreBroadcast(ranks) if ranks.world_size > 1 else None,
+        is_scanner=ranks.is_main,
+        in_worker=data.num_workers > 0,
+    )
 
 
 def _packs(
@@ -304,8 +321,8 @@ def _packs(
             collate,
             index,
             limits=limits,
-            rank=ranks.rank,
-            world_size=ranks.world_size,
+            data_rank=ranks.rank,
+            data_world_size=ranks.world_size,
             num_workers=num_workers,
         ):
             rejected += result.rejected

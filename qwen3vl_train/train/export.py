@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from qwen3vl_train.checkpoint.atomic import replacing
+from qwen3vl_train.checkpoint.atomic import atomic_folder
 from qwen3vl_train.checkpoint.hf import WeightFiles, copy_companions, write_huggingface
 from qwen3vl_train.config import LoraTune, Recipe
 from qwen3vl_train.data.encode.collator import MultimodalCollator
@@ -60,7 +60,7 @@ def export_run(run: Path, out: Path, *, merge: bool) -> Exported:
     as_adapter = isinstance(recipe.tune, LoraTune) and not merge
     collate = open_collator(recipe)
     batches = probe_batches(collate)
-    with replacing(out) as folder:
+    with atomic_folder(out) as folder:
         if as_adapter:
             num_tensors = _write_adapter(recipe, adapter_tensors(model), folder, collate)
         else:
@@ -114,7 +114,7 @@ def export_while_training(recipe: Recipe, model: Qwen3VLForConditionalGeneration
 def _write_gathered(recipe: Recipe, gathered: Iterator[tuple[str, Tensor]], sizes: dict[str, int], out: Path) -> None:
     collate = open_collator(recipe)
     shutil.rmtree(out, ignore_errors=True)
-    with replacing(out) as folder:
+    with atomic_folder(out) as folder:
         if isinstance(recipe.tune, LoraTune):
             _write_adapter(recipe, dict(gathered), folder, collate)
         else:

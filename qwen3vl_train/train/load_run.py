@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from qwen3vl_train.checkpoint.manifest import latest_checkpoint, read_record
+from qwen3vl_train.checkpoint.manifest import latest_checkpoint, read_manifest
 from qwen3vl_train.checkpoint.writer import read_tensors
 from qwen3vl_train.config import Recipe, load_recipe
 from qwen3vl_train.model.qwen3vl import DTYPES, Qwen3VLForConditionalGeneration
@@ -43,7 +43,7 @@ def restore_run(folder: Path, *, dtype: torch.dtype, device: torch.device | str 
     checkpoint = latest_checkpoint(folder)
     if checkpoint is None:
         raise ValueError(f"{folder}: has no checkpoint yet; wait for checkpoint.every_steps, or let the run end")
-    record = read_record(checkpoint, checksums=True)
+    record = read_manifest(checkpoint, checksums=True)
     model = build_model(recipe, device=device, dtype=dtype)
     stored = read_tensors(checkpoint, "weight/")
     for name, parameter in model.named_parameters():

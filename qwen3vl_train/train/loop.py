@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from qwen3vl_train.checkpoint.manifest import KeepPolicy, read_record
+from qwen3vl_train.checkpoint.manifest import KeepPolicy, read_manifest
 from qwen3vl_train.checkpoint.writer import CheckpointWriter, load_checkpoint
 from qwen3vl_train.config import Recipe, check_world_size, run_dir
 from qwen3vl_train.data.errors import Reject
@@ -108,7 +108,7 @@ def _open_run(recipe: Recipe, ranks: Ranks, watchdog: Watchdog) -> Run:
     folder, checkpoint, damaged = ranks.on_main(lambda: open_run_folder(recipe))
     check_same_folder(folder, ranks)
     check_same_weights(recipe.model.path, ranks)
-    manifest = read_record(checkpoint) if checkpoint else {}
+    manifest = read_manifest(checkpoint) if checkpoint else {}
     progress = Progress(manifest.get("step", 0), manifest.get("updates", 0), manifest.get("loader", {}))
     data = open_data(recipe, ranks, loader_state=manifest.get("loader"))
     data.rejects.resume(manifest.get("rejects"), ranks.on_main)

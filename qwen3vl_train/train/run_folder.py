@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 import qwen3vl_train
-from qwen3vl_train.checkpoint.manifest import choose_checkpoint, set_aside_newer
+from qwen3vl_train.checkpoint.manifest import choose_checkpoint, rename_damaged
 from qwen3vl_train.config import Recipe, load_recipe, recipe_differences, run_dir, save_recipe
 from qwen3vl_train.data.rejects import REJECTED_FILE
 
@@ -16,13 +16,13 @@ RECIPE_FILE = "recipe.yaml"
 def open_run_folder(recipe: Recipe) -> tuple[Path, Path | None, list[str]]:
     """Return (run folder, checkpoint to resume from or None, what is wrong with newer checkpoints).
 
-    Writes nothing: `claim_run_folder` does. Raises ValueError where the folder holds another run, no checkpoint of it
-    is whole, or `checkpoint.resume: never` meets a started one.
+    Writes nothing: `claim_run_folder` does. Raises ValueError where the folder holds another run, all of its
+    checkpoints are damaged, or `checkpoint.resume: never` meets a started run.
     """
     folder = run_dir(recipe)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder}: is a file; choose another name or output_dir")
-    # A run that stopped over its data before it began leaves the list of rejected rows and nothing else.
+    # A run that failed on its data before it started leaves only the list of rejected rows.
     if not folder.exists() or all(file.name == REJECTED_FILE for file in folder.iterdir()):
         return folder, None, []
     file = folder / RECIPE_FILE
@@ -46,7 +46,7 @@ def claim_run_folder(folder: Path, recipe: Recipe, checkpoint: Path | None) -> N
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        set_aside_newer(folder, checkpoint)
+        rename_damaged(folder, checkpoint)
         save_recipe(recipe, folder / RECIPE_FILE)
     except OSError as error:
         raise ValueError(f"{folder}: cannot be written ({error.strerror}); choose another output_dir") from error

@@ -1,3 +1,5 @@
+"""Which checkpoints are complete, which is chosen, and which are removed."""
+
 import json
 import math
 import os
@@ -9,13 +11,13 @@ import pytest
 from qwen3vl_train.checkpoint.manifest import (
     KeepPolicy,
     checkpoint_folder,
+    checksum_files,
     choose_checkpoint,
+    complete_checkpoints,
     latest_checkpoint,
     prune,
-    read_record,
-    set_aside_newer,
-    sum_files,
-    whole_checkpoints,
+    read_manifest,
+    rename_damaged,
     write_manifest,
 )
 from tests.helpers import faults, small_runs
@@ -26,27 +28,27 @@ def _make(run: Path, step: int, **record: Any) -> Path:
     (folder / "state").mkdir(parents=True)
     for shard in (1, 2):
         (folder / "state" / f"shard-{shard}.safetensors").write_bytes(bytes([step, shard]) * 500)
-    sums = sum_files(folder, (folder / "state").iterdir())
-    write_manifest(folder, {"step": step, "updates": 0, "loader": {}, "rejects": [], **record}, sums)
+    entries = checksum_files(folder, (folder / "state").iterdir())
+    write_manifest(folder, {"step": step, "updates": 0, "loader": {}, "rejects": [], **record}, entries)
     return folder
 
 
 def _steps(run: Path) -> list[int]:
-    return [int(folder.name[5:]) for folder in whole_checkpoints(run)]
+    return [int(folder.name[5:]) for folder in complete_checkpoints(run)]
 
 
 def test_the_manifest_lists_every_file_with_size_and_checksum(tmp_path):
     folder = _make(tmp_path, 4, world_size=2, engine="fsdp2")
-    record = read_record(folder, checksums=True)
+    record = read_manifest(folder, checksums=True)
     assert (record["step"], record["world_size"], record["engine"]) == (4, 2, "fsdp2")
     assert list(record["files"]) == ["state/shard-1.safetensors", "state/shard-2.safetensors"]
     assert record["files"]["state/shard-1.safetensors"] == {"bytes": 1000, "crc32": 3839127308}
 
 
-def test_checksums_do_not_depend_on_the_size_of_the_blocks(tmp_path):
+def test_checksums_do_not_depend_on_the_block_size(tmp_path):
     folder = _make(tmp_path, 1)
     faults.set_checksum_block(7)
-    read_record(folder, checksums=True)
+    read_manifest(folder, checksums=True)
 
 
 def _missing(folder: Path) -> str:
@@ -88,11 +90,21 @@ def _list(folder: Path) -> str:
     return f"{folder / 'checkpoint.json'}: unreadable (TypeError("
 
 
-DAMAGES = [_missing, _cut, _altered, _no_json, _no_loader, _list]
+def _no_files(folder: Path) -> str:
+    (folder / "checkpoint.json").write_text('{"step": 1}')
+    return f"{folder / 'checkpoint.json'}: unreadable (KeyError('files')); remove this checkpoint"
+
+
+def _not_utf8(folder: Path) -> str:
+    (folder / "checkpoint.json").write_bytes(b"\xff")
+    return f"{folder / 'checkpoint.json'}: unreadable (UnicodeDecodeError("
+
+
+DAMAGES = [_missing, _cut, _altered, _no_json, _no_loader, _list, _no_files, _not_utf8]
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_checkpoint_is_passed_over_with_the_reason(tmp_path, damage):
+def test_a_damaged_checkpoint_is_skipped_with_the_reason(tmp_path, damage):
     _make(tmp_path, 2)
     good = _make(tmp_path, 4)
     message = damage(_make(tmp_path, 6))
@@ -101,7 +113,7 @@ def test_a_damaged_checkpoint_is_passed_over_with_the_reason(tmp_path, damage):
     assert len(faults) == 1
     assert faults[0].startswith(message)
 
-    set_aside_newer(tmp_path, chosen)
+    rename_damaged(tmp_path, chosen)
     names = sorted(folder.name for folder in (tmp_path / "checkpoints").iterdir())
     assert names == ["damaged-step-00000006", "step-00000002", "step-00000004"]
     _make(tmp_path, 6)  # its step can be saved again
@@ -111,12 +123,12 @@ def test_a_damaged_checkpoint_is_passed_over_with_the_reason(tmp_path, damage):
 def test_only_the_checksums_show_an_altered_bit(tmp_path):
     folder = _make(tmp_path, 2)
     _altered(folder)
-    read_record(folder)
+    read_manifest(folder)
     with pytest.raises(ValueError, match="checksum"):
-        read_record(folder, checksums=True)
+        read_manifest(folder, checksums=True)
 
 
-def test_a_checkpoint_that_the_disk_does_not_give_back_is_passed_over(tmp_path):
+def test_an_unreadable_checkpoint_is_skipped(tmp_path):
     good, bad = _make(tmp_path, 2), _make(tmp_path, 4)
     faults.fail_checksums_of(bad)
     file = bad / "state" / "shard-1.safetensors"
@@ -126,14 +138,14 @@ def test_a_checkpoint_that_the_disk_does_not_give_back_is_passed_over(tmp_path):
     )
 
 
-def test_where_none_is_whole_all_reasons_are_given(tmp_path):
+def test_all_reasons_are_given_where_none_is_complete(tmp_path):
     older, newer = _cut(_make(tmp_path, 2)), _missing(_make(tmp_path, 4))
     with pytest.raises(ValueError) as fault:
         choose_checkpoint(tmp_path)
-    assert str(fault.value) == f"{tmp_path}: none of 2 checkpoints is whole\n  - {newer}\n  - {older}"
+    assert str(fault.value) == f"{tmp_path}: none of 2 checkpoints is complete\n  - {newer}\n  - {older}"
 
 
-def test_what_was_never_finished_is_no_checkpoint(tmp_path):
+def test_a_partial_checkpoint_is_not_chosen(tmp_path):
     assert choose_checkpoint(tmp_path) == (None, [])
     (tmp_path / "checkpoints" / ".step-00000002.partial" / "state").mkdir(parents=True)
     (tmp_path / "checkpoints" / "step-00000004").mkdir()
@@ -142,9 +154,9 @@ def test_what_was_never_finished_is_no_checkpoint(tmp_path):
     assert latest_checkpoint(_make(tmp_path, 1).parents[1]) == checkpoint_folder(tmp_path, 1)
 
 
-def test_nothing_is_set_aside_of_a_run_that_starts(tmp_path):
+def test_a_run_that_starts_renames_no_checkpoint(tmp_path):
     _make(tmp_path, 2)
-    set_aside_newer(tmp_path, None)
+    rename_damaged(tmp_path, None)
     assert _steps(tmp_path) == [2]
 
 
@@ -162,7 +174,7 @@ def test_nothing_is_set_aside_of_a_run_that_starts(tmp_path):
     ],
     ids=str,
 )
-def test_what_is_kept(tmp_path, policy, kept):
+def test_prune_keeps_what_the_policy_says(tmp_path, policy, kept):
     losses = {1: 3.0, 2: 1.5, 4: 2.0, 6: 1.6}  # not every checkpoint was evaluated
     for step in range(1, 8):
         exploded = {1: math.nan, 2: 9.0, 3: -math.inf, 4: math.inf, 5: 10.0}.get(step, math.nan)
@@ -182,16 +194,16 @@ def test_a_damaged_checkpoint_is_not_the_best(tmp_path):
     assert _steps(tmp_path) == [1, 3]
 
 
-def test_what_was_left_of_the_same_step_is_no_obstacle(tmp_path):
+def test_a_removed_folder_of_the_same_step_is_replaced(tmp_path):
     left = _make(tmp_path, 1)
     left.rename(left.with_name(".step-00000001.removed"))
-    _make(tmp_path, 1)  # the run went back and has done it again
+    _make(tmp_path, 1)  # the run was resumed and did it again
     _make(tmp_path, 2)
     prune(tmp_path, KeepPolicy(1))
     assert [folder.name for folder in (tmp_path / "checkpoints").iterdir()] == ["step-00000002"]
 
 
-def test_a_kill_while_removing_leaves_no_half_checkpoint(tmp_path):
+def test_a_kill_while_pruning_leaves_no_partial_checkpoint(tmp_path):
     for step in (1, 2, 3):
         _make(tmp_path, step)
 
@@ -201,7 +213,7 @@ def test_a_kill_while_removing_leaves_no_half_checkpoint(tmp_path):
 
     assert small_runs.in_child(work) == -9
     assert _steps(tmp_path) == [2, 3]
-    _make(tmp_path, 1)  # nothing stands in the way of a run that has to begin again
+    _make(tmp_path, 1)  # a run that starts again can save the step
     prune(tmp_path, KeepPolicy(9))
     assert sorted(folder.name[-9:] for folder in (tmp_path / "checkpoints").iterdir()) == [
         "-00000001",

@@ -63,7 +63,7 @@ def test_answers_are_those_of_the_scans(folder: Path):
             assert (digits.NAMES.index(digit_name), parity == "odd") == (truth[image_of(row)], truth[image_of(row)] % 2)
 
 
-def test_no_scan_is_on_both_sides_and_every_digit_is_on_each(folder: Path):
+def test_split_is_disjoint_and_has_every_digit_on_both_sides(folder: Path):
     train, held_out = rows(folder / "train.jsonl"), rows(folder / "eval.jsonl")
     assert len({image_of(row) for row in train} | {image_of(row) for row in held_out}) == 1797
     counts = Counter(answer_of(row) for row in held_out)
@@ -71,7 +71,7 @@ def test_no_scan_is_on_both_sides_and_every_digit_is_on_each(folder: Path):
     assert 28 <= min(counts.values()) <= max(counts.values()) <= 31
 
 
-def test_the_control_has_the_same_answers_on_other_images(folder: Path):
+def test_control_has_the_same_answers_on_other_images(folder: Path):
     train, shuffled = rows(folder / "train.jsonl"), rows(folder / "shuffled-train.jsonl")
     assert [image_of(row) for row in train] == [image_of(row) for row in shuffled]
     assert Counter(map(answer_of, train)) == Counter(map(answer_of, shuffled))
@@ -89,7 +89,7 @@ def test_images_show_the_scan(folder: Path):
     assert np.corrcoef(shrunk.ravel(), scan.ravel())[0, 1] > 0.98
 
 
-def test_a_second_run_mends_what_is_missing_and_nothing_else(folder: Path):
+def test_second_run_writes_only_what_is_missing(folder: Path):
     assert digits.write_digits(folder) == (0, 0)
     (folder / "images" / "0007.png").write_bytes(b"")
     (folder / "images" / "0008.png").unlink()
@@ -101,7 +101,7 @@ def test_a_second_run_mends_what_is_missing_and_nothing_else(folder: Path):
     assert digits.write_digits(folder) == (0, 0)
 
 
-def test_the_command_says_what_it_did(tmp_path: Path):
+def test_command_prints_what_it_did(tmp_path: Path):
     def run() -> str:
         command = [sys.executable, digits.__file__, "--out", str(tmp_path / "digits")]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout

@@ -1,4 +1,4 @@
-"""Real films as people's data: what the files say of themselves, and the shipped recipe learns from them."""
+"""The headers and rows of the films are right, and the shipped recipe learns from them."""
 
 import subprocess
 import sys
@@ -32,7 +32,7 @@ def recipe_of(model: Path, folder: Path, out: Path):
     return load_recipe(ROOT / "recipes" / "films-clips.yaml", [*changes, "data.num_workers=0"])
 
 
-def test_again_writes_nothing(folder):
+def test_second_run_writes_nothing(folder):
     done = subprocess.run(
         [sys.executable, ROOT / "data" / "films.py", "--out", folder], capture_output=True, text=True, check=True
     )
@@ -57,7 +57,7 @@ def test_real_files(folder, name):
     assert all(torch.equal(found[index], frame) for index, frame in zip(wanted, frames, strict=True))
 
 
-def test_the_rows(folder, tiny_folder, tmp_path):
+def test_rows(folder, tiny_folder, tmp_path):
     (source,) = open_sources(recipe_of(tiny_folder, folder, tmp_path).data.train[0])
     assert len(source) == 3 + (11 - 3) + (21 - 3) + (8 - 3)
     collate = MultimodalCollator.from_pretrained(tiny_folder, fps=1, max_visual_tokens_per_video=8)
@@ -67,15 +67,15 @@ def test_the_rows(folder, tiny_folder, tmp_path):
         text = collate.decode(encoded.input_ids.tolist(), skip_special_tokens=False)
         texts.append(text.replace("<|video_pad|>", "").replace("<|vision_start|><|vision_end|>", "#"))
     whole = "<0.7 seconds>#<3.3 seconds>#<5.2 seconds>#"  # frames 0, 33, 66, 98, 131 of 25 a second; the last twice
-    stretch = "<0.7 seconds>#<1.7 seconds>#"
-    for clip, text in zip((whole, stretch), texts, strict=True):
+    four_frames = "<0.7 seconds>#<1.7 seconds>#"
+    for clip, text in zip((whole, four_frames), texts, strict=True):
         assert text == (
             f"<|im_start|>user\n{clip}What does this clip show?<|im_end|>\n"
             "<|im_start|>assistant\nA grey rabbit in a cartoon.<|im_end|>\n"
         )
 
 
-def test_the_recipe_learns(folder, tiny_folder, tmp_path):
+def test_recipe_learns(folder, tiny_folder, tmp_path):
     train(recipe_of(tiny_folder, folder, tmp_path))
     found = losses(tmp_path / "films-clips")
     assert len(found) == 40

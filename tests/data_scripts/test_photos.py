@@ -1,4 +1,4 @@
-"""The photos as people's data: the rows mean what they say, and the shipped recipes learn from them."""
+"""The rows of the photos are right, and the shipped recipes learn from them."""
 
 import json
 import subprocess
@@ -31,14 +31,14 @@ def recipe_of(name: str, model: Path, folder: Path, out: Path, *more: str):
     return load_recipe(ROOT / "recipes" / f"{name}.yaml", [*changes, *more])
 
 
-def test_again_writes_nothing(folder):
+def test_second_run_writes_nothing(folder):
     done = subprocess.run(
         [sys.executable, ROOT / "data" / "photos.py", "--out", folder], capture_output=True, text=True, check=True
     )
     assert done.stdout == f"{folder}: complete, nothing to do\n"
 
 
-def test_the_llava_rows(folder, tiny_folder, tmp_path):
+def test_llava_rows(folder, tiny_folder, tmp_path):
     (source,) = open_sources(recipe_of("photos-llava", tiny_folder, folder, tmp_path).data.train[0])
     assert len(source) == 2 * photos.NUM_CROPS
     collate = MultimodalCollator.from_pretrained(tiny_folder, max_visual_tokens_per_image=4)
@@ -52,7 +52,7 @@ def test_the_llava_rows(folder, tiny_folder, tmp_path):
 
 
 def test_boxes_of_crops_show_the_same_thing(folder, tiny_folder, tmp_path):
-    """Each box, read back from the text the model learns, cuts the crop to the same picture as in the whole photo."""
+    """Each box, read back from the text that the model learns, cuts the same image from the crop as from the photo."""
     (source,) = open_sources(recipe_of("photos-grounding", tiny_folder, folder, tmp_path).data.train[0])
     assert len(source) == 4 * photos.NUM_CROPS
     seen = {}
@@ -65,7 +65,7 @@ def test_boxes_of_crops_show_the_same_thing(folder, tiny_folder, tmp_path):
             width, height = crop.size
             x1, y1, x2, y2 = answer["bbox_2d"]
             cut = crop.crop((x1 * width // 1000, y1 * height // 1000, x2 * width // 1000, y2 * height // 1000))
-            shown = list(cut.convert("L").resize((8, 8), Image.Resampling.BOX).getdata())
+            shown = list(cut.convert("L").resize((8, 8), Image.Resampling.BOX).tobytes())
         expected = seen.setdefault(answer["label"], shown)
         # Mean levels of an 8x8 grid: rounding to a thousandth moves an edge by half a pixel, JPEG adds a level or two.
         assert max(abs(a - b) for a, b in zip(shown, expected, strict=True)) < 12
@@ -73,7 +73,7 @@ def test_boxes_of_crops_show_the_same_thing(folder, tiny_folder, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["photos-llava", "photos-grounding"])
-def test_the_recipe_learns(name, folder, tiny_folder, tmp_path):
+def test_recipe_learns(name, folder, tiny_folder, tmp_path):
     recipe = recipe_of(name, tiny_folder, folder, tmp_path, "train.num_steps=12")
     train(recipe)
     found = losses(tmp_path / name)

@@ -30,7 +30,7 @@ def test_stock_transformers_finds_every_tensor_and_no_other(tmp_path: Path, tie:
     assert list(model.config.vision_config.deepstack_visual_indexes) == [0, 1, 2]
 
 
-def test_config_agrees_with_our_reader_and_with_the_files_beside_it(tiny_folder: Path):
+def test_config_agrees_with_our_reader_and_the_tokenizer(tiny_folder: Path):
     arch = Qwen3VLArch.from_pretrained(tiny_folder)
     tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
     assert arch.image_token_id == tokenizer.convert_tokens_to_ids("<|image_pad|>")
@@ -119,7 +119,7 @@ def test_chat_template_is_carried_unchanged_and_renders(tmp_path: Path, template
     )
 
 
-def test_a_digit_costs_four_tokens(tiny_folder: Path):
+def test_digit_costs_four_tokens(tiny_folder: Path):
     processor = AutoImageProcessor.from_pretrained(tiny_folder)
     out = processor(oracles.sample_images()["exact"], return_tensors="pt")
     assert out["image_grid_thw"].tolist() == [[1, 4, 4]]
@@ -127,7 +127,7 @@ def test_a_digit_costs_four_tokens(tiny_folder: Path):
     assert list(processor.image_mean) == list(processor.image_std) == [0.5, 0.5, 0.5]
 
 
-def test_the_command_writes_a_whole_checkpoint(tmp_path: Path):
+def test_command_writes_a_complete_checkpoint(tmp_path: Path):
     script = ASSETS.parent / "tiny_checkpoint.py"
     done = subprocess.run(
         [sys.executable, script, "--out", tmp_path / "new" / "tiny"], check=True, capture_output=True, text=True
@@ -145,8 +145,8 @@ def test_the_command_writes_a_whole_checkpoint(tmp_path: Path):
     }
 
 
-def test_oracle_logits_are_spread_and_steady(oracle_folder: Path):
-    """Two attention kernels agree ten times closer than the 2e-4 by which a mistake in a model is told from noise."""
+def test_oracle_logits_are_equal_with_two_attention_kernels(oracle_folder: Path):
+    """Two attention kernels differ ten times less than the 2e-4 that separates a mistake in a model from noise."""
     model, other = oracles.oracle(oracle_folder), oracles.oracle(oracle_folder, attention="eager")
     for name, sample in oracles.conversations().items():
         inputs = oracles.oracle_inputs(oracle_folder, sample["messages"])
@@ -157,7 +157,7 @@ def test_oracle_logits_are_spread_and_steady(oracle_folder: Path):
 
 
 def test_oracle_shows_small_mistakes(oracle_folder: Path):
-    """The smallest one that is known, LayerNorm's usual epsilon in the vision tower, is five times the tolerance."""
+    """The smallest known mistake, LayerNorm's usual epsilon in the vision tower, is five times the tolerance."""
     model = oracles.oracle(oracle_folder)
     inputs = oracles.oracle_inputs(oracle_folder, oracles.conversations()["one_image"]["messages"])
     with torch.no_grad():

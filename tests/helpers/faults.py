@@ -22,7 +22,7 @@ from qwen3vl_train.checkpoint.manifest import latest_checkpoint
 from qwen3vl_train.checkpoint.writer import CheckpointWriter
 from qwen3vl_train.data.encode.tokenizer import ChatTokenizer
 from qwen3vl_train.data.media import frames, remote
-from qwen3vl_train.data.packing import loader
+from qwen3vl_train.data.packing import loader, packs
 from qwen3vl_train.data.rows import media_files
 from qwen3vl_train.data.sources import files, jsonl
 from qwen3vl_train.dist.watchdog import Watchdog
@@ -162,7 +162,7 @@ def _is_of(step: int) -> Callable[..., bool]:
 # Moments of the save of a checkpoint: the function, before or after it, and for a step, which of its calls it is.
 SAVE_MOMENTS: dict[str, tuple[Any, str, str, Callable[[int], Callable[..., bool]]]] = {
     "before the save": (CheckpointWriter, "start", "before", lambda step: lambda _, saved, *__: saved == step),
-    "folder made": (writer, "start_aside", "after", _is_of),
+    "folder made": (writer, "start_partial", "after", _is_of),
     "before the manifest": (writer, "write_manifest", "before", _is_of),
     "before the rename": (Path, "rename", "before", _is_of),
     "after the rename": (Path, "rename", "after", _is_of),
@@ -199,7 +199,7 @@ def refuse_removal(refuses: Callable[[], bool]) -> None:
 
 def before_checksums(act: Callable[[Path, list[Path]], Any]) -> None:
     """Call act(folder, files) when this rank has written its files of a checkpoint, before it sums them."""
-    _around(writer, "sum_files", before=act)
+    _around(writer, "checksum_files", before=act)
 
 
 def note_checkpoint_files() -> dict[str, list[str]]:
@@ -240,7 +240,7 @@ def refuse_writes(checkpoints: CheckpointWriter) -> None:
 
 def refuse_rename() -> None:
     """Let the disk refuse to give a written checkpoint its name."""
-    _patches.setattr(writer, "finish", _no_space)
+    _patches.setattr(writer, "finish_partial", _no_space)
 
 
 def refuse_folders() -> None:
@@ -272,33 +272,24 @@ def after_export_companions(act: Callable[[Path], Any]) -> None:
 def kill_at_row(number: int) -> None:
     """Kill the process that builds samples, at the row of this number (counted from zero) that it builds."""
     built = iter(range(number + 1))
-    _around(loader.BuildRows, "__call__", before=lambda *_: next(built) == number and kill_self())
+    _around(packs.PackBuilder, "__call__", before=lambda *_: next(built) == number and kill_self())
 
 
-def note_planned_epochs() -> list[int]:
-    """Return a list that collects the epochs that are planned, in their order."""
-    epochs: list[int] = []
-    plan = loader.TrainLoader._plan
-
-    def noted(train: loader.TrainLoader, epoch: int) -> Any:
-        epochs.append(epoch)  # when its first window is asked for
-        yield from plan(train, epoch)
-
-    _patches.setattr(loader.TrainLoader, "_plan", noted)
-    return epochs
-
-
-def note_planned_windows() -> list[int]:
-    """Return a list that collects the number of samples in every window that is planned."""
-    sizes: list[int] = []
-    _around(loader, "plan_packs", before=lambda tokens, *_: sizes.append(len(tokens)))
-    return sizes
+def note_planned_windows() -> list[tuple[int, int]]:
+    """Return a list that collects (epoch, number of families) of every window that is planned."""
+    windows: list[tuple[int, int]] = []
+    _around(
+        loader.Loader,
+        "_plan",
+        before=lambda train, window, carry_over: windows.append((window.epoch, len(window.families))),
+    )
+    return windows
 
 
 def replace_first_part(train: Any, part: Any) -> None:
-    """Let a stream loader read its first part from here."""
-    parts = train._scanner.mixture.parts
-    train._scanner.mixture.parts = [part, *parts[1:]]
+    """Let a loader of streams read its first part from here."""
+    mixture = train.producer._reader.mixture
+    mixture.parts = [part, *mixture.parts[1:]]
 
 
 def refuse_to_tokenize(num_characters: int) -> None:

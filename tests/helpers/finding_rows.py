@@ -1,4 +1,4 @@
-"""A small data set with a row for nearly everything that can look wrong."""
+"""Write a small data set with a row for nearly every check of the inspection."""
 
 from pathlib import Path
 from typing import Any
@@ -64,7 +64,7 @@ def write_finding_rows(folder: Path) -> Path:
 
 
 def finding_rows_recipe(model: Path, folder: Path, **changes: Any) -> Recipe:
-    """A picture takes 4 to 24 visual tokens; a change replaces a whole section."""
+    """Return a recipe in which an image takes 4 to 24 visual tokens. changes: whole sections to replace."""
     values = {
         "name": "looked-at",
         "data": {

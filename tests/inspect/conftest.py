@@ -1,4 +1,4 @@
-"""The data set of `finding_rows`, and what the inspection says of it."""
+"""The data set of `finding_rows` and its inspection."""
 
 import pytest
 
@@ -18,7 +18,7 @@ def recipe(tiny_folder, data_folder):
 
 @pytest.fixture(scope="session")
 def inspection(recipe):
-    """All rows are shown as samples. Read only."""
+    """Show all rows as samples. Read only."""
     return inspect_recipe(recipe, num_samples=50)
 
 

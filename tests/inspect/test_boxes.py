@@ -25,18 +25,18 @@ def test_finds_points_by_their_key():
 
 
 @pytest.mark.parametrize(
-    ("text", "kind"),
+    ("text", "fault"),
     [
         ("[100, 200, 900, 1000]", None),
-        ("[0, 0, 1, 1]", None),  # the corner of a picture in thousandths, or all of it as fractions: cannot be told
+        ("[0, 0, 1, 1]", None),  # a corner in thousandths, or the whole image in fractions: both possible
         ("[0, 0, 10, 10] [100, 200, 1100, 900]", "boxes_pixel"),
         ("[-5, 0, 10, 10]", "boxes_pixel"),
         ("[0.1, 0.2, 0.5, 0.9]", "boxes_unit"),
         ("[600, 700, 90, 80]", "boxes_xywh"),
     ],
 )
-def test_numbers_that_are_not_thousandths(text, kind):
-    assert box_evidence(find_boxes(text), None) == BoxEvidence(kind)
+def test_numbers_that_are_not_thousandths(text, fault):
+    assert box_evidence(find_boxes(text), None) == BoxEvidence(fault)
 
 
 def evidence(text, width, height):
@@ -71,7 +71,7 @@ def test_hostile_text_takes_linear_time(text):
 
 @pytest.fixture
 def marks_of(tmp_path):
-    """A function: one row of a file, and settings of its entry -> its marks as (values, label, medium)."""
+    """Return a function: one row of a file, and settings of its entry -> its marks as (values, label, medium)."""
     picture(200, 100, 0).save(tmp_path / "a.png")
     picture(400, 50, 1).save(tmp_path / "b.png")
 

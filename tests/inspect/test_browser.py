@@ -138,7 +138,7 @@ def test_trained_and_untrained_tokens_have_their_colours(page, theme, inspection
         colour = span.value_of_css_property("background-color")
         assert colour == (TRAINED[theme] if sample["weights"][place] else NONE), (place, span.text)
     underlined = [span.value_of_css_property("border-bottom-style") == "solid" for span in spans]
-    assert underlined == [weight > 0 for weight in sample["weights"]]  # not told by colour alone
+    assert underlined == [weight > 0 for weight in sample["weights"]]  # not by colour alone
     open_sample(page, rows.PLAIN)
     visual = find(page, ".sample[open] .tokens .visual")
     assert [span.value_of_css_property("background-color") for span in visual] == [VISUAL[theme]]

@@ -1,4 +1,4 @@
-"""Every value is counted once, in a bin that holds it; the bins are ones a person would choose."""
+"""Every value is counted once, in the right bin, and the bins are ones that a person would choose."""
 
 import numpy as np
 import pytest
@@ -45,7 +45,7 @@ def test_without_values_there_are_no_bins():
     assert ratio_histogram(np.array([])).counts == []
 
 
-def test_ratios_treat_wide_and_tall_alike_and_keep_extremes():
+def test_ratio_bins_are_symmetric_and_keep_extremes():
     ratios = np.array([1.0, 2.0, 0.5, 4.0, 0.25, 180.0, 1 / 180])
     counts = ratio_histogram(ratios).counts
     assert counts == counts[::-1]

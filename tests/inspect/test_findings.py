@@ -1,4 +1,4 @@
-"""What is worth a warning of a whole source: shares of rows, faults of clips, conventions of boxes, no row at all."""
+"""Findings of a source: shares of rows, faults of clips, conventions of boxes, no usable row."""
 
 import json
 import shutil
@@ -15,7 +15,7 @@ from tests.helpers.small_runs import picture, row, write_rows
 
 @pytest.fixture
 def inspected(tiny_folder, tmp_path):
-    """A function: rows, what else is under data, what else stands in the entry -> their inspection."""
+    """Return a function: rows, other fields of data and of the entry -> their inspection."""
 
     def look(rows, entry=None, train=None, **data):
         file = write_rows(tmp_path / "rows.jsonl", rows)
@@ -113,7 +113,7 @@ def test_odd_boxes_are_an_error_from_one_in_twenty_rows(inspected, tmp_path, che
 
 
 def grounding(tmp_path, size, boxes):
-    """Rows that list a box each, of a picture of this size."""
+    """Return rows with one listed box each, of an image of this size."""
     picture(*size, 0).save(tmp_path / "a.png")
     return [
         {"image": "a.png", "question": f"<image>Where? {number}", "answer": "at <box>", "boxes": [box]}

@@ -1,4 +1,4 @@
-"""The page stands alone, keeps to its own script, and no data can become markup."""
+"""The page loads nothing, runs only its own script, and no data can become markup."""
 
 import base64
 import hashlib
@@ -18,7 +18,7 @@ def page(inspection):
 
 
 class Elements(HTMLParser):
-    """Collects start tags with their attributes."""
+    """Collect start tags with their attributes."""
 
     def __init__(self, page):
         super().__init__()

@@ -137,8 +137,8 @@ def test_shown_pack_has_the_right_number(recipe, inspection):
     from qwen3vl_train.train.data import open_data
 
     data = open_data(recipe, Ranks(0, 1, 0, torch.device("cpu")))
-    places = [data.index.locate(number) for number in data.loader.epoch_packs(0)[inspection.pack["number"] - 1]]
-    names = [data.loader.sources[place].sample(row).sample_id for place, row in places]
+    places = [data.index.locate(number) for number in data.loader.epoch_packs(0)[inspection.pack["number"] - 1].rows]
+    names = [data.loader.producer.sources[place].sample(row).sample_id for place, row in places]
     assert [sequence["id"] for sequence in inspection.pack["sequences"]] == names
 
 

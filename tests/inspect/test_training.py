@@ -30,9 +30,9 @@ def test_packs_and_held_out_files_are_those_of_training(tiny_folder, data_folder
     theirs = open_data(changed, Ranks(0, 1, 0, torch.device("cpu")))
     collate = open_collator(changed)
     training = open_training(changed, collate, None)
-    assert training.packs == theirs.loader.epoch_packs(0)
+    assert training.packs == [pack.rows for pack in theirs.loader.epoch_packs(0)]
     assert training.num_steps == theirs.num_steps
-    assert (training.weights, training.index.digest()) == (theirs.loader.weights, theirs.index.digest())
+    assert (training.weights, training.index.digest()) == (theirs.loader.producer.weights, theirs.index.digest())
     held_out = open_held_out(changed, collate)
     assert [(index.digest(), [file.name for file in files]) for index, files in held_out] == [
         (index.digest(), [file.name for file in files]) for index, files in theirs.files[1:]

@@ -58,7 +58,7 @@ def test_the_jobset_fits_its_schema_and_its_numbers_agree():
     assert mounted == {volume["name"] for volume in job["template"]["spec"]["volumes"]}
 
 
-def test_the_job_that_the_jobset_makes_is_one_to_kubernetes_itself():
+def test_kubernetes_accepts_the_job_of_the_jobset():
     """With the whole schema of Kubernetes, where `pip install kubernetes-validate` (111 MB) has brought it."""
     kubernetes = pytest.importorskip("kubernetes_validate")
     (node,) = read("jobset.yaml")["spec"]["replicatedJobs"]
@@ -103,7 +103,7 @@ def test_the_schemas_refuse_what_the_tools_refuse(name: str, schema: dict, chang
         jsonschema.validate(values, schema)
 
 
-def test_the_ray_script_calls_train_and_imports_ray_only_when_it_runs(tmp_path: Path):
+def test_the_ray_script_imports_ray_only_when_it_runs(tmp_path: Path):
     file = CLUSTER / "ray_train.py"
     py_compile.compile(str(file), cfile=str(tmp_path / "compiled"), doraise=True)
     tree = ast.parse(file.read_text())

@@ -29,7 +29,7 @@ def learnt(tiny_folder: Path, task: Path, tmp_path_factory: pytest.TempPathFacto
     return train(recipe)
 
 
-def test_a_run_is_judged_by_loss_and_answers(learnt, task, tmp_path, capsys):
+def test_eval_gives_loss_and_answers_of_a_run(learnt, task, tmp_path, capsys):
     data, out, summary = task / "eval.jsonl", tmp_path / "answers.jsonl", tmp_path / "summary.json"
     assert evaluate([str(learnt), "--data", str(data), "--out", str(out), "--json", str(summary)]) == 0
     said = capsys.readouterr().out.splitlines()
@@ -57,7 +57,7 @@ def test_a_run_is_judged_by_loss_and_answers(learnt, task, tmp_path, capsys):
     )
 
 
-def test_a_model_folder_is_judged_too(tiny_folder, task, capsys):
+def test_eval_takes_a_model_folder(tiny_folder, task, capsys):
     assert evaluate([str(tiny_folder), "--data", str(task / "eval.jsonl"), "--max-new-tokens", "3"]) == 0
     assert capsys.readouterr().out.splitlines()[-1].endswith("exact match 0.0%")
 
@@ -76,16 +76,16 @@ def test_rows_without_an_answer_at_the_end_are_counted(learnt, task, tmp_path, c
     )
 
 
-def test_media_lie_beside_the_file_or_where_the_option_says(learnt, task, tmp_path, capsys):
+def test_media_root_is_the_folder_of_the_file_or_an_option(learnt, task, tmp_path, capsys):
     shutil.copy(task / "eval.jsonl", tmp_path / "eval.jsonl")
     arguments = [str(learnt), "--data", str(tmp_path / "eval.jsonl")]
-    assert evaluate(arguments) == 0  # beside this copy lie no pictures: the two rows that name some are left out
+    assert evaluate(arguments) == 0  # no pictures lie next to this copy: the two rows that name some are rejected
     assert re.search(r"^2 samples: .*, 2 rows rejected$", capsys.readouterr().out, re.MULTILINE)
     assert evaluate([*arguments, "--media-root", str(task)]) == 0
     assert capsys.readouterr().out.splitlines()[-1].startswith("4 samples")
 
 
-def test_answers_that_cannot_be_written_are_an_error_of_one_line(learnt, task, tmp_path, capsys):
+def test_answers_that_cannot_be_written_are_an_error(learnt, task, tmp_path, capsys):
     out = tmp_path / "none" / "answers.jsonl"
     assert evaluate([str(learnt), "--data", str(task / "eval.jsonl"), "--out", str(out)]) == 1
     assert capsys.readouterr().err == (

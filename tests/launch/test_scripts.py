@@ -122,7 +122,7 @@ def test_one_process_gives_the_same(finished, tiny_folder, task, tmp_path):
     assert not (alone / "wandb").exists()
 
 
-def test_a_number_of_ranks_that_does_not_fit_is_told(tiny_folder, task, tmp_path):
+def test_a_number_of_ranks_that_does_not_fit_is_an_error(tiny_folder, task, tmp_path):
     said = _torchrun(str(_recipe(tmp_path, tiny_folder, task)), "train.packs_per_step=3", cwd=tmp_path)
     assert said.returncode != 0
     message = "recipe run: 1 error\n  - train.packs_per_step: 3 does not divide by 2 ranks; use 2, 4 or 6"

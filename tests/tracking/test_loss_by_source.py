@@ -25,7 +25,7 @@ def _named(task: Path, name: str, weight: float = 1.0) -> dict:
     return {"path": str(task / "train.jsonl"), "name": name, "weight": weight}
 
 
-def test_a_step_tells_the_mean_loss_of_each_data_set(tiny_folder: Path, task: Path):
+def test_a_tally_has_the_mean_loss_of_each_data_set(tiny_folder: Path, task: Path):
     """One pack holds rows of two data sets, another of one of them, the third data set has none; weights count."""
     rows = {name: JsonlSource(task / "train.jsonl", task, RowRules(label=name)) for name in ("one", "two")}
     samples = [rows["one"].sample(TEXT_ONLY), rows["two"].sample(ONE_IMAGE), rows["one"].sample(TWO_IMAGES)]

@@ -6,7 +6,8 @@ import sys
 import pytest
 import torch
 
-from qwen3vl_train.data.packing.steps import PlanMark, StepPacks
+from qwen3vl_train.data.packing.loader import StepPacks
+from qwen3vl_train.data.packing.plan import PlanHash
 from qwen3vl_train.tracking.loss_by_source import SourceLoss
 from qwen3vl_train.tracking.metrics import (
     MetricsLog,
@@ -31,8 +32,8 @@ TALLY = StepTally(
     sources={"a": SourceLoss(1.25, 400), "b": SourceLoss(None, 0)},
 )
 PACKS = StepPacks(
-    packs=[], pack_numbers=[], num_packs=2, epoch=1, rejected=[], state={}, balance=1.25, mark=PlanMark(0, 0),
-    num_dropped=2, num_shrunk=3,
+    packs=[], pack_numbers=[], num_packs=2, epoch=1, rejected=[], state={}, balance=1.25,
+    plan_hash=PlanHash(0, 0), num_dropped=2, num_shrunk=3, num_seen=9,
 )  # fmt: skip
 TIMES = StepTimes(step=2.0, data_wait=0.5, checkpoint_stall=0.0)
 

@@ -64,7 +64,7 @@ def records(path: Path):
         _, length, kind = struct.unpack("<IHB", content[place : place + 7])
         record += content[place + 7 : place + 7 + length]
         place += 7 + length
-        if kind in (1, 4):  # a whole record, or the last chunk of one
+        if kind in (1, 4):  # a full record, or the last chunk of one
             yield Record.FromString(record)
             record = b""
 
@@ -80,7 +80,7 @@ def history_and_config(path: Path) -> tuple[list[dict], dict]:
     return history, config
 
 
-def test_an_offline_run_is_recorded_and_goes_on_under_its_own_id(tmp_path):
+def test_an_offline_run_resumes_under_its_id(tmp_path):
     run_dir = tmp_path / "runs" / "tiny"
     # Not save_recipe, which would take the password out before the tracker sees it.
     (tmp_path / "recipe.yaml").write_text(write_yaml(recipe("offline").to_dict()))
@@ -111,7 +111,7 @@ open_tracker(load_recipe(sys.argv[1]), Path(sys.argv[2]), rank=0, run_id="abc123
 """
 
 
-def test_a_stopped_run_will_go_on_and_a_lost_id_comes_from_the_checkpoint(tmp_path):
+def test_a_lost_run_id_comes_from_the_checkpoint(tmp_path):
     save_recipe(recipe("offline"), tmp_path / "recipe.yaml")
     command = [sys.executable, "-c", STOPPED_SESSION, str(tmp_path / "recipe.yaml"), str(tmp_path / "run")]
     subprocess.run(command, check=True)
@@ -162,7 +162,7 @@ def test_git_state(tmp_path, monkeypatch):
     assert git_state(tmp_path) is None
 
 
-def test_a_log_gets_plain_lines_but_not_one_for_every_quick_step(monkeypatch):
+def test_a_log_skips_lines_of_quick_steps(monkeypatch):
     now = 100.0
     monkeypatch.setattr("time.monotonic", lambda: now)
     out = io.StringIO()

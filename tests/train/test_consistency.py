@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qwen3vl_train.checkpoint.manifest import latest_checkpoint, read_record
+from qwen3vl_train.checkpoint.manifest import latest_checkpoint, read_manifest
 from qwen3vl_train.dist.ranks import Ranks
 from qwen3vl_train.tracking.metrics import read_metrics
 from qwen3vl_train.train.consistency import StepStatus, check_same_folder, check_same_weights
@@ -40,7 +40,7 @@ def test_ranks_on_another_disk_are_named_on_all_ranks(tmp_path: Path):
         f"{shared}: what rank 0 on {HOST} writes there is not seen by rank 2 on {HOST}; let output_dir be on a disk "
         "that all machines share, under the same path"
     )
-    assert list(shared.parent.iterdir()) == [], "nothing is left behind"
+    assert list(shared.parent.iterdir()) == [], "the token is removed"
 
 
 def test_a_shared_folder_passes_and_keeps_no_token(tmp_path: Path):
@@ -155,8 +155,8 @@ def test_data_that_differs_is_named_on_all_ranks(tiny_folder, task, tmp_path, st
     assert messages == [messages[0]] * 3
     first, second = messages[0].split("\n")
     assert first == "data: 1 of 3 ranks do not have the data of rank 0; give all machines the same files"
-    size, whole = (folder.joinpath("train.jsonl").stat().st_size for folder in (folders[1], folders[0]))
-    how = f"sizes [{size}], on rank 0 [{whole}]" if streaming else "rows 10, on rank 0 11"
+    size, size_on_main = (folder.joinpath("train.jsonl").stat().st_size for folder in (folders[1], folders[0]))
+    how = f"sizes [{size}], on rank 0 [{size_on_main}]" if streaming else "rows 10, on rank 0 11"
     assert second == f"  - rank 1: train.jsonl: {how}"
     (folders[2] / "eval.jsonl").unlink()
     messages = run_ranks(_open_error, 3, folders, recipe)
@@ -196,7 +196,7 @@ def _take(rank, world_size, recipe, how):
     ranks = Ranks(rank, world_size, rank, CPU)
     data = open_data(recipe, ranks)
     if how == "differs" and rank == 1:
-        data.loader.seed += 1
+        data.loader.producer.seed += 1
     steps = iter(data.loader)
 
     def one_step(steps):
@@ -251,9 +251,9 @@ def test_a_stream_with_missing_media_trains_the_other_rows(tiny_folder, task, tm
         "data__train": [entry], "data__stream_window": 5, "data__max_rejected_fraction": 0.5,
         "train__packs_per_step": 4, "data__num_workers": 1, "parallel": {"engine": "ddp"},
     }  # fmt: skip
-    whole = make_recipe(tiny_folder, task, tmp_path, name="whole", **options)
+    complete = make_recipe(tiny_folder, task, tmp_path, name="complete", **options)
     lacking = make_recipe(tiny_folder, task, tmp_path, name="lacking", **options)
-    run, _ = run_ranks(_train, 2, folders, whole, timeout=120)
+    run, _ = run_ranks(_train, 2, folders, complete, timeout=120)
     os.utime(folders[1] / "train.jsonl", ns=(7, 7))  # copied by hand, and the same content
     for name in ("0-0", "2-0", "8-0"):
         (folders[1] / "images" / f"{name}.png").unlink()
@@ -266,5 +266,5 @@ def test_a_stream_with_missing_media_trains_the_other_rows(tiny_folder, task, tm
     assert others[-1]["rejected"] == len(listed) > 0
     assert {row["row"] for row in listed} <= {1, 3, 9}
     assert all("no such file" in row["reason"] for row in listed)
-    one, other = (read_record(latest_checkpoint(folder))["loader"] for folder in (run, with_faults))
+    one, other = (read_manifest(latest_checkpoint(folder))["loader"] for folder in (run, with_faults))
     assert one == other

@@ -1,4 +1,4 @@
-"""The data of a recipe: opened once for all ranks, streams beside files, limits and budgets from the recipe."""
+"""The data of a recipe: indexed on rank 0 for all ranks, files and streams, limits and budgets from the recipe."""
 
 import json
 import os
@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from qwen3vl_train.checkpoint.manifest import latest_checkpoint, read_record
+from qwen3vl_train.checkpoint.manifest import latest_checkpoint, read_manifest
 from qwen3vl_train.data.open import cost_model
-from qwen3vl_train.data.packing.loader import TrainLoader
-from qwen3vl_train.data.packing.stream import StreamLoader
+from qwen3vl_train.data.packing.stream import StreamedWindows
+from qwen3vl_train.data.packing.windows import IndexedWindows
 from qwen3vl_train.dist.ranks import Ranks
 from qwen3vl_train.modules import GROUPS
 from qwen3vl_train.tracking.metrics import read_metrics
@@ -32,7 +32,7 @@ def open_on_rank(rank, world_size, recipe, folder):
     return data.index.digest(), data.rejects.indexed, len(data.rejects), heartbeats > 0, names
 
 
-def test_rank_0_looks_at_the_rows_for_all(tiny_folder, task, tmp_path):
+def test_rank_0_indexes_the_rows_for_all_ranks(tiny_folder, task, tmp_path):
     rows = [*(task / "train.jsonl").read_text().splitlines(), "{"]
     write_rows(tmp_path / "train.jsonl", rows)
     entry = {"path": str(tmp_path / "train.jsonl"), "media_root": str(task)}
@@ -66,7 +66,7 @@ def test_budgets_and_limits_of_the_recipe_reach_the_packs(tiny_folder, task, tmp
     assert any("dropped as too long" in line for line in dropping.summary())
 
 
-def test_a_run_from_a_stream_is_the_same_resumed_and_counts_in_its_metrics(tiny_folder, task, tmp_path):
+def test_a_streamed_run_resumes_with_the_same_counts(tiny_folder, task, tmp_path):
     rows = [json.loads(line) for line in (task / "train.jsonl").read_text().splitlines()]
     write_rows(tmp_path / "s.jsonl", [{"messages": []}, *rows, *rows])
     entries = [
@@ -90,9 +90,9 @@ def test_a_run_from_a_stream_is_the_same_resumed_and_counts_in_its_metrics(tiny_
     assert small_runs.losses(cut) == small_runs.losses(whole)
     assert [row["rejected"] for row in read_metrics(cut / "metrics.jsonl")] == [step["rejected"] for step in steps]
     assert (cut / "rejected.jsonl").read_text() == (whole / "rejected.jsonl").read_text()
-    # 46 rows are looked at for six steps of 2 packs, the broken one once in each of the epochs that takes.
-    record = read_record(latest_checkpoint(whole))
-    assert record["rejects"] == read_record(latest_checkpoint(cut))["rejects"]
+    # Six steps of 2 packs scan 46 rows, the broken one once in each epoch.
+    record = read_manifest(latest_checkpoint(whole))
+    assert record["rejects"] == read_manifest(latest_checkpoint(cut))["rejects"]
     assert record["rejects"]["listed"] == 1
 
 
@@ -113,11 +113,11 @@ def test_too_many_rejected_rows_stop_a_stream(tiny_folder, task, tmp_path):
 
 def test_the_loader_follows_the_recipe(tiny_folder, task, tmp_path):
     files = open_data(make_recipe(tiny_folder, task, tmp_path), ALONE)
-    assert isinstance(files.loader, TrainLoader)
+    assert isinstance(files.loader.producer, IndexedWindows)
     assert "the busiest rank does 1.000 of the mean" in files.summary()[0]
     entries = [{"path": str(task / "train.jsonl"), "streaming": True}]
     stream = open_data(make_recipe(tiny_folder, task, tmp_path, data__train=entries), ALONE)
-    assert isinstance(stream.loader, StreamLoader)
+    assert isinstance(stream.loader.producer, StreamedWindows)
     assert stream.summary() == [
         f"data: streamed from {task}/train.jsonl, packed 2,048 rows at a time",
         "data: begins with train.jsonl: 11 rows, openai 11",

@@ -204,7 +204,7 @@ TAMPERINGS = {
 
 
 @pytest.mark.parametrize("tampering", TAMPERINGS.values(), ids=TAMPERINGS)
-def test_a_checkpoint_that_differs_is_not_written(run, tmp_path, tampering):
+def test_an_export_that_differs_is_removed(run, tmp_path, tampering):
     tamper, message = tampering
     faults.after_export_weights(tamper)
     with pytest.raises(RuntimeError, match=message):
@@ -213,7 +213,7 @@ def test_a_checkpoint_that_differs_is_not_written(run, tmp_path, tampering):
 
 
 @pytest.mark.parametrize("values", [{"lora_alpha": 9}, {"use_rslora": True}, {"r": 2}], ids=str)
-def test_an_adapter_that_peft_would_apply_otherwise_is_found_out(run, tmp_path, values):
+def test_an_adapter_that_peft_applies_differently_is_an_error(run, tmp_path, values):
     faults.after_export_companions(lambda folder: _edit_json(folder / "adapter_config.json", None, **values))
     with pytest.raises(RuntimeError):
         export_run(run("lora"), tmp_path / "out", merge=False)

@@ -1,4 +1,4 @@
-"""A run killed at any moment, alone or on ranks, goes on as if it had not been."""
+"""A run killed at any moment, on one or several ranks, resumes as if it had not been killed."""
 
 import json
 import os

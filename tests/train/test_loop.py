@@ -57,7 +57,7 @@ def test_activation_checkpointing_changes_nothing(tiny_folder, task, tmp_path, m
 
 @pytest.fixture(scope="module")
 def evaluated(tiny_folder: Path, task: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of 5 steps with two held-out files, judged every 2."""
+    """A run of 5 steps with two held-out files, evaluated every 2."""
     recipe = small_runs.make_recipe(
         tiny_folder,
         task,
@@ -70,7 +70,7 @@ def evaluated(tiny_folder: Path, task: Path, tmp_path_factory: pytest.TempPathFa
     return train(recipe)
 
 
-def test_held_out_files_are_judged_on_time_and_at_the_end(evaluated):
+def test_held_out_files_are_evaluated_on_time_and_at_the_end(evaluated):
     rows = [json.loads(line) for line in (evaluated / "eval.jsonl").read_text().splitlines()]
     assert [(row["step"], row["name"]) for row in rows] == [
         (step, name) for step in (2, 4, 5) for name in ("eval", "whole")
@@ -78,7 +78,7 @@ def test_held_out_files_are_judged_on_time_and_at_the_end(evaluated):
     assert all(row.keys() == {"step", "name", "loss", "label_tokens", "seconds"} for row in rows)
 
 
-def test_the_held_out_loss_is_the_mean_over_all_its_labels_without_dropout(evaluated, task):
+def test_the_held_out_loss_is_a_mean_over_labels(evaluated, task):
     model = restore_run(evaluated, dtype=torch.float32).model
     collate = open_collator(load_recipe(evaluated / "recipe.yaml"))
     source = JsonlSource(task / "eval.jsonl", task)
@@ -93,7 +93,7 @@ def test_the_held_out_loss_is_the_mean_over_all_its_labels_without_dropout(evalu
     assert last["label_tokens"] == labels
 
 
-def test_judging_changes_no_training(evaluated, tiny_folder, task, tmp_path):
+def test_evaluation_does_not_change_training(evaluated, tiny_folder, task, tmp_path):
     recipe = small_runs.make_recipe(tiny_folder, task, tmp_path, train__num_steps=5, tune=small_runs.LORA)
     assert small_runs.losses(train(recipe)) == small_runs.losses(evaluated)
 

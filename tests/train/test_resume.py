@@ -1,4 +1,4 @@
-"""Stopping changes nothing: a run that was killed goes on as if it had not been, bit for bit."""
+"""Stopping changes nothing: a run that was killed resumes bit for bit."""
 
 import json
 import shutil
@@ -24,7 +24,7 @@ CASES = {
 def _killed_after(step: int, recipe: Recipe) -> int:
     """Train in a process that is killed the moment the row of this step is on disk; return its exit code.
 
-    Checkpoints of the steps before are whole by then. `test_killed.py` kills in the middle of one.
+    Checkpoints of the steps before are complete by then. `test_killed.py` kills in the middle of one.
     """
 
     def work() -> None:
@@ -36,10 +36,10 @@ def _killed_after(step: int, recipe: Recipe) -> int:
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_a_killed_run_goes_on_as_if_it_had_not_been(tiny_folder: Path, task: Path, tmp_path: Path, case: dict):
+def test_a_killed_run_resumes_bit_for_bit(tiny_folder: Path, task: Path, tmp_path: Path, case: dict):
     straight = train(small_runs.make_recipe(tiny_folder, task, tmp_path / "straight", **case))
     recipe = small_runs.make_recipe(tiny_folder, task, tmp_path / "killed", **case)
-    # Epochs have 2 steps, checkpoints come every 2: the first kill falls into an epoch, the second behind a resume.
+    # Epochs have 2 steps, checkpoints come every 2: the first kill falls into an epoch, the second after a resume.
     assert _killed_after(3, recipe) == -9
     assert _killed_after(5, recipe) == -9
     killed = train(recipe)
@@ -100,7 +100,7 @@ def test_a_finished_run_has_nothing_to_do(tiny_folder, task, copied, capsys):
     assert (copied / "run" / "metrics.jsonl").read_bytes() == before
 
 
-def test_what_does_not_change_training_may_change(tiny_folder, task, copied, capsys):
+def test_settings_that_do_not_change_training_may_change(tiny_folder, task, copied, capsys):
     recipe = small_runs.make_recipe(
         tiny_folder, task, copied, checkpoint={"every_steps": 5, "keep_last": 1}, data__num_workers=1
     )
@@ -111,7 +111,7 @@ def test_what_does_not_change_training_may_change(tiny_folder, task, copied, cap
     assert kept == ["step-00000006"]  # of those at 4, 5 and 6, as keep_last now says
 
 
-def test_another_run_in_the_folder_is_refused_with_its_differences(tiny_folder, task, copied):
+def test_another_run_in_the_folder_is_an_error(tiny_folder, task, copied):
     recipe = small_runs.make_recipe(tiny_folder, task, copied, optim__lr=2e-3, train__seed=1, tune=small_runs.LORA)
     with pytest.raises(ValueError) as fault:
         train(recipe)
@@ -136,7 +136,7 @@ def test_resume_never_starts_where_nothing_is(tiny_folder, task, tmp_path):
     assert len(losses(train(recipe))) == 1
 
 
-def test_a_folder_of_something_else_is_left_alone(tiny_folder, task, tmp_path):
+def test_a_folder_of_something_else_is_not_touched(tiny_folder, task, tmp_path):
     recipe = small_runs.make_recipe(tiny_folder, task, tmp_path)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.tex").write_text("dear")
@@ -150,14 +150,14 @@ def test_a_folder_of_something_else_is_left_alone(tiny_folder, task, tmp_path):
 
 
 def _cut(file: Path) -> str:
-    whole = file.read_bytes()
-    file.write_bytes(whole[:-100])
-    return f"{len(whole) - 100} bytes, written with {len(whole)}; remove this checkpoint"
+    content = file.read_bytes()
+    file.write_bytes(content[:-100])
+    return f"{len(content) - 100} bytes, written with {len(content)}; remove this checkpoint"
 
 
 def _alter(file: Path) -> str:
-    whole = file.read_bytes()
-    file.write_bytes(whole[:-100] + bytes(10) + whole[-90:])
+    content = file.read_bytes()
+    file.write_bytes(content[:-100] + bytes(10) + content[-90:])
     return "its checksum is not the one it was written with; remove this checkpoint"
 
 
@@ -167,7 +167,7 @@ def _lose(file: Path) -> str:
 
 
 @pytest.mark.parametrize("damage", [_cut, _alter, _lose], ids=lambda damage: damage.__name__[1:])
-def test_a_damaged_checkpoint_is_told_and_the_one_before_is_taken(tiny_folder, task, copied, capsys, damage):
+def test_a_damaged_checkpoint_is_skipped(tiny_folder, task, copied, capsys, damage):
     recipe = small_runs.make_recipe(tiny_folder, task, copied)
     expected, tensors = losses(copied / "run"), small_runs.final_tensors(copied / "run")
     checkpoint = copied / "run" / "checkpoints" / "step-00000006"
@@ -183,14 +183,14 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_is_taken(tiny_folder, t
     assert kept == ["damaged-step-00000006", "step-00000004", "step-00000006"]
 
 
-def test_a_run_with_damaged_checkpoints_alone_stops_and_names_them(tiny_folder, task, copied):
+def test_a_run_with_only_damaged_checkpoints_stops(tiny_folder, task, copied):
     faults = []
     for step in (6, 4):
         (file,) = (copied / "run" / "checkpoints" / f"step-{step:08d}" / "state").iterdir()
         faults.append(f"\n  - {file}: {_lose(file)}")
     with pytest.raises(ValueError) as fault:
         train(small_runs.make_recipe(tiny_folder, task, copied))
-    assert str(fault.value) == f"{copied / 'run'}: none of 2 checkpoints is whole{''.join(faults)}"
+    assert str(fault.value) == f"{copied / 'run'}: none of 2 checkpoints is complete{''.join(faults)}"
 
 
 def test_changed_data_stops_a_resume(tiny_folder, task, tmp_path):
@@ -206,7 +206,7 @@ def test_changed_data_stops_a_resume(tiny_folder, task, tmp_path):
 def test_rows_rejected_before_a_kill_still_count_after_it(tiny_folder, task, tmp_path):
     shutil.copytree(task, tmp_path / "task")
     broken = tmp_path / "task" / "images" / "6-0.png"
-    broken.write_bytes(broken.read_bytes()[:-2000])  # its header is whole: only decoding shows the damage
+    broken.write_bytes(broken.read_bytes()[:-2000])  # its header is intact: only decoding shows the damage
     case = {"data__max_rejected_fraction": 0.1}
     straight = train(small_runs.make_recipe(tiny_folder, tmp_path / "task", tmp_path / "straight", **case))
     recipe = small_runs.make_recipe(tiny_folder, tmp_path / "task", tmp_path / "killed", **case)
@@ -217,3 +217,22 @@ def test_rows_rejected_before_a_kill_still_count_after_it(tiny_folder, task, tmp
     assert counts == [row["rejected"] for row in read_metrics(straight / "metrics.jsonl")]
     assert counts[-1] == 1
     assert (killed / "rejected.jsonl").read_text() == (straight / "rejected.jsonl").read_text()
+
+
+def test_a_run_that_met_a_full_disk_resumes(tiny_folder, task, tmp_path):
+    straight = train(small_runs.make_recipe(tiny_folder, task, tmp_path / "straight"))
+    recipe = small_runs.make_recipe(tiny_folder, task, tmp_path / "full")
+    run = tmp_path / "full" / "run"
+
+    def train_until_the_disk_is_full() -> None:
+        faults.finish_saves(2)
+        # Between the first checkpoint and the second; one takes 19 MB.
+        faults.around_steps(after=lambda step, packs: faults.fill_disk(1_000_000) if step == 3 else None)
+        with pytest.raises(RuntimeError, match=r"step-00000004: could not be saved \(.*\); make room, then the run"):
+            train(recipe)
+
+    assert in_child(train_until_the_disk_is_full) == 0
+    assert [folder.name for folder in (run / "checkpoints").iterdir()] == ["step-00000002"]
+    train(recipe)
+    assert losses(run) == losses(straight)
+    small_runs.assert_same_tensors(small_runs.final_tensors(run), small_runs.final_tensors(straight))

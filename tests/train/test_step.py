@@ -31,7 +31,7 @@ def test_the_loss_is_the_mean_over_the_labels_of_all_packs(tiny_folder, pack):
         counts.append(int(rows.sum()))
     done = trainee.step(packs)
     assert done.loss == pytest.approx(sum(sums) / sum(counts), abs=1e-5)
-    # The mean of the packs' means is another number: the test would not see it if the packs were equal.
+    # The mean of the packs' means is another number: the test could not tell them apart if the packs were equal.
     assert abs((sums[0] / counts[0] + sums[1] / counts[1]) / 2 - done.loss) > 0.01
     assert (done.label_tokens, done.tokens) == (sum(counts), sum(batch.num_tokens for batch in packs))
     assert (done.visual_tokens, done.patches) == (4 + 4 + 12, 16 + 16 + 48)
@@ -40,12 +40,12 @@ def test_the_loss_is_the_mean_over_the_labels_of_all_packs(tiny_folder, pack):
 
 def test_packs_accumulate_to_one_big_pack(tiny_folder, pack):
     rows = [TEXT_ONLY, TWO_IMAGES, 6, ONE_IMAGE]
-    together, parts = Trainee(tiny_folder), Trainee(tiny_folder)
-    of_all = together.step([pack(*rows)])
-    of_parts = parts.step([pack(*rows[:1]), pack(*rows[1:2]), pack(*rows[2:])])
-    assert of_parts.loss == pytest.approx(of_all.loss, abs=1e-5)
-    assert of_parts.grad_norms == pytest.approx(of_all.grad_norms, rel=1e-5)
-    got, expected = parts.weights(), together.weights()
+    one, two = Trainee(tiny_folder), Trainee(tiny_folder)
+    of_one = one.step([pack(*rows)])
+    of_parts = two.step([pack(*rows[:1]), pack(*rows[1:2]), pack(*rows[2:])])
+    assert of_parts.loss == pytest.approx(of_one.loss, abs=1e-5)
+    assert of_parts.grad_norms == pytest.approx(of_one.grad_norms, rel=1e-5)
+    got, expected = two.weights(), one.weights()
     # Float32 sums in another order; a step of Adam is up to lr = 1e-3, so a wrong gradient would show a hundredfold.
     assert max((got[name] - expected[name]).abs().max().item() for name in expected) < 1e-5
 
@@ -82,14 +82,14 @@ def test_lora_moves_adapters_alone(tiny_folder, pack):
     assert moved == {name for name in before if ".lora_" in name}
 
 
-def test_a_text_pack_where_only_the_vision_side_trains(tiny_folder, pack):
+def test_a_text_pack_where_only_vision_trains_changes_nothing(tiny_folder, pack):
     trainee = Trainee(tiny_folder, tune={"method": "full", "train": ["merger"]}, optim__weight_decay=0.0)
     before = trainee.weights()
     assert trainee.step([pack(TEXT_ONLY)]).grad_norms["all"] == 0
     assert all(torch.equal(weight, before[name]) for name, weight in trainee.weights().items())
 
 
-def test_what_no_pack_reaches_has_a_gradient_of_zero(tiny_folder, pack):
+def test_weights_that_no_pack_uses_get_a_zero_gradient(tiny_folder, pack):
     trainee = Trainee(tiny_folder)
     trainee.step([pack(TEXT_ONLY)])
     state = trainee.optimizer.state_tensors()
@@ -141,7 +141,7 @@ def test_a_non_finite_loss_stops_before_any_weight_moves(tiny_folder, pack, dtyp
     assert all(torch.allclose(state[name], masters[name], rtol=0, atol=0, equal_nan=True) for name in state)
 
 
-def test_a_non_finite_gradient_stops_and_names_its_group(tiny_folder, pack):
+def test_a_non_finite_gradient_names_its_group(tiny_folder, pack):
     trainee = Trainee(tiny_folder)
     trainee.model.visual.vision.merger.linear_fc1.weight.register_hook(lambda gradient: gradient * math.inf)
     before = trainee.weights()

@@ -44,7 +44,7 @@ def test_a_text_only_start_is_checked_again_with_an_image(tiny_folder, pack):
     )
 
 
-def test_a_step_without_labels_is_not_checked(tiny_folder, pack):
+def test_a_step_without_a_usable_row_is_not_checked(tiny_folder, pack):
     trainee = Trainee(tiny_folder)
     check = GradientCheck(trainee.model)
     trainee.step([])
@@ -68,7 +68,7 @@ def test_a_trained_tensor_without_a_gradient_is_named(tiny_folder, pack, row):
     )
 
 
-def test_a_vision_tensor_without_a_gradient_is_named(tiny_folder, pack):
+def test_a_missing_vision_gradient_is_found_at_the_first_image(tiny_folder, pack):
     trainee = Trainee(tiny_folder)
     trainee.model.visual.vision.merger.register_parameter("forgotten", nn.Parameter(torch.zeros(3)))
     check = GradientCheck(trainee.model)
@@ -122,7 +122,7 @@ def test_the_report_counts_what_trains_by_group(tiny_folder, task, tmp_path):
         (".*merger.*linear_fc1", {"merger_lr": 1e-4}, "optim.deepstack_lr: missing beside optim.merger_lr 0.0001"),
     ],
 )
-def test_rates_of_what_patterns_do_not_reach(tiny_folder, task, tmp_path, pattern, rates, message):
+def test_a_rate_for_unmatched_patterns_is_an_error(tiny_folder, task, tmp_path, pattern, rates, message):
     values = {f"optim__{name}": rate for name, rate in rates.items()}
     tune = {"method": "lora", "rank": 2, "targets": [pattern]}
     recipe = small_runs.make_recipe(tiny_folder, task, tmp_path, tune=tune, **values)

@@ -1,4 +1,4 @@
-"""What a run does beside its steps: saving, keeping the best, writing for others, determinism."""
+"""What a run does besides its steps: saving, keeping the best, exporting, determinism."""
 
 import json
 import os
@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from qwen3vl_train.checkpoint.hf import load_qwen3_vl_model
-from qwen3vl_train.checkpoint.manifest import checkpoint_folder, latest_checkpoint, read_record
+from qwen3vl_train.checkpoint.manifest import checkpoint_folder, latest_checkpoint, read_manifest
 from qwen3vl_train.checkpoint.writer import CheckpointWriter, read_tensors
 from qwen3vl_train.config import Recipe, run_dir
 from qwen3vl_train.dist.stop import StopRequest
@@ -37,20 +37,20 @@ def _train(rank: int, world_size: int, recipe: Recipe) -> None:
     train(recipe)
 
 
-def test_the_wait_for_a_checkpoint_is_in_the_metrics_of_the_next_step(small: Path, task: Path, tmp_path: Path):
+def test_a_checkpoint_stall_is_in_the_next_metrics(small: Path, task: Path, tmp_path: Path):
     run = train(small_runs.make_recipe(small, task, tmp_path))
     stalls = [row["checkpoint_stall_seconds"] for row in read_metrics(run / "metrics.jsonl")]
     assert [stall > 0 for stall in stalls] == [False, False, True, False, True, False]
 
 
-def test_what_the_optimizer_takes_to_give_its_state_is_part_of_the_wait(small: Path, task: Path, tmp_path: Path):
+def test_the_optimizer_state_is_part_of_the_stall(small: Path, task: Path, tmp_path: Path):
     faults.slow_optimizer_state(seconds=0.4)
     run = train(small_runs.make_recipe(small, task, tmp_path, train__num_steps=3))
     assert read_metrics(run / "metrics.jsonl")[2]["checkpoint_stall_seconds"] > 0.4
 
 
-def test_an_evaluation_is_heard_of_at_every_pack(small: Path, task: Path, tmp_path: Path):
-    """Else a long one would be told as a rank that is late."""
+def test_an_evaluation_sends_a_heartbeat_for_every_pack(small: Path, task: Path, tmp_path: Path):
+    """Without them a long evaluation would be reported as a late rank."""
     heard = faults.note_heartbeats()
     case = {"data__eval": [{"path": str(task / "eval.jsonl"), "name": "held"}], "data__max_tokens_per_pack": 64}
     train(small_runs.make_recipe(small, task, tmp_path / "held", train__num_steps=1, **case))
@@ -58,12 +58,12 @@ def test_an_evaluation_is_heard_of_at_every_pack(small: Path, task: Path, tmp_pa
     assert heard[3:].count(1) > 3  # the step, and packs of four rows
 
 
-def test_the_manifest_says_who_wrote_it_and_what_for(small: Path, task: Path, tmp_path: Path):
+def test_the_manifest_holds_engine_ranks_versions_and_losses(small: Path, task: Path, tmp_path: Path):
     case = {"data__eval": [{"path": str(task / "eval.jsonl"), "name": "held"}], "eval__every_steps": 2}
     recipe = small_runs.make_recipe(small, task, tmp_path, parallel={"engine": "fsdp2"}, train__num_steps=3, **case)
     run_ranks(_train, 2, recipe)
     run = tmp_path / "run"
-    second, third = (read_record(checkpoint_folder(run, step), checksums=True) for step in (2, 3))
+    second, third = (read_manifest(checkpoint_folder(run, step), checksums=True) for step in (2, 3))
     assert (second["step"], second["engine"], second["world_size"]) == (2, "fsdp2", 2)
     assert second["versions"]["torch"] == torch.__version__
     assert len(second["files"]) == 2, "a file of each rank"
@@ -81,14 +81,14 @@ def test_the_id_of_the_tracked_run_is_in_the_checkpoint(small: Path, task: Path,
     faults.track_with(track)
     recipe = small_runs.make_recipe(small, task, tmp_path, train__num_steps=2, checkpoint__every_steps=1)
     run = train(recipe)
-    assert read_record(checkpoint_folder(run, 1))["wandb_run_id"] == "abc123"
+    assert read_manifest(checkpoint_folder(run, 1))["wandb_run_id"] == "abc123"
     shutil.rmtree(checkpoint_folder(run, 2))
     train(recipe)
     assert given == [None, "abc123"]
-    assert read_record(checkpoint_folder(run, 2))["wandb_run_id"] == "abc123"
+    assert read_manifest(checkpoint_folder(run, 2))["wandb_run_id"] == "abc123"
 
 
-def test_a_stop_is_no_failure_to_the_tracker(small: Path, task: Path, tmp_path: Path):
+def test_a_stop_is_not_a_failure_to_the_tracker(small: Path, task: Path, tmp_path: Path):
     codes = faults.note_tracker_exit_codes()
     recipe = small_runs.make_recipe(small, task, tmp_path)
     for error in (None, StopRequest("saved"), RuntimeError("broke")):
@@ -97,7 +97,7 @@ def test_a_stop_is_no_failure_to_the_tracker(small: Path, task: Path, tmp_path: 
     assert codes == [0, 75, 1]
 
 
-def test_the_best_checkpoint_stays_behind_the_newest(small: Path, task: Path, tmp_path: Path):
+def test_the_best_checkpoint_is_kept(small: Path, task: Path, tmp_path: Path):
     case = {
         "data__eval": [{"path": str(task / "eval.jsonl"), "name": "held"}],
         "eval__every_steps": 1,
@@ -112,7 +112,7 @@ def test_the_best_checkpoint_stays_behind_the_newest(small: Path, task: Path, tm
     assert kept == sorted({best, 3, 6})
 
 
-# ---- what one rank alone meets ends the run on all of them
+# ---- an error of one rank ends the run on all ranks
 
 
 def _wait_until(true: Callable[[], bool], seconds: float = 30) -> None:
@@ -152,7 +152,7 @@ def test_all_ranks_end_when_one_cannot_save(
     assert first == second
     run = tmp_path / "run"
     assert first.startswith(f"{checkpoint_folder(run, 4)}: could not be saved (")
-    assert first.endswith(f"; make room, then the run goes on from {checkpoint_folder(run, 2)}, which is whole")
+    assert first.endswith(f"; make room, then the run goes on from {checkpoint_folder(run, 2)}, which is complete")
     assert len(read_metrics(run / "metrics.jsonl")) == min(5, num_steps), "the step after the one that was refused"
 
 
@@ -171,7 +171,7 @@ def _cannot_export(rank: int, world_size: int, recipe: Recipe) -> str:
 
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
-def test_all_ranks_end_when_the_form_for_others_cannot_be_written(small: Path, task: Path, tmp_path: Path, engine: str):
+def test_all_ranks_end_when_an_export_fails(small: Path, task: Path, tmp_path: Path, engine: str):
     case = {"checkpoint": {"export_every_steps": 2}, "train__num_steps": 3, "parallel": {"engine": engine}}
     first, second = run_ranks(_cannot_export, 2, small_runs.make_recipe(small, task, tmp_path, **case))
     assert first == second
@@ -190,7 +190,7 @@ EXPORTS = {"full": small_runs.FULL, "lora": small_runs.LORA}
 
 @pytest.mark.parametrize("engine", ["single", "fsdp2"])
 @pytest.mark.parametrize("tune", EXPORTS)
-def test_the_form_for_others_is_written_while_training(
+def test_an_export_is_written_while_training(
     small: Path, task: Path, tmp_path: Path, capfd: pytest.CaptureFixture, engine: str, tune: str
 ):
     case = {"tune": EXPORTS[tune], "checkpoint": {"every_steps": 2, "export_every_steps": 2}, "train__num_steps": 3}
@@ -233,7 +233,7 @@ def test_an_export_of_a_step_done_again_is_replaced(small: Path, task: Path, tmp
     assert (stale.parent / "adapter_config.json").is_file()
 
 
-def test_what_was_written_while_training_is_what_export_writes(small: Path, task: Path, tmp_path: Path):
+def test_an_export_while_training_equals_a_later_export(small: Path, task: Path, tmp_path: Path):
     case = {"checkpoint": {"every_steps": 2, "export_every_steps": 2}, "train__num_steps": 2}
     run = train(small_runs.make_recipe(small, task, tmp_path / "out", **case))
     export_run(run, tmp_path / "export", merge=True)
@@ -254,7 +254,7 @@ def test_an_altered_checkpoint_is_not_exported(small: Path, task: Path, tmp_path
         export_run(run, tmp_path / "export", merge=False)
 
 
-def test_deterministic_kernels_are_asked_for(small: Path, task: Path, tmp_path: Path):
+def test_a_deterministic_run_uses_deterministic_kernels(small: Path, task: Path, tmp_path: Path):
     try:
         plain = train(small_runs.make_recipe(small, task, tmp_path / "plain", train__num_steps=2))
         assert not torch.are_deterministic_algorithms_enabled()

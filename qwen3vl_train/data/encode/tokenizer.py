@@ -1,4 +1,4 @@
-"""The checkpoint's tokenizer, with one rule of our own: text that somebody typed never becomes a special token."""
+"""The checkpoint's tokenizer, with one rule of our own: typed text never becomes a special token."""
 
 import hashlib
 import json
@@ -19,8 +19,8 @@ IMAGE_PAD = "<|image_pad|>"
 VIDEO_PAD = "<|video_pad|>"
 SPECIAL_TOKENS = (END_OF_TEXT, TURN_START, TURN_END, VISION_START, VISION_END, IMAGE_PAD, VIDEO_PAD)
 
-_REMEMBERED, _REMEMBERED_TEXTS = 16, 1024
-"""Characters and number of texts whose count is kept: role names and line ends stand in every sample."""
+_CACHED_CHARACTERS, _CACHED_TEXTS = 16, 1024
+"""Limits on the texts whose token count is cached: role names and line ends are in every sample."""
 
 _KINDS = "a0 .é"
 """One of each kind of character that `fewest` tells apart: letters, digits, blanks, the rest of ASCII, all beyond."""
@@ -43,14 +43,14 @@ _KIND_OF_LETTER = {byte: _kind(byte) for byte in _SHOWN} | {
 
 
 class ChatTokenizer:
-    """Encodes plain text and knows the ids of the special tokens, by name.
+    """Encode plain text, and map the names of special tokens to ids. Can be pickled.
 
-    special_ids: name -> id of SPECIAL_TOKENS. Added tokens that are not special (`<think>`, `<tool_call>`) are
-    recognised in text as the tokenizer has them. Can be pickled.
+    special_ids: name -> id of SPECIAL_TOKENS.
+    Added tokens that are not special (`<think>`, `<tool_call>`) are recognised in text, as the tokenizer defines them.
     """
 
     def __init__(self, tokenizer: Tokenizer, where: str = "tokenizer") -> None:
-        """Take over a tokenizer. Raises ValueError that names every special token it lacks or does not mark special."""
+        """Wrap a tokenizer. Raise ValueError that names every special token that is missing or not marked special."""
         added = tokenizer.get_added_tokens_decoder()
         found = {name: tokenizer.token_to_id(name) for name in SPECIAL_TOKENS}
         ids = {name: token for name, token in found.items() if token is not None}
@@ -74,7 +74,7 @@ class ChatTokenizer:
 
     @classmethod
     def from_pretrained(cls, model_path: str | Path, arch: Qwen3VLArch | None = None) -> "ChatTokenizer":
-        """Read `model_path/tokenizer.json`; with arch, check its ids. Raises ValueError."""
+        """Read `model_path/tokenizer.json`; with arch, check its ids. Raise ValueError."""
         file = Path(model_path) / "tokenizer.json"
         if not file.is_file():
             raise ValueError(f"{file}: no such file; give the folder of a Qwen3-VL checkpoint with its tokenizer")
@@ -84,7 +84,7 @@ class ChatTokenizer:
         except ValueError as error:
             raise ValueError(f"{file}: not JSON ({error}); copy the file again") from None
         if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
-            raise ValueError(f"{file}: holds no tokenizer (no 'model'); copy the file again")
+            raise ValueError(f"{file}: is not a tokenizer (no 'model'); copy the file again")
         loaded = cls(Tokenizer.from_str(text), where=str(file))
         if arch is not None:
             loaded.check_ids(arch)
@@ -92,7 +92,7 @@ class ChatTokenizer:
 
     @cached_property
     def digest(self) -> str:
-        """A hash of the whole tokenizer."""
+        """A hash of the tokenizer."""
         return hashlib.sha256(self._tokenizer.to_str().encode()).hexdigest()
 
     def check_ids(self, arch: Qwen3VLArch) -> None:
@@ -103,28 +103,28 @@ class ChatTokenizer:
             VISION_START: arch.vision_start_token_id,
             VISION_END: arch.vision_end_token_id,
         }
-        faults = [
+        mismatches = [
             f"{name} is {self.special_ids[name]}, config.json says {token}"
             for name, token in wanted.items()
             if self.special_ids[name] != token
         ]
         highest = max(self._tokenizer.get_vocab(with_added_tokens=True).values())
         if highest >= arch.text.vocab_size:
-            faults.append(f"its highest id {highest} is outside the model's vocabulary of {arch.text.vocab_size}")
-        if faults:
-            raise ValueError(f"{self._where}: {'; '.join(faults)}; use the tokenizer of this checkpoint")
+            mismatches.append(f"its highest id {highest} is outside the model's vocabulary of {arch.text.vocab_size}")
+        if mismatches:
+            raise ValueError(f"{self._where}: {'; '.join(mismatches)}; use the tokenizer of this checkpoint")
 
     def encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Return ids and, for each, the (start, end) characters of text it stands for. Special names stay text."""
+        """Return ids and, for each, its (start, end) characters in text. Names of special tokens stay text."""
         encoding = self._tokenizer.encode(text, add_special_tokens=False)
         return encoding.ids, encoding.offsets
 
     def count(self, text: str) -> int:
-        """Return the number of ids that `encode` gives, in half its time; that of short texts is remembered."""
+        """Return the number of ids that `encode` gives, in half its time; counts of short texts are cached."""
         found = self._counts.get(text)
         if found is None:
             found = len(self._tokenizer.encode(text, add_special_tokens=False))
-            if len(text) <= _REMEMBERED and len(self._counts) < _REMEMBERED_TEXTS:
+            if len(text) <= _CACHED_CHARACTERS and len(self._counts) < _CACHED_TEXTS:
                 self._counts[text] = found
         return found
 
@@ -149,11 +149,11 @@ class ChatTokenizer:
         return {kind: max(1, *(token.count(kind) for token in tokens)) for kind in _KINDS}
 
     def decode(self, ids: list[int], *, skip_special_tokens: bool = True) -> str:
-        """Turn ids back to text. Text comes back in Unicode normal form C."""
+        """Return the text of ids, in Unicode normal form C."""
         return self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
 
     def __reduce__(self) -> tuple:
-        # A pickled Tokenizer forgets encode_special_tokens, so it is made anew.
+        # A pickled Tokenizer loses encode_special_tokens, so it is created again.
         return _restore, (self._tokenizer.to_str(), self._where)
 
 

@@ -1,73 +1,332 @@
-"""The loader of data that is indexed: plans epochs from costs, and evaluation files.
+"""The training loader: plans windows of rows into packs and steps, and builds this rank's share of each step.
 
 What makes which pack and step depends on the data, the seed and the budgets, never on ranks, workers or timing. So a
-position is a few numbers, and a run goes on exactly where it was, also on another number of ranks.
+position is a few numbers, and a run goes on exactly where it was, also on another number of ranks. Memory holds a few
+windows, however long the data.
 """
 
 import math
+from collections import deque
 from collections.abc import Iterator, Sequence
-from itertools import islice
+from dataclasses import dataclass, replace
+from itertools import chain, islice
 from typing import Any, NamedTuple
 
-import numpy as np
-
+from qwen3vl_train.batch import PackedBatch
 from qwen3vl_train.data.encode.collator import MultimodalCollator
-from qwen3vl_train.data.errors import Reject, RowFault
-from qwen3vl_train.data.packing.index import Index
-from qwen3vl_train.data.packing.plan import CostModel, PackLimits, arrange, plan_packs, random_stream
-from qwen3vl_train.data.packing.steps import PackResult, PlanMark, PlannedStep, StepPacks, build_packs, deal_steps
-from qwen3vl_train.data.rows.media_files import local_files, stamp_of
-from qwen3vl_train.data.rows.sample import Sample
-from qwen3vl_train.data.sources import Source
-
-WINDOW = 8192
-"""Rows of an index that are planned together: enough that almost no pack has room left over."""
+from qwen3vl_train.data.errors import Reject
+from qwen3vl_train.data.packing.packs import Families, PackBuilder, PackResult, build_packs
+from qwen3vl_train.data.packing.plan import PackLimits, PlanHash, arrange, plan_packs, rank_loads, share
+from qwen3vl_train.data.packing.windows import Cursor, Window, WindowProducer
 
 
-class BuildRows:
-    """Builds packs from row numbers of an index, in a worker process or in this one."""
+class PlannedPack(NamedTuple):
+    """The families of one pack, with their total cost."""
 
-    def __init__(self, sources: Sequence[Source], collator: MultimodalCollator, index: Index) -> None:
-        self.sources, self.collator, self.index = sources, collator, index
+    families: Families
+    tokens: int
+    work: int
+    num_shrunk: int
 
-    def __call__(self, rows: Sequence[int]) -> PackResult:
-        encoded, rejected = [], []
-        for number in rows:
-            place, row = self.index.locate(number)
-            source = self.sources[place]
-            try:
-                sample = source.sample(row)
-                self._check_unchanged(sample, number)
-                made = self.collator.encode(sample)
-                if made.input_ids.numel() != self.index.tokens[number]:
-                    raise RowFault(
-                        f"sample has {made.input_ids.numel()} tokens but had {self.index.tokens[number]} when it was "
-                        "indexed; its row or its media changed since, start again",
-                        kind="changed",
-                    )
-            except RowFault as fault:
-                rejected.append(Reject.from_fault(source.name, source.row_number(row), fault))
-            else:
-                encoded.append(made)
-        return PackResult(self.collator.pack(encoded) if encoded else None, rejected)
-
-    def _check_unchanged(self, sample: Sample, number: int) -> None:
-        if stamp_of(sample) != self.index.stamps[number]:
-            raise RowFault(changed_media(sample, "indexed"), kind="changed")
+    @property
+    def rows(self) -> list[Any]:
+        return list(chain.from_iterable(self.families))
 
 
-def changed_media(sample: Sample, when: str) -> str:
-    """Say that a media file of a sample is not as it was."""
-    paths = local_files(sample)
-    named = ", ".join(paths[:3]) + (f" or {len(paths) - 3} more" if len(paths) > 3 else "")
-    return (
-        f"size or time of {named} is not what it was when the row was {when}; the row is left out, start again to take "
-        "it as it is now"
-    )
+@dataclass(frozen=True)
+class StepPacks:
+    """The packs of one step that this rank trains on.
+
+    packs: may be empty: a short last step has fewer packs than ranks, or all rows of a pack were broken.
+    pack_numbers: index of each pack among the packs of the step over all ranks.
+    num_packs: planned packs of the step over all ranks.
+    epoch: counted from 0.
+    rejected: rows of this rank that broke when they were decoded and, on rank 0, rows of a stream that cannot be used.
+    state: the loader's position AFTER this step, as JSON, the same on every rank; save it with what the step trained.
+    balance: planned work of the busiest rank, over the mean of all ranks.
+    plan_hash: the same on every rank, or they have not planned the same.
+    num_shrunk: media in the step, over all ranks, that a budget made smaller.
+    num_seen, num_dropped: rows scanned since the run began, and those of them dropped as too long.
+
+    Which source a sample is of is in its name: `rows.parse.dataset_of(name)` for each of `PackedBatch.sample_ids`.
+    """
+
+    packs: list[PackedBatch]
+    pack_numbers: list[int]
+    num_packs: int
+    epoch: int
+    rejected: list[Reject]
+    state: dict[str, Any]
+    balance: float
+    plan_hash: PlanHash
+    num_shrunk: int
+    num_seen: int
+    num_dropped: int
 
 
-def check_run(packs_per_step: int, num_epochs: int | None, num_steps: int | None) -> None:
-    """Raise ValueError for a length of the run or of a step that is none."""
+class Position(NamedTuple):
+    """The next step begins after the first `taken` packs of the window at `cursor`.
+
+    carry_over: packs of this window that complete the last step of the window before, see `arrange`.
+    num_seen, num_dropped: rows scanned and dropped since the run began, with those of this window once taken > 0.
+    skipped, content_hash: those of this window, once taken > 0 (see `Window`): read again, it must give the same plan,
+        whatever can be read by then.
+    """
+
+    cursor: Cursor
+    carry_over: int
+    taken: int
+    steps_done: int
+    num_seen: int
+    num_dropped: int
+    skipped: list[int]
+    content_hash: int
+
+
+class Loader:
+    """Yields the steps of a training run for one rank, from the beginning or from a loaded state."""
+
+    def __init__(
+        self,
+        producer: WindowProducer,
+        collator: MultimodalCollator,
+        *,
+        packs_per_step: int,
+        limits: PackLimits,
+        num_epochs: int | None = None,
+        num_steps: int | None = None,
+        data_rank: int = 0,
+        data_world_size: int = 1,
+        num_workers: int = 0,
+        pin_memory: bool = False,
+        fingerprint: dict[str, Any] | None = None,
+    ) -> None:
+        """Prepare; nothing is read until iteration. Raises ValueError for settings out of range.
+
+        packs_per_step: of all ranks together.
+        num_epochs, num_steps: exactly one of them ends the run; one without a usable row has no steps.
+        data_rank, data_world_size: which share of the packs is this rank's; ranks that share a pack have the same.
+        fingerprint: of the producer, where not this rank's own.
+        """
+        _check_run(packs_per_step, num_epochs, num_steps)
+        self.producer, self.collator, self.limits, self.packs_per_step = producer, collator, limits, packs_per_step
+        self.num_epochs, self._num_steps = num_epochs, 0 if producer.num_usable == 0 else num_steps
+        self.data_rank, self.data_world_size = data_rank, data_world_size
+        self.num_workers, self.pin_memory = num_workers, pin_memory
+        self.fingerprint: dict[str, Any] = {
+            **(producer.fingerprint() if fingerprint is None else fingerprint),
+            "limits": repr(limits),
+            "packs_per_step": packs_per_step,
+        }
+        self._position = Position(producer.start(), 0, 0, 0, *producer.counts, [], 0)
+        self._epoch_lengths: dict[int, int] = {}  # in steps
+        self._kept: tuple[int, dict[tuple[int, ...], list[PlannedPack]]] = (-1, {})
+
+    @property
+    def epoch(self) -> int:
+        """The epoch of the position, counted from 0."""
+        return self._position.cursor["epoch"]
+
+    @property
+    def num_seen(self) -> int:
+        """Rows scanned for the steps yielded so far, since the run began."""
+        return self._position.num_seen
+
+    @property
+    def num_steps(self) -> int | None:
+        """Steps of the whole run, from its beginning; None where num_epochs ends it and a stream does not say.
+
+        With num_epochs, every epoch is planned whose length is not known yet.
+        """
+        if self._num_steps is None and self.producer.num_usable is not None:
+            self._num_steps = sum(self._plan_lengths())
+        return self._num_steps
+
+    def _plan_lengths(self) -> list[int]:
+        """Return the steps of each epoch; of none where they need not or cannot be known ahead."""
+        epochs = range(self.num_epochs or 0) if self.producer.num_usable is not None else range(0)
+        # The epoch that is trained next comes last: the plan of the last one is kept.
+        for epoch in sorted(set(epochs) - self._epoch_lengths.keys(), key=lambda epoch: (epoch == self.epoch, epoch)):
+            self._epoch_lengths[epoch] = math.ceil(len(self.epoch_packs(epoch)) / self.packs_per_step)
+        return [self._epoch_lengths[epoch] for epoch in epochs]
+
+    def epoch_packs(self, epoch: int) -> list[PlannedPack]:
+        """Return all packs of an epoch of indexed rows, over all ranks and steps in order. The last plan is kept."""
+        if self._kept[0] != epoch:
+            plans: dict[tuple[int, ...], list[PlannedPack]] = {}
+            for window, packs, _ in self._planned(self.producer.start(epoch)):
+                plans[window.order_seed] = packs
+                if window.ends_epoch:
+                    break
+            self._kept = epoch, plans
+        return list(chain.from_iterable(self._kept[1].values()))
+
+    def state(self) -> dict[str, Any]:
+        """Return the position of the next step to be yielded, as JSON."""
+        return self._state(self._position)
+
+    def _state(self, position: Position) -> dict[str, Any]:
+        # With the lengths of the epochs, so that a run that goes on need not plan all of them again.
+        return {**position._asdict(), "epoch_lengths": self._plan_lengths(), "fingerprint": self.fingerprint}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on after the step whose `StepPacks.state` this is; call it before iterating.
+
+        Rank and number of ranks may differ from those of the run that saved it. Raises ValueError that names what of
+        the data or the plan is not as it was.
+        """
+        if missing := [name for name in Position._fields if name not in state]:
+            raise ValueError(
+                f"resume: the position in the data has no {', '.join(missing)}: the checkpoint is of an earlier "
+                "version of qwen3vl_train; go on with that version, or start a new run"
+            )
+        _check_fingerprint(state["fingerprint"], self.fingerprint)
+        self._epoch_lengths.update(enumerate(state["epoch_lengths"]))
+        self._move_to(state)
+
+    def _move_to(self, state: dict[str, Any]) -> None:
+        self._position = Position(*(state[name] for name in Position._fields))
+
+    def __iter__(self) -> Iterator[StepPacks]:
+        """Yield the steps from the position on; the position moves as steps are yielded.
+
+        The plan is walked once, by whatever asks for the next pack to build, and at the same pace on every rank: a rank
+        with fewer packs in a step builds empty packs in their place. So ranks that replay the scan of rank 0 ask for
+        a step only when rank 0 is about to do so, too.
+        """
+        planned: deque[tuple[StepPacks, list[int], list[list[int]]]] = deque()
+
+        def packs_to_build() -> Iterator[Families]:
+            for step, packs in self._plan_steps(self._position):
+                work = [pack.work for pack in packs]
+                shares = share(work, self.data_world_size)
+                planned.append((step, work, shares))
+                own = [packs[number].families for number in shares[self.data_rank]]
+                del packs  # its rows are held no longer than they must be
+                yield from own + [()] * (_largest(shares) - len(own))
+
+        build = PackBuilder(self.producer.read_row, self.collator)
+        results = build_packs(build, packs_to_build(), self.num_workers, pin_memory=self.pin_memory)
+        for first in results:
+            step, work, shares = planned.popleft()
+            step = self._finish(step, work, shares, [first, *islice(results, _largest(shares) - 1)])
+            self._move_to(step.state)
+            yield step
+
+    def _finish(
+        self, step: StepPacks, work: list[int], shares: list[list[int]], results: list[PackResult]
+    ) -> StepPacks:
+        """Put what was built into a planned step. work: of each pack of the step. shares: of the ranks."""
+        own = list(zip(shares[self.data_rank], results, strict=False))
+        built = [(number, result.pack) for number, result in own if result.pack is not None]
+        loads = rank_loads(work, shares)
+        return replace(
+            step,
+            packs=[pack for _, pack in built],
+            pack_numbers=[number for number, _ in built],
+            rejected=[reject for _, result in own for reject in result.rejected] + step.rejected,
+            balance=max(loads) * self.data_world_size / sum(loads),
+        )
+
+    def _plan_steps(self, position: Position) -> Iterator[tuple[StepPacks, list[PlannedPack]]]:
+        """Yield the steps from a position to the end of the run, without packs, and what is to be built for each."""
+        begun: list[PlannedPack] = []
+        rejected: list[Reject] = []
+        if self._ends(position):
+            return
+        for window, packs, carry_over in self._planned(position.cursor, position.carry_over, position.skipped):
+            if position.taken:
+                _check_same_window(window, position)
+            else:  # a position inside the window follows a step that has reported all this
+                position = position._replace(
+                    carry_over=carry_over,
+                    num_seen=position.num_seen + window.num_rows,
+                    num_dropped=position.num_dropped + window.num_dropped,
+                    skipped=window.skipped,
+                    content_hash=window.content_hash,
+                )
+                rejected += window.rejects if self.data_rank == 0 else []
+            for number in range(position.taken, len(packs)):
+                begun.append(packs[number])
+                if len(begun) == self.packs_per_step:
+                    position = position._replace(taken=number + 1, steps_done=position.steps_done + 1)
+                    yield self._step(begun, window.epoch, position, rejected), begun
+                    begun, rejected = [], []
+                    if self._ends(position):
+                        return
+            is_short = window.ends_epoch and bool(begun)
+            position = position._replace(
+                cursor=window.next_cursor, carry_over=0, taken=0, steps_done=position.steps_done + is_short,
+                skipped=[], content_hash=0,
+            )  # fmt: skip
+            if is_short:
+                yield self._step(begun, window.epoch, position, rejected), begun
+                begun, rejected = [], []
+            if self._ends(position):
+                return
+
+    def _ends(self, position: Position) -> bool:
+        if self._num_steps is not None:
+            return position.steps_done >= self._num_steps
+        assert self.num_epochs is not None
+        return position.cursor["epoch"] >= self.num_epochs
+
+    def _planned(
+        self, cursor: Cursor, carry_over: int = 0, skipped: Sequence[int] = ()
+    ) -> Iterator[tuple[Window, list[PlannedPack], int]]:
+        """Yield (window, its packs in order, packs of it that were carried over) from a cursor on."""
+        for window in self.producer.windows(cursor, skipped):
+            packs = self._kept[1].get(window.order_seed) if self._kept[0] == window.epoch else None
+            packs = self._plan(window, carry_over) if packs is None else packs
+            yield window, packs, carry_over
+            carry_over = 0 if window.ends_epoch else (carry_over - len(packs)) % self.packs_per_step
+
+    def _plan(self, window: Window, carry_over: int) -> list[PlannedPack]:
+        """Pack a window. The order of its packs follows from the window and carry_over alone."""
+        if not window.families:
+            return []
+        costs = window.costs
+        found = plan_packs(costs, self.limits)
+        packs = [
+            PlannedPack(
+                [window.families[family] for family in pack],
+                int(costs.tokens[pack].sum()),
+                int(costs.work[pack].sum()),
+                int(costs.num_shrunk[pack].sum()),
+            )
+            for pack in found
+        ]
+        order = arrange(
+            [pack.work for pack in packs],
+            packs_per_step=self.packs_per_step,
+            carry_over=carry_over,
+            seed=window.order_seed,
+        )
+        return [packs[number] for number in order]
+
+    def _step(self, packs: list[PlannedPack], epoch: int, position: Position, rejected: list[Reject]) -> StepPacks:
+        keys = [[self.producer.row_key(row) for row in pack.rows] for pack in packs]
+        return StepPacks(
+            packs=[],
+            pack_numbers=[],
+            num_packs=len(packs),
+            epoch=epoch,
+            rejected=rejected,
+            state=self._state(position),
+            balance=1.0,
+            plan_hash=PlanHash.from_plan(position._asdict(), keys),
+            num_shrunk=sum(pack.num_shrunk for pack in packs),
+            num_seen=position.num_seen,
+            num_dropped=position.num_dropped,
+        )
+
+
+def _largest(shares: Sequence[Sequence[int]]) -> int:
+    return max(map(len, shares))
+
+
+def _check_run(packs_per_step: int, num_epochs: int | None, num_steps: int | None) -> None:
+    """Raise ValueError where the length of a step or of the run is out of range."""
     if packs_per_step < 1:
         raise ValueError(f"train.packs_per_step: got {packs_per_step}; use at least 1")
     if (num_epochs is None) == (num_steps is None):
@@ -76,226 +335,23 @@ def check_run(packs_per_step: int, num_epochs: int | None, num_steps: int | None
         raise ValueError(f"train: num_epochs is {num_epochs} and num_steps is {num_steps}; use at least 1")
 
 
-def check_weights(sources_with_weights: Sequence[tuple[Any, float]]) -> None:
-    for source, weight in sources_with_weights:
-        if not (math.isfinite(weight) and weight > 0):
-            raise ValueError(f"data.train: {source.name}: weight is {weight}; use a number above 0")
-
-
-def check_fingerprint(theirs: dict[str, Any], ours: dict[str, Any]) -> None:
+def _check_fingerprint(saved: dict[str, Any], current: dict[str, Any]) -> None:
     """Raise ValueError that names what of the data or the plan is not as it was when a state was saved."""
-    changed = [key for key, value in ours.items() if theirs.get(key) != value]
+    changed = [key for key, value in current.items() if saved.get(key) != value]
     if changed:
         what = {"sources": "the data files", "costs": "the rows' token counts", "encoder": "the template or a budget"}
-        names = ", ".join(what.get(key, f"{key} ({theirs.get(key)} then, {ours[key]} now)") for key in changed)
+        names = ", ".join(what.get(key, f"{key} ({saved.get(key)} then, {current[key]} now)") for key in changed)
         raise ValueError(
             f"resume: {names} changed since the checkpoint, so the run cannot go on exactly; put them back or start a "
             "new run"
         )
 
 
-class _Position(NamedTuple):
-    """Where the loader stands: the next step is step_in_epoch (from 0) of epoch, or the first of the one behind it."""
-
-    epoch: int
-    step_in_epoch: int
-    steps_done: int
-
-
-class TrainLoader:
-    """Yields the steps of a training run for one rank, from the beginning or from a loaded state."""
-
-    def __init__(
-        self,
-        sources_with_weights: Sequence[tuple[Source, float]],
-        collator: MultimodalCollator,
-        index: Index,
-        *,
-        packs_per_step: int,
-        limits: PackLimits,
-        seed: int,
-        rank: int = 0,
-        world_size: int = 1,
-        num_workers: int = 0,
-        num_epochs: int | None = None,
-        num_steps: int | None = None,
-        window: int = WINDOW,
-        cost_model: CostModel | None = None,
-        pin_memory: bool = False,
-    ) -> None:
-        """Prepare; nothing is read until iteration.
-
-        sources_with_weights: weight 1 is every row once an epoch, 2 twice, 0.5 another random half each epoch.
-        Exactly one of num_epochs and num_steps ends the run. packs_per_step counts the packs of all ranks. An index
-        without a usable row makes a run of no steps. Raises ValueError for settings out of range.
-        """
-        self.sources = [source for source, _ in sources_with_weights]
-        self.weights = [float(weight) for _, weight in sources_with_weights]
-        lengths = [len(source) for source in self.sources]
-        assert np.diff(index.starts).tolist() == lengths, f"index of other sources: {index.starts}, rows {lengths}"
-        check_weights(sources_with_weights)
-        check_run(packs_per_step, num_epochs, num_steps)
-        self.index, self.collator, self.limits, self.window = index, collator, limits, window
-        self.packs_per_step, self.seed = packs_per_step, seed
-        self.rank, self.world_size, self.num_workers, self.pin_memory = rank, world_size, num_workers, pin_memory
-        self.num_epochs, self._num_steps = num_epochs, num_steps if index.num_usable else 0
-        self.cost_model = cost_model or CostModel()
-        self.work = self.cost_model.work(index.tokens, index.patches, index.patch_pairs)
-        self._position = _Position(0, 0, 0)
-        self._planned: tuple[int, list[list[int]]] = (-1, [])
-        self._epoch_lengths: dict[int, int] = {}  # in steps
-        self.fingerprint: dict[str, Any] = {
-            "sources": [source.fingerprint() for source in self.sources],
-            "weights": self.weights,
-            "costs": index.digest(),
-            "seed": seed,
-            "limits": repr(limits),
-            "packs_per_step": packs_per_step,
-            "window": window,
-            "cost_model": repr(self.cost_model),
-        }
-
-    @property
-    def max_tokens(self) -> int:
-        return self.limits.tokens
-
-    @property
-    def epoch(self) -> int:
-        """The epoch of the last step yielded, counted from 0."""
-        return self._position.epoch
-
-    @property
-    def num_steps(self) -> int:
-        """Steps of the whole run, from its beginning. With num_epochs, plans every epoch whose length is not known."""
-        if self._num_steps is None:
-            self._num_steps = sum(self._lengths())
-        return self._num_steps
-
-    def _lengths(self) -> list[int]:
-        """Return the steps of each epoch; of none where num_steps ends the run, which need not be known ahead."""
-        epochs = range(self.num_epochs or 0)
-        # The epoch that is trained next comes last: the plan of the last one is kept.
-        for epoch in sorted(set(epochs) - self._epoch_lengths.keys(), key=lambda epoch: (epoch == self.epoch, epoch)):
-            self._epoch_lengths[epoch] = math.ceil(len(self.epoch_packs(epoch)) / self.packs_per_step)
-        return [self._epoch_lengths[epoch] for epoch in epochs]
-
-    def epoch_packs(self, epoch: int) -> list[list[int]]:
-        """Return the packs of an epoch as lists of row numbers, all ranks and steps in order; keeps the last."""
-        if self._planned[0] != epoch:
-            self._planned = (epoch, list(self._plan(epoch)))
-        return self._planned[1]
-
-    def _plan(self, epoch: int) -> Iterator[list[int]]:
-        """Yield the packs of an epoch, planned window by window as they are asked for."""
-        order = self._epoch_order(epoch)
-        done = 0
-        for number, start in enumerate(range(0, len(order), self.window)):
-            rows = order[start : start + self.window]
-            tokens, patches, work = self.index.tokens[rows], self.index.patches[rows], self.work[rows]
-            found = plan_packs(tokens, patches, work, self.limits)
-            places = arrange(
-                [int(work[pack].sum()) for pack in found],
-                packs_per_step=self.packs_per_step,
-                lead=-done % self.packs_per_step,
-                seed=(self.seed, epoch, 1, number),
-            )
-            yield from (rows[found[place]].tolist() for place in places)
-            done += len(places)
-
-    def _steps_of(self, epoch: int) -> Iterator[list[list[int]]]:
-        """Yield the packs of each step of an epoch, from the plan that is kept if it is this epoch's."""
-        packs = iter(self._planned[1]) if self._planned[0] == epoch else self._plan(epoch)
-        while step := list(islice(packs, self.packs_per_step)):
-            yield step
-
-    def _epoch_order(self, epoch: int) -> np.ndarray:
-        """Return the rows of an epoch, shuffled: each usable row as often as its source's weight says."""
-        stream = random_stream((self.seed, epoch, 0))
-        chosen = []
-        for source, weight in enumerate(self.weights):
-            rows = self.index.usable(source)
-            whole, fraction = int(weight), weight - int(weight)
-            some = stream.permutation(len(rows))[: max(round(fraction * len(rows)), 1 if weight < 1 else 0)]
-            chosen += [rows] * whole + [rows[np.sort(some)]]
-        order = np.concatenate(chosen)
-        return order[stream.permutation(len(order))]
-
-    def state(self) -> dict[str, Any]:
-        """Return the position of the next step to be yielded, as JSON."""
-        return self._state(self._position)
-
-    def _state(self, position: _Position) -> dict[str, Any]:
-        # With the lengths of the epochs, so that a run that goes on need not plan all of them again.
-        return {**position._asdict(), "epoch_lengths": self._lengths(), "fingerprint": self.fingerprint}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on behind the step whose `StepPacks.state` this is; call it before iterating.
-
-        Rank and world size may differ from those of the run that saved it. Raises ValueError that names what of the
-        data or the plan is not as it was.
-        """
-        check_fingerprint(state["fingerprint"], self.fingerprint)
-        self._epoch_lengths.update(enumerate(state["epoch_lengths"]))
-        self._stand_at(state)
-
-    def _stand_at(self, state: dict[str, Any]) -> None:
-        self._position = _Position(state["epoch"], state["step_in_epoch"], state["steps_done"])
-
-    def _steps(self, start: _Position) -> Iterator[PlannedStep]:
-        """Yield the steps from a position to the end of the run."""
-        epoch, step, done = start
-        while done < self.num_steps:
-            for of_step in islice(self._steps_of(epoch), step, step + self.num_steps - done):
-                step, done = step + 1, done + 1
-                position = _Position(epoch, step, done)
-                yield PlannedStep(
-                    of_step,
-                    [int(self.work[pack].sum()) for pack in of_step],
-                    epoch,
-                    self._state(position),
-                    PlanMark.from_plan(position._asdict(), of_step),
-                    num_shrunk=sum(int(self.index.num_shrunk[pack].sum()) for pack in of_step),
-                    num_seen=self.index.num_rows,
-                    num_dropped=self.index.num_dropped,
-                )
-            epoch, step = epoch + 1, 0
-
-    def __iter__(self) -> Iterator[StepPacks]:
-        """Yield the steps from the position on; the position moves as steps are yielded."""
-        steps = deal_steps(
-            self._steps(self._position),
-            BuildRows(self.sources, self.collator, self.index),
-            rank=self.rank,
-            world_size=self.world_size,
-            num_workers=self.num_workers,
-            pin_memory=self.pin_memory,
+def _check_same_window(window: Window, position: Position) -> None:
+    """Raise ValueError where a window of which packs were trained is not as it was then."""
+    if window.content_hash != position.content_hash:
+        lost = window.rejects[0] if window.rejects else "the token counts of its rows differ"
+        raise ValueError(
+            f"resume: the chunk of the stream that the run stopped in is not what it was: {lost}; put it back, or "
+            "start a new run"
         )
-        for step in steps:
-            self._stand_at(step.state)
-            yield step
-
-
-def eval_packs(
-    source: Source,
-    collator: MultimodalCollator,
-    index: Index,
-    *,
-    limits: PackLimits,
-    rank: int = 0,
-    world_size: int = 1,
-    num_workers: int = 0,
-) -> Iterator[PackResult]:
-    """Yield the packs of an evaluation file in its order, every usable row once; rank r takes packs r, r + world, ...
-
-    index: of this source alone. Ranks may get different numbers of packs.
-    """
-    sizes, capacities = limits.sizes(index.tokens, index.patches)
-    packs: list[list[int]] = []
-    room = np.zeros_like(capacities)
-    for number in index.usable(0).tolist():
-        if not packs or (sizes[number] > room).any():
-            packs.append([])
-            room = capacities.copy()
-        packs[-1].append(number)
-        room -= sizes[number]
-    yield from build_packs(BuildRows([source], collator, index), packs[rank::world_size], num_workers)

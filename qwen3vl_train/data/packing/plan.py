@@ -1,27 +1,33 @@
-"""Which samples make which pack and step, and which rank takes which pack: from costs alone, the same on every machine.
+"""Plan which families make which pack and step, and which rank takes which pack, from their costs alone.
 
-All comparisons are between integers, so that no machine's rounding can change a plan.
+The plan is the same on every machine: all comparisons are between integers, so that no rounding can change it.
 """
 
+import hashlib
 import heapq
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from qwen3vl_train.arch import Qwen3VLArch
 from qwen3vl_train.model.costs import work_ratios
 
-_WHOLE = 2**40
+_FULL = 2**40
+"""About the weight of a limit's whole capacity, whatever its unit."""
 
 
 @dataclass(frozen=True)
 class CostModel:
     """Estimated work of a sample, in units of one text token through the linear layers of the decoder.
 
-    token_pair: for each pair of tokens in causal attention, a sum of squares of sequence lengths. patch_pair: for each
-    pair of patches of a frame, a sum of squares of frame sizes. The defaults are FLOP ratios of Qwen3-VL 4B.
+    The defaults are FLOP ratios of Qwen3-VL 4B.
+
+    token_pair: of each pair of tokens in causal attention, of which there are the squares of sequence lengths.
+    patch: of each vision patch.
+    patch_pair: of each pair of patches of a frame, of which there are the squares of frame sizes.
     """
 
     token: float = 1.0
@@ -46,6 +52,29 @@ class CostModel:
         return np.rint(exact).astype(np.int64)
 
 
+class FamilyCosts(NamedTuple):
+    """What families take, each int64 (n,).
+
+    A family is the planning unit: one or more sequences that must lie in one pack. Each row is a family of its own
+    today; what shares a prefix or is compared with each other (preference pairs) becomes one family of several.
+    """
+
+    tokens: np.ndarray
+    patches: np.ndarray
+    work: np.ndarray
+    num_sequences: np.ndarray
+    num_shrunk: np.ndarray
+    """Media that a budget made smaller. Only counted: no plan depends on them."""
+
+    @classmethod
+    def from_rows(
+        cls, tokens: np.ndarray, patches: np.ndarray, work: np.ndarray, num_shrunk: np.ndarray | None = None
+    ) -> "FamilyCosts":
+        """Make each row a family of its own."""
+        shrunk = np.zeros_like(tokens) if num_shrunk is None else num_shrunk
+        return cls(tokens, patches, work, np.ones_like(tokens), shrunk)
+
+
 @dataclass(frozen=True)
 class PackLimits:
     """What a pack holds at most; None: no limit."""
@@ -54,61 +83,64 @@ class PackLimits:
     patches: int | None = None
     sequences: int | None = None
 
-    def sizes(self, tokens: np.ndarray, patches: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return (sizes (n, L), capacities (L,)) of the limits that are set, both int64."""
-        columns, capacities = [tokens], [self.tokens]
-        if self.patches is not None:
-            columns.append(patches)
-            capacities.append(self.patches)
-        if self.sequences is not None:
-            columns.append(np.ones_like(tokens))
-            capacities.append(self.sequences)
-        return np.stack(columns, axis=1).astype(np.int64), np.array(capacities, dtype=np.int64)
+    def sizes(self, costs: FamilyCosts) -> tuple[np.ndarray, np.ndarray]:
+        """Return (sizes (n, L), capacities (L,)) of the L limits that are set, both int64."""
+        columns = [
+            (column, capacity)
+            for column, capacity in (
+                (costs.tokens, self.tokens),
+                (costs.patches, self.patches),
+                (costs.num_sequences, self.sequences),
+            )
+            if capacity is not None
+        ]
+        sizes = np.stack([column for column, _ in columns], axis=1).astype(np.int64)
+        return sizes, np.array([capacity for _, capacity in columns], dtype=np.int64)
 
 
-def plan_packs(tokens: np.ndarray, patches: np.ndarray, work: np.ndarray, limits: PackLimits) -> list[list[int]]:
-    """Group samples into packs within all limits at once: best fit, the largest first, then the lightest topped up.
+def plan_packs(costs: FamilyCosts, limits: PackLimits) -> list[list[int]]:
+    """Group families into packs within all limits at once: best fit, the largest first, then the lightest topped up.
 
-    tokens, patches, work: (n,). Returns places 0..n-1, each once, ascending inside a pack. Depends on its arguments
-    alone. Raises ValueError for a sample without tokens, or one that fits into no pack.
+    Returns the indices of the families of each pack, ascending; each of 0..n-1 is in one pack. The plan depends on the
+    arguments alone. Raises ValueError for a family without tokens, or one that fits into no pack.
     """
-    sizes, capacities = limits.sizes(np.asarray(tokens), np.asarray(patches))
+    sizes, capacities = limits.sizes(costs)
     wrong = np.flatnonzero((sizes[:, 0] < 1) | (sizes > capacities).any(axis=1))
     if wrong.size:
-        place = int(wrong[0])
+        index = int(wrong[0])
         raise ValueError(
-            f"plan: sample {place} has {tokens[place]} tokens and {patches[place]} patches, a pack takes 1 to "
-            f"{limits.tokens} tokens and {'any number of' if limits.patches is None else limits.patches} patches; "
+            f"plan: sample {index} has {costs.tokens[index]} tokens and {costs.patches[index]} patches, a pack takes 1 "
+            f"to {limits.tokens} tokens and {'any number of' if limits.patches is None else limits.patches} patches; "
             "leave it out"
         )
     packs, rooms = _best_fit(sizes, capacities)
-    _top_up(packs, rooms, sizes, np.asarray(work))
+    _top_up(packs, rooms, sizes, costs.work)
     return [sorted(pack) for pack in packs]
 
 
 def _best_fit(sizes: np.ndarray, capacities: np.ndarray) -> tuple[list[list[int]], np.ndarray]:
-    """Put each sample, the largest first, where least is left of the scarcest limit. Returns packs and their room."""
-    weights = _WHOLE // capacities  # a limit's full capacity weighs about _WHOLE, whatever its unit
+    """Put each family, the largest first, where least is left of the scarcest limit. Return packs and their room."""
+    weights = _FULL // capacities
     order = np.lexsort((np.arange(len(sizes)), -(sizes * weights).max(axis=1)))
     smallest = sizes.min(axis=0)
     packs: list[list[int]] = []
     closed: dict[int, np.ndarray] = {}
     numbers, count = [0] * 64, 0  # packs still open
     rooms = np.empty((len(capacities), 64), dtype=np.int64)  # weighted; a row for each limit
-    for place in order.tolist():
-        size = sizes[place] * weights
+    for family in order.tolist():
+        size = sizes[family] * weights
         left = rooms[:, :count] - size[:, None]
         scarcest = left[0] if len(left) == 1 else left.min(axis=0)
-        fitting = np.where(scarcest >= 0, scarcest, _WHOLE)
+        fitting = np.where(scarcest >= 0, scarcest, _FULL)
         at = int(fitting.argmin()) if count else 0
-        if not count or fitting[at] == _WHOLE:
+        if not count or fitting[at] == _FULL:
             if count == len(numbers):
                 rooms, numbers = np.concatenate([rooms, rooms], axis=1), numbers * 2
             at, count = count, count + 1
             rooms[:, at], numbers[at] = capacities * weights, len(packs)
             packs.append([])
         rooms[:, at] -= size
-        packs[numbers[at]].append(place)
+        packs[numbers[at]].append(family)
         if (rooms[:, at] < smallest * weights).any():  # nothing fits in any more
             closed[numbers[at]] = rooms[:, at].copy()
             count -= 1
@@ -118,7 +150,7 @@ def _best_fit(sizes: np.ndarray, capacities: np.ndarray) -> tuple[list[list[int]
 
 
 def _top_up(packs: list[list[int]], rooms: np.ndarray, sizes: np.ndarray, work: np.ndarray) -> None:
-    """Move samples from the packs of most work to those of least, which best fit leaves nearly empty; in place."""
+    """Move families from the packs of most work to those of least, which best fit leaves nearly empty; in place."""
     loads = [int(work[pack].sum()) for pack in packs]
     mean = sum(loads) // len(loads)
     by_work = sorted(range(len(packs)), key=lambda number: (-loads[number], number))
@@ -129,46 +161,50 @@ def _top_up(packs: list[list[int]], rooms: np.ndarray, sizes: np.ndarray, work: 
         for heavy in by_work:
             if loads[heavy] <= mean or loads[light] * 100 >= mean * 99:
                 break
-            for place in sorted(packs[heavy], key=lambda place: (-work[place], place)):
-                moved = int(work[place])
-                if moved <= min(loads[heavy], 2 * mean - loads[light]) - mean and (sizes[place] <= rooms[light]).all():
-                    packs[heavy].remove(place)
-                    packs[light].append(place)
+            for family in sorted(packs[heavy], key=lambda family: (-work[family], family)):
+                moved = int(work[family])
+                fits = (sizes[family] <= rooms[light]).all()
+                if fits and moved <= min(loads[heavy], 2 * mean - loads[light]) - mean:
+                    packs[heavy].remove(family)
+                    packs[light].append(family)
                     for number, sign in ((heavy, 1), (light, -1)):
                         loads[number] -= sign * moved
-                        rooms[number] += sign * sizes[place]
+                        rooms[number] += sign * sizes[family]
         if loads[light] == before:
             return
 
 
-def arrange(work: Sequence[int], *, packs_per_step: int, lead: int, seed: Sequence[int]) -> list[int]:
-    """Put packs in an order in which the packs of a step are alike in work, so that no rank waits for another.
+def arrange(work: Sequence[int], *, packs_per_step: int, carry_over: int, seed: Sequence[int]) -> list[int]:
+    """Put packs in an order in which the packs of a step have like work, so that no rank waits for another.
 
-    lead: packs that the step already begun still lacks; they come first. They, and those left over for the step after
-    the last whole one, are packs of middling work, as the packs around them will be. The other steps hold neighbours
-    in work; the steps themselves come in an order drawn from seed. Returns places 0..n-1, each once.
+    The packs carried over, and those left over for the step after the last full one, are of middling work, as the packs
+    around them will be. The other steps hold neighbours in work; the steps themselves come in an order drawn from seed.
+    Returns the indices 0..n-1 of the packs, each once.
+
+    carry_over: packs that the step already begun still lacks; they come first.
     """
-    by_work = sorted(range(len(work)), key=lambda place: (-work[place], place))
-    lead = min(lead, len(by_work))
-    single = lead + (len(by_work) - lead) % packs_per_step
+    by_work = sorted(range(len(work)), key=lambda index: (-work[index], index))
+    carry_over = min(carry_over, len(by_work))
+    single = carry_over + (len(by_work) - carry_over) % packs_per_step
     start = (len(by_work) - single) // 2
     middle, rest = by_work[start : start + single], by_work[:start] + by_work[start + single :]
     steps = [rest[first : first + packs_per_step] for first in range(0, len(rest), packs_per_step)]
-    shuffled = [place for number in random_stream(seed).permutation(len(steps)) for place in steps[number]]
-    return middle[:lead] + shuffled + middle[lead:]
+    shuffled = [index for number in random_stream(seed).permutation(len(steps)) for index in steps[number]]
+    return middle[:carry_over] + shuffled + middle[carry_over:]
 
 
 def random_stream(seed: int | Sequence[int]) -> np.random.RandomState:
     """Return a random stream for one or several seeds of any size; each is taken modulo 2**32."""
-    # RandomState's stream is frozen for ever, Generator's is not: a run resumed under another numpy keeps its order.
+    # The stream of RandomState is frozen for ever, that of Generator is not: a run that is resumed under another numpy
+    # keeps its order.
     seeds = [seed] if isinstance(seed, int) else list(seed)
     return np.random.RandomState(np.array([value % 2**32 for value in seeds], dtype=np.uint32))
 
 
 def share(work: Sequence[int], world_size: int) -> list[list[int]]:
-    """Deal the packs of one step to the ranks: counts differ by at most one, work is evened out.
+    """Deal the packs of one step to ranks so that their counts differ by at most one and their work is even.
 
-    Returns, for each rank, the numbers of its packs, ascending; a rank gets none when there are fewer packs than ranks.
+    Returns the indices of each rank's packs, ascending; a rank gets none where there are fewer packs than ranks.
     """
     fewest, extra = divmod(len(work), world_size)
     shares: list[list[int]] = [[] for _ in range(world_size)]
@@ -185,13 +221,17 @@ def share(work: Sequence[int], world_size: int) -> list[list[int]]:
 
 
 def rank_loads(work: Sequence[int], shares: Sequence[Sequence[int]]) -> list[int]:
-    """Return the work of each rank. work: of each pack of a step. shares: of the ranks, as `share` deals them."""
+    """Return the work of each rank. work: of each pack of a step. shares: as `share` deals them."""
     return [sum(work[number] for number in numbers) for numbers in shares]
 
 
 class PlanFigures(NamedTuple):
-    """fill: tokens in the packs / tokens they could hold. balance: (work of the busiest rank) / (mean of all ranks),
-    over whole steps, weighted by work: how much longer they take than with even ranks. worst_balance: of one step.
+    """How good a plan is.
+
+    fill: tokens in the packs / tokens they could hold.
+    balance: (work of the busiest rank) / (mean of all ranks) over full steps, weighted by work: how much longer they
+        take than with even ranks.
+    worst_balance: that of the worst step.
     """
 
     fill: float
@@ -202,11 +242,11 @@ class PlanFigures(NamedTuple):
 def plan_figures(
     tokens: Sequence[int], work: Sequence[int], *, max_tokens: int, packs_per_step: int, world_size: int
 ) -> PlanFigures:
-    """Say how good a plan is. tokens, work: of each pack, in the order of the steps."""
+    """Return how good a plan is. tokens, work: of each pack, in the order of the steps."""
     busiest, mean = [], []
     for first in range(0, len(work) - packs_per_step + 1, packs_per_step):
-        of_step = work[first : first + packs_per_step]
-        loads = rank_loads(of_step, share(of_step, world_size))
+        step_work = work[first : first + packs_per_step]
+        loads = rank_loads(step_work, share(step_work, world_size))
         busiest.append(max(loads))
         mean.append(sum(loads) / world_size)
     fill = sum(tokens) / (max_tokens * len(tokens)) if tokens else 0.0
@@ -214,3 +254,27 @@ def plan_figures(
         return PlanFigures(fill, 1.0, 1.0)
     worst = max(most / usual for most, usual in zip(busiest, mean, strict=True))
     return PlanFigures(fill, sum(busiest) / sum(mean), worst)
+
+
+class PlanHash(NamedTuple):
+    """What ranks compare to find that they hold the same plan of a step: 48 bits of a hash each, exact as a float.
+
+    position: of the loader's position after the step.
+    packs: of the rows of all packs of all ranks.
+    """
+
+    position: int
+    packs: int
+
+    @classmethod
+    def from_plan(cls, position: dict[str, Any], packs: Any) -> "PlanHash":
+        """packs: names or numbers of the rows of each, of a type whose repr is its content."""
+        return cls(hash_48(json.dumps(position, sort_keys=True)), hash_48(repr(packs)))
+
+    def combined(self) -> int:
+        return hash_48(repr(self))
+
+
+def hash_48(text: str) -> int:
+    """Return 48 bits of a hash, which a float holds exactly."""
+    return int.from_bytes(hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=6).digest())

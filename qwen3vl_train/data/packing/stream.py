@@ -1,30 +1,37 @@
-"""The training loader of sources that come row after row and need not say how many rows they have.
+"""Windows of streams, which come row after row and need not say how many rows they have.
 
-A window of rows is read, looked at and packed, then the next. Memory holds a few windows, however long the stream. A
-position is where its window begins and how many packs of it are used up: going on reads that window again.
-
-Rank 0 looks at the rows (text and headers only) and leaves what it found for the others, which read the rows alone. So
-all hold the same plan whatever a rank may fail to read; and every rank plans all packs, so that nothing depends on the
-number of ranks.
+Rank 0 scans the rows (text and headers only) and broadcasts what it found; the other ranks read the rows alone and
+replay the scan. So all hold the same plan whatever a rank may fail to read, and no rank but one downloads media to
+learn their size. Going on from a position reads its window again.
 """
 
-from collections.abc import Iterator, Sequence
-from itertools import count
-from typing import Any, NamedTuple, Protocol
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import chain, count, zip_longest
+from typing import Any, Protocol
 
 import numpy as np
 
 from qwen3vl_train.data.encode.collator import MultimodalCollator
-from qwen3vl_train.data.encode.encoder import EncodedSample
+from qwen3vl_train.data.encode.encoder import SampleCost
 from qwen3vl_train.data.errors import Reject, RowFault
 from qwen3vl_train.data.packing.index import LengthRule
-from qwen3vl_train.data.packing.loader import changed_media, check_fingerprint, check_run, check_weights
 from qwen3vl_train.data.packing.mixture import Cursor, Mixture, Part
-from qwen3vl_train.data.packing.plan import CostModel, PackLimits, arrange, plan_packs
-from qwen3vl_train.data.packing.steps import PackResult, PlanMark, PlannedStep, StepPacks, deal_steps
-from qwen3vl_train.data.packing.windows import PIECES_AHEAD, Scanner, StreamedRow, Window, follow
+from qwen3vl_train.data.packing.packs import ScannedRow
+from qwen3vl_train.data.packing.plan import CostModel, FamilyCosts, hash_48
+from qwen3vl_train.data.packing.windows import Window, check_weights
 from qwen3vl_train.data.packing.workers import from_worker
 from qwen3vl_train.data.rows.media_files import stamp_of
+from qwen3vl_train.data.rows.sample import Sample, TextPart
+from qwen3vl_train.data.sources import StreamRow
+
+_MAX_BYTES = 512 << 20
+"""Of media inside the rows of one window, which are held in memory; the window ends early."""
+_CHUNK_ROWS, _CHUNK_BYTES = 256, 64 << 20
+"""Of the rows that the reader of a replaying rank hands over at a time."""
+_CHUNKS_AHEAD = 8
+"""That it reads before they are asked for: as many rows as the usual window."""
 
 
 class Broadcast(Protocol):
@@ -35,49 +42,126 @@ class Broadcast(Protocol):
     def receive(self, key: str) -> Any: ...
 
 
-class _BuildSamples:
-    """Builds packs from samples, in a worker process or in this one."""
+@dataclass
+class ScanResult:
+    """What rank 0 found in the rows of one window: all that its plan follows from, as JSON.
 
-    def __init__(self, collator: MultimodalCollator) -> None:
-        self.collator = collator
-
-    def __call__(self, rows: Sequence[StreamedRow]) -> PackResult:
-        encoded: list[EncodedSample] = []
-        rejected: list[Reject] = []
-        for row in rows:
-            try:
-                if isinstance(row.sample, RowFault):
-                    raise row.sample
-                made = self.collator.encode(row.sample)
-                if made.input_ids.numel() != row.tokens or stamp_of(row.sample) != row.stamp:
-                    raise RowFault(changed_media(row.sample, "read"), kind="changed")
-            except RowFault as fault:
-                rejected.append(Reject.from_fault(row.file, row.number, fault))
-            else:
-                encoded.append(made)
-        return PackResult(self.collator.pack(encoded) if encoded else None, rejected)
-
-
-class _Position(NamedTuple):
-    """The next step begins behind the first `taken` packs of the window at `cursor`.
-
-    lead: packs of this window that complete the last step of the window before, see `arrange`. num_seen, num_dropped:
-    rows before this window since the run began. left_out, mark: what was found of this window, where some of it is
-    used up (`Window`): read again, it must give the same plan, whatever can be read by then.
+    next_cursor: of the first row after the window, in the next epoch where ends_epoch.
+    names: file (without its folder) and number of every row.
+    positions: of the usable rows among them, and costs: of each.
+    skipped: positions of the rows that cannot be used, and rejects: why, of those that were not skipped unread.
     """
 
-    cursor: Cursor
-    lead: int
-    taken: int
-    steps_done: int
-    num_seen: int
-    num_dropped: int
-    left_out: list[int]
-    mark: int
+    next_cursor: Cursor
+    ends_epoch: bool = False
+    names: list[tuple[str, int]] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    costs: list[SampleCost] = field(default_factory=list)
+    skipped: list[int] = field(default_factory=list)
+    rejects: list[Reject] = field(default_factory=list)
+    num_dropped: int = 0
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.names)
+
+    @classmethod
+    def from_json(cls, message: dict[str, Any]) -> "ScanResult":
+        result = cls(**message)
+        result.names = [(file, number) for file, number in result.names]
+        result.costs = [SampleCost(*cost) for cost in result.costs]
+        result.rejects = [Reject(*reject) for reject in result.rejects]
+        return result
 
 
-class StreamLoader:
-    """Yields the steps of a training run for one rank, as `TrainLoader` does."""
+Scan = tuple[ScanResult, list[ScannedRow]]
+"""What was found of a window, and its usable rows."""
+
+
+class StreamReader:
+    """Reads the rows of a mixture from a cursor on, for ever."""
+
+    def __init__(self, mixture: Mixture, collator: MultimodalCollator, rule: LengthRule, size: int) -> None:
+        self.mixture, self.collator, self.rule, self.size = mixture, collator, rule, size
+
+    def scan(self, start: tuple[Cursor, Sequence[int]]) -> Iterator[Scan]:
+        """Yield windows from a cursor on, scanned; they end with their epoch.
+
+        start: the cursor, and the rows of the first window to skip, see `WindowProducer.windows`. Raises ValueError
+        where an epoch holds no usable row.
+        """
+        cursor, skipped = start
+        num_usable, from_start = 0, cursor == self.mixture.start(cursor["epoch"])
+        first_rejects: list[Reject] = []
+        num_rows = 0
+        while True:
+            result, rows = self._scan_window(cursor, skipped)
+            num_usable += len(rows)
+            num_rows += result.num_rows
+            first_rejects = (first_rejects + result.rejects)[:3]
+            if result.ends_epoch:
+                if from_start and not num_usable:
+                    names = ", ".join(part.name for part in self.mixture.parts)
+                    shown = "".join(f"\n  - {reject}" for reject in first_rejects)
+                    raise ValueError(
+                        f"{names}: nothing to learn from, none of {num_rows} rows can be used; fix the rows{shown}"
+                    )
+                num_usable, num_rows, from_start = 0, 0, True
+            yield result, rows
+            cursor, skipped = result.next_cursor, ()
+
+    def _scan_window(self, cursor: Cursor, skipped: Sequence[int]) -> Scan:
+        result, rows = ScanResult(cursor, skipped=list(skipped)), []
+        known = set(skipped)
+        num_bytes = 0
+        for next_cursor, row in self.mixture.rows(cursor):
+            result.next_cursor = next_cursor
+            position = result.num_rows
+            result.names.append((os.path.basename(row.file), row.row_number))
+            try:
+                if position in known:
+                    continue
+                if isinstance(row.sample, RowFault):
+                    raise row.sample
+                cost = self.rule.admit(row.sample, self.collator)
+            except RowFault as fault:
+                result.rejects.append(Reject.from_fault(row.file, row.row_number, fault))
+                result.skipped.append(position)
+            else:
+                if cost is None:
+                    result.num_dropped += 1
+                else:
+                    rows.append(_as_scanned(row, cost.tokens))
+                    result.costs.append(cost)
+                    result.positions.append(position)
+                    num_bytes += _inline_bytes(row.sample)
+            if result.num_rows == self.size or num_bytes > _MAX_BYTES:
+                return result, rows
+        result.next_cursor, result.ends_epoch = self.mixture.start(cursor["epoch"] + 1), True
+        return result, rows
+
+    def read(self, cursor: Cursor) -> Iterator[list[ScannedRow | None]]:
+        """Yield the rows unscanned, in chunks; None follows the last row of an epoch."""
+        epoch = cursor["epoch"]
+        chunk: list[ScannedRow | None] = []
+        num_bytes = 0
+        while True:
+            for _, row in self.mixture.rows(cursor):
+                chunk.append(_as_scanned(row, 0))
+                num_bytes += 0 if isinstance(row.sample, RowFault) else _inline_bytes(row.sample)
+                if len(chunk) == _CHUNK_ROWS or num_bytes > _CHUNK_BYTES:
+                    yield chunk
+                    chunk, num_bytes = [], 0
+            yield [*chunk, None]
+            chunk, num_bytes, epoch = [], 0, epoch + 1
+            cursor = self.mixture.start(epoch)
+
+
+class StreamedWindows:
+    """A `WindowProducer` over a mixture of streams."""
+
+    num_usable: int | None = None
+    counts: tuple[int, int] = (0, 0)
 
     def __init__(
         self,
@@ -85,218 +169,146 @@ class StreamLoader:
         collator: MultimodalCollator,
         rule: LengthRule,
         *,
-        packs_per_step: int,
-        limits: PackLimits,
         seed: int,
-        rank: int = 0,
-        world_size: int = 1,
-        num_workers: int = 0,
-        num_epochs: int | None = None,
-        num_steps: int | None = None,
-        window: int = 2048,
+        size: int = 2048,
         cost_model: CostModel | None = None,
-        pin_memory: bool = False,
         broadcast: Broadcast | None = None,
+        is_scanner: bool = True,
+        in_worker: bool = False,
     ) -> None:
-        """Prepare; nothing is read until iteration.
+        """Prepare; nothing is read. Raises ValueError for a weight out of range.
 
-        window: rows that are planned together. Exactly one of num_epochs and num_steps ends the run. With workers, one
-        more process reads the stream. broadcast: by which rank 0 tells the others what it found; every rank must
-        iterate as often as rank 0 does, with as many workers. Without one a rank looks at the rows itself, and has the
-        same steps only while every rank can read every row. Raises ValueError for settings out of range.
+        size: rows of a window, at most.
+        broadcast: by which the scanning rank tells the others what it found; every rank must ask for as many windows
+            as that rank does. Without one a rank scans for itself, and has the same windows only while every rank can
+            read every row.
+        is_scanner: whether this is the scanning rank, rank 0.
+        in_worker: read the stream in one more process.
         """
         check_weights([(part, part.weight) for part in parts])
-        check_run(packs_per_step, num_epochs, num_steps)
-        self.parts, self.collator, self.limits, self.packs_per_step, self.seed = (
-            parts, collator, limits, packs_per_step, seed
-        )  # fmt: skip
-        self.rank, self.world_size, self.num_workers, self.pin_memory = rank, world_size, num_workers, pin_memory
-        self.num_epochs = num_epochs
-        self.num_steps = num_steps
-        """Steps of the whole run, from its beginning; None where num_epochs ends it: a stream does not say."""
-        self.window = window
-        self._broadcast, self._num_rounds = broadcast, 0
+        self.parts, self.seed, self.size = parts, seed, size
         self.cost_model = cost_model or CostModel()
-        mixture = Mixture(parts, seed)
-        self._scanner = Scanner(mixture, collator, rule, window)
-        self._position = _Position(mixture.start(), 0, 0, 0, 0, 0, [], 0)
-        self.num_seen = 0
-        """Rows looked at for the steps yielded so far, since the run began."""
-        self.fingerprint: dict[str, Any] = {
-            "sources": [part.reader.source.fingerprint() for part in parts],
-            "weights": [part.weight for part in parts],
-            "encoder": [collator.fingerprint(), list(rule)],
-            "seed": seed,
-            "limits": repr(limits),
-            "packs_per_step": packs_per_step,
-            "window": window,
+        self.read_row: Callable[[Any], ScannedRow] = _unchanged
+        self._encoder = [collator.fingerprint(), list(rule)]
+        self._reader = StreamReader(Mixture(parts, seed), collator, rule, size)
+        self._broadcast, self._is_scanner, self._in_process, self._num_rounds = broadcast, is_scanner, not in_worker, 0
+
+    def start(self, epoch: int = 0) -> Cursor:
+        """See `WindowProducer.start`."""
+        return self._reader.mixture.start(epoch)
+
+    def windows(self, cursor: Cursor, skipped: Sequence[int] = ()) -> Iterator[Window]:
+        """See `WindowProducer.windows`. Raises ValueError where the stream cannot be read on, on every rank."""
+        for result, rows in self._scans(cursor, skipped):
+            tokens, _, patches, patch_pairs, num_shrunk = np.array(result.costs, dtype=np.int64).reshape(-1, 5).T
+            work = self.cost_model.work(tokens, patches, patch_pairs)
+            yield Window(
+                epoch=cursor["epoch"],
+                ends_epoch=result.ends_epoch,
+                next_cursor=result.next_cursor,
+                order_seed=(self.seed, cursor["epoch"], 1, sum(part["drawn"] for part in cursor["parts"])),
+                families=[(row,) for row in rows],
+                costs=FamilyCosts.from_rows(tokens, patches, work, num_shrunk),
+                num_rows=result.num_rows,
+                num_dropped=result.num_dropped,
+                rejects=result.rejects,
+                skipped=result.skipped,
+                content_hash=hash_48(repr((result.positions, result.costs))),
+            )
+            cursor = result.next_cursor
+
+    def _scans(self, cursor: Cursor, skipped: Sequence[int]) -> Iterator[Scan]:
+        """Yield the scans of the windows from a cursor on, the same on every rank."""
+        self._num_rounds += 1
+        keys = (f"{self._num_rounds}/{number}" for number in count())
+        if self._broadcast is not None and not self._is_scanner:
+            chunks = from_worker(self._reader.read, cursor, in_process=self._in_process, ahead=_CHUNKS_AHEAD)
+            return replay(_received(self._broadcast, keys), chunks)
+        scans = from_worker(self._reader.scan, (cursor, skipped), in_process=self._in_process)
+        return scans if self._broadcast is None else _sent(scans, self._broadcast, keys)
+
+    def row_key(self, row: ScannedRow) -> tuple[str, int, int]:
+        """Return file without its folder, number and tokens."""
+        return os.path.basename(row.file), row.number, row.tokens
+
+    def fingerprint(self) -> dict[str, Any]:
+        """See `WindowProducer.fingerprint`."""
+        return {
+            "sources": [part.reader.source.fingerprint() for part in self.parts],
+            "weights": [part.weight for part in self.parts],
+            "encoder": self._encoder,
+            "seed": self.seed,
+            "window": self.size,
             "cost_model": repr(self.cost_model),
         }
 
-    @property
-    def max_tokens(self) -> int:
-        return self.limits.tokens
 
-    def state(self) -> dict[str, Any]:
-        """Return the position of the next step to be yielded, as JSON."""
-        return self._state(self._position, self.num_seen)
-
-    def _state(self, position: _Position, seen: int) -> dict[str, Any]:
-        return {**position._asdict(), "seen": seen, "fingerprint": self.fingerprint}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on behind the step whose `StepPacks.state` this is; call it before iterating.
-
-        Rank and world size may differ from those of the run that saved it. Raises ValueError that names what of the
-        data or the plan is not as it was.
-        """
-        check_fingerprint(state["fingerprint"], self.fingerprint)
-        self._stand_at(state)
-
-    def _stand_at(self, state: dict[str, Any]) -> None:
-        self._position = _Position(*(state[name] for name in _Position._fields))
-        self.num_seen = state["seen"]
-
-    def __iter__(self) -> Iterator[StepPacks]:
-        """Yield the steps from the position on; the position moves as steps are yielded."""
-        steps = deal_steps(
-            self._steps(self._position),
-            _BuildSamples(self.collator),
-            rank=self.rank,
-            world_size=self.world_size,
-            num_workers=self.num_workers,
-            pin_memory=self.pin_memory,
-        )
-        for step in steps:
-            self._stand_at(step.state)
-            yield step
-
-    def _steps(self, position: _Position) -> Iterator[PlannedStep]:
-        """Yield the steps from a position to the end of the run, reading windows as they are needed."""
-        begun: list[_PlannedPack] = []
-        rejected: list[Reject] = []
-        if self._ends(position):
-            return
-        for window in self._windows(position.cursor, position.left_out):
-            if position.taken:
-                _check_same_again(window, position)
-            position = position._replace(left_out=window.left_out, mark=window.mark())
-            packs = self._plan(window, position)
-            # A position inside the window is behind a step that has told of the window's rejects.
-            rejected += window.rejects if not position.taken else []
-            seen = (position.num_seen + window.num_rows, position.num_dropped + window.num_dropped)
-            for place in range(position.taken, len(packs)):
-                begun.append(packs[place])
-                if len(begun) == self.packs_per_step:
-                    position = position._replace(taken=place + 1, steps_done=position.steps_done + 1)
-                    yield self._step(begun, window.epoch, position, seen, rejected)
-                    begun, rejected = [], []
-                    if self._ends(position):
-                        return
-            short = window.ends_epoch and bool(begun)
-            lead = 0 if short else -len(begun) % self.packs_per_step
-            position = _Position(window.behind, lead, 0, position.steps_done + short, *seen, [], 0)
-            if short:
-                yield self._step(begun, window.epoch, position, seen, rejected)
-                begun, rejected = [], []
-            if self._ends(position):
-                return
-
-    def _windows(self, cursor: Cursor, left_out: list[int]) -> Iterator[Window]:
-        """Yield the windows from a cursor on, the same on every rank."""
-        in_process = self.num_workers == 0
-        if self._broadcast is None or self.world_size == 1:
-            return from_worker(self._scanner.windows, (cursor, left_out), in_process=in_process)
-        self._num_rounds += 1
-        keys = (f"{self._num_rounds}/{number}" for number in count())
-        if self.rank == 0:
-            windows = from_worker(self._scanner.windows, (cursor, left_out), in_process=in_process)
-            return _post(windows, self._broadcast, keys)
-        pieces = from_worker(self._scanner.pieces, cursor, in_process=in_process, ahead=PIECES_AHEAD)
-        return follow(_posted(self._broadcast, keys), pieces)
-
-    def _ends(self, position: _Position) -> bool:
-        if self.num_steps is not None:
-            return position.steps_done >= self.num_steps
-        assert self.num_epochs is not None
-        return position.cursor["epoch"] >= self.num_epochs
-
-    def _plan(self, window: Window, position: _Position) -> list["_PlannedPack"]:
-        """Pack a window. The order of its packs follows from the window and `lead` alone."""
-        if not window.rows:
-            return []
-        costs = np.array(window.costs, dtype=np.int64).T
-        tokens, _, patches, patch_pairs, num_shrunk = costs
-        work = self.cost_model.work(tokens, patches, patch_pairs)
-        found = plan_packs(tokens, patches, work, self.limits)
-        # Drawn from where the window begins, so that every window has an order of its own.
-        drawn = sum(part["drawn"] for part in position.cursor["parts"])
-        places = arrange(
-            [int(work[pack].sum()) for pack in found],
-            packs_per_step=self.packs_per_step,
-            lead=position.lead,
-            seed=(self.seed, window.epoch, 1, drawn),
-        )
-        return [
-            _PlannedPack([window.rows[row] for row in found[place]], int(work[found[place]].sum()),
-                         int(num_shrunk[found[place]].sum()))
-            for place in places
-        ]  # fmt: skip
-
-    def _step(
-        self,
-        packs: list["_PlannedPack"],
-        epoch: int,
-        position: _Position,
-        seen: tuple[int, int],
-        rejected: list[Reject],
-    ) -> PlannedStep:
-        state = self._state(position, seen[0])
-        names = [[(row.file.rpartition("/")[2], row.number, row.tokens) for row in pack.rows] for pack in packs]
-        return PlannedStep(
-            packs=[pack.rows for pack in packs],
-            work=[pack.work for pack in packs],
-            epoch=epoch,
-            state=state,
-            mark=PlanMark.from_plan({**state, "fingerprint": None}, names),
-            num_shrunk=sum(pack.num_shrunk for pack in packs),
-            num_seen=seen[0],
-            num_dropped=seen[1],
-            rejected=rejected,
-        )
+def _unchanged(row: ScannedRow) -> ScannedRow:
+    return row
 
 
-class _PlannedPack(NamedTuple):
-    rows: list[StreamedRow]
-    work: int
-    num_shrunk: int
+def replay(results: Iterator[ScanResult], chunks: Iterator[list[ScannedRow | None]]) -> Iterator[Scan]:
+    """Yield the scans of another rank, with the rows as this one reads them.
+
+    A row that cannot be read here keeps its position, as its fault. Raises ValueError where the rows are other ones.
+    """
+    rows = chain.from_iterable(chunks)
+    for result in results:
+        found: list[ScannedRow] = []
+        while len(found) < result.num_rows and (row := next(rows)) is not None:
+            found.append(row)
+        _check_same_rows(found, result, next(rows) if result.ends_epoch and len(found) == result.num_rows else None)
+        usable = zip(result.positions, result.costs, strict=True)
+        yield result, [found[position]._replace(tokens=cost.tokens) for position, cost in usable]
 
 
-def _check_same_again(window: Window, position: _Position) -> None:
-    """Raise ValueError where a window of which packs were trained is not as it was then."""
-    if window.mark() != position.mark:
-        lost = window.rejects[0] if window.rejects else "the token counts of its rows differ"
-        raise ValueError(
-            f"resume: the stretch of the stream that the run stopped in is not what it was: {lost}; put it back, or "
-            "start a new run"
-        )
+def _check_same_rows(found: list[ScannedRow], result: ScanResult, surplus: ScannedRow | None) -> None:
+    """Raise ValueError where other rows were read. surplus: a row that is here where the epoch ends on rank 0."""
+    names = [(os.path.basename(row.file), row.number) for row in (*found, *([surplus] if surplus else []))]
+    if names == result.names:
+        return
+    ours, theirs = next(pair for pair in zip_longest(names, result.names) if pair[0] != pair[1])
+    here, there = (f"{name[0]}:{name[1]}" if name else "its end" for name in (ours, theirs))
+    raise ValueError(
+        f"data.train: the stream goes on with {here} here and with {there} on rank 0; give all ranks the same files"
+    )
 
 
-def _post(windows: Iterator[Window], broadcast: Broadcast, keys: Iterator[str]) -> Iterator[Window]:
-    """Leave what was found of each window for the other ranks, and how reading ends where it fails."""
+def _sent(scans: Iterator[Scan], broadcast: Broadcast, keys: Iterator[str]) -> Iterator[Scan]:
+    """Send what was found of each window to the other ranks, and the error where reading ends with one."""
     for key in keys:
         try:
-            window = next(windows)
+            result, rows = next(scans)
         except Exception as error:  # whatever it is, the others wait for it
-            broadcast.send(key, {"fault": str(error), "mend": isinstance(error, ValueError)})
+            broadcast.send(key, {"error": str(error), "is_value_error": isinstance(error, ValueError)})
             raise
-        broadcast.send(key, window.outcome())
-        yield window
+        broadcast.send(key, result.__dict__)
+        yield result, rows
 
 
-def _posted(broadcast: Broadcast, keys: Iterator[str]) -> Iterator[dict[str, Any]]:
+def _received(broadcast: Broadcast, keys: Iterator[str]) -> Iterator[ScanResult]:
+    """Yield what rank 0 sent. Raises ValueError or RuntimeError where it met an error."""
     for key in keys:
-        note = broadcast.receive(key)
-        if "fault" in note:
-            raise (ValueError if note["mend"] else RuntimeError)(note["fault"])
-        yield note
+        message = broadcast.receive(key)
+        if "error" in message:
+            raise (ValueError if message["is_value_error"] else RuntimeError)(message["error"])
+        yield ScanResult.from_json(message)
+
+
+def _as_scanned(row: StreamRow, tokens: int) -> ScannedRow:
+    signature = 0 if isinstance(row.sample, RowFault) else stamp_of(row.sample)
+    return ScannedRow(row.sample, row.file, row.row_number, tokens, signature)
+
+
+def _inline_bytes(sample: Sample) -> int:
+    """Return how much memory the media take that lie inside a row."""
+    parts = [part for message in sample.messages for part in message.content if not isinstance(part, TextPart)]
+    return sum(_num_bytes(getattr(part, "image", None) or getattr(part, "video", None)) for part in parts)
+
+
+def _num_bytes(medium: Any) -> int:
+    if isinstance(medium, bytes | str):
+        return len(medium)
+    if isinstance(medium, list | tuple):
+        return sum(_num_bytes(item) for item in medium)
+    return 3 * medium.width * medium.height if hasattr(medium, "width") else 0

@@ -18,7 +18,7 @@ def collate(tiny_folder):
     return MultimodalCollator.from_pretrained(tiny_folder)
 
 
-def test_a_pack_is_its_samples_in_order(collate):
+def test_pack_concatenates_its_samples(collate):
     pack = collate(SAMPLES)
     alone = [collate([sample]) for sample in SAMPLES]
     for field, dim in (("input_ids", 0), ("labels", 0), ("positions", 1), ("pixel_values", 0), ("grid_thw", 0)):
@@ -29,11 +29,11 @@ def test_a_pack_is_its_samples_in_order(collate):
     assert torch.equal(pack.visual_pos_mask, pack.input_ids == collate.tokenizer.special_ids["<|image_pad|>"])
     start = 0
     for length in pack.sequence_lengths.tolist():
-        assert pack.labels[start + length - 1] == -100  # the last token of a sequence has no next one
+        assert pack.labels[start + length - 1] == -100  # the last token of a sequence has no next token
         start += length
 
 
-def test_a_pack_of_text_only(collate):
+def test_pack_of_text_only(collate):
     pack = collate([{"messages": [{"role": "user", "content": "Hi"}]}])
     assert pack.pixel_values.shape == (0, 768)
     assert pack.pixel_values.dtype == torch.uint8
@@ -64,7 +64,7 @@ def test_pickling_changes_nothing(collate):
     assert torch.equal(again(SAMPLES).input_ids, collate(SAMPLES).input_ids)
 
 
-def test_prompts_end_where_the_answer_begins(collate):
+def test_prompt_ends_where_the_answer_begins(collate):
     messages = SAMPLES[3]["messages"]
     prompt, complete = collate.prompt(messages[:-1]), collate([{"messages": messages}])
     assert torch.equal(prompt.input_ids, complete.input_ids[: prompt.num_tokens])

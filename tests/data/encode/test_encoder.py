@@ -103,7 +103,7 @@ def test_labels_of_a_thinking_checkpoint(thinking, messages, labels):
     assert labelled(thinking, {"messages": messages}) == [label.removeprefix("\n") for label in labels]
 
 
-def test_weights_go_with_the_labels(collate):
+def test_weights_belong_to_labels(collate):
     sample = {"messages": [USER, answer("One", loss_weight=2.5), USER, answer("Two"), USER, answer("No", loss=False)]}
     encoded = collate.encode(sample)
     by_weight = {
@@ -184,7 +184,7 @@ def test_costs_are_the_encoded_lengths(collate):
         assert cost.patch_pairs == sum((h * w) ** 2 for _, h, w in encoded.grids)
 
 
-def test_slices_lie_on_the_placeholders(collate):
+def test_slices_are_at_the_placeholders(collate):
     encoded = collate.encode(oracles.conversations()["many_turns"])
     pad = collate.tokenizer.special_ids["<|image_pad|>"]
     placed = torch.zeros(len(encoded.input_ids), dtype=torch.bool)
@@ -215,6 +215,6 @@ def test_faults_name_the_message(collate, messages, fault):
         assert message_of(RowFault, call, {"messages": messages}) == fault
 
 
-def test_a_late_system_message_is_fine_where_the_template_keeps_it(thinking):
+def test_late_system_message_is_allowed_by_the_thinking_template(thinking):
     sample = parse_sample({"messages": [USER, {"role": "system", "content": "x"}, USER]})
     assert "<|im_start|>system\nx<|im_end|>" in as_text(DIALECTS["thinking"](sample.messages))

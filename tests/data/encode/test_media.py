@@ -37,7 +37,7 @@ def patches(part, root, rules=RULES) -> torch.Tensor:
     return read_patches(part, measured, BUDGETS.grid(measured.size), root)
 
 
-def test_frames_at_given_times_are_all_taken(frames, tmp_path):
+def test_frames_with_timestamps_are_all_used(frames, tmp_path):
     part = VideoPart(names(0, 2, 5), timestamps=(1.0, 1.5, 7.25))
     measured = measure(part, RULES, str(tmp_path))
     assert measured == (Size(70, 90, 3), (0, 1, 2), (1.25, 7.25), None)
@@ -45,7 +45,7 @@ def test_frames_at_given_times_are_all_taken(frames, tmp_path):
     assert torch.equal((patches(part, str(tmp_path)).float() - 127.5) / 127.5, wanted)
 
 
-def test_frames_at_a_rate_are_sampled_as_a_video_file_is(frames, tmp_path):
+def test_frames_with_fps_are_sampled_like_a_video_file(frames, tmp_path):
     measured = measure(VideoPart(names(*range(7)), fps=3.5), RULES, str(tmp_path))
     assert measured.indices == (0, 2, 4, 6)
     assert measured.times == pytest.approx((1 / 3.5, 5 / 3.5))
@@ -57,7 +57,7 @@ def test_frames_at_a_rate_are_sampled_as_a_video_file_is(frames, tmp_path):
     assert torch.equal(patches(listed, None), patches(VideoPart(clip), None))
 
 
-def test_the_same_frames_from_any_kind_of_source(frames, tmp_path):
+def test_frames_are_equal_from_every_input_type(frames, tmp_path):
     root = str(tmp_path)
     files = [(tmp_path / name).read_bytes() for name in names(0, 1, 2, 3)]
     opened = tuple(Image.open(io.BytesIO(data)) for data in files)
@@ -88,7 +88,7 @@ def test_faults_of_lists(frames, tmp_path):
     )
 
 
-def test_a_file_that_changed_since_it_was_measured_is_a_fault(frames, tmp_path):
+def test_file_changed_after_it_was_measured_is_a_fault(frames, tmp_path):
     root, part = str(tmp_path), VideoPart(names(0, 1), fps=2.0)
     measured = measure(part, RULES, root)
     Image.new("RGB", (80, 70)).save(tmp_path / "1.png")

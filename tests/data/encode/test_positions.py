@@ -15,7 +15,7 @@ def test_worked_example():
     assert positions[:, 4 + 108 :].tolist() == [[16, 17, 18]] * 3
 
 
-def test_nothing_has_no_positions():
+def test_empty_sequence_has_no_positions():
     assert mrope_positions([]).shape == (3, 0)
 
 

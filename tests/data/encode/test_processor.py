@@ -40,7 +40,7 @@ def test_published_file(folder, arch):
     assert read_image_limits(folder, arch) == (1024, 4096)
 
 
-def test_the_file_of_transformers_5_goes_first(folder, arch):
+def test_processor_config_takes_precedence(folder, arch):
     settings = json.loads((folder / "preprocessor_config.json").read_text())
     settings["size"] = {"shortest_edge": 2048, "longest_edge": 8192}
     (folder / "processor_config.json").write_text(json.dumps({"image_processor": settings}))
@@ -149,7 +149,7 @@ def test_other_settings_of_clips_are_refused(folder, arch, changes, fault):
     )
 
 
-def test_the_recipe_goes_before_the_rules_of_the_checkpoint():
+def test_recipe_overrides_the_rules_of_the_checkpoint():
     rules = ClipRules(2.0, 4, 768, 4096, 25165824)
     assert override_clip_rules(rules, None, None, None, None) == rules
     assert override_clip_rules(rules, 0.5, 8, 64, 100) == (0.5, 8, 64, 4096, 100 * 2 * 32 * 32)

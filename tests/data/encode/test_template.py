@@ -12,11 +12,11 @@ TEMPLATES = {
 
 
 @pytest.mark.parametrize("dialect", TEMPLATES)
-def test_both_published_templates_are_recognised(dialect):
+def test_published_templates_are_recognised(dialect):
     assert check_template(TEMPLATES[dialect]) == dialect
 
 
-def test_rendering_is_that_of_transformers():
+def test_rendering_equals_transformers():
     from transformers.utils.chat_template_utils import render_jinja_template
 
     messages = [{"role": "user", "content": "é <b>"}, {"role": "assistant", "content": "x"}]
@@ -62,7 +62,7 @@ def test_messages_about_other_templates():
             check_template(template, "b")
 
 
-def test_where_the_template_is_looked_for(tmp_path):
+def test_template_files_by_precedence(tmp_path):
     assert message_of(ValueError, find_template, tmp_path) == (
         f"{tmp_path}: no chat template (chat_template.jinja, chat_template.json, or chat_template in "
         "tokenizer_config.json); copy it from the checkpoint"
@@ -80,7 +80,7 @@ def test_where_the_template_is_looked_for(tmp_path):
     assert find_template(tmp_path) == ("a", str(tmp_path / "chat_template.jinja"))
 
 
-def test_a_broken_file_is_named(tmp_path):
+def test_broken_template_file_is_named(tmp_path):
     (tmp_path / "chat_template.json").write_text("{")
     with pytest.raises(ValueError, match=r"chat_template\.json: not a JSON object \(.*\); copy the file again"):
         find_template(tmp_path)

@@ -14,7 +14,7 @@ def tokenizer(tiny_folder):
     return ChatTokenizer.from_pretrained(tiny_folder, Qwen3VLArch.from_pretrained(tiny_folder))
 
 
-def test_typed_special_tokens_stay_text_and_added_ones_do_not(tokenizer):
+def test_typed_special_tokens_stay_text(tokenizer):
     for name in SPECIAL_TOKENS:
         ids, offsets = tokenizer.encode(f"a{name}b")
         assert not set(ids) & set(tokenizer.special_ids.values())
@@ -61,7 +61,7 @@ def test_the_fewest_tokens_of_one_token_are_one_and_of_digits_all(tokenizer):
     assert tokenizer.fewest("7" * 500) == len(tokenizer.encode("7" * 500)[0]) == 500
 
 
-def test_decode_leaves_special_tokens_out_or_in(tokenizer):
+def test_decode_skips_or_keeps_special_tokens(tokenizer):
     ids = [*tokenizer.encode("yes")[0], tokenizer.special_ids["<|im_end|>"]]
     assert tokenizer.decode(ids) == "yes"
     assert tokenizer.decode(ids, skip_special_tokens=False) == "yes<|im_end|>"
@@ -103,7 +103,7 @@ def test_truncated_file(tiny_folder, tmp_path):
 
 def test_another_json_file(tiny_folder, tmp_path):
     file, message = broken(tiny_folder, tmp_path, lambda folder: (folder / "tokenizer.json").write_text("{}"))
-    assert message == f"{file}: holds no tokenizer (no 'model'); copy the file again"
+    assert message == f"{file}: is not a tokenizer (no 'model'); copy the file again"
 
 
 def test_missing_special_tokens_are_named(tiny_folder, tmp_path):

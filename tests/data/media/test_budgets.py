@@ -52,7 +52,7 @@ def test_all_media_shrink_by_one_factor():
     assert (of_clip, across) == (height, width)
 
 
-def test_the_budget_holds_and_is_used():
+def test_budget_is_kept_and_used():
     rng = random.Random(0)
     for _ in range(300):
         sizes = [
@@ -73,7 +73,7 @@ def test_the_budget_holds_and_is_used():
             assert all(tokens([grid]) <= tokens([larger]) for grid, larger in zip(grids, more, strict=True))
 
 
-def test_a_budget_below_one_token_for_each_medium_is_a_fault():
+def test_budget_below_one_token_per_medium_is_a_fault():
     sizes = [Size(64, 64)] * 3 + [Size(64, 64, 9)]
     assert fit(8, sizes)[0] == [(1, 2, 2)] * 3 + [(5, 2, 2)]
     assert message_of(RowFault, fit, 7, sizes) == (
@@ -82,7 +82,7 @@ def test_a_budget_below_one_token_for_each_medium_is_a_fault():
     )
 
 
-def test_many_media_do_not_take_long():
+def test_many_media_are_fitted_quickly():
     sizes = [Size(500 + place % 7, 400) for place in range(3000)]
     grids, num_shrunk = fit(30_000, sizes)
     assert tokens(grids) <= 30_000

@@ -53,7 +53,7 @@ def test_patches_are_bit_equal_to_transformers(case, order):
     assert torch.equal(ours, clip_files.oracle_patches(frames.contiguous(), size))  # holds the tests' own oracle too
 
 
-def test_a_frame_that_never_comes_is_our_fault():
+def test_missing_frame_is_an_assertion_error():
     frame = torch.zeros(3, 32, 32, dtype=torch.uint8)
     with pytest.raises(AssertionError, match=r"frames \[7\] of the clip are missing"):
         clip_patches([(3, frame)], [3, 7], (1, 2, 2))
@@ -115,7 +115,7 @@ def test_extreme_shapes_are_refused():
     )
 
 
-def test_stills_beside_clips_repeat_their_frame():
+def test_images_packed_with_clips_repeat_their_frame():
     still = torch.randint(0, 256, (8, 768), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     twice = repeat_still_frames(still).view(8, 3, 2, 256)
     assert torch.equal(twice[:, :, 0].reshape(8, 768), still)

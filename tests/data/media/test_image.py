@@ -110,7 +110,7 @@ def test_patch_order_is_blocks_of_two_by_two():
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_turns_files_and_their_header_sizes_but_not_pil_objects(kind, orientation):
+def test_exif_rotates_files_but_not_pil_images(kind, orientation):
     exif = Image.Exif()
     exif[0x112] = orientation
     data = encoded(pattern(50, 30), kind, exif=exif)
@@ -123,7 +123,7 @@ def test_exif_turns_files_and_their_header_sizes_but_not_pil_objects(kind, orien
         assert load_rgb(Image.open(io.BytesIO(data))).shape == (3, 30, 50)
 
 
-def test_orientation_behind_the_pixels_of_a_png_counts():
+def test_png_orientation_after_the_pixels_is_applied():
     exif = Image.Exif()
     exif[0x112] = 6
     data = encoded(pattern(50, 30), exif=exif)
@@ -156,7 +156,7 @@ def test_modes_convert_as_transformers_does():
     assert torch.equal(load_rgb(encoded(alpha)), load_rgb(alpha))
 
 
-def test_every_kind_of_source_gives_the_same_pixels(tmp_path):
+def test_every_input_type_gives_the_same_pixels(tmp_path):
     data = encoded(pattern(33, 21))
     (tmp_path / "a b.png").write_bytes(data)
     uri = "data:image/png;base64," + base64.b64encode(data).decode()
@@ -206,13 +206,13 @@ def test_faults_of_files(tmp_path):
     for path, fault in faults.items():
         assert message_of(MediaFault, image_size, path, root) == fault
         assert message_of(MediaFault, load_rgb, path, root) == fault
-    assert image_size("cut.jpg", root) == (300, 400)  # the header of a cut file is whole
+    assert image_size("cut.jpg", root) == (300, 400)  # the header of a truncated file is complete
     assert message_of(MediaFault, load_rgb, "cut.jpg", root).startswith(
         "image cut.jpg: is truncated or damaged (image file is truncated"
     )
 
 
-def test_faults_of_other_sources():
+def test_faults_of_other_inputs():
     assert message_of(MediaFault, image_size, b"") == "image of 0 bytes: is empty; give the bytes of an image file"
     assert (
         message_of(MediaFault, image_size, b"junk")
@@ -238,7 +238,7 @@ def test_more_than_eight_bits_are_refused(mode):
     )
 
 
-def test_programs_hidden_in_formats_are_not_opened():
+def test_formats_that_run_programs_are_not_opened():
     postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n"
     assert "is not an image of a known format" in message_of(MediaFault, image_size, postscript)
 
@@ -255,14 +255,14 @@ def test_decompression_bombs(monkeypatch, size):
         assert message_of(MediaFault, image_size, data) == fault
 
 
-def test_more_extreme_than_200_to_1_is_refused():
+def test_aspect_ratio_beyond_200_is_refused():
     assert smart_resize(2000, 10, **LIMITS) == (3648, 32)
     fault = "image of 10x2001: its aspect ratio exceeds 200:1; crop it or pad it"
     assert message_of(MediaFault, lambda: smart_resize(2001, 10, **LIMITS)) == fault
     assert message_of(MediaFault, lambda: smart_resize(10, 2001, **LIMITS)) == fault.replace("10x2001", "2001x10")
 
 
-def test_nothing_outside_media_root_is_reached(tmp_path):
+def test_paths_outside_media_root_are_refused(tmp_path):
     root = tmp_path / "images"
     root.mkdir()
     (tmp_path / "images2").mkdir()
@@ -285,7 +285,7 @@ def test_nothing_outside_media_root_is_reached(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL", "ignore::PIL.Image.DecompressionBombWarning")
-def test_damaged_files_raise_nothing_but_our_fault():
+def test_damaged_files_raise_media_fault_only():
     """Cut and flip bytes of every format: the size from the header is the size that decodes, or both are refused."""
     rng = random.Random(0)
     whole = [encoded(pattern(37, 21), kind) for kind in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")]

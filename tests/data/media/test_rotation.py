@@ -22,11 +22,11 @@ def matrix(degrees: float, *, scale: float = 1.0, mirror: bool = False) -> tuple
 
 @pytest.mark.parametrize("scale", [1.0, 0.5, 3.0])
 @pytest.mark.parametrize("degrees", range(-360, 361, 90))
-def test_quarter_turns(degrees, scale):
+def test_rotation_from_matrix(degrees, scale):
     assert rotation_from_matrix(matrix(degrees, scale=scale)) == degrees // 90 % 4
 
 
-def test_what_is_no_quarter_turn():
+def test_other_angles_and_mirrors_are_not_rotations():
     assert rotation_from_matrix(IDENTITY) == 0
     assert rotation_from_matrix((0,) * 9) == 0
     assert rotation_from_matrix(matrix(90.4)) == 1
@@ -37,7 +37,7 @@ def test_what_is_no_quarter_turn():
 
 @pytest.mark.parametrize("layout", [{}, {"movflags": "faststart"}, {"movflags": "frag_keyframe+empty_moov"}], ids=str)
 @pytest.mark.parametrize("degrees", [0, 90, 180, -90])
-def test_the_matrix_of_the_right_track(tmp_path, layout, degrees):
+def test_matrix_is_that_of_the_track(tmp_path, layout, degrees):
     path = write_clip(tmp_path / "a.mp4", 6, rotation=degrees, container=layout, audio=not layout)
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
@@ -55,7 +55,7 @@ def box(kind: bytes, content: bytes, *, large: bool = False) -> bytes:
 
 
 def movie(of_movie: tuple[int, ...], of_track: tuple[int, ...], *, version: int, large: bool = False) -> bytes:
-    """A file of headers alone. version 1 has 64-bit times, which move everything behind them."""
+    """A file of headers alone. version 1 has 64-bit times, which shift all that follows."""
     times = 12 if version else 0
     mvhd = struct.pack(">B35x", version) + b"\0" * times + struct.pack(">9i", *of_movie) + b"\0" * 28
     number = struct.pack(">I", 5)
@@ -67,14 +67,14 @@ def movie(of_movie: tuple[int, ...], of_track: tuple[int, ...], *, version: int,
 
 @pytest.mark.parametrize("version", [0, 1])
 @pytest.mark.parametrize("large", [False, True])
-def test_both_versions_and_the_turn_of_the_whole_movie(version, large):
+def test_both_box_versions_and_the_matrix_of_the_movie(version, large):
     for whole in (0, 90, 270):
         for track in (0, 90, 180):
             file = io.BytesIO(movie(matrix(whole), matrix(track), version=version, large=large))
             assert rotation_from_matrix(mp4_matrix(file, 5)) == (whole + track) // 90 % 4
 
 
-def test_junk_ends_quickly():
+def test_junk_is_read_quickly():
     assert mp4_matrix(io.BytesIO(b""), 1) == IDENTITY
     assert mp4_matrix(io.BytesIO(box(b"free", b"") * 1_000_000), 1) == IDENTITY  # 10,000 of them are read
     whole = movie(matrix(90), matrix(90), version=0)

@@ -47,7 +47,7 @@ def gathered(source, indices, header=None, root=None) -> dict[int, torch.Tensor]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_frames_are_those_of_decoding_everything(kind, tmp_path):
+def test_frames_equal_those_of_full_decoding(kind, tmp_path):
     name, options = KINDS[kind]
     path = write_clip(tmp_path / name, 40, **options)
     frames = decode(path)
@@ -62,7 +62,7 @@ def test_frames_are_those_of_decoding_everything(kind, tmp_path):
             assert torch.equal(frame, frames[index]), (kind, indices, index)
 
 
-def test_only_the_groups_with_wanted_frames_are_decoded(tmp_path, monkeypatch):
+def test_only_groups_with_wanted_frames_are_decoded(tmp_path, monkeypatch):
     path = str(write_clip(tmp_path / "a.mp4", 100, options={"x264-params": "keyint=10:scenecut=0:bframes=0"}))
     fed = faults.note_decoded_packets()
     header = read_header(path)
@@ -72,7 +72,7 @@ def test_only_the_groups_with_wanted_frames_are_decoded(tmp_path, monkeypatch):
     assert fed == [1 + 4 + 10, 1, 100]
 
 
-def test_frames_that_lead_a_key_frame_begin_at_the_one_before(tmp_path, monkeypatch):
+def test_leading_frames_are_decoded_from_the_previous_key_frame(tmp_path, monkeypatch):
     """In an open group some frames follow the key frame in the file and are shown before it; both groups make them."""
     path = str(write_clip(tmp_path / "a.mp4", 40, options=KINDS["open groups"][1]["options"]))
     fed, header = faults.note_decoded_packets(), read_header(path)
@@ -83,8 +83,8 @@ def test_frames_that_lead_a_key_frame_begin_at_the_one_before(tmp_path, monkeypa
     assert max(fed) < 20
 
 
-def test_a_decoder_that_withholds_a_frame_is_asked_again_from_the_beginning(tmp_path, monkeypatch):
-    """A key frame of this kind only begins to refresh the picture, so frames soon behind it need what was before."""
+def test_withheld_frame_is_decoded_again_from_the_beginning(tmp_path, monkeypatch):
+    """A key frame of this kind only starts to refresh the picture, so frames shortly after it need those before it."""
     path = write_clip(tmp_path / "a.mp4", 60, options={"x264-params": "intra-refresh=1:keyint=12:bframes=2"})
     fed = faults.note_decoded_packets()
     frames, header = decode(path), read_header(str(path))
@@ -96,7 +96,7 @@ def test_a_decoder_that_withholds_a_frame_is_asked_again_from_the_beginning(tmp_
         assert len(fed) == passes
 
 
-def test_frames_cut_away_by_an_edit_list_do_not_count(tmp_path):
+def test_frames_removed_by_an_edit_list_do_not_count(tmp_path):
     """A clip that was trimmed without encoding it again keeps the frames before the cut, unseen."""
     whole, cut = write_clip(tmp_path / "a.mp4", 40, options={"x264-params": "bframes=2"}), tmp_path / "cut.mp4"
     with av.open(str(whole)) as source, av.open(str(cut), "w") as out:
@@ -119,7 +119,7 @@ def test_frames_cut_away_by_an_edit_list_do_not_count(tmp_path):
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.mov"])
 @pytest.mark.parametrize("turn", [90, 180, -90])
-def test_phones_turn_their_frames(name, turn, tmp_path):
+def test_phone_rotation_is_applied(name, turn, tmp_path):
     path = write_clip(tmp_path / name, 12, rotation=turn)
     header = read_header(str(path))
     assert (header.height, header.width) == ((64, 96) if turn == 180 else (96, 64))
@@ -145,7 +145,7 @@ def test_phones_turn_their_frames(name, turn, tmp_path):
 
 
 def both(source, root=None) -> str:
-    """The fault of a source, which its header must show already."""
+    """Return the fault of a source, which reading its header must raise."""
     return message_of(MediaFault, read_header, source, root)
 
 
@@ -202,7 +202,7 @@ def test_faults_that_the_header_shows(tmp_path):
     assert both("data:video/mp4,abc") == "data URI: is not base64; write data:video/mp4;base64,..."
 
 
-def test_a_rate_that_no_camera_has_is_a_fault(tmp_path):
+def test_impossible_frame_rate_is_a_fault(tmp_path):
     data = bytearray(write_clip(tmp_path / "a.mp4", 12, options={"x264-params": "bframes=0"}).read_bytes())
     place = data.index(b"stts") + 16
     assert data[place : place + 4] == (1024).to_bytes(4, "big")  # a frame lasts 1024 of 12288 ticks a second
@@ -236,7 +236,7 @@ def test_faults_that_decoding_shows(tmp_path):
     )
 
 
-def test_a_disk_that_fails_is_not_the_file(tmp_path, monkeypatch):
+def test_disk_errors_are_transient(tmp_path, monkeypatch):
     path = write_clip(tmp_path / "a.mp4")
 
     def fail(*arguments, **options):
@@ -249,7 +249,7 @@ def test_a_disk_that_fails_is_not_the_file(tmp_path, monkeypatch):
     assert caught.value.transient
 
 
-def test_bombs_are_refused_by_their_header(tmp_path, monkeypatch):
+def test_decompression_bombs_are_refused_by_their_header(tmp_path, monkeypatch):
     path = str(write_clip(tmp_path / "a.mp4", 4))
     monkeypatch.setattr("PIL.Image.MAX_IMAGE_PIXELS", 6000)
     assert both(path) == (
@@ -269,7 +269,7 @@ def test_bombs_are_refused_by_their_header(tmp_path, monkeypatch):
     ids=["playlist", "concat", "dash", "sdp"],
 )
 @pytest.mark.parametrize("ending", ["mp4", "m3u8", "ffconcat", "mpd", "sdp"])
-def test_files_that_point_at_other_files_are_not_opened(text, ending, tmp_path):
+def test_files_that_refer_to_other_files_are_not_opened(text, ending, tmp_path):
     target = write_clip(tmp_path / "secret.mp4", 12)
     path = tmp_path / f"a.{ending}"
     path.write_text(text.format(target=target))
@@ -282,7 +282,7 @@ def test_bare_streams_have_no_rate_and_are_not_opened(tmp_path):
     assert both(str(path)).endswith(UNREADABLE)
 
 
-def test_cover_art_is_no_video(tmp_path):
+def test_cover_art_is_not_a_video(tmp_path):
     path = tmp_path / "song.mp4"
     with av.open(str(path), "w") as out:
         sound = out.add_stream("aac", rate=8000)
@@ -296,7 +296,7 @@ def test_cover_art_is_no_video(tmp_path):
     assert both(str(path)) == f"video {path}: has no video stream (streams: audio, video); replace the file"
 
 
-def test_damaged_files_raise_nothing_but_our_fault(tmp_path):
+def test_damaged_files_raise_media_fault_only(tmp_path):
     """Cut and flip bytes of every container: what is planned from the header decodes, or there is a fault."""
     rng = random.Random(0)
     names = {
@@ -349,7 +349,7 @@ for path in sys.argv[1:]:
 """
 
 
-def test_ten_minutes_do_not_need_their_frames_in_memory(tmp_path):
+def test_ten_minute_clip_needs_little_memory(tmp_path):
     options = {"size": (128, 96), "codec": "mpeg4", "rate": 15, "gop": 60}
     short = write_clip(tmp_path / "short.mp4", 30, **options)
     with av.open(str(tmp_path / "long.mp4"), "w") as out:
@@ -369,4 +369,4 @@ def test_ten_minutes_do_not_need_their_frames_in_memory(tmp_path):
     assert after[:2] == [9000, 768]
     frames_bytes = 9000 * 128 * 96 * 3  # 332 MB; those that are sampled are 28 MB, and so are their patches
     grown = after[3] - before[3] - after[2]
-    assert grown < 20e6 < frames_bytes / 10, f"{grown / 1e6:.0f} MB beside the patches"
+    assert grown < 20e6 < frames_bytes / 10, f"{grown / 1e6:.0f} MB besides the patches"

@@ -1,8 +1,9 @@
-"""The same steps whatever the workers and ranks; exact resume; broken pixels, dead workers, changed data."""
+"""The loader over both producers: the same steps whatever the workers and ranks, exact resume, broken rows."""
 
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 from collections import Counter
 from itertools import islice
@@ -13,12 +14,27 @@ import torch
 
 from qwen3vl_train.data.encode.collator import MultimodalCollator
 from qwen3vl_train.data.packing.index import LengthRule, build_index
-from qwen3vl_train.data.packing.loader import TrainLoader, eval_packs
-from qwen3vl_train.data.packing.plan import PackLimits, random_stream, share
+from qwen3vl_train.data.packing.loader import Loader
+from qwen3vl_train.data.packing.packs import eval_packs
+from qwen3vl_train.data.packing.plan import PackLimits, share
+from qwen3vl_train.data.packing.windows import IndexedWindows
 from qwen3vl_train.data.sources import JsonlSource
-from tests.helpers import oracles
+from tests.helpers import faults
+from tests.helpers.loaders import (
+    EVERY_ROW,
+    KINDS,
+    MAX_TOKENS,
+    NUM_ROWS,
+    RULE,
+    contents_of,
+    make_loader,
+    names_of,
+    plan_of,
+    sources_of,
+    write_folder,
+)
+from tests.helpers.small_runs import row, write_rows
 
-MAX_TOKENS = 160
 LIMITS = PackLimits(MAX_TOKENS)
 
 
@@ -29,225 +45,243 @@ def collator(tiny_folder):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Two files: 37 rows with one image, two or none, of uneven lengths, and 10 rows of text."""
-    folder = tmp_path_factory.mktemp("rows")
-    images = {name: image for name, image in oracles.sample_images().items() if max(image.size) <= 200}
-    for name, image in images.items():
-        image.save(folder / f"{name}.png")
-    random = random_stream(0)
-    rows = []
-    for number in range(37):
-        names = random.choice(sorted(images), random.randint(0, 3)).tolist()
-        content = [{"type": "image", "image": f"{name}.png"} for name in names]
-        content.append({"type": "text", "text": f"row {number} " + "word " * random.randint(0, 20)})
-        rows.append([{"role": "user", "content": content}, {"role": "assistant", "content": f"answer {number}"}])
-    texts = [[{"role": "user", "content": f"t{n}"}, {"role": "assistant", "content": f"u{n}"}] for n in range(10)]
-    for name, messages in (("a.jsonl", rows), ("b.jsonl", texts)):
-        (folder / name).write_text("".join(json.dumps({"messages": m}) + "\n" for m in messages))
-    return folder
+    return write_folder(tmp_path_factory.mktemp("loader") / "rows")
+
+
+@pytest.fixture
+def copy(folder, tmp_path):
+    """A copy of the folder, to be spoilt."""
+    shutil.copytree(folder, tmp_path / "rows")
+    return tmp_path / "rows"
 
 
 @pytest.fixture(scope="module")
-def source(folder):
-    return JsonlSource(folder / "a.jsonl", folder)
+def index(folder, collator):
+    return build_index(sources_of(folder), collator, RULE)
 
 
 @pytest.fixture(scope="module")
-def index(source, collator):
-    return build_index([source], collator, LengthRule(MAX_TOKENS))
+def make(folder, collator, index):
+    """A function: kind of producer, and options of `make_loader` -> a loader of the unspoilt rows."""
+    return lambda kind, weights=(1.0, 1.0), **changes: make_loader(
+        kind, folder, collator, weights, index=index, **changes
+    )
 
 
-def loader(source, collator, index, **changes):
-    options = {"packs_per_step": 3, "limits": LIMITS, "seed": 5, "num_epochs": 2, **changes}
-    return TrainLoader([(source, 1.0)], collator, index, **options)
+@pytest.fixture(scope="module", params=KINDS)
+def kind(request):
+    return request.param
 
 
-def ids_of(steps):
-    return [
-        (step.epoch, step.num_packs, step.pack_numbers, [pack.sample_ids for pack in step.packs], step.state)
-        for step in steps
-    ]
+@pytest.fixture(scope="module")
+def straight(make, kind):
+    """The steps of an undisturbed run on one rank."""
+    return list(make(kind))
 
 
-def test_every_row_once_an_epoch_in_another_order(source, collator, index):
-    train = loader(source, collator, index)
-    steps = list(train)
-    assert len(steps) == train.num_steps
-    seen = []
-    for epoch in range(2):
-        packs = [pack for step in steps if step.epoch == epoch for pack in step.packs]
-        assert all(pack.num_tokens <= MAX_TOKENS for pack in packs)
-        seen.append([name for pack in packs for name in pack.sample_ids])
-        assert Counter(seen[-1]) == Counter(f"a.jsonl:{line}" for line in range(1, 38))
-    assert seen[0] != seen[1]
-    assert all(step.num_packs == len(step.packs) == 3 for step in steps if step.num_packs == 3)
-    assert ids_of(loader(source, collator, index, seed=6)) != ids_of(steps)
+def saved(state):
+    return json.loads(json.dumps(state))
 
 
-def test_workers_change_nothing(source, collator, index):
-    alone, workers = (list(loader(source, collator, index, num_workers=n)) for n in (0, 2))
-    assert ids_of(alone) == ids_of(workers)
-    for one, other in zip(alone, workers, strict=True):
-        for pack, same in zip(one.packs, other.packs, strict=True):
+def test_every_row_comes_once_an_epoch(make, kind, straight):
+    train = make(kind)
+    assert train.num_steps == (len(straight) if kind == "indexed" else None)
+    for epoch in (0, 1):
+        steps = [step for step in straight if step.epoch == epoch]
+        assert Counter(names_of(steps)) == EVERY_ROW
+        sizes = [step.num_packs for step in steps]
+        assert set(sizes[:-1]) == {5}
+        assert 1 <= sizes[-1] <= 5
+    assert len({tuple(names_of(step for step in straight if step.epoch == epoch)) for epoch in (0, 1)}) == 2
+    assert names_of(make(kind, seed=6)) != names_of(straight)
+    num_rows = sum(NUM_ROWS.values())
+    assert straight[-1].num_seen == (num_rows if kind == "indexed" else 2 * num_rows)
+
+
+def test_workers_change_nothing(make, kind, straight):
+    steps = list(make(kind, num_workers=2))
+    assert contents_of(steps) == contents_of(straight)
+    assert_same_packs(steps, straight)
+
+
+def assert_same_packs(steps, wanted):
+    for step, same in zip(steps, wanted, strict=True):
+        for pack, other in zip(step.packs, same.packs, strict=True):
             for field in ("input_ids", "labels", "positions", "pixel_values", "grid_thw", "visual_pos_mask"):
-                assert torch.equal(getattr(pack, field), getattr(same, field))
-            assert pack.vision_slices_per_seq == same.vision_slices_per_seq
+                assert torch.equal(getattr(pack, field), getattr(other, field)), field
+            assert pack.vision_slices_per_seq == other.vision_slices_per_seq
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_ranks_share_out_the_same_steps(source, collator, index, world_size):
-    whole = list(loader(source, collator, index))
-    ranks = [list(loader(source, collator, index, rank=rank, world_size=world_size)) for rank in range(world_size)]
-    for step, *parts in zip(whole, *ranks, strict=True):
+@pytest.mark.parametrize("world_size", [2, 3, 7])
+def test_ranks_share_out_the_same_steps(make, kind, straight, world_size):
+    ranks = [list(make(kind, rank=rank, world_size=world_size)) for rank in range(world_size)]
+    assert all(plan_of(steps) == plan_of(straight) for steps in ranks)
+    for step, *parts in zip(straight, *ranks, strict=True):
         union = {n: pack.sample_ids for part in parts for n, pack in zip(part.pack_numbers, part.packs, strict=True)}
         assert union == dict(enumerate(pack.sample_ids for pack in step.packs))
-        assert sum(len(part.packs) for part in parts) == step.num_packs
         counts = [len(part.packs) for part in parts]
         assert max(counts) - min(counts) <= 1
-        assert {json.dumps(part.state) for part in parts} == {json.dumps(step.state)}
+        (balance,) = {part.balance for part in parts}
+        # The work of a pack follows its rows, text and pictures: by the tokens it has, near enough.
+        loads = np.array([sum(pack.num_tokens for pack in part.packs) for part in parts])
+        assert balance == pytest.approx(loads.max() / loads.mean(), rel=0.25)
+    assert {step.balance for step in straight} == {1.0}
 
 
-def test_ranks_get_packs_of_even_cost(source, collator, index):
-    options = {"packs_per_step": 12, "num_epochs": 1, "world_size": 3}
-    train = loader(source, collator, index, **options)
-    work = [int(train.work[pack].sum()) for pack in train.epoch_packs(0)[:12]]
-    for rank in range(3):
-        step = next(iter(loader(source, collator, index, rank=rank, **options)))
-        assert step.pack_numbers == share(work, 3)[rank]
-
-
-@pytest.mark.parametrize("stop", [0, 1, 4, -1])
 @pytest.mark.parametrize("workers", [0, 2])
-def test_resume_is_exact_in_any_epoch_and_for_other_ranks(source, collator, index, stop, workers):
-    straight = list(loader(source, collator, index))
-    boundary = next(n for n, step in enumerate(straight) if step.epoch == 1) - 1
-    stop = boundary if stop == -1 else stop
-    state = json.loads(json.dumps(straight[stop].state))
-    again = loader(source, collator, index, num_workers=workers)
-    again.load_state_dict(state)
-    assert again.num_steps == len(straight)
-    assert ids_of(again) == ids_of(straight[stop + 1 :])
-    for rank in range(2):
-        other = loader(source, collator, index, rank=rank, world_size=2)
-        other.load_state_dict(state)
-        wanted = list(loader(source, collator, index, rank=rank, world_size=2))[stop + 1 :]
-        assert ids_of(other) == ids_of(wanted)
+def test_resume_is_exact_in_any_epoch_and_on_other_ranks(make, kind, straight, workers):
+    last = max(number for number, step in enumerate(straight) if step.epoch == 0)
+    for stop in {0, 3, last - 1, last, last + 1, len(straight) - 1} if not workers else {2}:
+        state = saved(straight[stop].state)
+        again = make(kind, num_workers=workers)
+        again.load_state_dict(state)
+        assert again.num_seen == straight[stop].num_seen
+        steps = list(again)
+        assert contents_of(steps) == contents_of(straight[stop + 1 :])
+        assert_same_packs(steps, straight[stop + 1 :])
+        seen = names_of(straight[: stop + 1])
+        for rank in range(3):
+            other = make(kind, rank=rank, world_size=3)
+            other.load_state_dict(state)
+            steps = list(other)
+            assert plan_of(steps) == plan_of(straight[stop + 1 :])
+            seen += names_of(steps)
+        assert Counter(seen) == EVERY_ROW + EVERY_ROW
 
 
-def test_state_before_and_after_the_run(source, collator, index):
-    train = loader(source, collator, index)
+def test_weighted_epoch_survives_changes_of_ranks(make, kind):
+    straight = list(make(kind, (1.0, 2.5)))
+    epoch = [step for step in straight if step.epoch == 0]
+    counts = Counter(names_of(epoch))
+    assert {counts[f"s.jsonl:{number}"] for number in range(1, 71)} == {1}
+    assert {counts[f"k.jsonl:{number}"] for number in range(1, 13)} == {2, 3}
+    seen: Counter[str] = Counter()
+    state = None
+    for world_size, num_steps, workers in ((1, 2, 0), (4, 2, 2), (2, len(epoch) - 4, 0)):
+        for rank in range(world_size):
+            train = make(kind, (1.0, 2.5), rank=rank, world_size=world_size, num_workers=workers)
+            if state is not None:
+                train.load_state_dict(saved(state))
+            steps = list(islice(train, num_steps))
+            seen += Counter(names_of(steps))
+        state = steps[-1].state
+    assert seen == counts
+    train = make(kind, (1.0, 2.5))
+    train.load_state_dict(saved(state))
+    assert contents_of(islice(train, 1)) == contents_of([straight[len(epoch)]])
+
+
+def test_state_before_and_after_the_run(make, kind, straight):
+    train = make(kind)
     first = train.state()
-    steps = list(train)
+    assert contents_of(train) == contents_of(straight)
     assert list(train) == []
-    assert train.state() == steps[-1].state
+    assert train.state() == straight[-1].state
     train.load_state_dict(first)
-    assert ids_of(train) == ids_of(steps)
+    assert contents_of(train) == contents_of(straight)
 
 
-def test_num_steps_runs_through_as_many_epochs_as_it_takes(source, collator, index):
-    train = loader(source, collator, index, num_epochs=None, num_steps=11)
+def test_num_steps_runs_through_as_many_epochs_as_it_takes(make, kind, straight):
+    train = make(kind, num_epochs=None, num_steps=len(straight) - 1)
+    assert train.num_steps == len(straight) - 1
     steps = list(train)
-    assert len(steps) == train.num_steps == 11
-    of_epochs = list(islice(loader(source, collator, index, num_epochs=9), 8))
-    # But for the lengths of the epochs: of a run that does not end with one they are not known, nor asked for.
-    assert [told[:-1] for told in ids_of(steps)[:8]] == [told[:-1] for told in ids_of(of_epochs)]
-    assert [step.mark for step in steps[:8]] == [step.mark for step in of_epochs]
-    train = loader(source, collator, index, num_epochs=None, num_steps=11)
+    assert names_of(steps) == names_of(straight[:-1])
+    assert [step.plan_hash for step in steps] == [step.plan_hash for step in straight[:-1]]
+    assert list(train) == []
+    train = make(kind, num_epochs=None, num_steps=len(straight) - 1)
     train.load_state_dict(steps[6].state)
-    assert ids_of(train) == ids_of(steps[7:])
+    assert contents_of(train) == contents_of(steps[7:])
 
 
-def test_a_short_last_step_leaves_some_ranks_without_packs(source, collator, index):
-    total = len(loader(source, collator, index).epoch_packs(0))
-    steps = [
-        list(loader(source, collator, index, rank=rank, world_size=8, packs_per_step=total - 1, num_epochs=1))
-        for rank in range(8)
-    ]
-    assert [rank[0].num_packs for rank in steps] == [total - 1] * 8
-    assert [rank[1].num_packs for rank in steps] == [1] * 8
-    assert sorted(len(rank[1].packs) for rank in steps) == [0] * 7 + [1]
+def test_short_last_step_leaves_some_ranks_without_packs(make, kind):
+    total = sum(step.num_packs for step in make(kind, num_epochs=1, window=200))
+    options = {"packs_per_step": total - 1, "num_epochs": 1, "window": 200, "world_size": total}
+    steps = [list(make(kind, rank=rank, **options)) for rank in range(total)]
+    assert [rank[0].num_packs for rank in steps] == [total - 1] * total
+    assert [rank[1].num_packs for rank in steps] == [1] * total
+    assert sorted(len(rank[1].packs) for rank in steps) == [0] * (total - 1) + [1]
+    assert steps[0][1].balance == total
 
 
-def test_weights_repeat_and_thin_out_sources(folder, source, collator):
-    texts = JsonlSource(folder / "b.jsonl", folder)
-    index = build_index([source, texts], collator, LengthRule(MAX_TOKENS))
-    train = TrainLoader(
-        [(source, 0.5), (texts, 2.3)], collator, index, packs_per_step=4, limits=LIMITS, seed=0,
-        num_epochs=3,
-    )  # fmt: skip
-    drawn = []
-    for epoch in range(3):
-        counts = Counter(row for pack in train.epoch_packs(epoch) for row in pack)
-        first = {row for row in counts if row < 37}
-        assert len(first) == round(0.5 * 37)
-        assert all(counts[row] == 1 for row in first)
-        assert Counter(counts[row] for row in range(37, 47)) == {2: 7, 3: 3}
-        drawn.append(first)
-    assert drawn[0] != drawn[1]
+def test_limits_of_a_pack_hold_in_training_and_evaluation(make, kind, folder, collator, index):
+    limits = PackLimits(MAX_TOKENS, patches=int(index.patches.max()) + 8, sequences=3)
+    packs = [pack for step in make(kind, limits=limits, num_epochs=1) for pack in step.packs]
+    source = sources_of(folder)[0]
+    own = build_index([source], collator, RULE)
+    packs += [result.pack for result in eval_packs(source, collator, own, limits=limits)]
+    names = Counter(name for pack in packs for name in pack.sample_ids)
+    assert names == EVERY_ROW + Counter(name for name in EVERY_ROW if name[0] == "s")
+    for pack in packs:
+        assert pack.num_tokens <= MAX_TOKENS
+        assert pack.num_patches <= index.patches.max() + 8
+        assert len(pack.sample_ids) <= 3
 
 
-def copy_with_broken_image(folder, tmp_path, lines):
-    """Copy the rows; the images of some lines become files of their own, to be broken after the index is built."""
-    rows = (folder / "a.jsonl").read_text().splitlines()
-    for line in lines:
-        row = json.loads(rows[line - 1])
-        (tmp_path / f"own{line}.png").write_bytes((folder / "wide.png").read_bytes())
-        row["messages"][0]["content"] = [{"type": "image", "image": f"own{line}.png"}]
-        rows[line - 1] = json.dumps(row)
-    for image in folder.glob("*.png"):
-        (tmp_path / image.name).write_bytes(image.read_bytes())
-    (tmp_path / "a.jsonl").write_text("\n".join(rows))
-    return JsonlSource(tmp_path / "a.jsonl", tmp_path)
+def test_shrunk_and_dropped_media_are_counted(folder, kind, tiny_folder):
+    few = {"max_visual_tokens_per_image": 1, "min_visual_tokens_per_image": 1}
+    small = MultimodalCollator.from_pretrained(tiny_folder, **few)
+    rule = LengthRule(50, too_long="drop")
+    index = build_index(sources_of(folder), small, rule)
+    steps = list(make_loader(kind, folder, small, rule=rule, num_epochs=1))
+    assert (steps[-1].num_seen, steps[-1].num_dropped) == (index.num_rows, index.num_dropped)
+    assert sum(step.num_shrunk for step in steps) == index.num_shrunk.sum() > 0
+    assert len(names_of(steps)) == index.num_usable == index.num_rows - index.num_dropped
+    assert 0 < index.num_usable < index.num_rows
+    for step in steps:
+        lines = [int(name.rpartition(":")[2]) for name in names_of([step]) if name[0] == "s"]
+        assert step.num_shrunk == index.num_shrunk[np.array(lines, dtype=int) - 1].sum()
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_images_that_break_or_change_are_left_out_and_reported(folder, tmp_path, collator, workers):
-    source = copy_with_broken_image(folder, tmp_path, [3, 8, 9])
-    data = (tmp_path / "own3.png").read_bytes()
-    (tmp_path / "own3.png").write_bytes(data[: len(data) // 2])  # its header is whole
-    index = build_index([source], collator, LengthRule(MAX_TOKENS))
-    (tmp_path / "own8.png").write_bytes((tmp_path / "exact.png").read_bytes())
-    os.utime(tmp_path / "own9.png", ns=(7, 7))
-    steps = list(loader(source, collator, index, num_epochs=1, num_workers=workers))
-    names = Counter(name for step in steps for pack in step.packs for name in pack.sample_ids)
-    assert names == Counter(f"a.jsonl:{line}" for line in range(1, 38) if line not in (3, 8, 9))
-    rejected = sorted(reject for step in steps for reject in step.rejected)
-    assert [(reject.file, reject.row) for reject in rejected] == [(str(tmp_path / "a.jsonl"), row) for row in (3, 8, 9)]
-    assert rejected[0].reason.startswith("messages[0].content[0]: image own3.png: is truncated or damaged (")
-    for reject in rejected[1:]:
+def test_media_that_break_or_change_are_rejected(copy, collator, kind, workers):
+    data = (copy / "2.png").read_bytes()
+    (copy / "2.png").write_bytes(data[: len(data) // 2])  # its header is sound
+    train = make_loader(kind, copy, collator, num_epochs=1, num_workers=workers, window=200)
+    steps = iter(train)
+    first = next(steps) if kind == "streamed" else None  # by now all rows are scanned
+    os.utime(copy / "9.png", ns=(7, 7))
+    (copy / "3.png").write_bytes((copy / "4.png").read_bytes())
+    done = list(steps) if first is None else [first, *steps]
+    rejected = {reject.row: reject for step in done for reject in step.rejected}
+    lost = Counter(f"s.jsonl:{number}" for number in rejected)
+    assert Counter(names_of(done)) == EVERY_ROW - lost
+    assert 3 in rejected
+    assert set(rejected) <= {3, 4, 10}
+    assert rejected[3].reason.startswith("messages[0].content[0]: image 2.png: is truncated or damaged (")
+    changed = [reject for number, reject in rejected.items() if number != 3]
+    assert changed
+    for reject in changed:
+        assert (reject.file, reject.kind) == (str(copy / "s.jsonl"), "changed")
         assert reject.reason == (
-            f"size or time of {tmp_path}/own{reject.row}.png is not what it was when the row was indexed; the row is "
-            "left out, start again to take it as it is now"
+            f"size or time of {copy}/{reject.row - 1}.png is not what it was when the row was scanned; the row is "
+            "skipped, start again to take it as it is now"
         )
 
 
-def test_a_file_of_rows_that_changes_stops_giving_rows(folder, tmp_path, collator):
-    source = copy_with_broken_image(folder, tmp_path, [])
-    index = build_index([source], collator, LengthRule(MAX_TOKENS))
-    with (tmp_path / "a.jsonl").open("a") as file:
-        file.write("\n{}")
-    step = next(iter(loader(source, collator, index)))
+def test_changed_file_of_rows_gives_no_more_rows(copy, collator):
+    train = make_loader("indexed", copy, collator)
+    for name in NUM_ROWS:
+        with (copy / name).open("a") as file:
+            file.write("\n{}")
+    step = next(iter(train))
     assert step.packs == []
-    assert {reject.reason.partition(" (")[0] for reject in step.rejected} == {
-        f"{tmp_path}/a.jsonl changed since it was indexed"
-    }
+    reasons = {reject.reason.partition(" (")[0].rpartition("/")[2] for reject in step.rejected}
+    assert reasons <= {f"{name} changed since it was indexed" for name in NUM_ROWS}
+    assert reasons
 
 
-def test_a_pack_of_broken_rows_only_is_left_out(tmp_path, collator):
-    for name, image in (("good", "exact"), ("bad", "exact")):
-        oracles.sample_images()[image].save(tmp_path / f"{name}.png")
-    asked = [{"role": "user", "content": [{"image": f"{name}.png"}]} for name in ("good", "bad")]
-    rows = [{"messages": [question, {"role": "assistant", "content": "x"}]} for question in asked]
-    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    source = JsonlSource(tmp_path / "a.jsonl", tmp_path)
+def test_pack_of_broken_rows_is_left_out(copy, collator):
+    write_rows(copy / "two.jsonl", [row("a", "x", ["3.png"]), row("a", "x", ["4.png"])])
+    shutil.copy(copy / "3.png", copy / "4.png")
+    source = JsonlSource(copy / "two.jsonl", copy)
     tokens = collator.cost(source.sample(0)).tokens
-    data = (tmp_path / "bad.png").read_bytes()
-    (tmp_path / "bad.png").write_bytes(data[: len(data) // 2])
+    data = (copy / "4.png").read_bytes()
+    (copy / "4.png").write_bytes(data[: len(data) // 2])
     index = build_index([source], collator, LengthRule(tokens))
-    steps = list(loader(source, collator, index, num_epochs=1, packs_per_step=2, limits=PackLimits(tokens)))
-    (step,) = steps
+    options = {"packs_per_step": 2, "limits": PackLimits(tokens), "num_epochs": 1}
+    (step,) = Loader(IndexedWindows([(source, 1.0)], index, seed=0), collator, **options)
     assert step.num_packs == 2
-    assert [pack.sample_ids for pack in step.packs] == [("a.jsonl:1",)]
+    assert [pack.sample_ids for pack in step.packs] == [("two.jsonl:1",)]
     assert len(step.pack_numbers) == len(step.rejected) == 1
     results = list(eval_packs(source, collator, index, limits=PackLimits(tokens)))
     assert [result.pack is None for result in results] == [False, True]
@@ -266,10 +300,10 @@ def lose_a_worker(train, sender):
     os._exit(0)
 
 
-def test_a_killed_worker_raises(source, collator, index):
+def test_killed_worker_raises(make, kind):
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
-    train = loader(source, collator, index, num_workers=2, num_epochs=200)
+    train = make(kind, num_workers=2, num_epochs=None, num_steps=3000)
     process = context.Process(target=lose_a_worker, args=(train, sender))
     process.start()
     try:
@@ -280,19 +314,30 @@ def test_a_killed_worker_raises(source, collator, index):
         process.join()
 
 
-def test_resume_with_other_data_is_refused(folder, tmp_path, source, collator, index):
-    state = next(iter(loader(source, collator, index))).state
-    same = "put them back or start a new run"
+def test_resume_with_other_settings_or_data_is_refused(make, kind, straight, copy, collator):
+    fix = "put them back or start a new run"
     with pytest.raises(ValueError) as caught:
-        loader(source, collator, index, seed=6, packs_per_step=2).load_state_dict(state)
+        make(kind, seed=6, window=33, packs_per_step=2).load_state_dict(straight[0].state)
     assert str(caught.value) == (
-        "resume: seed (5 then, 6 now), packs_per_step (3 then, 2 now) changed since the checkpoint, so the run cannot "
-        f"go on exactly; {same}"
+        "resume: seed (5 then, 6 now), window (32 then, 33 now), packs_per_step (5 then, 2 now) changed since the "
+        f"checkpoint, so the run cannot go on exactly; {fix}"
     )
-    changed = copy_with_broken_image(folder, tmp_path, [1])
-    train = loader(changed, collator, build_index([changed], collator, LengthRule(MAX_TOKENS)))
-    with pytest.raises(ValueError, match=f"^resume: the data files, the rows' token counts changed .* {same}$"):
-        train.load_state_dict(state)
+    with (copy / "s.jsonl").open("a") as file:
+        file.write(json.dumps(row("one", "more")) + "\n")
+    what = "the data files, the rows' token counts" if kind == "indexed" else "the data files"
+    with pytest.raises(ValueError, match=f"^resume: {what} changed .* {fix}$"):
+        make_loader(kind, copy, collator).load_state_dict(straight[0].state)
+
+
+def test_state_of_an_earlier_version_is_refused(make, kind):
+    state = {"epoch": 0, "step_in_epoch": 3, "steps_done": 3, "epoch_lengths": [9], "fingerprint": {}}
+    with pytest.raises(ValueError) as caught:
+        make(kind).load_state_dict(state)
+    assert str(caught.value) == (
+        "resume: the position in the data has no cursor, carry_over, taken, num_seen, num_dropped, skipped, "
+        "content_hash: the checkpoint is of an earlier version of qwen3vl_train; go on with that version, or start a "
+        "new run"
+    )
 
 
 @pytest.mark.parametrize(
@@ -302,65 +347,117 @@ def test_resume_with_other_data_is_refused(folder, tmp_path, source, collator, i
         ({"num_steps": 5}, "train: num_epochs is 2 and num_steps is 5; give one of them"),
         ({"num_epochs": None}, "train: num_epochs is None and num_steps is None; give one of them"),
         ({"num_epochs": 0}, "train: num_epochs is 0 and num_steps is None; use at least 1"),
+        ({"weights": (1.0, 0.0)}, "weight is 0.0; use a number above 0"),
+        ({"weights": (1.0, -1.0)}, "weight is -1.0; use a number above 0"),
+        ({"weights": (float("nan"), 1.0)}, "weight is nan; use a number above 0"),
+        ({"weights": (float("inf"), 1.0)}, "weight is inf; use a number above 0"),
     ],
 )
-def test_faults_of_settings(source, collator, index, changes, fault):
+def test_faults_of_settings(make, kind, folder, changes, fault):
     with pytest.raises(ValueError) as caught:
-        loader(source, collator, index, **changes)
-    assert str(caught.value) == fault
+        make(kind, **changes)
+    names = {str(folder / name) for name in NUM_ROWS} | {"s"}
+    assert str(caught.value) in {fault, *(f"data.train: {name}: {fault}" for name in names)}
 
 
-@pytest.mark.parametrize("weight", [0.0, -1.0, float("nan"), float("inf")])
-def test_faults_of_weights(source, collator, index, weight):
-    with pytest.raises(ValueError) as caught:
-        TrainLoader([(source, weight)], collator, index, packs_per_step=1, limits=PackLimits(99), seed=0, num_epochs=1)
-    assert str(caught.value) == f"data.train: {source.name}: weight is {weight}; use a number above 0"
+def test_plan_hashes_change_with_every_step(make, kind, straight):
+    assert len({step.plan_hash.combined() for step in straight}) == len(straight)
+    assert straight[0].plan_hash.packs != next(iter(make(kind, packs_per_step=4))).plan_hash.packs
+
+
+def test_loader_that_is_left_early_leaves_no_process(make, kind):
+    others = set(multiprocessing.active_children())
+    steps = iter(make(kind, num_workers=2))
+    list(islice(steps, 2))
+    workers = set(multiprocessing.active_children()) - others
+    assert workers
+    steps.close()
+    del steps
+    for worker in workers:
+        worker.join(20)
+    assert not workers & set(multiprocessing.active_children())
+
+
+# Of indexed rows alone: whole epochs are known ahead.
+
+
+def test_epoch_packs_are_even_and_shared_by_work(make):
+    train = make("indexed", packs_per_step=4, num_epochs=1, window=200)
+    packs = train.epoch_packs(0)
+    index = train.producer.index
+    assert [pack.tokens for pack in packs] == [index.tokens[pack.rows].sum() for pack in packs]
+    work = [pack.work for pack in packs]
+    assert work == [train.producer.work[pack.rows].sum() for pack in packs]
+    ranges = [max(work[start : start + 4]) - min(work[start : start + 4]) for start in range(0, len(work) - 3, 4)]
+    assert np.mean(ranges) < 0.5 * (max(work) - min(work))
+    for rank in range(2):
+        step = next(iter(make("indexed", packs_per_step=4, window=200, rank=rank, world_size=2)))
+        shares = share(work[:4], 2)
+        assert step.pack_numbers == shares[rank]
+        loads = [sum(work[number] for number in numbers) for numbers in shares]
+        assert step.balance == max(loads) / (sum(loads) / 2)
+
+
+def test_weights_repeat_and_thin_out_sources(make):
+    train = make("indexed", (0.5, 2.3), num_epochs=3)
+    drawn = []
+    for epoch in range(3):
+        counts = Counter(row for pack in train.epoch_packs(epoch) for row in pack.rows)
+        first = {number for number in counts if number < 70}
+        assert len(first) == 35
+        assert all(counts[number] == 1 for number in first)
+        assert Counter(counts[number] for number in range(79, 91)) == {2: 8, 3: 4}
+        drawn.append(first)
+    assert drawn[0] != drawn[1]
+
+
+def test_no_epoch_is_planned_twice_in_a_row(make):
+    planned = faults.note_planned_windows()
+    train = make("indexed", num_epochs=3, window=200)
+    assert train.num_steps == train.num_steps
+    assert train.epoch_packs(0)  # as the start-up report does
+    steps = list(train)
+    assert len(steps) == train.num_steps
+    assert [epoch for epoch, _ in planned] == [1, 2, 0, 1, 2]
+    state = saved(next(step for step in steps if step.epoch == 1).state)
+    planned.clear()
+    train = make("indexed", num_epochs=3, window=200)
+    train.load_state_dict(state)
+    assert (train.num_steps, train.epoch) == (len(steps), 1)  # the lengths of all epochs are in the state
+    assert train.epoch_packs(1)
+    assert contents_of(train) == contents_of(steps[state["steps_done"] :])
+    assert [epoch for epoch, _ in planned] == [1, 2]
+
+
+def test_epoch_is_planned_window_by_window_as_it_is_trained(make):
+    planned = faults.note_planned_windows()
+    train = make("indexed", num_epochs=None, num_steps=1, window=40)
+    assert train.num_steps == len(list(train)) == 1
+    assert planned == [(0, 40)]
+
+
+@pytest.mark.parametrize("ends", [{"num_epochs": 2}, {"num_steps": 4}])
+def test_index_without_a_usable_row_makes_a_run_of_no_steps(collator, tmp_path, ends):
+    (tmp_path / "none.jsonl").write_text("{\n{}\n")
+    source = JsonlSource(tmp_path / "none.jsonl", tmp_path)
+    index = build_index([source], collator, RULE)
+    producer = IndexedWindows([(source, 0.5)], index, seed=5)
+    train = Loader(producer, collator, packs_per_step=3, limits=LIMITS, **ends)
+    assert (train.num_steps, train.epoch_packs(0), list(train)) == (0, [], [])
+    train.load_state_dict(train.state())
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_evaluation_reads_the_file_in_order_and_shares_it_out(source, collator, index, workers):
+def test_evaluation_reads_the_file_in_order_and_shares_it_out(folder, collator, workers):
+    source = sources_of(folder)[0]
+    index = build_index([source], collator, RULE)
+
     def names(rank, world_size):
-        results = eval_packs(source, collator, index, limits=LIMITS, rank=rank, world_size=world_size,
-                             num_workers=workers)  # fmt: skip
+        results = eval_packs(
+            source, collator, index, limits=LIMITS, data_rank=rank, data_world_size=world_size, num_workers=workers
+        )
         return [result.pack.sample_ids for result in results]
 
-    whole = names(0, 1)
-    assert [name for pack in whole for name in pack] == [f"a.jsonl:{line}" for line in range(1, 38)]
-    assert [names(rank, 2) for rank in range(2)] == [whole[0::2], whole[1::2]]
-
-
-def test_every_limit_of_a_pack_holds_in_training_and_evaluation(source, collator, index):
-    limits = PackLimits(MAX_TOKENS, patches=int(index.patches.max()) + 8, sequences=3)
-    steps = loader(source, collator, index, limits=limits, num_epochs=1)
-    packs = [pack for step in steps for pack in step.packs]
-    packs += [result.pack for result in eval_packs(source, collator, index, limits=limits)]
-    assert Counter(name for pack in packs for name in pack.sample_ids) == Counter(
-        [f"a.jsonl:{line}" for line in range(1, 38)] * 2
-    )
-    for pack in packs:
-        assert pack.num_tokens <= MAX_TOKENS
-        assert pack.num_patches <= index.patches.max() + 8
-        assert len(pack.sample_ids) <= 3
-
-
-def test_shrunk_and_dropped_are_counted_in_the_steps_that_have_them(folder, source, tiny_folder):
-    small = MultimodalCollator.from_pretrained(
-        tiny_folder, max_visual_tokens_per_image=6, min_visual_tokens_per_image=1
-    )
-    index = build_index([source], small, LengthRule(60, too_long="drop"))
-    assert index.num_shrunk.sum() > 0
-    assert 0 < index.num_dropped < 37
-    steps = list(loader(source, small, index, limits=PackLimits(60), num_epochs=1))
-    assert {(step.num_seen, step.num_dropped) for step in steps} == {(37, index.num_dropped)}
-    assert sum(step.num_shrunk for step in steps) == index.num_shrunk.sum()
-    for step in steps:
-        lines = [int(name.rpartition(":")[2]) for pack in step.packs for name in pack.sample_ids]
-        assert step.num_shrunk == index.num_shrunk[np.array(lines) - 1].sum()
-    assert sum(len(pack.sample_ids) for step in steps for pack in step.packs) == 37 - index.num_dropped
-
-
-def test_steps_hold_packs_of_like_work(source, collator, index):
-    train = loader(source, collator, index, packs_per_step=4, num_epochs=1)
-    work = [int(train.work[pack].sum()) for pack in train.epoch_packs(0)]
-    spread = [max(work[start : start + 4]) - min(work[start : start + 4]) for start in range(0, len(work) - 3, 4)]
-    assert np.mean(spread) < 0.5 * (max(work) - min(work))
+    every = names(0, 1)
+    assert [name for pack in every for name in pack] == [f"s.jsonl:{line}" for line in range(1, 71)]
+    assert [names(rank, 2) for rank in range(2)] == [every[0::2], every[1::2]]

@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 from qwen3vl_train.arch import Qwen3VLArch
 from qwen3vl_train.data.packing.plan import (
     CostModel,
+    FamilyCosts,
     PackLimits,
+    PlanHash,
     arrange,
     plan_figures,
     plan_packs,
@@ -27,33 +29,43 @@ def columns(samples):
 
 @settings(max_examples=200, deadline=None)
 @given(samples=SAMPLES, limits=LIMITS)
-def test_every_sample_once_within_every_limit_and_the_same_again(samples, limits):
+def test_plan_holds_every_sample_once_within_every_limit(samples, limits):
     tokens, patches, work = columns(samples)
-    packs = plan_packs(tokens, patches, work, limits)
-    assert Counter(place for pack in packs for place in pack) == Counter(range(len(samples)))
+    costs = FamilyCosts.from_rows(tokens, patches, work)
+    packs = plan_packs(costs, limits)
+    assert Counter(index for pack in packs for index in pack) == Counter(range(len(samples)))
     for pack in packs:
         assert pack == sorted(pack)
         assert tokens[pack].sum() <= 100
         assert limits.patches is None or patches[pack].sum() <= limits.patches
         assert limits.sequences is None or len(pack) <= limits.sequences
-    assert plan_packs(tokens, patches, work, limits) == packs
+    assert plan_packs(costs, limits) == packs
 
 
 def test_best_fit_by_hand():
     tokens = np.array([50, 70, 30, 20, 40, 60, 30])
-    zeros = np.zeros_like(tokens)
+    costs = FamilyCosts.from_rows(tokens, np.zeros_like(tokens), tokens)
     # 70, 60 and 50 open packs; 40 fills up 60, the first 30 fills up 70, the second 30 and 20 fill up 50.
-    assert sorted(plan_packs(tokens, zeros, tokens, PackLimits(100))) == [[0, 3, 6], [1, 2], [4, 5]]
+    assert sorted(plan_packs(costs, PackLimits(100))) == [[0, 3, 6], [1, 2], [4, 5]]
     # With room for two, nothing goes to 50 and the second 30.
-    assert sorted(map(len, plan_packs(tokens, zeros, tokens, PackLimits(100, sequences=2)))) == [1, 2, 2, 2]
+    assert sorted(map(len, plan_packs(costs, PackLimits(100, sequences=2)))) == [1, 2, 2, 2]
     # A sample of many patches and few tokens is not put where the patches no longer fit.
     few, many = np.array([50, 50, 50, 50]), np.array([30, 30, 0, 0])
-    assert plan_packs(few, many, few, PackLimits(100, patches=40)) in ([[0, 2], [1, 3]], [[0, 3], [1, 2]])
+    packs = plan_packs(FamilyCosts.from_rows(few, many, few), PackLimits(100, patches=40))
+    assert packs in ([[0, 2], [1, 3]], [[0, 3], [1, 2]])
 
 
-def test_the_pack_left_nearly_empty_is_topped_up():
+def test_family_of_several_sequences_lies_in_one_pack():
+    tokens = np.array([60, 40, 40])
+    costs = FamilyCosts.from_rows(tokens, np.zeros_like(tokens), tokens)._replace(num_sequences=np.array([2, 1, 2]))
+    assert sorted(plan_packs(costs, PackLimits(100))) == [[0, 1], [2]]
+    assert sorted(plan_packs(costs, PackLimits(100, sequences=3))) == [[0, 1], [2]]
+    assert sorted(plan_packs(costs, PackLimits(100, sequences=2))) == [[0], [1], [2]]
+
+
+def test_pack_left_nearly_empty_is_topped_up():
     tokens = np.array([50] * 10 + [2] * 60)  # best fit: five packs of 110, one of 70
-    packs = plan_packs(tokens, np.zeros_like(tokens), tokens, PackLimits(110))
+    packs = plan_packs(FamilyCosts.from_rows(tokens, np.zeros_like(tokens), tokens), PackLimits(110))
     loads = [int(tokens[pack].sum()) for pack in packs]
     assert sorted(loads) == [100, 104, 104, 104, 104, 104]
 
@@ -68,38 +80,39 @@ def test_the_pack_left_nearly_empty_is_topped_up():
          "out"),
     ],
 )  # fmt: skip
-def test_samples_that_cannot_be_packed(tokens, patches, fault):
+def test_samples_that_cannot_be_packed_are_named(tokens, patches, fault):
+    costs = FamilyCosts.from_rows(np.array([5, tokens]), np.array([0, patches]), np.array([1, 1]))
     with pytest.raises(ValueError) as caught:
-        plan_packs(np.array([5, tokens]), np.array([0, patches]), np.array([1, 1]), PackLimits(100, patches=40))
+        plan_packs(costs, PackLimits(100, patches=40))
     assert str(caught.value) == fault
 
 
 @settings(max_examples=200, deadline=None)
 @given(
-    work=st.lists(st.integers(1, 1000), max_size=80), per_step=st.integers(1, 9), lead=st.integers(0, 8),
+    work=st.lists(st.integers(1, 1000), max_size=80), per_step=st.integers(1, 9), carry_over=st.integers(0, 8),
     seed=st.integers(0, 2**40),
 )  # fmt: skip
-def test_arranged_packs_of_a_step_are_neighbours_in_work(work, per_step, lead, seed):
-    lead = min(lead, per_step - 1)
-    order = arrange(work, packs_per_step=per_step, lead=lead, seed=(seed, 1))
+def test_arranged_packs_of_a_step_are_neighbours_in_work(work, per_step, carry_over, seed):
+    carry_over = min(carry_over, per_step - 1)
+    order = arrange(work, packs_per_step=per_step, carry_over=carry_over, seed=(seed, 1))
     assert sorted(order) == list(range(len(work)))
-    assert arrange(work, packs_per_step=per_step, lead=lead, seed=(seed, 1)) == order
-    whole = order[lead : lead + (max(0, len(work) - lead)) // per_step * per_step]
+    assert arrange(work, packs_per_step=per_step, carry_over=carry_over, seed=(seed, 1)) == order
+    full = order[carry_over : carry_over + (max(0, len(work) - carry_over)) // per_step * per_step]
     by_work = sorted(work, reverse=True)
-    for start in range(0, len(whole), per_step):
-        of_step = sorted((work[place] for place in whole[start : start + per_step]), reverse=True)
+    for start in range(0, len(full), per_step):
+        of_step = sorted((work[index] for index in full[start : start + per_step]), reverse=True)
         # Neighbours but for the few packs of middling work that go to steps of two windows.
-        spread = [value for value in by_work if of_step[-1] < value < of_step[0]]
-        assert len(spread) <= per_step + lead + per_step
-    singles = [work[place] for place in order[:lead] + order[lead + len(whole) :]]
-    if singles and whole:
+        between = [value for value in by_work if of_step[-1] < value < of_step[0]]
+        assert len(between) <= per_step + carry_over + per_step
+    singles = [work[index] for index in order[:carry_over] + order[carry_over + len(full) :]]
+    if singles and full:
         rank_of = [by_work.index(value) for value in (min(singles), max(singles))]
         assert rank_of[0] <= (len(work) + len(singles)) / 2 + 1
 
 
 def test_another_seed_gives_another_order_of_the_same_steps():
     work = random_stream(0).randint(1, 1000, 64).tolist()
-    one, two = (arrange(work, packs_per_step=8, lead=0, seed=(seed,)) for seed in (1, 2))
+    one, two = (arrange(work, packs_per_step=8, carry_over=0, seed=(seed,)) for seed in (1, 2))
     assert one != two
     assert {tuple(one[start : start + 8]) for start in range(0, 64, 8)} == {
         tuple(two[start : start + 8]) for start in range(0, 64, 8)
@@ -121,31 +134,31 @@ def ragged(num_rows):
 
 @pytest.mark.parametrize(("window", "least"), [(10_000, 0.985), (2048, 0.97)])
 @pytest.mark.parametrize("limits", [PackLimits(8192), PackLimits(8192, patches=32768, sequences=64)])
-def test_packs_of_ragged_rows_are_full_and_ranks_are_even(window, least, limits):
+def test_packs_of_ragged_rows_are_full_and_ranks_even(window, least, limits):
     tokens, patches, pairs = ragged(10_000)
     work = CostModel().work(tokens, patches, pairs)
     filled: list[int] = []
     works: list[int] = []
     for start in range(0, 10_000, window):
         rows = slice(start, start + window)
-        packs = plan_packs(tokens[rows], patches[rows], work[rows], limits)
+        packs = plan_packs(FamilyCosts.from_rows(tokens[rows], patches[rows], work[rows]), limits)
         loads = [int(work[rows][pack].sum()) for pack in packs]
-        for place in arrange(loads, packs_per_step=8, lead=-len(works) % 8, seed=(0, start)):
-            filled.append(int(tokens[rows][packs[place]].sum()))
-            works.append(loads[place])
+        for number in arrange(loads, packs_per_step=8, carry_over=-len(works) % 8, seed=(0, start)):
+            filled.append(int(tokens[rows][packs[number]].sum()))
+            works.append(loads[number])
     figures = plan_figures(filled, works, max_tokens=8192, packs_per_step=8, world_size=8)
     assert figures.fill >= least
     assert 1 <= figures.balance <= 1.05
 
 
-def test_figures_by_hand():
+def test_plan_figures_by_hand():
     # Two whole steps of two ranks: loads 3 and 1, then 2 and 2; the last, short step does not count for balance.
     figures = plan_figures([8, 4, 6, 6, 4], [3, 1, 2, 2, 9], max_tokens=8, packs_per_step=2, world_size=2)
     assert figures == (28 / 40, 5 / 4, 1.5)
     assert plan_figures([4], [1], max_tokens=8, packs_per_step=2, world_size=2) == (0.5, 1.0, 1.0)
 
 
-def test_the_stream_of_random_numbers_is_frozen():
+def test_random_stream_is_frozen():
     # A resumed run depends on these numbers: they may never change.
     assert random_stream((1, 2, 3)).permutation(8).tolist() == [0, 4, 5, 7, 2, 3, 1, 6]
     assert random_stream(-1).permutation(8).tolist() == random_stream(2**32 - 1).permutation(8).tolist()
@@ -153,7 +166,7 @@ def test_the_stream_of_random_numbers_is_frozen():
 
 @settings(max_examples=150, deadline=None)
 @given(work=st.lists(st.integers(1, 10**6), max_size=40), world_size=st.integers(1, 9))
-def test_shares_hold_every_pack_once_and_differ_by_one_at_most(work, world_size):
+def test_shares_hold_every_pack_once_and_differ_by_one(work, world_size):
     shares = share(work, world_size)
     assert len(shares) == world_size
     assert sorted(number for numbers in shares for number in numbers) == list(range(len(work)))
@@ -180,7 +193,7 @@ def test_work_grows_with_the_square_of_lengths_and_is_whole():
     assert model.work(np.array([3]), np.array([1]), np.array([1])).dtype == np.int64
 
 
-def test_ratios_of_a_model_by_hand(make_oracle):
+def test_cost_ratios_of_a_model_by_hand(make_oracle):
     arch = Qwen3VLArch.from_pretrained(make_oracle(vision_depth=24, tie=True, dialect="published"))
     text, vision = arch.text, arch.vision
     attention = text.hidden_size * text.head_dim * (2 * text.num_attention_heads + 2 * text.num_key_value_heads)
@@ -199,3 +212,16 @@ def test_ratios_of_a_model_by_hand(make_oracle):
     assert frozen.patch == pytest.approx(model.patch / 2)
     # Attention's own products always pay three passes where a gradient passes.
     assert frozen.token_pair == pytest.approx(model.token_pair * 3 / 2)
+
+
+def test_plan_hash_follows_position_and_rows_exactly():
+    plan_hash = PlanHash.from_plan({"epoch": 0, "done": 3}, [[1, 2], [3]])
+    assert plan_hash == PlanHash.from_plan({"done": 3, "epoch": 0}, [[1, 2], [3]])
+    moved = PlanHash.from_plan({"done": 4, "epoch": 0}, [[1, 2], [3]])
+    assert (moved.position != plan_hash.position, moved.packs) == (True, plan_hash.packs)
+    for rows in ([[1, 2, 3]], [[2, 1], [3]], [[3], [1, 2]], [[1, 2], [4]]):
+        other = PlanHash.from_plan({"epoch": 0, "done": 3}, rows)
+        assert other.position == plan_hash.position
+        assert other.packs != plan_hash.packs
+        assert other.combined() != plan_hash.combined()
+    assert int(float(plan_hash.combined())) == plan_hash.combined() < 2**48

@@ -1,26 +1,34 @@
-"""Streams: every row once an epoch, the same steps whatever the workers and ranks, exact resume, flat memory."""
+"""Streams: one rank scans for all, the others hold the same plan whatever they can read; faults; flat memory."""
 
+import gzip
 import json
 import os
+import shutil
 import subprocess
 import sys
+import time
 from collections import Counter
 from itertools import islice, pairwise
 from pathlib import Path
 
 import pytest
+import torch
 
+from qwen3vl_train.config.fields import TrainSource
 from qwen3vl_train.data.encode.collator import MultimodalCollator
 from qwen3vl_train.data.packing.index import LengthRule
-from qwen3vl_train.data.packing.mixture import InOrder, Part, Shuffled
-from qwen3vl_train.data.packing.plan import PackLimits, random_stream
-from qwen3vl_train.data.packing.stream import StreamLoader
+from qwen3vl_train.data.packing.loader import Loader
+from qwen3vl_train.data.packing.mixture import InOrder, Part
+from qwen3vl_train.data.packing.plan import PackLimits
+from qwen3vl_train.data.packing.stream import StreamedWindows
 from qwen3vl_train.data.rows.parse import RowRules
-from qwen3vl_train.data.sources import JsonlSource
+from qwen3vl_train.data.sources import open_stream
 from qwen3vl_train.data.sources.streams import FileStream
-from tests.helpers import oracles
+from qwen3vl_train.dist.ranks import Ranks, StoreBroadcast
+from tests.helpers import faults, loaders, row_files
+from tests.helpers.loaders import EVERY_ROW, NUM_ROWS, contents_of, make_loader, names_of, plan_of, write_folder
+from tests.helpers.ranks import run_ranks
 
-LIMITS = PackLimits(160, patches=400, sequences=9)
 ROOT = Path(__file__).resolve().parents[3]
 
 
@@ -31,221 +39,258 @@ def collator(tiny_folder):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """`s-0.jsonl`, `s-1.jsonl`: 60 and 31 rows for a stream, two of them faulty; `k.jsonl`: 20 rows of text."""
-    folder = tmp_path_factory.mktemp("stream")
-    images = {name: image for name, image in oracles.sample_images().items() if max(image.size) <= 100}
-    for name, image in images.items():
-        image.save(folder / f"{name}.png")
-    random = random_stream(1)
-
-    def row(name):
-        chosen = random.choice(sorted(images), random.randint(0, 3)).tolist()
-        content = [{"type": "image", "image": f"{image}.png"} for image in chosen]
-        content.append({"type": "text", "text": f"{name} " + "word " * random.randint(0, 20)})
-        return json.dumps({"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "x"}]})
-
-    for name, count in (("s-0", 60), ("s-1", 31), ("k", 20)):
-        rows = [row(f"{name}.{number}") for number in range(count)]
-        if name == "s-0":
-            rows[7], rows[40] = "{", json.dumps({"messages": [{"role": "user", "content": "a"}]})
-        (folder / f"{name}.jsonl").write_text("\n".join(rows) + "\n")
-    return folder
+    return write_folder(tmp_path_factory.mktemp("stream") / "rows")
 
 
-def parts(folder, weight=1.0):
-    files = [str(folder / "s-0.jsonl"), str(folder / "s-1.jsonl")]
-    stream = InOrder(FileStream("s", files, str(folder), RowRules()))
-    return [Part(stream, weight), Part(Shuffled(JsonlSource(folder / "k.jsonl", folder)), 1.0)]
+@pytest.fixture
+def copy(folder, tmp_path):
+    """Another machine's copy of the folder, to be spoilt."""
+    shutil.copytree(folder, tmp_path / "rows")
+    return tmp_path / "rows"
 
 
-def loader(folder, collator, **changes):
-    options = {"packs_per_step": 4, "limits": LIMITS, "seed": 5, "num_epochs": 2, "window": 32, **changes}
-    return StreamLoader(parts(folder), collator, LengthRule(160), **options)
+@pytest.fixture
+def faulty(copy):
+    """A copy of the folder in which rows 8 and 41 of `s.jsonl` cannot be used."""
+    lines = (copy / "s.jsonl").read_text().splitlines()
+    lines[7], lines[40] = "{", json.dumps({"messages": [{"role": "user", "content": "a"}]})
+    (copy / "s.jsonl").write_text("\n".join(lines) + "\n")
+    return copy
 
 
-def told(steps):
+def stream_loader(folder, collator, **changes):
+    return make_loader("streamed", folder, collator, **{"window": 16, **changes})
+
+
+def file_loader(path, collator, **changes):
+    """A loader of one stream."""
+    part = Part(InOrder(open_stream(TrainSource(path=str(path), streaming=True))), 1.0)
+    in_worker = changes.get("num_workers", 0) > 0
+    producer = StreamedWindows(
+        [part], collator, LengthRule(160), seed=0, size=changes.pop("window"), in_worker=in_worker
+    )
+    return Loader(producer, collator, limits=PackLimits(160), **changes)
+
+
+def steps_on_ranks(folders, collator, **options):
+    """Return the steps of every rank; each reads the files of its own folder."""
+    broadcast = loaders.Broadcast()
     return [
-        (step.epoch, step.num_packs, step.pack_numbers, [pack.sample_ids for pack in step.packs], step.state,
-         step.num_seen)
-        for step in steps
-    ]  # fmt: skip
+        list(stream_loader(folder, collator, rank=rank, world_size=len(folders), broadcast=broadcast, **options))
+        for rank, folder in enumerate(folders)
+    ]
 
 
-@pytest.fixture(scope="module")
-def straight(folder, collator):
-    return told(loader(folder, collator))
-
-
-EVERY_ROW = Counter(
-    [f"s-0.jsonl:{row}" for row in range(1, 61) if row not in (8, 41)]
-    + [f"s-1.jsonl:{row}" for row in range(1, 32)]
-    + [f"k.jsonl:{row}" for row in range(1, 21)]
-)
-
-
-def names(steps, epoch):
-    return Counter(name for step in steps if step[0] == epoch for pack in step[3] for name in pack)
-
-
-def test_every_row_once_an_epoch_and_only_the_last_step_of_it_is_short(straight):
-    assert names(straight, 0) == names(straight, 1) == EVERY_ROW
-    for epoch in (0, 1):
-        sizes = [step[1] for step in straight if step[0] == epoch]
-        assert set(sizes[:-1]) == {4}
-        assert 1 <= sizes[-1] <= 4
-    assert [step[3] for step in straight if step[0] == 0] != [step[3] for step in straight if step[0] == 1]
-    assert [step[5] for step in straight][-1] == 2 * (60 + 31 + 20)
-
-
-def test_packs_keep_every_limit_and_are_filled(folder, collator):
-    steps = list(loader(folder, collator, num_epochs=1))
-    packs = [pack for step in steps for pack in step.packs]
-    for pack in packs:
-        assert pack.num_tokens <= 160
-        assert pack.num_patches <= 400
-        assert len(pack.sample_ids) <= 9
-    assert steps[0].state["fingerprint"] == steps[-1].state["fingerprint"]
-
-
-def test_workers_change_nothing(folder, collator, straight):
-    assert told(loader(folder, collator, num_workers=2)) == straight
-
-
-@pytest.mark.parametrize("world_size", [2, 3, 7])
-def test_ranks_share_out_the_same_steps_and_none_waits_for_ever(folder, collator, straight, world_size):
-    ranks = [told(loader(folder, collator, rank=rank, world_size=world_size)) for rank in range(world_size)]
-    for step, *of_ranks in zip(straight, *ranks, strict=True):
-        union = {number: pack for part in of_ranks for number, pack in zip(part[2], part[3], strict=True)}
-        assert [union[number] for number in range(step[1])] == step[3]
-        assert all(part[4] == step[4] for part in of_ranks)
-        counts = [len(part[3]) for part in of_ranks]
-        assert max(counts) - min(counts) <= 1
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_resume_is_exact_behind_every_step_also_on_other_ranks(folder, collator, straight, workers):
-    last_of_epoch = max(place for place, step in enumerate(straight) if step[0] == 0)
-    stops = {0, 3, last_of_epoch - 1, last_of_epoch, last_of_epoch + 1, len(straight) - 1} if not workers else {2}
-    for stop in stops:
-        state = json.loads(json.dumps(straight[stop][4]))
-        again = loader(folder, collator, num_workers=workers)
-        again.load_state_dict(state)
-        assert again.num_seen == straight[stop][5]
-        assert told(again) == straight[stop + 1 :]
-        epoch = straight[stop][0]
-        seen: Counter = Counter()
-        for rank in range(3):
-            other = loader(folder, collator, rank=rank, world_size=3)
-            other.load_state_dict(state)
-            seen += names(told(other), epoch)
-        assert names(straight[: stop + 1], epoch) + seen == EVERY_ROW
-
-
-def test_a_run_of_steps_goes_through_as_many_epochs_as_it_takes(folder, collator, straight):
-    train = loader(folder, collator, num_epochs=None, num_steps=len(straight) - 1)
-    assert train.num_steps == len(straight) - 1
-    assert told(train) == straight[:-1]
-    assert list(train) == []
-    assert loader(folder, collator).num_steps is None
-
-
-def test_rows_that_cannot_be_used_are_told_once_by_rank_0(folder, collator):
-    def rejects(rank, state=None, **options):
-        train = loader(folder, collator, rank=rank, world_size=2, num_epochs=1, **options)
+def test_unusable_rows_are_reported_once_by_rank_0(faulty, collator):
+    def rejects(rank, state=None):
+        train = stream_loader(faulty, collator, rank=rank, world_size=2, num_epochs=1)
         if state:
             train.load_state_dict(state)
         return [(reject.file, reject.row) for step in train for reject in step.rejected]
 
-    wanted = [(f"{folder}/s-0.jsonl", 8), (f"{folder}/s-0.jsonl", 41)]
+    wanted = [(f"{faulty}/s.jsonl", 8), (f"{faulty}/s.jsonl", 41)]
     assert rejects(0) == wanted
     assert rejects(1) == []
-    steps = list(loader(folder, collator, num_epochs=1))
-    for step, behind in pairwise(steps):
+    steps = list(stream_loader(faulty, collator, num_epochs=1))
+    assert Counter(names_of(steps)) == EVERY_ROW - Counter(["s.jsonl:8", "s.jsonl:41"])
+    for step, following in pairwise(steps):
         before = sum(len(other.rejected) for other in steps if other.num_seen <= step.num_seen)
-        if behind.num_seen > step.num_seen:
+        if following.num_seen > step.num_seen:
             assert rejects(0, step.state) == wanted[before:]
 
 
-def test_what_changes_between_reading_and_building_is_left_out(folder, collator, tmp_path):
-    for file in folder.iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    steps = iter(loader(tmp_path, collator, num_epochs=1, window=111))
-    next(steps)
-    for image in tmp_path.glob("*.png"):
-        os.utime(image, ns=(7, 7))
-    rest = list(steps)
-    kept = [name for step in rest for pack in step.packs for name in pack.sample_ids]
-    reasons = [reject.reason for step in rest for reject in step.rejected if "size or time" in reject.reason]
-    assert kept
-    assert reasons
-    assert reasons[0].endswith("is not what it was when the row was read; the row is left out, start again to take it "
-                               "as it is now")  # fmt: skip
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("what", ["picture", "row"])
+def test_row_that_one_rank_cannot_read_changes_no_plan(folder, copy, collator, workers, what):
+    lines = (copy / "s.jsonl").read_text().splitlines()
+    spoilt = range(0, NUM_ROWS["s.jsonl"], 3)
+    for number in spoilt:
+        if what == "picture":
+            (copy / f"{number}.png").unlink()
+        else:
+            lines[number] = "[" + lines[number][1:]
+    (copy / "s.jsonl").write_text("\n".join(lines) + "\n")
+    ranks = steps_on_ranks([folder, copy], collator, num_workers=workers)
+    assert plan_of(ranks[0]) == plan_of(ranks[1]) == plan_of(stream_loader(folder, collator))
+    rejected = [reject for step in ranks[1] for reject in step.rejected]
+    assert rejected
+    assert {reject.row for reject in rejected} <= {number + 1 for number in spoilt}
+    reason = {"picture": "no such file", "row": "not JSON"}[what]
+    assert all(reason in reject.reason for reject in rejected)
+    assert not any(step.rejected for step in ranks[0])
+    lost = Counter(f"s.jsonl:{reject.row}" for reject in rejected)
+    assert Counter(names_of(ranks[0]) + names_of(ranks[1])) + lost == EVERY_ROW + EVERY_ROW
+
+
+def test_plan_hashes_differ_where_each_rank_scans_for_itself(folder, copy, collator):
+    (copy / "3.png").unlink()
+    first, second = (
+        list(stream_loader(files, collator, rank=rank, world_size=2)) for rank, files in enumerate((folder, copy))
+    )
+    assert [step.plan_hash for step in first] != [step.plan_hash for step in second]
+
+
+def test_row_that_rank_0_cannot_read_is_skipped_on_every_rank(folder, copy, collator):
+    (copy / "3.png").write_bytes(b"no picture")
+    ranks = steps_on_ranks([copy, folder, folder], collator, num_epochs=1)
+    assert plan_of(ranks[0]) == plan_of(ranks[1]) == plan_of(ranks[2])
+    assert Counter(name for steps in ranks for name in names_of(steps)) == EVERY_ROW - Counter(["s.jsonl:4"])
+    assert [[reject.row for step in steps for reject in step.rejected] for steps in ranks] == [[4], [], []]
+
+
+def test_other_rows_on_another_machine_are_refused(folder, copy, collator):
+    rows, texts = ((folder / f"{name}.jsonl").read_text().splitlines() for name in "st")
+    end = "give all ranks the same files"
+    for name, lines, here, there in (
+        ("s", [*rows[:20], "", *rows[20:]], "s.jsonl:22", "s.jsonl:21"),
+        ("t", texts[:-1], "its end", "t.jsonl:9"),
+        ("t", [*texts, texts[0]], "t.jsonl:10", "its end"),
+    ):
+        (copy / f"{name}.jsonl").write_text("\n".join(lines))
+        with pytest.raises(ValueError) as caught:
+            steps_on_ranks([folder, copy], collator, weights=(1.0, 0.1))
+        assert str(caught.value) == f"data.train: the stream goes on with {here} here and with {there} on rank 0; {end}"
+        shutil.copy(folder / f"{name}.jsonl", copy)
+
+
+class BreaksOff(FileStream):
+    def __init__(self, folder, fault):
+        super().__init__("s", [str(folder / "s.jsonl")], str(folder), RowRules())
+        self.fault = fault
+
+    def rows(self, state=None):
+        yield from islice(super().rows(state), 60)
+        raise self.fault
+
+
+@pytest.mark.parametrize("fault", [ValueError("s.jsonl is cut short"), RuntimeError("the disk is gone"), KeyError("b")])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_error_on_rank_0_stops_all_ranks_after_the_same_step(folder, collator, workers, fault):
+    broadcast, steps_done = loaders.Broadcast(), []
+    for rank in range(2):
+        train = stream_loader(folder, collator, rank=rank, world_size=2, broadcast=broadcast, num_workers=workers)
+        if rank == 0:
+            faults.replace_first_part(train, Part(InOrder(BreaksOff(folder, fault)), 1.0))
+        with pytest.raises(ValueError if isinstance(fault, ValueError) else Exception) as caught:
+            list(train)
+        assert str(fault) in str(caught.value)
+        steps_done.append(train.state()["steps_done"])
+    assert steps_done[0] == steps_done[1] > 0
+
+
+@pytest.mark.parametrize("stop", [0, 1])
+def test_window_that_is_read_again_keeps_its_plan(copy, collator, stop):
+    picture = (copy / "3.png").read_bytes()
+    (copy / "3.png").write_bytes(b"no picture")
+    straight = list(stream_loader(copy, collator, num_epochs=1, window=40))
+    assert straight[stop].state["skipped"] == [6]
+    state = json.loads(json.dumps(straight[stop].state))
+    (copy / "3.png").write_bytes(picture)
+    again = stream_loader(copy, collator, num_epochs=1, window=40)
+    again.load_state_dict(state)
+    rest = list(again)
+    assert contents_of(rest) == contents_of(straight[stop + 1 :])
+    assert names_of(rest)
+
+
+def test_window_that_cannot_be_read_as_before_ends_the_resume(copy, collator):
+    state = next(iter(stream_loader(copy, collator, window=40))).state
+    (copy / "2.png").unlink()
+    again = stream_loader(copy, collator, window=40)
+    again.load_state_dict(state)
+    with pytest.raises(ValueError) as caught:
+        next(iter(again))
+    start, end = str(caught.value).split(" messages[0]")
+    assert start == (f"resume: the chunk of the stream that the run stopped in is not what it was: {copy}/s.jsonl:3:")
+    assert end.endswith("; put it back, or start a new run")
+
+
+def run_rank(rank, world_size, folders, tiny_folder, workers):
+    ranks = Ranks(rank, world_size, rank, torch.device("cpu"))
+    train = stream_loader(
+        folders[rank], MultimodalCollator.from_pretrained(tiny_folder), rank=rank, world_size=world_size,
+        num_workers=workers, packs_per_step=3, window=6, broadcast=StoreBroadcast(ranks),
+    )  # fmt: skip
+    steps = []
+    for step in train:
+        rejected = [reject.row for reject in step.rejected]
+        steps.append((step.plan_hash, step.state["steps_done"], names_of([step]), rejected))
+        if len(steps) % 4 == rank:
+            time.sleep(0.05)
+        ranks.reduce([1.0])  # as a training step does: who is early waits here
+    store = torch.distributed.distributed_c10d._get_default_store()
+    ranks.gather(None)
+    left = [key for key in range(40) if store.check([f"broadcast/1/1/{key}"])]
+    return steps, left
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_ranks_with_fewer_packs_wait_for_no_later_message(folder, copy, tiny_folder, workers):
+    """Three packs for two ranks, and windows of about two packs: who has one pack a step would ask far ahead."""
+    (copy / "9.png").unlink()
+    first, second = run_ranks(run_rank, 2, [folder, copy], tiny_folder, workers, timeout=120)
+    assert [step[:2] for step in first[0]] == [step[:2] for step in second[0]]
+    trained = Counter(name for steps, _ in (first, second) for step in steps for name in step[2])
+    lost = [row for steps, _ in (first, second) for step in steps for row in step[3]]
+    assert set(lost) <= {10}
+    assert trained + Counter(f"s.jsonl:{row}" for row in lost) == EVERY_ROW + EVERY_ROW
+    assert first[1] == []  # what all have read is gone from the store
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_stream_whose_file_changes_stops_the_run(folder, collator, tmp_path, workers):
-    for file in folder.iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    changing = loader(tmp_path, collator, window=8, num_workers=workers)
+def test_changed_file_of_a_stream_stops_the_run(copy, collator, workers):
+    changing = stream_loader(copy, collator, window=8, num_workers=workers)
     steps = iter(changing)
     next(steps)
-    with (tmp_path / "s-1.jsonl").open("a") as file:
-        file.write("\n")
-    with pytest.raises(
-        ValueError, match=r"s-1.jsonl changed since it was opened \([0-9]+ bytes then, [0-9]+ now\); put"
-    ):
+    for name in ("s.jsonl", "t.jsonl"):
+        with (copy / name).open("a") as file:
+            file.write("\n")
+    with pytest.raises(ValueError, match=r"s.jsonl changed since it was opened \([0-9]+ bytes then, [0-9]+ now\); put"):
         list(steps)
     state = changing.state()
     with pytest.raises(ValueError, match=r"^resume: the data files changed since the checkpoint"):
-        loader(tmp_path, collator, window=8).load_state_dict(state)
-
-
-def test_dropped_and_shrunk_are_counted(folder, tiny_folder):
-    few = {"max_visual_tokens_per_image": 2, "min_visual_tokens_per_image": 1}
-    collator = MultimodalCollator.from_pretrained(tiny_folder, **few)
-    rule = LengthRule(40, too_long="drop")
-    options = {"packs_per_step": 2, "limits": PackLimits(40), "seed": 0, "num_epochs": 1, "window": 32}
-    steps = list(StreamLoader(parts(folder), collator, rule, **options))
-    kept = sum(len(pack.sample_ids) for step in steps for pack in step.packs)
-    assert steps[-1].num_dropped == sum(EVERY_ROW.values()) - kept > 0
-    assert sum(step.num_shrunk for step in steps) > 0
-
-
-def test_a_stream_with_nothing_to_learn_from_ends_with_an_error(tmp_path, collator):
-    file = tmp_path / "a.jsonl"
-    file.write_text("{\n" * 70)
-    stream = Part(InOrder(FileStream(str(file), [str(file)], None, RowRules())), 1.0)
-    for workers in (0, 1):
-        options = {"packs_per_step": 1, "limits": LIMITS, "seed": 0, "num_steps": 5, "window": 32}
-        train = StreamLoader([stream], collator, LengthRule(160), num_workers=workers, **options)
-        with pytest.raises(ValueError, match=f"^{file}: nothing to learn from, none of 70 rows can be used; mend the"):
-            list(train)
+        stream_loader(copy, collator, window=8).load_state_dict(state)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_stream_that_breaks_off_says_where(tmp_path, collator, workers):
-    import gzip
+def test_stream_with_nothing_to_learn_from_ends_with_an_error(tmp_path, collator, workers):
+    file = tmp_path / "a.jsonl"
+    file.write_text("{\n" * 70)
+    train = file_loader(file, collator, packs_per_step=1, num_steps=5, window=32, num_workers=workers)
+    with pytest.raises(ValueError, match=f"^{file}: nothing to learn from, none of 70 rows can be used; fix the rows"):
+        list(train)
 
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_stream_that_breaks_off_says_where(tmp_path, collator, workers):
     row = json.dumps({"messages": [{"role": "user", "content": "q" * 99}, {"role": "assistant", "content": "x"}]})
-    whole = gzip.compress((row + "\n").encode() * 10_000, compresslevel=0)
+    content = gzip.compress((row + " " * 900 + "\n").encode() * 1500, compresslevel=0)
     file = tmp_path / "a.jsonl.gz"
-    file.write_bytes(whole[: len(whole) - 100])
-    stream = Part(InOrder(FileStream(str(file), [str(file)], None, RowRules())), 1.0)
-    options = {"packs_per_step": 8, "limits": PackLimits(2048), "seed": 0, "num_steps": 5000, "window": 256}
-    train = StreamLoader([stream], collator, LengthRule(160), num_workers=workers, **options)
+    file.write_bytes(content[: len(content) - 100])
+    train = file_loader(file, collator, packs_per_step=100, num_steps=5000, window=256, num_workers=workers)
     with pytest.raises(ValueError, match=f"^{file}: is truncated or damaged after row [0-9]+ .*; copy the file agai"):
         list(train)
     assert train.num_seen >= 256
 
 
-def test_resume_with_other_settings_is_refused(folder, collator, straight):
-    train = loader(folder, collator, seed=6, window=33)
-    with pytest.raises(ValueError) as caught:
-        train.load_state_dict(straight[0][4])
-    assert str(caught.value) == (
-        "resume: seed (5 then, 6 now), window (32 then, 33 now) changed since the checkpoint, so the run cannot go on "
-        "exactly; put them back or start a new run"
-    )
+@pytest.mark.parametrize("kind", ["a.jsonl", "a.json", "b.jsonl.gz", "a.parquet", "a.tar", "b.tar.gz", "saved"])
+def test_every_kind_of_file_streams_packs_and_resumes(tmp_path, collator, kind):
+    path = row_files.write_all(tmp_path)[kind]
+    options = {"packs_per_step": 1, "num_epochs": 2, "window": 5}
+    straight = list(file_loader(path, collator, **options))
+    wanted = Counter(f"{kind}:{row}" for row in range(1, row_files.NUM_ROWS + 1))
+    assert len(straight) > 3
+    for epoch in range(2):
+        assert Counter(names_of([step for step in straight if step.epoch == epoch])) == wanted
+    for stop, workers in ((0, 0), (1, 1), (2, 0)):
+        again = file_loader(path, collator, num_workers=workers, **options)
+        again.load_state_dict(json.loads(json.dumps(straight[stop].state)))
+        rest = list(again)
+        assert contents_of(rest) == contents_of(straight[stop + 1 :])
+        for step, same in zip(rest, straight[stop + 1 :], strict=True):
+            for pack, other in zip(step.packs, same.packs, strict=True):
+                assert torch.equal(pack.input_ids, other.input_ids)
+                assert torch.equal(pack.pixel_values, other.pixel_values)
 
 
 MEMORY = """
@@ -256,10 +301,11 @@ torch.set_num_threads(1)
 from qwen3vl_train.data.encode.collator import MultimodalCollator
 from qwen3vl_train.data.rows.sample import Message, Sample, TextPart
 from qwen3vl_train.data.packing.index import LengthRule
+from qwen3vl_train.data.packing.loader import Loader
 from qwen3vl_train.data.packing.mixture import InOrder, Part
 from qwen3vl_train.data.packing.plan import PackLimits
+from qwen3vl_train.data.packing.stream import StreamedWindows
 from qwen3vl_train.data.sources import StreamRow
-from qwen3vl_train.data.packing.stream import StreamLoader
 
 class Endless:
     name = "endless"
@@ -268,14 +314,14 @@ class Endless:
         while True:
             number += 1
             text = "word " * (number % 40)
-            told = (Message("user", (TextPart(text),)), Message("assistant", (TextPart(f"answer {number}"),), 1.0))
-            yield StreamRow({"row": number}, Sample(told, sample_id=f"endless:{number}"), number, self.name)
+            turns = (Message("user", (TextPart(text),)), Message("assistant", (TextPart(f"answer {number}"),), 1.0))
+            yield StreamRow({"row": number}, Sample(turns, sample_id=f"endless:{number}"), number, self.name)
     def fingerprint(self):
         return {}
 
 collate = MultimodalCollator.from_pretrained(sys.argv[1])
-steps = StreamLoader([Part(InOrder(Endless()), 1.0)], collate, LengthRule(2048), packs_per_step=8,
-                     limits=PackLimits(2048), seed=0, num_steps=10**9)
+windows = StreamedWindows([Part(InOrder(Endless()), 1.0)], collate, LengthRule(2048), seed=0)
+steps = Loader(windows, collate, packs_per_step=8, limits=PackLimits(2048), num_steps=10**9)
 marks, seen = [int(word) for word in sys.argv[2:]], []
 for step in steps:
     if step.num_seen >= marks[len(seen)]:
@@ -295,26 +341,3 @@ def test_memory_does_not_grow_with_the_stream(tiny_folder):
     assert result.returncode == 0, result.stderr[-2000:]
     warm, early, late = json.loads(result.stdout)
     assert late - early < 8, (warm, early, late)  # MiB; 30,000 such samples would be over 50
-
-
-def test_weights_out_of_range(folder, collator):
-    with pytest.raises(ValueError) as caught:
-        StreamLoader(
-            parts(folder, weight=0.0), collator, LengthRule(160), packs_per_step=1, limits=LIMITS, seed=0, num_steps=1
-        )
-    assert str(caught.value) == "data.train: s: weight is 0.0; use a number above 0"
-
-
-def test_a_loader_that_is_left_early_leaves_no_process_behind(folder, collator):
-    import multiprocessing
-
-    others = set(multiprocessing.active_children())
-    steps = iter(loader(folder, collator, num_workers=2))
-    list(islice(steps, 2))
-    workers = set(multiprocessing.active_children()) - others
-    assert workers
-    steps.close()
-    del steps
-    for worker in workers:
-        worker.join(20)
-    assert not workers & set(multiprocessing.active_children())

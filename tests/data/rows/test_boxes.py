@@ -40,7 +40,7 @@ def test_every_convention_writes_the_same_box(convention, box):
     assert read([box], (None, "xyxy"), bbox=unit, bbox_layout=layout) == "[100, 100, 500, 500]"
 
 
-def test_points_and_boxes_are_taken_in_order_over_all_texts():
+def test_boxes_fill_placeholders_in_order_over_all_texts():
     messages = [
         {
             "role": "user",
@@ -53,8 +53,8 @@ def test_points_and_boxes_are_taken_in_order_over_all_texts():
     assert (first.text, second.text) == ("At [100, 100], [0, 0, 100, 100]?", "[0, 0, 1000, 1000] and [500, 500]")
 
 
-def test_the_same_text_whatever_size_the_model_sees(tiny_folder):
-    """An image shrunk by a budget, and one whose sides are rounded: the box stays the fraction that it is."""
+def test_boxes_do_not_depend_on_the_resized_image(tiny_folder):
+    """An image shrunk by a budget, and one whose sides are rounded: the box keeps its fraction of the image."""
     for size in ((640, 480), (1999, 333)):
         row = {"boxes": [[size[0] / 4, size[1] / 4, size[0] / 2, size[1] / 2]], "bbox": "pixel", "image": "a.png",
                "conversations": [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "<box>"}]}  # fmt: skip
@@ -67,7 +67,7 @@ def test_the_same_text_whatever_size_the_model_sees(tiny_folder):
             assert "assistant\n[250, 250, 500, 500]<|im_end|>" in collate.decode(ids, skip_special_tokens=False)
 
 
-def test_pixels_count_in_the_image_as_it_is_shown():
+def test_pixels_refer_to_the_image_after_exif_rotation():
     """A phone's upright photo is stored lying: 200x100 in the file, 100x200 as seen."""
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -82,11 +82,11 @@ def test_one_of_several_images():
     assert read([[0.1, 0.1, 0.5, 0.5]], ("unit", "xyxy"), images=images) == "[100, 100, 500, 500]"
 
 
-def test_edges_within_half_a_thousandth_are_rounding():
+def test_boxes_may_exceed_the_image_by_rounding():
     assert read([[-0.3, 0, 640.3, 480]]) == "[0, 0, 1000, 1000]"
 
 
-def test_without_boxes_marks_are_text():
+def test_placeholders_without_boxes_are_text():
     assert read(None, (None, "xyxy"), "tick the <box>") == "tick the <box>"
     assert read([[1, 2, 3, 4]], (None, "xyxy"), "no mark") == "no mark"
 
@@ -128,6 +128,6 @@ def test_faults(case, fault):
     assert message_of(RowFault, read, **case) == fault
 
 
-def test_a_broken_image_is_the_fault_of_its_box():
+def test_fault_of_an_image_names_its_box():
     with pytest.raises(MediaFault, match=r"^boxes\[0\]: image of 4 bytes: is not an image"):
         read([[0, 0, 1, 1]], images=(b"junk",))

@@ -21,7 +21,7 @@ def talk(*values):
 
 
 def question(row, **rules):
-    """The parts of the first message: paths of images, and texts in brackets."""
+    """Return the parts of the first message: paths of images, and texts in brackets."""
     parts = read(row, **rules).messages[0].content
     return [part.image if isinstance(part, ImagePart) else [part.text] for part in parts]
 
@@ -39,11 +39,11 @@ MARKS = {
 
 
 @pytest.mark.parametrize("text", MARKS)
-def test_line_breaks_next_to_a_mark_go_with_it(text):
+def test_line_breaks_next_to_a_placeholder_are_removed(text):
     assert question({"image": "a", "conversations": talk(text, "ok")}) == MARKS[text]
 
 
-def test_media_are_taken_in_order_over_all_turns_and_kinds():
+def test_media_fill_placeholders_in_order_over_all_turns():
     row = {
         "images": ["a", "b", "c"],
         "video": "v.mp4",
@@ -56,7 +56,7 @@ def test_media_are_taken_in_order_over_all_turns_and_kinds():
     assert third.content == (TextPart("Two? "), ImagePart("c"))
 
 
-def test_qwens_own_json_loads_with_its_data_path():
+def test_qwens_own_json_uses_its_data_path():
     row = {"image": "demo/1.jpg", "conversations": WHAT, "data_path": "/data/coco"}
     sample = read(row)
     assert sample.row_format == "sharegpt"
@@ -65,7 +65,7 @@ def test_qwens_own_json_loads_with_its_data_path():
     assert read({**row, "image": "data:image/png;base64,xx"}).messages[0].content[0].image.startswith("data:")
 
 
-def test_marks_in_answers_and_systems_are_text():
+def test_placeholders_in_answers_and_systems_are_text():
     row = {"image": "a", "system": "A <video> mark", "conversations": talk("<image>\nWhat?", "An <image> mark")}
     assert [message.text for message in read(row).messages] == ["A <video> mark", "What?", "An <image> mark"]
 
@@ -75,7 +75,7 @@ def asked(*contents):
     return {"messages": [message for pair in answered for message in pair]}
 
 
-def test_marks_in_typed_parts_are_text_where_no_media_stand_apart():
+def test_placeholders_in_typed_parts_without_media_are_text():
     tag = {"type": "text", "text": "What is an <image> tag?"}
     assert question(asked([tag])) == [["What is an <image> tag?"]]
     assert question({**asked([tag]), "images": [], "videos": None}) == [["What is an <image> tag?"]]
@@ -87,7 +87,7 @@ def test_marks_in_typed_parts_are_text_where_no_media_stand_apart():
     assert question({"conversations": [turn, {"from": "gpt", "value": "x"}]}) == [["What is an <image> tag?"]]
 
 
-def test_messages_with_media_apart():
+def test_messages_with_listed_media():
     parts = {"images": ["a", "b"], "messages": [
         {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "and"}, {"type": "image"}]},
         {"role": "assistant", "content": "ok"}]}  # fmt: skip
@@ -97,7 +97,7 @@ def test_messages_with_media_apart():
     assert question(marks) == ["a", ["What?"]]
 
 
-def test_clips_of_frames_are_objects_with_their_times_in_every_shape(tmp_path):
+def test_frame_lists_with_times_work_in_every_format(tmp_path):
     clips = [{"frames": ["a", "b", "c"], "sample_fps": 2, "fps": None}, {"frames": [{"bytes": b"x", "path": None}, "d"],
              "timestamps": [0, 3]}, "v.mp4"]  # fmt: skip
     found = [
@@ -163,7 +163,7 @@ def test_only_the_last_answer_is_trained():
         read(row, train_on="last")
 
 
-def test_a_given_format_is_not_guessed():
+def test_given_format_is_not_detected():
     both = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
             "conversations": WHAT, "image": "x", "question": "q", "answer": "y"}  # fmt: skip
     with pytest.raises(RowFault, match="1 image but 0 <image> placeholders"):
@@ -232,7 +232,7 @@ def test_faults(row, fault):
     assert message_of(RowFault, read, row) == fault
 
 
-def test_a_row_of_5_million_tokens_and_one_of_10_000_images():
+def test_rows_far_beyond_any_pack_are_rejected():
     assert message_of(RowFault, read, {"conversations": talk("word " * 5_000_000, "x")}) == (
         "25,000,001 characters of text are more than 4,000,000, far beyond any pack; split it"
     )
@@ -263,7 +263,7 @@ def test_tools_calls_and_reasoning_count_as_text(more):
         read({"conversations": talk("a", "b"), **more})
 
 
-def test_tools_that_are_no_json():
+def test_tools_that_are_not_json():
     calls = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
     tower = {}
     for _ in range(100):
@@ -284,6 +284,6 @@ def test_sample_ids_carry_the_name_of_the_data_set():
     assert [dataset_of(name) for name in ("llava:part-01.jsonl:7", "train.jsonl:7")] == ["llava", "train.jsonl"]
 
 
-def test_shapes_of_a_mixed_file_are_counted():
+def test_formats_of_a_mixed_file_are_counted():
     assert format_counts("a.jsonl", {"openai": 1200, "columns": 3}) == "a.jsonl: 1,203 rows, openai 1,200, columns 3"
     assert format_counts("a.jsonl", {}) == "a.jsonl: 0 rows, of no known format"

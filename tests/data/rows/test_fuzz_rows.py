@@ -45,7 +45,7 @@ ADDRESSES_MIB = 8192  # more than a child may ever reserve: the machine that run
 
 
 def fuzz(share: str, strategy: st.SearchStrategy, check: FunctionType) -> None:
-    """Run `check` on examples until its share of the time is over; at least once through the smallest ones."""
+    """Run `check` on examples until its share of the time is used; at least once through the smallest ones."""
     end, before, seed = time.monotonic() + SECONDS * SHARES[share], _peak_mib(), 0
     while True:
         settings = hypothesis.settings(
@@ -72,7 +72,7 @@ def _peak_mib() -> float:
 class Guarded:
     """Calls a function in a child process; that it raises, crashes, hangs or takes much memory is an AssertionError.
 
-    The child lives on from call to call, and a new one takes the place of one that failed.
+    The child is kept from call to call, and a new one replaces one that failed.
     """
 
     def __init__(self, function: Callable[[Any], Any], seconds: float = SLOWEST.total_seconds()) -> None:
@@ -164,7 +164,7 @@ def _misbehave(how: str) -> str:
         ("raise", "KeyError: 'no fault of ours'"),
     ],
 )
-def test_a_guarded_function_cannot_fail_unseen(guarded, how, said):
+def test_guarded_function_reports_its_failures(guarded, how, said):
     call = guarded(_misbehave, 3.0 if how == "hang" else 30.0)
     assert call("behave") == "done"
     with pytest.raises(AssertionError, match=said):
@@ -253,8 +253,8 @@ def test_lines_of_text():
         decode_row(b"9" * 100_000)
 
 
-# Cut, overwrite, insert or drop bytes at a place, counted as a share of the file; from its beginning or end on half the
-# time, where headers and tables are. Numbers there turn into the largest and smallest.
+# Overwrite, cut, insert or drop bytes at a position, given as a fraction of the file; half the time near its beginning
+# or end, where headers and tables are. Numbers there turn into the largest and smallest.
 DAMAGES = st.lists(
     st.tuples(
         st.sampled_from(["cut", "overwrite", "insert", "drop"]),
@@ -350,7 +350,7 @@ CLIPS = {
 
 
 def test_clips(guarded, collate, tmp_path):
-    """Clips go the whole way to tokens and patches, as bytes: header, times, frames, resizing."""
+    """Clips as bytes are encoded to tokens and patches: header, times, frames, resizing."""
     encoded = {
         name: write_clip(tmp_path / name, 10, size=(64, 48), gop=4, **how).read_bytes() for name, how in CLIPS.items()
     }

@@ -23,7 +23,7 @@ def user(*parts):
     return {"messages": [{"role": "user", "content": list(parts)}, ANSWER]}
 
 
-def test_a_row_becomes_a_sample():
+def test_row_becomes_a_sample():
     row = {
         "id": 7,
         "tools": [{"type": "function"}],
@@ -54,7 +54,7 @@ def test_columns_filled_with_null_count_as_absent():
     assert parse_sample({"messages": [{**ASK, "tool_calls": None, "loss_weight": None}], "tools": None}).tools == ()
 
 
-def test_bytes_and_pil_images_are_taken():
+def test_bytes_and_pil_images_are_accepted():
     image = Image.new("RGB", (4, 4))
     content = (
         parse_sample(user({"type": "image", "image": b"x"}, {"type": "image", "image": image})).messages[0].content
@@ -153,7 +153,7 @@ def test_faults_of_parts(part, fault):
     assert message_of(RowFault, parse_sample, user({"text": "a"}, part)) == fault
 
 
-def test_only_rows_of_a_file_need_something_to_learn():
+def test_rows_of_files_need_something_to_learn():
     assert len(parse_sample({"messages": [ASK]}).messages) == 1
     for answer in ({"loss": False}, {"loss_weight": 0}):
         with pytest.raises(RowFault, match=r"^nothing to learn"):
@@ -225,7 +225,7 @@ def test_faults_of_clips(part, fault):
     assert message_of(RowFault, parse_sample, user({"type": "video", **part})) == f"messages[0].content[0]{fault}"
 
 
-def test_clips_stand_where_the_template_shows_them():
+def test_clips_in_answers_are_refused():
     assert message_of(
         RowFault, parse_sample, {"messages": [ASK, {"role": "assistant", "content": [{"video": "a.mp4"}]}]}
     ) == ("messages[1]: the assistant message has a video, which the template drops; move it to a user message")

@@ -19,7 +19,7 @@ def collate(tiny_folder):
 
 @pytest.fixture(scope="module")
 def reference(collate):
-    """Encoded straight from messages, the form that is held against transformers elsewhere."""
+    """Encoded straight from messages, the format that other tests compare with transformers."""
     return [collate.encode({"messages": [
         {"role": "user", "content": [{"type": "image", "image": png(n)}, {"type": "text", "text": f"Nr {n}?"}]},
         {"role": "assistant", "content": "ü" * n + "."}]}) for n in range(NUM_ROWS)]  # fmt: skip
@@ -37,7 +37,7 @@ def assert_same(encoded, expected):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_kinds_of_files(files, kind, collate, reference):
+def test_file_types_give_the_same_tokens(files, kind, collate, reference):
     entry = TrainSource(path=str(files[kind]))
     (source,) = open_sources(entry)
     for row, (expected, streamed) in enumerate(zip(reference, open_stream(entry).rows(), strict=True)):
@@ -47,7 +47,7 @@ def test_kinds_of_files(files, kind, collate, reference):
 
 
 def shapes(number: int) -> dict[str, dict]:
-    """One row in every shape, the image as bytes."""
+    """One row in every format, the image as bytes."""
     cell = table()[number]
     image, question, answer = cell["image"]["bytes"], cell["question"], cell["answer"]
     parts = [{"type": "image", "text": None}, {"type": "text", "text": question, "image": None}]
@@ -66,7 +66,7 @@ def shapes(number: int) -> dict[str, dict]:
 
 
 @pytest.mark.parametrize("shape", list(shapes(0)))
-def test_shapes_of_rows(shape, collate, reference):
+def test_row_formats_give_the_same_tokens(shape, collate, reference):
     for number, expected in enumerate(reference):
         assert_same(collate.encode(RowRules().sample(shapes(number)[shape], "a:1")), expected)
 

@@ -1,4 +1,4 @@
-"""Damaged files, files that change, media that may not be reached: each has its stated answer."""
+"""Damaged and changing files: the message of every fault."""
 
 import gzip
 import json
@@ -22,7 +22,7 @@ LINES = "\n".join(ROW % f"{n} {n * n}" for n in range(500)).encode()
 
 
 def faults_of(path: Path) -> set[str]:
-    """The messages that opening the file by number and reading it as a stream stop with."""
+    """Return the messages of opening the file as a source and of reading it as a stream."""
     found = set()
     with pytest.raises(ValueError) as caught:
         open_sources(TrainSource(path=str(path)))
@@ -69,7 +69,7 @@ def test_truncated_tar(tmp_path):
     }
 
 
-def test_a_tar_with_links_is_refused(tmp_path):
+def test_tar_with_links_is_refused(tmp_path):
     import tarfile
 
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
@@ -121,7 +121,7 @@ def test_damaged_arrays(tmp_path):
         JsonlSource(file)
 
 
-def test_a_file_that_changes_while_it_is_trained_on(tmp_path):
+def test_change_of_an_indexed_file_is_noticed(tmp_path):
     for name, content in (("a.jsonl", (ROW % "a").encode()), ("a.json", json.dumps(talks(2)).encode())):
         (tmp_path / name).write_bytes(content)
         (source,) = open_sources(TrainSource(path=str(tmp_path / name)))
@@ -142,7 +142,7 @@ def test_a_file_that_changes_while_it_is_trained_on(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["b.jsonl.gz", "b.jsonl.zst", "c.json.gz", "a.parquet", "b.tar.gz"])
-def test_a_file_that_was_unpacked_is_watched_too(tmp_path, kind):
+def test_change_of_an_unpacked_file_is_noticed(tmp_path, kind):
     file = write_all(tmp_path)[kind]
     (source,) = open_sources(TrainSource(path=str(file)))
     source = pickle.loads(pickle.dumps(source))
@@ -158,7 +158,7 @@ def test_a_file_that_was_unpacked_is_watched_too(tmp_path, kind):
         source.sample(1)
 
 
-def test_a_file_that_changes_while_it_is_unpacked(tmp_path):
+def test_change_of_a_file_while_it_is_unpacked(tmp_path):
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress((ROW % "a").encode()))
     faults.before_unpacking(lambda path: os.utime(path, ns=(1, 1)))
     assert (
@@ -168,11 +168,11 @@ def test_a_file_that_changes_while_it_is_unpacked(tmp_path):
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "saved"])
-@pytest.mark.parametrize("told", ["by the fingerprint", "by opening"])
-def test_a_stream_notices_a_file_that_changes_while_it_is_read(tmp_path, kind, told):
+@pytest.mark.parametrize("recorded", ["by the fingerprint", "by opening"])
+def test_change_of_a_streamed_file_is_noticed(tmp_path, kind, recorded):
     file = write_all(tmp_path)[kind]
     stream = open_stream(TrainSource(path=str(file)))
-    if told == "by the fingerprint":
+    if recorded == "by the fingerprint":
         assert stream.fingerprint()["times"] == [file.stat().st_mtime_ns]
     stream = pickle.loads(pickle.dumps(stream))
     rows = stream.rows()
@@ -183,7 +183,7 @@ def test_a_stream_notices_a_file_that_changes_while_it_is_read(tmp_path, kind, t
         assert message_of(ValueError, read) == fault
 
 
-def test_a_stream_notices_a_file_that_is_cut_at_the_end_of_a_row(tmp_path):
+def test_truncation_of_a_streamed_file_is_noticed(tmp_path):
     (tmp_path / "a.jsonl").write_text("")
     stream = open_stream(TrainSource(path=str(tmp_path / "a.jsonl")))
     stream.fingerprint()
@@ -193,7 +193,7 @@ def test_a_stream_notices_a_file_that_is_cut_at_the_end_of_a_row(tmp_path):
         list(stream.rows())
 
 
-def test_a_fingerprint_of_a_stream_follows_the_times_of_its_files(tmp_path):
+def test_stream_fingerprint_changes_with_file_times(tmp_path):
     for name in "ab":
         (tmp_path / f"{name}.jsonl").write_text(ROW % "x")
         os.utime(tmp_path / f"{name}.jsonl", ns=(5, 5))
@@ -212,8 +212,8 @@ def test_a_fingerprint_of_a_stream_follows_the_times_of_its_files(tmp_path):
         (b"\xff", "is truncated or damaged after row 1 (no end-of-archive block); copy the file again"),
     ],
 )
-def test_a_shard_that_is_damaged_behind_its_own_back(tmp_path, junk, fault):
-    """Its size and time are as they were. An end of the iterator would end the run early, and say nothing."""
+def test_shard_damaged_without_a_new_signature(tmp_path, junk, fault):
+    """Its size and time are unchanged. Ending the iterator would end the run early, without a message."""
     file = write_tar(tmp_path / "a.tar", [(f"{n}.json", (ROW % n).encode().ljust(500)) for n in range(3)])
     (source,) = open_sources(TrainSource(path=str(file)))
     time_ns, whole = file.stat().st_mtime_ns, file.read_bytes()
@@ -224,7 +224,7 @@ def test_a_shard_that_is_damaged_behind_its_own_back(tmp_path, junk, fault):
 
 
 @pytest.mark.parametrize("damage", ["cut", "removed"])
-def test_an_unpacked_table_that_is_damaged(tmp_path, damage):
+def test_damaged_unpacked_table(tmp_path, damage):
     pq.write_table(pa.Table.from_pylist([{"question": "?", "answer": "x"}] * 3), tmp_path / "a.parquet")
     (source,) = open_sources(TrainSource(path=str(tmp_path / "a.parquet")))
     source = pickle.loads(pickle.dumps(source))  # as a worker process has it, which opens the copy itself
@@ -237,14 +237,14 @@ def test_an_unpacked_table_that_is_damaged(tmp_path, damage):
     assert str(caught.value).endswith("); remove it and start again")
 
 
-def test_a_copy_unpacked_before_a_change_is_not_taken_for_the_new_file(tmp_path):
+def test_unpacked_copy_is_not_reused_after_a_change(tmp_path):
     for text in ("first", "second"):
         (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress((ROW % text).encode()))
         (source,) = open_sources(TrainSource(path=str(tmp_path / "a.jsonl.gz")))
         assert source.sample(0).messages[0].text == text
 
 
-def test_a_row_too_long_to_be_held(tmp_path):
+def test_too_long_row_is_not_held_in_memory(tmp_path):
     faults.set_row_limits(row=1 << 20, block=1 << 16)
     (tmp_path / "a.jsonl").write_text(ROW % "a" + "\n" + ROW % ("x" * (20 << 20)) + "\n" + ROW % "b")
     tracemalloc.start()
@@ -280,7 +280,7 @@ def test_messages_about_paths(tmp_path):
         open_sources(TrainSource(path="nosuch://a/b.jsonl"))
 
 
-def test_rows_that_are_not_utf8_are_faults_of_rows(tmp_path):
+def test_invalid_utf8_is_a_fault_of_its_row(tmp_path):
     (tmp_path / "a.jsonl").write_bytes((ROW % "a").encode() + b'\n{"\xff": 1}\n')
     source = JsonlSource(tmp_path / "a.jsonl")
     assert message_of(RowFault, source.sample, 1) == "not UTF-8 (byte 2 of the line); save the file as UTF-8"

@@ -33,7 +33,7 @@ def files(tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_rows_by_number(files, kind):
+def test_rows_by_index(files, kind):
     (source,) = open_sources(TrainSource(path=str(files[kind])))
     assert len(source) == NUM_ROWS
     source = pickle.loads(pickle.dumps(source))
@@ -47,7 +47,7 @@ def test_rows_by_number(files, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_stream_goes_on_behind_any_row(files, kind):
+def test_stream_continues_after_any_row(files, kind):
     entry = TrainSource(path=str(files[kind]))
     rows = list(open_stream(entry).rows())
     assert [texts(row.sample)[0] for row in rows] == [f"Nr {n}?" for n in range(NUM_ROWS)]
@@ -62,7 +62,7 @@ def test_a_stream_goes_on_behind_any_row(files, kind):
         ]
 
 
-def test_fingerprints_follow_the_content_not_the_place(files, tmp_path):
+def test_fingerprint_depends_on_content_not_on_path(files, tmp_path):
     for kind in KINDS[:-1]:
         copy = tmp_path / kind
         copy.write_bytes(files[kind].read_bytes())
@@ -76,7 +76,7 @@ def test_fingerprints_follow_the_content_not_the_place(files, tmp_path):
     assert one["size"] == other["size"]
 
 
-def test_patterns_and_folders_are_a_source_for_each_file(tmp_path):
+def test_patterns_and_folders_give_one_source_per_file(tmp_path):
     for name in ("b-2.jsonl", "b-1.jsonl", "c.json", "notes.txt"):
         (tmp_path / name).write_text(ROW % name)
     sources = open_sources(TrainSource(path=f"{tmp_path}/b-*.jsonl", name="mine"))
@@ -101,7 +101,7 @@ def remote():
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "saved"])
-def test_files_and_media_behind_any_url(files, kind, remote):
+def test_files_and_media_at_fsspec_urls(files, kind, remote):
     for path in files.values():
         if path.is_file():
             remote.pipe(f"/bucket/x/{path.name}", path.read_bytes())
@@ -117,7 +117,7 @@ def test_files_and_media_behind_any_url(files, kind, remote):
     assert [source.name for source in found] == [f"memory:///bucket/x/{kind}"]
 
 
-def test_media_do_not_leave_a_remote_root(remote):
+def test_media_outside_a_remote_root_are_refused(remote):
     remote.pipe("/bucket/x/a.jsonl", "\n".join(
         json.dumps({"image": path, "question": "?", "answer": "x"}) for path in ("../b.png", "/b.png", "s3://b/c.png")
     ).encode())  # fmt: skip
@@ -126,7 +126,7 @@ def test_media_do_not_leave_a_remote_root(remote):
         assert "is outside media_root memory://bucket/x; give a path below it" in str(row.sample)
 
 
-def test_the_hub_library_reads_folders_by_split_and_leaves_pictures_encoded(files, tmp_path):
+def test_hub_source_reads_a_split_and_keeps_images_encoded(files, tmp_path):
     os.symlink(files["a.parquet"], tmp_path / "train-0.parquet")
     entry = TrainSource(path=str(tmp_path), split="train")
     (source,) = open_sources(entry)
@@ -154,7 +154,7 @@ class Hub(type(fsspec.filesystem("memory"))):
         return super()._strip_protocol(path.replace("hf://", "memory://"))
 
 
-def test_pictures_that_a_data_set_keeps_on_the_hub_are_fetched_there(tmp_path, remote, monkeypatch):
+def test_images_on_the_hub_are_fetched_from_there(tmp_path, remote, monkeypatch):
     monkeypatch.setitem(registry, "hf", Hub)
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w") as packed:
@@ -194,7 +194,7 @@ def test_pictures_that_a_data_set_keeps_on_the_hub_are_fetched_there(tmp_path, r
         load_rgb(plain.sample(0).messages[0].content[0].image, str(tmp_path))
 
 
-def test_rows_are_lines_and_blank_ones_are_skipped(tmp_path):
+def test_blank_lines_are_skipped(tmp_path):
     file = tmp_path / "train.jsonl"
     rows = [ROW % text for text in ("ä", "b", "c\\r")]
     file.write_bytes(("\ufeff" + rows[0] + "\r\n\n  \n" + rows[1] + "\n" + rows[2]).encode())
@@ -209,7 +209,7 @@ def test_rows_are_lines_and_blank_ones_are_skipped(tmp_path):
 
 
 @pytest.mark.parametrize("block", [1, 7, 64])
-def test_cuts_between_blocks_change_nothing(tmp_path, block):
+def test_block_size_does_not_change_rows(tmp_path, block):
     faults.set_row_limits(block=block)
     rows = [{"question": f'ü {n} " ] \\ }}', "answer": "€" * n + "x"} for n in range(5)]
     (tmp_path / "a.json").write_text(" \n" + json.dumps(rows, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -224,7 +224,7 @@ def test_cuts_between_blocks_change_nothing(tmp_path, block):
         assert [texts(row.sample) for row in rest] == [[row["question"], row["answer"]] for row in rows[2:]]
 
 
-def test_an_array_is_told_from_lines_by_its_first_character(tmp_path):
+def test_array_is_detected_by_its_first_character(tmp_path):
     (tmp_path / "a.json").write_text(ROW % "a" + "\n" + ROW % "b")
     assert len(JsonlSource(tmp_path / "a.json")) == 2
     for text in ("", "[]", " [ ] "):
@@ -232,7 +232,7 @@ def test_an_array_is_told_from_lines_by_its_first_character(tmp_path):
         assert len(JsonlSource(tmp_path / "a.json")) == 0
 
 
-def test_columns_of_parquet_that_no_rule_names_are_not_read(tmp_path):
+def test_unknown_parquet_columns_are_not_read(tmp_path):
     pq.write_table(pa.table({"q": ["?"], "a": ["x"], "junk": [b"1"]}), tmp_path / "a.parquet")
     entry = TrainSource(path=str(tmp_path / "a.parquet"), columns={"question": "q", "answer": "a"})
     (source,) = open_sources(entry)
@@ -242,7 +242,7 @@ def test_columns_of_parquet_that_no_rule_names_are_not_read(tmp_path):
     )
 
 
-def test_media_of_a_shard_are_found_by_name_ending_or_not_at_all(tmp_path):
+def test_shard_media_are_found_by_name_or_extension(tmp_path):
     talk = [{"role": "user", "content": [{"type": "image", "image": "jpg"}, {"type": "image", "image": "1.seg.png"}]},
             {"role": "assistant", "content": "ok"}]  # fmt: skip
     write_tar(tmp_path / "a.tar", [
@@ -266,7 +266,7 @@ def test_media_of_a_shard_are_found_by_name_ending_or_not_at_all(tmp_path):
         assert message_of(RowFault, source.sample, row) == fault
 
 
-def test_rows_of_mixed_shapes_in_one_file(tmp_path, tiny_folder):
+def test_rows_of_mixed_formats_in_one_file(tmp_path, tiny_folder):
     rows = [ROW % "a", json.dumps({"question": "?", "answer": "x"}), json.dumps(talks(1)[0]), "{}", "[1]", "7"]
     (tmp_path / "a.jsonl").write_text("\n".join(rows))
     streamed = list(open_stream(TrainSource(path=str(tmp_path / "a.jsonl"))).rows())

@@ -3,7 +3,7 @@ import pytest
 from qwen3vl_train.cli import run_or_explain
 
 
-def test_what_was_noted_on_an_error_is_printed_with_it(capsys: pytest.CaptureFixture):
+def test_the_notes_of_an_error_are_printed(capsys: pytest.CaptureFixture):
     def work() -> None:
         error = RuntimeError("step 5: rank 1 is late")
         error.add_note("step-00000004: could not be saved")
