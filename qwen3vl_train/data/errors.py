@@ -3,26 +3,11 @@
 from typing import Any, ClassVar, Literal, NamedTuple
 
 FaultKind = Literal[
-    "invalid_json",
-    "wrong_type",
-    "missing_field",
-    "unknown_field",
-    "conflicting_fields",
-    "invalid_value",
-    "media_mismatch",
-    "dropped_by_template",
-    "invalid_boxes",
-    "nothing_to_learn",
-    "too_long",
-    "missing_file",
-    "forbidden_path",
-    "unsupported_media",
-    "invalid_media",
-    "no_frame_rate",
-    "download_failed",
-    "read_error",
-    "changed",
-]
+    "invalid_json", "wrong_type", "missing_field", "unknown_field", "conflicting_fields", "invalid_value",
+    "media_mismatch", "dropped_by_template", "invalid_boxes", "nothing_to_learn", "too_long",
+    "missing_file", "forbidden_path", "unsupported_media", "invalid_media", "no_frame_rate", "download_failed",
+    "read_error", "changed",
+]  # fmt: skip
 """Why a row cannot be used. Code distinguishes faults by their kind, never by the wording of their message."""
 
 

@@ -14,14 +14,14 @@ from torch.nn import functional as F
 
 
 def moving(num_frames: int, height: int, width: int) -> np.ndarray:
-    """Frames (T, H, W, 3) uint8 in which every pixel depends on its place and its time."""
+    """Frames (T, H, W, 3) uint8 in which every pixel depends on its position and its time."""
     t, y, x = np.mgrid[0:num_frames, 0:height, 0:width].astype(np.int64)
     channels = [(x * 7 + y * 13 + t * 29) % 256, (x * x + 3 * y + t * t) % 251, ((x * y) ^ (x + 5 * y + 11 * t)) % 256]
     return np.stack(channels, -1).astype(np.uint8)
 
 
 def smooth(num_frames: int, height: int, width: int) -> np.ndarray:
-    """Frames (T, H, W, 3) uint8 that a codec keeps nearly as they are: ramps that drift."""
+    """Frames (T, H, W, 3) uint8 that a codec preserves almost exactly: moving ramps."""
     t, y, x = np.mgrid[0:num_frames, 0:height, 0:width].astype(np.float64)
     channels = [128 + 90 * np.sin((x + 3 * t) / 17), 128 + 90 * np.cos((y + 2 * t) / 13), (x + y + 5 * t) % 200 + 20]
     return np.stack(channels, -1).astype(np.uint8)
@@ -66,7 +66,7 @@ def _write_silence(out: Any, stream: Any) -> None:
 
 
 def decode(path: Path) -> Tensor:
-    """All frames as PyAV gives them when it decodes from the beginning: uint8 (T, 3, H, W). Rotation is not applied."""
+    """Return all frames that PyAV decodes from the beginning: uint8 (T, 3, H, W). Rotation is not applied."""
     with av.open(str(path)) as container:
         frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(container.streams.video[0])]
     return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2).contiguous()
@@ -76,7 +76,7 @@ def oracle_patches(frames_TCHW: Tensor, size: tuple[int, int]) -> Tensor:
     """Prepare sampled frames as Qwen3VLVideoProcessor does: float32 (P, 1536). size: (height, width) of smart_resize.
 
     That class needs torchvision. Its steps are: bicubic resize on uint8, rescale, normalise, repeat an odd last frame,
-    cut. Written down here once more; `tests/data/test_clips.py` holds bytes that the class itself gave.
+    cut. Repeated here; `tests/data/media/test_clips.py` has bytes that the class itself gave.
     """
     frames = F.interpolate(frames_TCHW, size=size, mode="bicubic", antialias=True)
     frames = (frames.float() - 127.5) / 127.5
@@ -91,8 +91,8 @@ def oracle_inputs(folder: Path, messages: list[dict[str, Any]], *, wrapped: bool
     """Prepare one conversation of pictures (PIL) and clips (paths of upright files) for the stock model, as one row.
 
     Times and placeholders are written by transformers' own Qwen3VLProcessor, sizes found by its own smart_resize.
-    wrapped: as transformers 5.10 to 5.23 put them in the place of `<|video_pad|>`; else, as before and in Qwen's code,
-    in the place of that with the vision marks around it.
+    wrapped: as transformers 5.10 to 5.23 put them in place of `<|video_pad|>`; otherwise, as before and in Qwen's code,
+    in place of it and the vision start and end around it.
     """
     from transformers import AutoTokenizer
 

@@ -1,4 +1,4 @@
-"""The same few rows in every kind of file that data comes in."""
+"""The same few rows in every supported type of file."""
 
 import gzip
 import io
@@ -46,7 +46,7 @@ def write_tar(file: Path, members: list[tuple[str, bytes]], mode: str = "w") -> 
 
 
 def write_all(folder: Path) -> dict[str, Path]:
-    """The same rows in every kind of file."""
+    """Write the same rows to every type of file; return the paths by type."""
     rows = talks()
     lines = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows).encode()
     array = json.dumps(rows, indent=1).encode()

@@ -128,14 +128,21 @@ def override_image_limits(
             f"data.min_visual_tokens_per_image: got {min_visual_tokens}, more than the maximum of {max_visual_tokens}; "
             "lower it"
         )
-    least, most = limits
-    if max_visual_tokens is not None:
-        most = max_visual_tokens * FACTOR**2
-        least = min(least, most)
-    if min_visual_tokens is not None:
-        least = min_visual_tokens * FACTOR**2
-        most = max(least, most)
-    return ImageLimits(least, most)
+    pixels = FACTOR**2
+    return ImageLimits(
+        *_override_range(
+            limits, min_visual_tokens and min_visual_tokens * pixels, max_visual_tokens and max_visual_tokens * pixels
+        )
+    )
+
+
+def _override_range(limits: tuple[int, int], low: int | None, high: int | None) -> tuple[int, int]:
+    """Replace the limits that are given; each moves its counterpart if they would cross."""
+    if high is not None:
+        limits = min(limits[0], high), high
+    if low is not None:
+        limits = low, max(limits[1], low)
+    return limits
 
 
 def override_clip_rules(
@@ -159,13 +166,9 @@ def override_clip_rules(
         raise ValueError(f"data.max_visual_tokens_per_video: got {max_visual_tokens}; use at least 1")
     if min_frames is not None and max_frames is not None and min_frames > max_frames:
         raise ValueError(f"data.min_frames: got {min_frames}, more than data.max_frames {max_frames}; lower it")
-    fewest, most = rules.min_frames, rules.max_frames
-    if max_frames is not None:
-        most, fewest = max_frames, min(fewest, max_frames)
-    if min_frames is not None:
-        fewest, most = min_frames, max(most, min_frames)
-    least_area, most_area = rules.min_pixels, rules.max_pixels
-    if max_visual_tokens is not None:
-        most_area = max_visual_tokens * FRAMES_PER_PATCH * FACTOR**2
-        least_area = min(least_area, most_area)
-    return ClipRules(rules.fps if fps is None else float(fps), fewest, most, least_area, most_area)
+    max_pixels = max_visual_tokens and max_visual_tokens * FRAMES_PER_PATCH * FACTOR**2
+    return ClipRules(
+        rules.fps if fps is None else float(fps),
+        *_override_range((rules.min_frames, rules.max_frames), min_frames, max_frames),
+        *_override_range((rules.min_pixels, rules.max_pixels), None, max_pixels),
+    )

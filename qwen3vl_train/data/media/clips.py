@@ -1,6 +1,5 @@
 """Frames, times, size and patches of a clip: the arithmetic of Qwen3-VL's video processor."""
 
-import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -9,7 +8,7 @@ import torch
 from torch import Tensor
 
 from qwen3vl_train.data.errors import MediaFault
-from qwen3vl_train.data.media.image import FACTOR, MAX_ASPECT, PATCH, resize_to_patches
+from qwen3vl_train.data.media.image import FACTOR, MAX_ASPECT, PATCH, fit_area, resize_to_patches
 
 FRAMES_PER_PATCH = 2
 MAX_FPS = 1000
@@ -63,17 +62,8 @@ def resize_clip(num_frames: int, height: int, width: int, *, min_pixels: int, ma
     if max(height, width) > MAX_ASPECT * min(height, width):
         fault = f"frames of {width}x{height}: their aspect ratio exceeds {MAX_ASPECT}:1; crop or pad them"
         raise MediaFault(fault, kind="unsupported_media")
-    rows, cols = round(height / FACTOR) * FACTOR, round(width / FACTOR) * FACTOR
-    area = round(num_frames / FRAMES_PER_PATCH) * FRAMES_PER_PATCH * rows * cols
-    if area > max_pixels:
-        shrink = math.sqrt(num_frames * height * width / max_pixels)
-        rows = max(FACTOR, math.floor(height / shrink / FACTOR) * FACTOR)
-        cols = max(FACTOR, math.floor(width / shrink / FACTOR) * FACTOR)
-    elif area < min_pixels:
-        grow = math.sqrt(min_pixels / (num_frames * height * width))
-        rows = math.ceil(height * grow / FACTOR) * FACTOR
-        cols = math.ceil(width * grow / FACTOR) * FACTOR
-    return rows, cols
+    counted = round(num_frames / FRAMES_PER_PATCH) * FRAMES_PER_PATCH
+    return fit_area(height, width, num_frames, counted, factor=FACTOR, min_pixels=min_pixels, max_pixels=max_pixels)
 
 
 def clip_patches(frames: Iterable[tuple[int, Tensor]], indices: Sequence[int], grid: tuple[int, int, int]) -> Tensor:

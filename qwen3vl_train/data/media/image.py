@@ -20,7 +20,7 @@ from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
 from qwen3vl_train.data.errors import MediaFault
-from qwen3vl_train.data.media.paths import ImageInput, describe, path_or_bytes, unreadable
+from qwen3vl_train.data.media.paths import ImageInput, describe, path_or_bytes, too_large, unreadable
 
 PATCH = 16
 MERGE = 2
@@ -58,12 +58,12 @@ def _identify(file: str | IO[bytes], name: str) -> Image.Image:
         fault = f"{name}: is not an image of a known format ({', '.join(_readable())}); convert it"
         raise MediaFault(fault, kind="unsupported_media") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise _too_large(name, _declared_size(file) or str(error)) from None
+        raise too_large(name, _declared_size(file) or str(error)) from None
     except _DAMAGE as error:
         raise _damage_fault(name, error, "damaged") from None
     if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
         image.close()
-        raise _too_large(name, f"{image.width}x{image.height}")
+        raise too_large(name, f"{image.width}x{image.height}")
     return image
 
 
@@ -72,14 +72,6 @@ def _damage_fault(name: str, error: BaseException, what: str) -> MediaFault:
     if isinstance(error, OSError) and error.errno is not None:
         return unreadable(name, error.strerror)
     return MediaFault(f"{name}: is {what} ({error}); replace the file")
-
-
-def _too_large(name: str, size: str) -> MediaFault:
-    return MediaFault(
-        f"{name}: {size} is more than {Image.MAX_IMAGE_PIXELS} pixels, Pillow's limit against decompression bombs; "
-        "shrink the file",
-        kind="unsupported_media",
-    )
 
 
 def _declared_size(file: str | IO[bytes]) -> str | None:
@@ -190,13 +182,24 @@ def smart_resize(height: int, width: int, *, factor: int = FACTOR, min_pixels: i
     if max(height, width) > MAX_ASPECT * min(height, width):
         fault = f"image of {width}x{height}: its aspect ratio exceeds {MAX_ASPECT}:1; crop it or pad it"
         raise MediaFault(fault, kind="unsupported_media")
+    return fit_area(height, width, 1, 1, factor=factor, min_pixels=min_pixels, max_pixels=max_pixels)
+
+
+def fit_area(
+    height: int, width: int, num_frames: int, counted_frames: int, *, factor: int, min_pixels: int, max_pixels: int
+) -> tuple[int, int]:
+    """Return multiples of factor whose area over all frames is between the limits.
+
+    counted_frames: number of frames in the test against the limits; num_frames: in the scale.
+    """
     rows, cols = round(height / factor) * factor, round(width / factor) * factor
-    if rows * cols > max_pixels:
-        shrink = math.sqrt(height * width / max_pixels)
+    area = counted_frames * rows * cols
+    if area > max_pixels:
+        shrink = math.sqrt(num_frames * height * width / max_pixels)
         rows = max(factor, math.floor(height / shrink / factor) * factor)
         cols = max(factor, math.floor(width / shrink / factor) * factor)
-    elif rows * cols < min_pixels:
-        grow = math.sqrt(min_pixels / (height * width))
+    elif area < min_pixels:
+        grow = math.sqrt(min_pixels / (num_frames * height * width))
         rows = math.ceil(height * grow / factor) * factor
         cols = math.ceil(width * grow / factor) * factor
     return rows, cols

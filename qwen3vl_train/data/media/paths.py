@@ -101,6 +101,11 @@ def path_or_bytes(medium: VideoInput, media_root: str | os.PathLike[str] | None,
     return data
 
 
+def too_large(name: str, size: str, unit: str = "pixels") -> MediaFault:
+    limit = f"{Image.MAX_IMAGE_PIXELS} {unit}, Pillow's limit against decompression bombs"
+    return MediaFault(f"{name}: {size} is more than {limit}; shrink the file", kind="unsupported_media")
+
+
 def unreadable(name: str, reason: str | None) -> MediaFault:
     """Return the fault of a disk or of its permissions, which may be gone at the next attempt."""
     fault = f"{name}: cannot be read ({reason}); check disk and permissions"

@@ -15,7 +15,7 @@ from PIL import Image
 
 from qwen3vl_train.data.errors import MediaFault
 from qwen3vl_train.data.media.clips import MAX_FPS
-from qwen3vl_train.data.media.paths import VideoInput, describe, path_or_bytes, unreadable
+from qwen3vl_train.data.media.paths import VideoInput, describe, path_or_bytes, too_large, unreadable
 from qwen3vl_train.data.media.rotation import mp4_matrix, rotation_from_matrix
 
 if TYPE_CHECKING:
@@ -130,11 +130,7 @@ def _check_size(name: str, height: int, width: int) -> None:
     if height < 1 or width < 1:
         raise MediaFault(f"{name}: {width}x{height} has no pixels; replace it")
     if Image.MAX_IMAGE_PIXELS is not None and height * width > Image.MAX_IMAGE_PIXELS:
-        raise MediaFault(
-            f"{name}: {width}x{height} is more than {Image.MAX_IMAGE_PIXELS} pixels a frame, Pillow's limit against "
-            "decompression bombs; shrink the file",
-            kind="unsupported_media",
-        )
+        raise too_large(name, f"{width}x{height}", "pixels a frame")
 
 
 def _header_rotation(file: str | bytes, container: "InputContainer", stream: "VideoStream", name: str) -> int:

@@ -1,4 +1,4 @@
-"""Labels as text, ids against transformers, costs against lengths, markup that somebody typed."""
+"""Labels as text, ids against transformers, costs against lengths, typed markup."""
 
 import pytest
 import tiny_checkpoint

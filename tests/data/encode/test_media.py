@@ -1,4 +1,4 @@
-"""Clips as lists of frames, and images, measured from headers and read as patches."""
+"""Clips as lists of frames, and images, measured from headers and decoded to patches."""
 
 import io
 

@@ -1,4 +1,4 @@
-"""Display matrices, and the boxes of MP4 files that hold them."""
+"""Display matrices, and the boxes of MP4 files that contain them."""
 
 import io
 import math
@@ -13,7 +13,7 @@ from tests.helpers.clip_files import write_clip
 
 
 def matrix(degrees: float, *, scale: float = 1.0, mirror: bool = False) -> tuple[int, ...]:
-    """Turn counter-clockwise by degrees, in fixed point, as FFmpeg's `av_display_rotation_set` writes it."""
+    """Return the matrix of a rotation counter-clockwise by degrees, as FFmpeg's `av_display_rotation_set`."""
     angle = -math.radians(degrees)
     a, b = (round(scale * 65536 * value) for value in (math.cos(angle), math.sin(angle)))
     flip = -1 if mirror else 1

@@ -1,4 +1,4 @@
-"""Headers and frames of video files of many kinds, against decoding everything; faults; safety; memory."""
+"""Headers and frames of many containers and codecs, compared with full decoding; faults, safety and memory."""
 
 import random
 import subprocess

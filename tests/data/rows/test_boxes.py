@@ -1,4 +1,4 @@
-"""Boxes of every convention come out in Qwen3-VL's 0 to 1000; what is no box inside its image is refused."""
+"""Boxes of every convention are written in Qwen3-VL's 0 to 1000; anything but a box inside its image is a fault."""
 
 import io
 

@@ -1,4 +1,4 @@
-"""Every shape of row becomes the same messages; marks and media are counted against each other."""
+"""Every format of row gives the same messages; placeholders and media must agree in number."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Rows, files, pictures and clips of junk end in a ValueError of ours: no other exception, no hang, no heap of memory.
+"""Rows, files, pictures and clips of junk end in our ValueError: no other exception, no hang, no large allocation.
 
 Five seconds in all; CI sets QWEN3VL_FUZZ_SECONDS=60. Seeds count from 0, so a failure comes again. Media are decoded in
 a child process: a crash in C is a failure like any other.

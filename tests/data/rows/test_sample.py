@@ -1,4 +1,4 @@
-"""Rows that are right, and the exact message of every row that is not."""
+"""Valid rows, and the exact message of every invalid one."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The same rows in every kind of file and every shape become the same tokens, labels, positions and patches."""
+"""The same rows in every type of file and every format give the same tokens, labels, positions and patches."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Every kind of file gives its rows by number and as a stream, from any row on; damage is named with file and row."""
+"""Every type of file gives its rows by index and as a stream, from any row on."""
 
 import io
 import json
