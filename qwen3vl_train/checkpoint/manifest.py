@@ -61,7 +61,7 @@ def checksum_files(folder: Path, files: Iterable[Path]) -> FileEntries:
 def write_manifest(folder: Path, record: dict[str, Any], entries: FileEntries) -> None:
     """Write the manifest of a folder whose other files are complete and flushed.
 
-    record: what it holds beside the files.
+    record: what it holds besides the files.
     entries: all of these files.
     """
     content = json.dumps({**record, "files": dict(sorted(entries.items()))}, indent=1)

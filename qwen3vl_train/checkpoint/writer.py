@@ -2,7 +2,7 @@
 
 Only what trains is stored, in one form for all engines: float32 weights and moments by name. The rest is in the model
 folder that the recipe names. The files are safetensors: no pickle is written or read. Random numbers need no state:
-those of a pack follow from seed, step and its number in the step. A checkpoint is written while training goes on; the
+those of a pack follow from seed, step and its number in the step. A checkpoint is written while training continues; the
 step waits only until its tensors are copied.
 """
 
@@ -37,7 +37,7 @@ from qwen3vl_train.dist.ranks import Ranks
 
 
 class CheckpointWriter:
-    """Write one checkpoint at a time in a thread while training goes on.
+    """Write one checkpoint at a time in a thread while training continues.
 
     Every rank has a writer and calls its methods at the same steps. It is a context manager: whatever ends the block, a
     write under way is finished, so that its checkpoint exists at the next start; if that write failed, the error that
@@ -86,7 +86,7 @@ class CheckpointWriter:
         Raises RuntimeError, on all ranks, where that one failed.
 
         state_tensors: returns shards of sharded tensors on every rank, or full ones, which rank 0 writes alone.
-        record: what the manifest holds beside the step and the files.
+        record: what the manifest holds besides the step and the files.
         """
         started = time.perf_counter()
         self.wait()
@@ -124,7 +124,7 @@ class CheckpointWriter:
         if self._ranks.is_main:
             try:
                 prune(self._run_dir, self._policy)
-            except OSError as error:  # the new checkpoint is complete: the run goes on
+            except OSError as error:  # the new checkpoint is complete: the run continues
                 self._report(
                     f"an older checkpoint could not be removed ({error}); it is tried again after the next save"
                 )

@@ -69,7 +69,7 @@ class Watchdog:
         self._thread: threading.Thread | None = None
 
     def heartbeat(self, step: int) -> None:
-        """Note that this rank goes on after so many finished steps (a batch of an evaluation and a save count too)."""
+        """Note that this rank makes progress after `step` finished steps (also within an evaluation or a save)."""
         self._step, self._since, self._reported = step, time.monotonic(), False
 
     def __enter__(self) -> "Watchdog":

@@ -58,7 +58,7 @@ def start_banner(
 
 
 def resume_lines(start_step: int, num_steps: int, damaged: Sequence[str]) -> list[str]:
-    """Return the lines that say where a run goes on. damaged: why newer checkpoints are not used."""
+    """Return the lines that say where a run resumes. damaged: why newer checkpoints are not used."""
     lines = [f"falling back to an earlier checkpoint: {reason}" for reason in damaged]
     if start_step >= num_steps:
         return [f"nothing to do: all {num_steps} steps are done", *lines]

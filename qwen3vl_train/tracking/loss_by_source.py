@@ -25,7 +25,7 @@ def source_names(recipe: Recipe) -> list[str]:
 
 
 class SourceTally:
-    """Adds up losses and labels by data set over this rank's packs of a step; waits for the device once, at the end."""
+    """Sum losses and labels by data set over this rank's packs of a step; waits for the device once, at the end."""
 
     def __init__(self, names: Sequence[str], device: torch.device) -> None:
         """names: of all data sets, the same on every rank."""
@@ -44,11 +44,11 @@ class SourceTally:
         self._losses.index_add_(0, sources_R.to(self._losses.device), terms_R.double())
 
     def values(self) -> list[float]:
-        """Sums of losses, then numbers of labels, in the order of the names; to be summed over ranks."""
+        """Return sums of losses, then numbers of labels, in the order of the names; to be summed over ranks."""
         return [*self._losses.tolist(), *map(float, self._labels.tolist())]
 
     def means(self, values: Sequence[float]) -> dict[str, SourceLoss]:
-        """What `values` say once they are summed over all ranks, by name."""
+        """Return the mean losses by name. values: those of `values`, summed over all ranks."""
         count = len(self._numbers)
         sums, labels = values[:count], values[count:]
         return {

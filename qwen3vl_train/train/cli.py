@@ -1,7 +1,4 @@
-"""What the scripts in launch/ do.
-
-Read the command line, call one function, turn errors of ours into one clear message.
-"""
+"""The main functions of the scripts in launch/: read the command line, call one function, print errors as messages."""
 
 import argparse
 import json
@@ -17,7 +14,7 @@ def sft(argv: list[str] | None = None) -> int:
         description="Fine-tune Qwen3-VL from a recipe; start it with torchrun for several ranks."
     )
     parser.add_argument("recipe", help="recipe file (YAML or JSON)")
-    # DeepSpeed's launcher passes it beside the environment, which says the same; the environment is what is read.
+    # DeepSpeed's launcher passes it besides setting the environment, which is what we read.
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. optim.lr=2e-5 train.num_steps=100")
     arguments = parser.parse_args(argv)
