@@ -138,7 +138,7 @@ SIZES = {
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_released_sizes_have_their_published_parameter_count(size):
+def test_released_sizes_have_the_published_parameter_count(size):
     import torch
 
     from qwen3vl_train import Qwen3VLForConditionalGeneration

@@ -154,6 +154,7 @@ print(max(*seen, private_bytes()) - before, sum(p.numel() * p.element_size() for
 """
 
 
+@pytest.mark.measures
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_loading_holds_no_second_copy(tiny_folder, tmp_path_factory, dtype):
     # Memory of the process's own. Pages of the mapped file are not counted: the system takes them back when it likes.

@@ -97,7 +97,7 @@ def test_a_checkpoint_goes_from_engine_to_engine_bit_for_bit(tmp_path: Path):
         if world_size == 1:
             passed = _pass_on(0, 1, *arguments)
         else:
-            passed = run_ranks(_pass_on, world_size, *arguments, timeout=120)[0]
+            passed = run_ranks(_pass_on, world_size, *arguments)[0]
         first = first or passed
         for place, ((state, loss), (expected, expected_loss)) in enumerate(zip(passed, first, strict=True)):
             small_runs.assert_same_tensors(state, expected)
