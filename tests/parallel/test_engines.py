@@ -128,7 +128,7 @@ def _image_on_one_rank(rank: int, world_size: int, recipe: Recipe, steps: Steps,
 
 @pytest.mark.parametrize("tune", TUNES)
 @pytest.mark.usefixtures("detail")
-def test_a_rank_without_pictures_keeps_step_with_one_that_has_some(tune: str, small: Path, steps: Steps):
+def test_ranks_without_and_with_images_stay_in_step(tune: str, small: Path, steps: Steps):
     norms = run_ranks(_image_on_one_rank, 2, engine_recipe(small, TUNES[tune], "fsdp2"), steps[:1], True)
     assert norms[0] == norms[1]
 
