@@ -1,5 +1,7 @@
 # make quickstart   install and run the main job on real scans, a few minutes on two CPU cores
-# make test         install and run all tests
+# make test         install and run all tests that CI runs
+# make test-fast    those that start no rank and no other process
+# make soak         what takes long or measures time and memory
 # make test-browser install and run the tests that need Debian's chromium and chromium-driver
 # make lint         ruff and pyright
 PYTHON ?= python3
@@ -10,7 +12,7 @@ export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE := 1
 export WANDB_MODE := offline
 
-.PHONY: install quickstart test test-browser soak lint clean
+.PHONY: install quickstart test test-fast test-browser soak lint clean
 
 install: .venv/.installed
 
@@ -23,14 +25,17 @@ quickstart: install
 	OMP_NUM_THREADS=2 $(BIN)/python data/quickstart.py
 
 test: install
-	OMP_NUM_THREADS=1 TORCH_DISTRIBUTED_DEBUG=DETAIL $(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow and not browser'
+	OMP_NUM_THREADS=1 TORCH_DISTRIBUTED_DEBUG=DETAIL $(BIN)/python -m pytest -n 2 --dist worksteal
+
+test-fast: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m 'not (ranks or process or slow or measures or browser)'
 
 test-browser: install
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[browser]'
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m browser
 
 soak: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'slow or measures'
 
 lint: install
 	$(BIN)/ruff check .

@@ -96,7 +96,7 @@ def images() -> None:
     table(["JPEG", "visual tokens", "decode ms", "resize and cut ms", "images a second a core"], lines)
 
 
-def tiny_collator(scratch: Path, **limits: int) -> MultimodalCollator:
+def tiny_collator(scratch: Path, **limits: Any) -> MultimodalCollator:
     runpy.run_path(str(ROOT / "data" / "tiny_checkpoint.py"))["write_tiny_checkpoint"](scratch / "tiny")
     return MultimodalCollator.from_pretrained(scratch / "tiny", **limits)
 

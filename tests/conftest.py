@@ -24,9 +24,24 @@ import tiny_checkpoint
 import torch
 import torch.distributed as dist
 
-from tests.helpers import faults, oracles
+from tests.helpers import faults, marks, oracles
 
 torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        marks.add_marks(item)
+
+
+def pytest_runtest_protocol(item: pytest.Item) -> None:
+    marks.watch(item)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call() -> Iterator[None]:
+    yield
+    marks.check()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -87,15 +102,17 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def zero_at_ease() -> Iterator[None]:
-    """What makes hundreds of ZeRO steps bearable: one import for all ranks, and collectives that are not compared.
+    """Make hundreds of ZeRO steps bearable: import once for all ranks, and do not compare collectives.
 
-    At its import DeepSpeed asks a compiler about each of its operators, seconds for every forked rank. And ZeRO sends
-    every small tensor by itself: comparing it between the ranks first, as TORCH_DISTRIBUTED_DEBUG=DETAIL does, triples
-    the time in the kernel. A test that needs the comparison switches it on.
+    At its import DeepSpeed asks a compiler about each of its operators, and its first engine imports torch's inductor
+    for an optimizer that is not used: seconds for every forked rank. And ZeRO sends every small tensor by itself:
+    comparing it between the ranks first, as TORCH_DISTRIBUTED_DEBUG=DETAIL does, triples the time in the kernel. A test
+    that needs the comparison switches it on.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DS_ACCELERATOR", "cpu")
-        import deepspeed  # noqa: F401
+        import deepspeed
+        import deepspeed.runtime.zero.muon.original_muon  # noqa: F401
 
         dist.set_debug_level(dist.DebugLevel.OFF)
         yield

@@ -37,7 +37,7 @@ def test_recipe_runs_three_steps_on_two_ranks(path: Path, tiny_folder: Path, tas
     }
     values["train"] |= {"num_steps": 3, "packs_per_step": 2}
     values["track"]["wandb"] = "off"
-    run_ranks(_train, 2, recipe_from_dict(values), timeout=120)
+    run_ranks(_train, 2, recipe_from_dict(values))
     losses = small_runs.losses(tmp_path / path.stem)
     assert len(losses) == 3
     # An untrained model of 512 tokens starts a little above ln 512 = 6.2, and three steps of warm-up hardly change it.

@@ -4,7 +4,7 @@ import time
 import pytest
 import torch
 
-from tests.helpers import oracles
+from tests.helpers import marks, oracles
 from tests.helpers.ranks import RankFailure, run_ranks
 
 
@@ -38,12 +38,24 @@ def test_a_rank_that_dies_is_reported():
 
 def _hang_on_one(rank: int, world_size: int) -> None:
     if rank == 1:
-        time.sleep(60)
+        time.sleep(9000)
 
 
 def test_a_rank_that_hangs_is_stopped_and_its_stack_shown():
-    with pytest.raises(RankFailure, match=r"(?s)not done after 3 seconds.*rank 1 was at.*_hang_on_one"):
-        run_ranks(_hang_on_one, 2, timeout=3)
+    with pytest.raises(RankFailure, match=r"(?s)not done after 6 seconds.*rank 1 was at.*_hang_on_one"):
+        run_ranks(_hang_on_one, 2, timeout=6)
+
+
+def test_unmarked_test_cannot_start_a_process():
+    with pytest.raises(AssertionError, match="test_unmarked_test_cannot_start_a_process starts a process"):
+        os.system("true")
+    with pytest.raises(AssertionError, match="mark it `process` or `ranks`"):
+        marks.check()  # as after every test, should the error have been caught
+
+
+def test_marks_follow_what_a_test_names():
+    assert marks.marks_of(test_results_come_in_order_of_rank) == {"ranks"}
+    assert marks.marks_of(_own_rank) == set()
 
 
 def test_pictures_and_conversations_are_the_same_on_every_call():
@@ -64,7 +76,7 @@ def test_pictures_and_conversations_are_the_same_on_every_call():
     }
 
 
-def test_random_weights_leave_no_parameter_at_a_value_that_hides_a_mistake():
+def test_random_weights_hide_no_mistake():
     model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.LayerNorm(64))
     oracles.randomise(model, seed=1)
     again = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.LayerNorm(64))

@@ -102,6 +102,7 @@ CASES = [
 ]
 
 
+@pytest.mark.measures
 @pytest.mark.parametrize(("engine", "tune", "dtype"), CASES, ids=["-".join(case) for case in CASES])
 def test_loading_takes_the_shard_and_a_quarter_at_most(
     half_a_gigabyte: Path, tmp_path: Path, engine: str, tune: str, dtype: str
@@ -113,7 +114,7 @@ def test_loading_takes_the_shard_and_a_quarter_at_most(
         for folder in (half_a_gigabyte, small)
     )
     stored = (half_a_gigabyte / "model.safetensors").stat().st_size
-    for shard, peak, after in run_ranks(_load, 2, recipe, like_it, timeout=120):
+    for shard, peak, after in run_ranks(_load, 2, recipe, like_it):
         print(
             f"{engine} {tune} {dtype}: shard {shard / MEBIBYTE:.0f} MiB, peak {peak / MEBIBYTE:.0f} MiB, "
             f"after {after / MEBIBYTE:.0f} MiB of {stored / MEBIBYTE:.0f} MiB stored"
@@ -126,6 +127,7 @@ def test_loading_takes_the_shard_and_a_quarter_at_most(
         assert peak < 1.25 * shard
 
 
+@pytest.mark.measures
 def test_the_measure_sees_a_copy_of_one_tenth():
     tenth = 50 * MEBIBYTE
     with _Peak() as memory:

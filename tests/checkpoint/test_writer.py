@@ -65,7 +65,7 @@ def _pass_on(
                 _take_a_step(model, optimizer, ranks, steps, step)
         else:
             load_checkpoint(checkpoint_folder(folder, number), state := optimizer.state_tensors())
-            optimizer.loaded(state, num_updates=2)
+            optimizer.load_state_dict(state, num_updates=2)
         state = optimizer.state_tensors()
         with CheckpointWriter(folder, ranks, KEEP) as writer:
             writer.start(number + 1, lambda state=state: state, {**RECORD, "world_size": world_size})
@@ -97,7 +97,7 @@ def test_a_checkpoint_goes_from_engine_to_engine_bit_for_bit(tmp_path: Path):
         if world_size == 1:
             passed = _pass_on(0, 1, *arguments)
         else:
-            passed = run_ranks(_pass_on, world_size, *arguments, timeout=120)[0]
+            passed = run_ranks(_pass_on, world_size, *arguments)[0]
         first = first or passed
         for place, ((state, loss), (expected, expected_loss)) in enumerate(zip(passed, first, strict=True)):
             small_runs.assert_same_tensors(state, expected)

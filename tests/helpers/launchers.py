@@ -55,7 +55,7 @@ def start(command: list[str], *, output: int = subprocess.PIPE, **more: str) -> 
     return process
 
 
-def run(command: list[str], *, timeout: float = 400, **more: str) -> subprocess.CompletedProcess[str]:
+def run(command: list[str], *, timeout: float = 1800, **more: str) -> subprocess.CompletedProcess[str]:
     """Run in a session of its own and wait; nothing of it is left behind, whatever happens."""
     process = start(command, **more)
     try:

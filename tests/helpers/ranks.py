@@ -21,12 +21,12 @@ class RankFailure(AssertionError):
     """A rank failed or did not end in time; the message holds the traceback of the rank that failed first."""
 
 
-def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 60) -> list[Any]:
+def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 900) -> list[Any]:
     """Call fn(rank, world_size, *args) in forked processes joined by gloo; return their results in order of rank.
 
     Each has one thread, RANK, WORLD_SIZE and LOCAL_RANK set, and an initialised default process group. Arguments are
     inherited, results are pickled. Raises RankFailure with the traceback of the first rank that fails, or with the
-    stacks of those that are not done after `timeout` seconds; either way no process is left behind.
+    stacks of those that are not done after `timeout` seconds, a guard against hangs alone; no process is left behind.
     """
     context = multiprocessing.get_context("fork")
     with TemporaryDirectory() as scratch:

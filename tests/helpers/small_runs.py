@@ -178,13 +178,13 @@ def in_child(work: Callable[[], Any]) -> int:
     """Run in a forked process and return its exit code; -9 where it was killed."""
     process = multiprocessing.get_context("fork").Process(target=work)
     process.start()
-    deadline = time.monotonic() + 120
-    # Not join(120): that waits for a pipe which loader workers of a killed child hold open until they see it is gone.
+    deadline = time.monotonic() + 900
+    # Not join(900): that waits for a pipe which loader workers of a killed child hold open until they see it is gone.
     while process.exitcode is None and time.monotonic() < deadline:
         time.sleep(0.02)
     if process.exitcode is None:
         process.kill()
-        raise AssertionError("the child did not end within 120 seconds")
+        raise AssertionError("the child did not end within 900 seconds")
     return process.exitcode
 
 

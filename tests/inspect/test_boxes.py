@@ -63,10 +63,11 @@ def test_furthest_end_of_boxes_of_a_large_image():
     "text", ["[" * 50_000, "[1," * 50_000, "[1, 2, 3, " * 20_000, "9" * 200_000, "(1,1)," * 50_000, '"point":' * 50_000]
 )
 def test_hostile_text_takes_linear_time(text):
-    started = time.perf_counter()
+    started = time.process_time()
     find_boxes(text)
     find_points(text)
-    assert time.perf_counter() - started < 2  # backtracking would take hours; the usual time is below 0.1 s
+    # Backtracking would take hours; the usual time is below 0.1 s, of this process alone whatever else runs.
+    assert time.process_time() - started < 20
 
 
 @pytest.fixture

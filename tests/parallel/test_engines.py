@@ -1,7 +1,6 @@
 """Every engine trains as one process does: the same losses and the same weights, whatever each rank has to do."""
 
 import os
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -62,7 +61,7 @@ def test_an_engine_trains_as_one_process_does(engine: str, small: Path, steps: S
     world_size, parallel = ENGINES[engine]
     cases = [(tune, kept) for tune in TUNES for kept in CHECKPOINTING]
     recipes = [engine_recipe(small, TUNES[tune], activation_checkpointing=kept, **parallel) for tune, kept in cases]
-    of_ranks = run_ranks(_run_all, world_size, recipes, steps, timeout=240)
+    of_ranks = run_ranks(_run_all, world_size, recipes, steps)
     wrong = []
     for place, (tune, kept) in enumerate(cases):
         outcome = of_ranks[0][place]
@@ -84,7 +83,7 @@ def test_activation_checkpointing_changes_no_bit(tune: str, kept, small: Path, s
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_a_step_that_is_not_finite_moves_nothing_and_leaves_nothing(engine: str, small: Path, steps: Steps):
+def test_a_non_finite_step_changes_nothing(engine: str, small: Path, steps: Steps):
     """The pack that breaks has no picture, so that with sharded engines the vision side sees its dummy grid."""
     ((message, losses),) = poisoned(0, 1, [engine_recipe(small, LORA)], steps)
     world_size, parallel = ENGINES[engine]
@@ -129,11 +128,9 @@ def _image_on_one_rank(rank: int, world_size: int, recipe: Recipe, steps: Steps,
 
 @pytest.mark.parametrize("tune", TUNES)
 @pytest.mark.usefixtures("detail")
-def test_a_rank_without_pictures_keeps_step_with_one_that_has_some(tune: str, small: Path, steps: Steps):
-    started = time.monotonic()
+def test_ranks_without_and_with_images_stay_in_step(tune: str, small: Path, steps: Steps):
     norms = run_ranks(_image_on_one_rank, 2, engine_recipe(small, TUNES[tune], "fsdp2"), steps[:1], True)
     assert norms[0] == norms[1]
-    assert time.monotonic() - started < 60
 
 
 @pytest.mark.usefixtures("detail")
@@ -158,7 +155,7 @@ def test_bfloat16_over_shards_trains_as_bfloat16_in_one_process(tune: str, engin
     start, expected = run_engine(0, 1, recipe, []).weights, run_engine(0, 1, recipe, steps)
     world_size, parallel = ENGINES[engine]
     sharded = engine_recipe(small, TUNES[tune], dtype="bfloat16", **parallel)
-    frozen, trained, outcome = run_ranks(_dtypes, world_size, sharded, steps, timeout=240)[0]
+    frozen, trained, outcome = run_ranks(_dtypes, world_size, sharded, steps)[0]
     assert trained == {torch.float32}
     assert frozen == (set() if tune == "full" else {torch.bfloat16})
     # One process holds its masters rounded.
@@ -178,10 +175,10 @@ def _length(tensors: dict[str, torch.Tensor]) -> float:
     return sum(tensor.square().sum().item() for tensor in tensors.values()) ** 0.5
 
 
-def test_weights_that_stay_gathered_and_gradients_that_travel_in_bfloat16(small: Path, steps: Steps, alone):
+def test_no_reshard_and_bfloat16_gradient_reduction(small: Path, steps: Steps, alone):
     fields = [{"reshard_after_forward": False}, {"reduce_dtype": "bfloat16"}]
     recipes = [engine_recipe(small, FULL, "fsdp2", **of_case) for of_case in fields]
-    gathered, rounded = run_ranks(_run_all, 2, recipes, steps, timeout=240)[0]
+    gathered, rounded = run_ranks(_run_all, 2, recipes, steps)[0]
     found = difference(gathered, alone["full"])
     assert max(found.loss, found.norm, found.weight) < 1e-5
     found = difference(rounded, alone["full"])
@@ -225,7 +222,7 @@ def test_an_untied_head_and_dora_over_shards(tmp_path: Path):
     tunes = [FULL, {**LORA, "dora": True}]
     expected = [run_engine(0, 1, engine_recipe(untied, tune), steps) for tune in tunes]
     recipes = [engine_recipe(untied, tune, "fsdp2") for tune in tunes]
-    for outcome, wanted in zip(run_ranks(_run_all, 2, recipes, steps, timeout=120)[0], expected, strict=True):
+    for outcome, wanted in zip(run_ranks(_run_all, 2, recipes, steps)[0], expected, strict=True):
         found = difference(outcome, wanted)
         assert max(found.loss, found.norm, found.weight) < 1e-5
 

@@ -61,7 +61,7 @@ def test_a_run_goes_from_fsdp2_to_deepspeed_to_ddp(small: Path, task: Path, tmp_
     engines = [{"engine": "fsdp2"}, {"engine": "deepspeed", "zero_stage": 3}, {"engine": "ddp"}]
     recipes = [_recipe(small, task, tmp_path / "out", tune=TUNES[tune], parallel=engine) for engine in engines]
     run = tmp_path / "out" / "run"
-    first, second, third = run_ranks(_relay, 2, recipes, run, timeout=240)[0]
+    first, second, third = run_ranks(_relay, 2, recipes, run)[0]
     assert third == pytest.approx(straight, rel=1e-6)
     # Each took its part: two steps of the first, two of the second, two of the third.
     assert (third[:2], third[2:4]) == (first[:2], second[2:4])
@@ -70,7 +70,7 @@ def test_a_run_goes_from_fsdp2_to_deepspeed_to_ddp(small: Path, task: Path, tmp_
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_a_deepspeed_run_goes_on_from_disk_to_the_bit(small: Path, task: Path, tmp_path: Path, stage: int):
     recipe = _recipe(small, task, tmp_path, tune=small_runs.LORA, parallel={"engine": "deepspeed", "zero_stage": stage})
-    straight, resumed = run_ranks(_relay, 2, [recipe, recipe], tmp_path / "run", timeout=240)[0]
+    straight, resumed = run_ranks(_relay, 2, [recipe, recipe], tmp_path / "run")[0]
     assert len(resumed) == 6
     assert resumed == straight
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 6 + 4, "four steps were done again"
@@ -82,7 +82,7 @@ def test_a_recipe_of_a_sharded_engine_needs_no_launcher(small: Path, task: Path,
     straight = small_runs.losses(train(_recipe(small, task, tmp_path / "straight")))
     recipe = _recipe(small, task, tmp_path / "out", parallel={"engine": engine})
     run = tmp_path / "out" / "run"
-    run_ranks(_relay, 2, [recipe], run, timeout=120)
+    run_ranks(_relay, 2, [recipe], run)
     file = launchers.write_recipe(tmp_path / "recipe.yaml", recipe)
     done = launchers.run([sys.executable, str(launchers.SFT), str(file)])
     assert done.returncode == 0, done.stderr
@@ -104,7 +104,7 @@ def test_the_form_for_others_is_written_from_shards(
     keep = {"every_steps": 2, "export_every_steps": 2}
     train_section = {"num_steps": 2, "packs_per_step": 4}
     recipe = _recipe(small, task, tmp_path, tune=TUNES[tune], parallel=parallel, checkpoint=keep, train=train_section)
-    run_ranks(_train, world_size, recipe, timeout=120)
+    run_ranks(_train, world_size, recipe)
     written = tmp_path / "run" / "export" / "step-00000002"
     stored = read_tensors(checkpoint_folder(tmp_path / "run", 2), "weight/")
     trained = {name.removeprefix("weight/"): weight for name, weight in stored.items()}

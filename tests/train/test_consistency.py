@@ -253,11 +253,11 @@ def test_a_stream_with_missing_media_trains_the_other_rows(tiny_folder, task, tm
     }  # fmt: skip
     complete = make_recipe(tiny_folder, task, tmp_path, name="complete", **options)
     lacking = make_recipe(tiny_folder, task, tmp_path, name="lacking", **options)
-    run, _ = run_ranks(_train, 2, folders, complete, timeout=120)
+    run, _ = run_ranks(_train, 2, folders, complete)
     os.utime(folders[1] / "train.jsonl", ns=(7, 7))  # copied by hand, and the same content
     for name in ("0-0", "2-0", "8-0"):
         (folders[1] / "images" / f"{name}.png").unlink()
-    with_faults, _ = run_ranks(_train, 2, folders, lacking, timeout=120)
+    with_faults, _ = run_ranks(_train, 2, folders, lacking)
     steps, others = (read_metrics(folder / "metrics.jsonl") for folder in (run, with_faults))
     assert [step["epoch"] for step in steps] == [step["epoch"] for step in others]
     assert [step["patches"] for step in steps][:3] != [step["patches"] for step in others][:3]

@@ -164,7 +164,7 @@ def straight_on_two(small: Path, many: Path, tmp_path_factory: pytest.TempPathFa
     """Losses of two uninterrupted ranks, by engine."""
     out = tmp_path_factory.mktemp("straight")
     for engine in ("ddp", "fsdp2"):
-        run_ranks(_train, 2, _ranks_recipe(small, many, out / engine, engine), timeout=120)
+        run_ranks(_train, 2, _ranks_recipe(small, many, out / engine, engine))
     return {engine: losses(out / engine / "run") for engine in ("ddp", "fsdp2")}
 
 
@@ -191,7 +191,7 @@ def test_torchrun_brings_killed_ranks_back(
         *("--monitor-interval", "0.1", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"),
         *(str(tmp_path / "driver.py"), str(tmp_path / "recipe.yaml"), str(tmp_path), victims),
     ]
-    done = launchers.run(command, timeout=240)
+    done = launchers.run(command)
     assert done.returncode == 0, done.stderr[-3000:]
     for victim in victims.split(","):
         assert (tmp_path / f"killed-{victim}").is_file()
@@ -203,7 +203,7 @@ def test_torchrun_brings_killed_ranks_back(
 
 
 def _wait_for_checkpoint(recipe: Recipe, step: int) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 900
     while not checkpoint_folder(run_dir(recipe), step).exists():
         assert time.monotonic() < deadline, f"no checkpoint of step {step}"
         time.sleep(0.02)
@@ -235,13 +235,13 @@ def test_a_rank_killed_within_a_sharded_save_changes_nothing(small: Path, many: 
     def recipe(out: str) -> Recipe:
         return _ranks_recipe(small, many, tmp_path / out, parallel=parallel)
 
-    run_ranks(_train, world_size, recipe("straight"), timeout=120)
+    run_ranks(_train, world_size, recipe("straight"))
     with pytest.raises(RankFailure, match="rank 1 died without a word, exit code -9"):
-        run_ranks(_dies_in_a_sharded_save, world_size, recipe("killed"), 1, timeout=120)
+        run_ranks(_dies_in_a_sharded_save, world_size, recipe("killed"), 1)
     killed = tmp_path / "killed" / "run"
     assert latest_checkpoint(killed) == checkpoint_folder(killed, 2)
     assert (killed / "checkpoints" / ".step-00000004.partial").is_dir()
-    run_ranks(_train, world_size, recipe("killed"), timeout=120)
+    run_ranks(_train, world_size, recipe("killed"))
     assert losses(killed) == losses(tmp_path / "straight" / "run")
     expected = small_runs.final_tensors(tmp_path / "straight" / "run")
     small_runs.assert_same_tensors(small_runs.final_tensors(killed), expected)
@@ -278,7 +278,7 @@ def test_on_other_ranks_every_sample_of_the_epoch_is_seen_once(
     (log := tmp_path / "log").mkdir()
     arguments = _ranks_recipe(small, many, tmp_path, first[1]), log, 4
     with pytest.raises(RankFailure, match="died without a word, exit code -9"):
-        run_ranks(_logging_samples, first[0], *arguments, timeout=120)
+        run_ranks(_logging_samples, first[0], *arguments)
     folder = tmp_path / "run"
     assert latest_checkpoint(folder) == folder / "checkpoints" / "step-00000002"
     before = [sample for step, sample in _logged(log) if step <= 2]  # what the checkpoint holds; step 3 was lost
@@ -288,7 +288,7 @@ def test_on_other_ranks_every_sample_of_the_epoch_is_seen_once(
     if second[0] == 1:
         assert in_child(lambda: _logging_samples(0, 1, *arguments)) == 0
     else:
-        run_ranks(_logging_samples, second[0], *arguments, timeout=120)
+        run_ranks(_logging_samples, second[0], *arguments)
     after = [sample for _, sample in _logged(log)]
     assert sorted([*before, *after]) == sorted(f"many.jsonl:{row}" for row in range(1, 27))
     assert len(before) > 3
@@ -324,7 +324,7 @@ def test_fifteen_kills_at_random_moments(small: Path, many: Path, tmp_path: Path
 
     (pids := tmp_path / "pids").mkdir()
     started = time.monotonic()
-    run_ranks(_rank_with_pid, world_size, recipe("straight"), pids, timeout=300)
+    run_ranks(_rank_with_pid, world_size, recipe("straight"), pids)
     expected, seconds = losses(tmp_path / "straight" / "run"), time.monotonic() - started
     generator, kills, runs, steps = random.Random(world_size), 0, 0, []
     while kills < 15:
@@ -337,7 +337,7 @@ def test_fifteen_kills_at_random_moments(small: Path, many: Path, tmp_path: Path
                 arguments = pids, generator.randrange(world_size), generator.uniform(0.0, 0.7 * seconds)
                 threading.Thread(target=_kill_one, args=arguments, daemon=True).start()
             try:
-                run_ranks(_rank_with_pid, world_size, recipe(out), pids, timeout=300)
+                run_ranks(_rank_with_pid, world_size, recipe(out), pids)
                 done = True
             except RankFailure as failure:
                 if "exit code -9" not in str(failure):

@@ -100,6 +100,7 @@ def test_a_finished_run_has_nothing_to_do(tiny_folder, task, copied, capsys):
     assert (copied / "run" / "metrics.jsonl").read_bytes() == before
 
 
+@pytest.mark.process
 def test_settings_that_do_not_change_training_may_change(tiny_folder, task, copied, capsys):
     recipe = small_runs.make_recipe(
         tiny_folder, task, copied, checkpoint={"every_steps": 5, "keep_last": 1}, data__num_workers=1

@@ -115,7 +115,7 @@ def test_the_best_checkpoint_is_kept(small: Path, task: Path, tmp_path: Path):
 # ---- an error of one rank ends the run on all ranks
 
 
-def _wait_until(true: Callable[[], bool], seconds: float = 30) -> None:
+def _wait_until(true: Callable[[], bool], seconds: float = 900) -> None:
     deadline = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < deadline, f"not so after {seconds} seconds"

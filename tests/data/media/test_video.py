@@ -349,6 +349,7 @@ for path in sys.argv[1:]:
 """
 
 
+@pytest.mark.measures
 def test_ten_minute_clip_needs_little_memory(tmp_path):
     options = {"size": (128, 96), "codec": "mpeg4", "rate": 15, "gop": 60}
     short = write_clip(tmp_path / "short.mp4", 30, **options)

@@ -67,6 +67,7 @@ def test_costs_are_those_of_the_collator_and_rejects_say_why(tmp_path, collator)
     ]  # fmt: skip
 
 
+@pytest.mark.process
 def test_processes_change_nothing(tmp_path, collator):
     Image.new("RGB", (96, 64)).save(tmp_path / "a.png")
     rows = [row(f"{number} " * (number % 50), "a.png" if number % 3 else None) for number in range(2100)]

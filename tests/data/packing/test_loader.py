@@ -98,6 +98,7 @@ def test_every_row_comes_once_an_epoch(make, kind, straight):
     assert straight[-1].num_seen == (num_rows if kind == "indexed" else 2 * num_rows)
 
 
+@pytest.mark.process
 def test_workers_change_nothing(make, kind, straight):
     steps = list(make(kind, num_workers=2))
     assert contents_of(steps) == contents_of(straight)
@@ -149,6 +150,7 @@ def test_resume_is_exact_in_any_epoch_and_on_other_ranks(make, kind, straight, w
         assert Counter(seen) == EVERY_ROW + EVERY_ROW
 
 
+@pytest.mark.process
 def test_weighted_epoch_survives_changes_of_ranks(make, kind):
     straight = list(make(kind, (1.0, 2.5)))
     epoch = [step for step in straight if step.epoch == 0]
@@ -300,6 +302,7 @@ def lose_a_worker(train, sender):
     os._exit(0)
 
 
+@pytest.mark.process
 def test_killed_worker_raises(make, kind):
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
@@ -365,6 +368,7 @@ def test_plan_hashes_change_with_every_step(make, kind, straight):
     assert straight[0].plan_hash.packs != next(iter(make(kind, packs_per_step=4))).plan_hash.packs
 
 
+@pytest.mark.process
 def test_loader_that_is_left_early_leaves_no_process(make, kind):
     others = set(multiprocessing.active_children())
     steps = iter(make(kind, num_workers=2))

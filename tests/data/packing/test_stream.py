@@ -228,7 +228,7 @@ def run_rank(rank, world_size, folders, tiny_folder, workers):
 def test_ranks_with_fewer_packs_wait_for_no_later_message(folder, copy, tiny_folder, workers):
     """Three packs for two ranks, and windows of about two packs: who has one pack a step would ask far ahead."""
     (copy / "9.png").unlink()
-    first, second = run_ranks(run_rank, 2, [folder, copy], tiny_folder, workers, timeout=120)
+    first, second = run_ranks(run_rank, 2, [folder, copy], tiny_folder, workers)
     assert [step[:2] for step in first[0]] == [step[:2] for step in second[0]]
     trained = Counter(name for steps, _ in (first, second) for step in steps for name in step[2])
     lost = [row for steps, _ in (first, second) for step in steps for row in step[3]]
@@ -273,6 +273,7 @@ def test_stream_that_breaks_off_says_where(tmp_path, collator, workers):
     assert train.num_seen >= 256
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("kind", ["a.jsonl", "a.json", "b.jsonl.gz", "a.parquet", "a.tar", "b.tar.gz", "saved"])
 def test_every_kind_of_file_streams_packs_and_resumes(tmp_path, collator, kind):
     path = row_files.write_all(tmp_path)[kind]
@@ -333,6 +334,7 @@ print(json.dumps(seen))
 """
 
 
+@pytest.mark.measures
 def test_memory_does_not_grow_with_the_stream(tiny_folder):
     """The length of the real show, a million rows, is in benchmarks/data.py; here are five windows against twenty."""
     command = [sys.executable, "-c", MEMORY, str(tiny_folder), "4096", "10240", "40960"]

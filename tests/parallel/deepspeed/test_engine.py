@@ -85,7 +85,7 @@ def _disturbed(recipe: Recipe, steps: Steps, noise: float) -> Outcome:
     return Outcome([d.loss for d in done], [d.grad_norms for d in done], weights)
 
 
-def test_at_a_small_eps_adam_alone_makes_more_of_rounding_than_engines_may_differ(small: Path, steps: Steps):
+def test_small_eps_in_adam_amplifies_rounding(small: Path, steps: Steps):
     """Why these tests have an eps of 1e-4: one process differs from itself once gradients are rounded otherwise."""
     found = {}
     for eps in (1e-6, 1e-4):
@@ -112,7 +112,7 @@ def _run_all(rank: int, world_size: int, recipes: list[Recipe], steps: Steps) ->
 
 
 def _on_ranks(recipes: list[Recipe], steps: Steps, world_size: int = 2) -> list[Outcome]:
-    of_ranks = run_ranks(_run_all, world_size, recipes, steps, timeout=240)
+    of_ranks = run_ranks(_run_all, world_size, recipes, steps)
     for outcomes in zip(*of_ranks, strict=True):
         assert all(outcome.losses == outcomes[0].losses for outcome in outcomes)
     return of_ranks[0]
@@ -216,14 +216,14 @@ def _hand_over(rank: int, world_size: int, recipes: list[Recipe], steps: Steps, 
 
 
 @pytest.mark.parametrize("tune", TUNES)
-def test_state_goes_from_fsdp2_through_every_stage_to_one_process(tune: str, small: Path, steps: Steps):
+def test_state_moves_from_fsdp2_through_all_stages(tune: str, small: Path, steps: Steps):
     straight = Trainee(0, 1, _recipe(small, TUNES[tune]))
     expected = straight.steps(steps, 0, 5)
     sharded = _recipe(small, TUNES[tune], "fsdp2")
-    ((_, _, losses, state),) = run_ranks(_hand_over, 2, [sharded], steps, {}, 0, timeout=240)[0]
+    ((_, _, losses, state),) = run_ranks(_hand_over, 2, [sharded], steps, {}, 0)[0]
     fields = [{"zero_stage": stage} for stage in STAGES] + [{"zero_stage": 3, "parts": True}]
     recipes = [_recipe(small, TUNES[tune], "deepspeed", **of_case) for of_case in fields]
-    for number, of_case in enumerate(run_ranks(_hand_over, 2, recipes, steps, state, 1, timeout=240)[0]):
+    for number, of_case in enumerate(run_ranks(_hand_over, 2, recipes, steps, state, 1)[0]):
         taken, weights, more, after = of_case
         small_runs.assert_same_tensors(taken, state)
         for name, tensor in state.items():
@@ -249,17 +249,17 @@ def _bfloat16_state(rank: int, world_size: int, recipes: list[Recipe], steps: St
 def test_a_bfloat16_run_goes_on_to_the_bit(small: Path, steps: Steps):
     fields = [{"zero_stage": stage} for stage in STAGES] + [{"zero_stage": 2, "offload_optimizer": True}]
     recipes = [_recipe(small, FULL, "deepspeed", dtype="bfloat16", **of_case) for of_case in fields]
-    run_ranks(_bfloat16_state, 2, recipes, steps, timeout=240)
+    run_ranks(_bfloat16_state, 2, recipes, steps)
 
 
-def test_a_step_that_is_not_finite_moves_nothing_and_leaves_nothing(small: Path, steps: Steps):
+def test_a_non_finite_step_changes_nothing(small: Path, steps: Steps):
     ((message, losses),) = poisoned(0, 1, [_recipe(small, FULL)], steps)
     fields = [{"zero_stage": stage} for stage in STAGES]
     fields += [{"zero_stage": stage, "offload_optimizer": True} for stage in (2, 3)]
     # bfloat16 in stage 1 is a class of its own.
     fields.append({"zero_stage": 1, "dtype": "bfloat16"})
     recipes = [_recipe(small, FULL, "deepspeed", **of_case) for of_case in fields]
-    for of_rank in run_ranks(poisoned, 2, recipes, steps, timeout=240):
+    for of_rank in run_ranks(poisoned, 2, recipes, steps):
         for recipe, (got, more) in zip(recipes, of_rank, strict=True):
             assert got == message
             assert more == pytest.approx(losses, rel=1e-5 if recipe.model.dtype == "float32" else 2e-2)
@@ -269,7 +269,7 @@ def test_a_step_in_which_no_rank_has_a_pack_moves_nothing(small: Path, steps: St
     (expected,) = skipped(0, 1, [_recipe(small, FULL)], steps)
     fields = [{"zero_stage": stage} for stage in STAGES] + [{"zero_stage": 1, "dtype": "bfloat16"}]
     recipes = [_recipe(small, FULL, "deepspeed", **of_case) for of_case in fields]
-    outcomes = run_ranks(skipped, 2, recipes, steps, timeout=240)[0]
+    outcomes = run_ranks(skipped, 2, recipes, steps)[0]
     for recipe, losses in zip(recipes, outcomes, strict=True):
         assert losses == pytest.approx(expected, rel=1e-5 if recipe.model.dtype == "float32" else 2e-2)
 
@@ -282,7 +282,7 @@ def _cut_up(rank: int, world_size: int, recipe: Recipe) -> tuple[list, int, int]
     return report_groups(trainee.model, recipe), held, len(parameters)
 
 
-def test_stage_3_holds_a_share_of_the_model_and_reports_all_of_it(small: Path):
+def test_stage_3_holds_a_partition_and_reports_all(small: Path):
     recipe = _recipe(small, LORA, "deepspeed", zero_stage=3, parts=True)
     model = build_model(recipe, device="cpu")
     total = sum(parameter.numel() for parameter in model.parameters())
@@ -323,7 +323,7 @@ def _untied(rank: int, world_size: int, recipe: Recipe) -> str:
     return str(error.value)
 
 
-def test_a_stored_head_that_is_not_the_embedding_is_refused_on_every_rank(tmp_path: Path):
+def test_an_untied_stored_head_is_refused_on_every_rank(tmp_path: Path):
     folder = engine_runs.write_small_checkpoint(tmp_path / "model")
     tensors = load_file(folder / "model.safetensors")
     embedding = next(tensor for name, tensor in tensors.items() if name.endswith("embed_tokens.weight"))

@@ -1,0 +1,81 @@
+"""The marks `ranks` (starts ranks) and `process` (starts other child processes), which `make test-fast` leaves out.
+
+A test gets them by itself where its code, or that of a fixture, names what starts processes. Where the code does not
+show it (`num_workers=2`, say), the mark is written at the test; while a test without either mark runs, nothing
+can start a process.
+"""
+
+import inspect
+import sys
+from collections.abc import Iterator
+from types import CodeType, FunctionType
+from typing import Any
+
+import pytest
+
+_STARTERS = {"run_ranks": "ranks", "in_child": "process", "launchers": "process", "subprocess": "process",
+             "multiprocessing": "process", "in_workers": "process", "from_worker": "process"}  # fmt: skip
+_STARTS = {"os.fork", "os.forkpty", "os.posix_spawn", "os.exec", "os.system", "subprocess.Popen"}
+_forbidden_for: str | None = None
+_refused: list[str] = []
+
+
+def add_marks(item: pytest.Item) -> None:
+    """Mark a collected test whose code names what starts processes, or whose parameter `workers` is more than zero."""
+    if hasattr(item, "callspec") and item.callspec.params.get("workers"):
+        item.add_marker("process")
+    fixtures = [definitions[-1].func for definitions in item._fixtureinfo.name2fixturedefs.values()]  # type: ignore
+    for function in (item.function, *fixtures):  # type: ignore[attr-defined]
+        for mark in marks_of(inspect.unwrap(function)):
+            item.add_marker(mark)
+
+
+def marks_of(function: Any) -> set[str]:
+    """Return the marks of what a test or fixture, or a function of the tests that it calls, names."""
+    return {_STARTERS[name] for name in _names(function, set()) if name in _STARTERS}
+
+
+def _names(value: Any, seen: set[Any]) -> Iterator[str]:
+    """Yield every name that a function or class of the tests uses, and those of what it calls in its own module."""
+    if not isinstance(value, FunctionType | type) or value in seen or not value.__module__.startswith("tests"):
+        return
+    seen.add(value)
+    if isinstance(value, type):
+        for method in vars(value).values():
+            yield from _names(method, seen)
+        return
+    for name in set(_names_in(value.__code__)):
+        yield name
+        if name not in _STARTERS:
+            yield from _names(value.__globals__.get(name), seen)
+
+
+def _names_in(code: CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _names_in(constant)
+
+
+def watch(item: pytest.Item) -> None:
+    """Let this test, its fixtures included, start no process unless it has one of the marks."""
+    global _forbidden_for
+    marked = any(item.get_closest_marker(name) for name in ("ranks", "process", "measures", "slow", "browser"))
+    _forbidden_for = None if marked else item.nodeid
+    _refused.clear()
+
+
+def check() -> None:
+    """Fail where the test that `watch` was called for tried to start a process, whatever became of the error."""
+    refused = _refused.copy()
+    _refused.clear()
+    assert not refused, refused[0]
+
+
+def _refuse(event: str, arguments: tuple[Any, ...]) -> None:
+    if _forbidden_for is not None and event in _STARTS:
+        _refused.append(f"{_forbidden_for} starts a process ({event} {arguments[:1]}); mark it `process` or `ranks`")
+        raise AssertionError(_refused[-1])
+
+
+sys.addaudithook(_refuse)
