@@ -4,8 +4,6 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 
-import torch
-
 from qwen3vl_train.arch import Qwen3VLArch, TextArch, VisionArch
 from qwen3vl_train.config import Recipe, recipe_from_dict
 from qwen3vl_train.model.costs import (
@@ -16,7 +14,7 @@ from qwen3vl_train.model.costs import (
     text_activation_bytes,
 )
 from qwen3vl_train.model.qwen3vl import Qwen3VLForConditionalGeneration
-from qwen3vl_train.train.tune import apply_tuning
+from qwen3vl_train.train.build import describe
 
 GIB = 2**30
 TOKENS = 8192  # in a pack
@@ -70,10 +68,7 @@ def recipe_for(tune: str) -> Recipe:
 
 def meta_model(size: str, tune: str) -> Qwen3VLForConditionalGeneration:
     """Return a released model with its tuning, on the meta device: shapes without weights."""
-    with torch.device("meta"):
-        model = Qwen3VLForConditionalGeneration(PUBLISHED[size])
-    apply_tuning(model, recipe_for(tune))
-    return model
+    return describe(PUBLISHED[size], recipe_for(tune))
 
 
 def rows() -> Iterator[list[str]]:

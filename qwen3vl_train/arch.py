@@ -1,4 +1,4 @@
-"""The numbers of a checkpoint, read from its config.json in either dialect.
+"""The sizes of a checkpoint, read from its config.json in either dialect.
 
 Published files (transformers 4.57) write rope_theta + rope_scaling; transformers 5 writes rope_parameters. Both are
 read; `published_config` always writes the first, which every version loads. Class defaults of transformers are not the
@@ -171,7 +171,10 @@ class Qwen3VLArch:
                 vision.out_hidden_size == text.hidden_size,
                 f"vision out_hidden_size {vision.out_hidden_size} is not the text hidden_size {text.hidden_size}",
             ),
-            (vision.position_table_side**2 == vision.num_position_embeddings, "num_position_embeddings is no square"),
+            (
+                vision.position_table_side**2 == vision.num_position_embeddings,
+                "num_position_embeddings is not a square",
+            ),
             (
                 all(0 <= tap < vision.depth for tap in taps),
                 f"deepstack_visual_indexes {taps} leave the {vision.depth} vision blocks",
@@ -187,7 +190,7 @@ class Qwen3VLArch:
 
 
 class _Reader:
-    """Reads typed numbers out of one section and collects faults instead of stopping at the first."""
+    """Reads typed numbers from one section and collects faults instead of stopping at the first."""
 
     def __init__(self, values: Any, section: str, faults: list[str]) -> None:
         self.section, self.faults = section, faults
@@ -234,9 +237,9 @@ def read_config(model_path: str | Path) -> dict[str, Any]:
 
 
 def published_config(config: dict[str, Any], *, dtype: str) -> dict[str, Any]:
-    """Rewrite a config.json of either dialect in the published one, which transformers 4.57 and 5 both load.
+    """Return a config.json of either dialect in the published one, which transformers 4.57 and 5 both load.
 
-    dtype: 'float32' or 'bfloat16', of the weights beside it. Unknown keys travel along unchanged.
+    dtype: 'float32' or 'bfloat16', of the weights that it describes. Unknown keys are kept unchanged.
     """
     out = deepcopy(config)
     text, vision = out["text_config"], out["vision_config"]

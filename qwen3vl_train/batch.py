@@ -166,7 +166,7 @@ def slice_rows(
     return torch.cat(token_rows), torch.cat(feature_rows)
 
 
-def spread_labels(label_rows: Tensor, values: Tensor, num_tokens: int, fill: float) -> Tensor:
+def scatter_labels(label_rows: Tensor, values: Tensor, num_tokens: int, fill: float) -> Tensor:
     """Return a (T,) tensor that holds values[i] at label_rows[i] and `fill` elsewhere."""
     return values.new_full((num_tokens,), fill).index_copy(0, label_rows, values)
 
@@ -295,12 +295,12 @@ class PackedBatch:
     @property
     def labels(self) -> Tensor:
         """Return the NEXT token to predict at each token, (T,) int64, -100 where none."""
-        return spread_labels(self.label_rows, self.label_ids, self.num_tokens, IGNORE_LABEL)
+        return scatter_labels(self.label_rows, self.label_ids, self.num_tokens, IGNORE_LABEL)
 
     @property
     def loss_weights(self) -> Tensor:
         """Return the weight of each token's label, (T,) float32, 0 where it has none."""
-        return spread_labels(self.label_rows, self.label_weights, self.num_tokens, 0.0)
+        return scatter_labels(self.label_rows, self.label_weights, self.num_tokens, 0.0)
 
     @property
     def visual_pos_mask(self) -> Tensor:

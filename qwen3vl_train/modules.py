@@ -1,4 +1,4 @@
-"""The one set of names for parts of the model, for freezing, learning rates, LoRA targets, gradient norms and reports.
+"""Names of module groups, for freezing, learning rates, LoRA targets, gradient norms and reports.
 
 `merger` is the main merger alone and `deepstack` the DeepStack mergers alone: neither ever means the other.
 """
@@ -36,7 +36,7 @@ LORA_GROUPS: tuple[str, ...] = tuple(g for g in GROUPS if g not in ("vision_embe
 
 
 def expand_groups(names: Iterable[str]) -> tuple[str, ...]:
-    """Replace unions by their groups; each group once, in the order of GROUPS.
+    """Return the groups that names and unions select, each once, in the order of GROUPS.
 
     ["text_attn", "vision"] -> ("vision_attn", "vision_mlp", "vision_embed", "text_attn")
     Raises ValueError for a name that is neither a group nor a union, with near names.
@@ -50,24 +50,24 @@ def expand_groups(names: Iterable[str]) -> tuple[str, ...]:
 
 
 def is_group(name: str) -> bool:
-    """Whether this is the name of a group or a union."""
+    """Return whether this is the name of a group or a union."""
     return name in GROUPS or name in UNIONS
 
 
 def expand_lora_groups(names: Iterable[str]) -> tuple[str, ...]:
-    """`expand_groups`, without the groups that take no LoRA: `text` -> text_attn, text_mlp."""
+    """Return `expand_groups` without the groups that take no LoRA: `text` -> text_attn, text_mlp."""
     return tuple(group for group in expand_groups(names) if group in LORA_GROUPS)
 
 
 def unknown_group(name: str, allowed: Iterable[str]) -> str:
-    """Say that `name` is not one of `allowed`, with the nearest names, or all of them when none is near."""
+    """Return a message that `name` is not one of `allowed`, with the nearest names, or with all of them."""
     allowed = list(allowed)
     near = difflib.get_close_matches(name, allowed, n=2, cutoff=0.6)
     hint = f"did you mean {' or '.join(near)}?" if near else f"use {', '.join(allowed)}"
     return f"{name!r} is not a module group; {hint}"
 
 
-# Norms go with the part that reads them; the final norm goes with the head.
+# A norm belongs to the group of the module that reads it; the final norm to that of the head.
 _GROUP_OF_PATTERN = {
     r"visual\.vision\.(patch_embed|pos_embed)": "vision_embed",
     r"visual\.vision\.blocks\.\d+\.(norm1|attn)": "vision_attn",
@@ -84,7 +84,7 @@ _GROUPS = list(_GROUP_OF_PATTERN.values())
 
 
 def group_of(name: str) -> str:
-    """The group of a parameter or module, by its name in our module tree (LoRA parts included).
+    """Return the group of a parameter or module, by its name in our module tree (adapters included).
 
     A tied head is `text_embed`: it is the embedding's parameter.
     """
@@ -95,7 +95,7 @@ def group_of(name: str) -> str:
 
 
 def grouped_parameters(model: "nn.Module") -> "dict[str, list[tuple[str, nn.Parameter]]]":
-    """All parameters by group, each once, in the order of the module tree."""
+    """Return all parameters by group, each once, in the order of the module tree."""
     groups: dict[str, list[tuple[str, nn.Parameter]]] = {}
     for name, parameter in model.named_parameters():
         groups.setdefault(group_of(name), []).append((name, parameter))
@@ -103,7 +103,7 @@ def grouped_parameters(model: "nn.Module") -> "dict[str, list[tuple[str, nn.Para
 
 
 def train_only(model: "nn.Module", groups: set[str]) -> None:
-    """Let exactly the parameters of these groups train.
+    """Let the parameters of these groups train and freeze all others.
 
     Raises ValueError for a tied head named without its embedding.
     """

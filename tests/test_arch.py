@@ -91,7 +91,7 @@ def test_every_fault_is_named_at_once(config):
 CONTRADICTIONS = [
     ("vision_config", {"num_heads": 5}, "vision hidden_size / num_heads must be a multiple of 4"),
     ("vision_config", {"out_hidden_size": 96}, "vision out_hidden_size 96 is not the text hidden_size 128"),
-    ("vision_config", {"num_position_embeddings": 63}, "num_position_embeddings is no square"),
+    ("vision_config", {"num_position_embeddings": 63}, "num_position_embeddings is not a square"),
     (
         "vision_config",
         {"deepstack_visual_indexes": [1, 4]},

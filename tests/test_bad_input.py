@@ -146,7 +146,7 @@ def test_truncated_weight_file(answer, values, model):
     values["model"]["path"] = str(model)
     code, message = answer(values)
     assert code == 2
-    assert message.startswith(f"{file}: not a whole safetensors file (5000 bytes; ")
+    assert message.startswith(f"{file}: not a complete safetensors file (5000 bytes; ")
     assert message.endswith("); download it again")
 
 

@@ -23,14 +23,14 @@ def test_vision_segments_are_frames_and_not_clips():
 
 
 def test_patches_come_in_blocks_that_merge():
-    places = vision_index([(1, 2, 4)], side=8, merge=2).patch_hw.tolist()
-    assert places == [[0, 0], [0, 1], [1, 0], [1, 1], [0, 2], [0, 3], [1, 2], [1, 3]]
+    patch_hw = vision_index([(1, 2, 4)], side=8, merge=2).patch_hw.tolist()
+    assert patch_hw == [[0, 0], [0, 1], [1, 0], [1, 1], [0, 2], [0, 3], [1, 2], [1, 3]]
     twice = vision_index([(2, 2, 4)], side=8, merge=2).patch_hw.tolist()
-    assert twice == places * 2
+    assert twice == patch_hw * 2
 
 
 def test_corners_and_weights_are_bilinear_with_aligned_corners():
-    # Interpolating a table whose value is its own row (or column) must give back the place that linspace asks for.
+    # Interpolating a table whose value is its own row (or column) must give back the position that linspace asks for.
     side, height, width = 8, 6, 4
     index = vision_index([(1, height, width)], side=side, merge=2)
     torch.testing.assert_close(index.corner_weight.sum(0), torch.ones(height * width))

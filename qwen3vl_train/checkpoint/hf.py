@@ -1,7 +1,4 @@
-"""Weights in Hugging Face form.
-
-Read into our module tree, and written so that transformers, peft and vLLM load them.
-"""
+"""Weights in Hugging Face form: read into our module tree, written so that transformers, peft and vLLM load them."""
 
 import json
 import shutil
@@ -22,7 +19,7 @@ from qwen3vl_train.model.hf_names import from_huggingface, to_huggingface
 from qwen3vl_train.model.lora import base_name, is_adapter
 from qwen3vl_train.model.qwen3vl import Qwen3VLForConditionalGeneration
 
-# What a served model needs beside its weights; carried along when present.
+# What serving needs beside the weights; copied where present.
 COMPANION_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -38,19 +35,19 @@ COMPANION_FILES = (
     "generation_config.json",
 )
 MAX_SHARD_BYTES = 5 * 10**9
-_LOOK_BYTES = 1024
+_SAMPLED_BYTES = 1024
 
 
 class WeightFiles:
-    """The safetensors files of a checkpoint folder, by our names; reads one tensor at a time.
+    """The safetensors files of a checkpoint folder, by our names of the weights.
 
-    Raises ValueError for a folder without weights, a file that is missing or cut short, and weights of an unknown name.
+    Raises ValueError for a folder without weights, a file that is missing or truncated, and weights of an unknown name.
     """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.shapes: dict[str, tuple[int, ...]] = {}
-        self._places: dict[str, tuple[Path, str]] = {}
+        self._files_of: dict[str, tuple[Path, str]] = {}
         unknown: list[str] = []
         for file in self._files():
             with _open(file) as handle:
@@ -59,9 +56,9 @@ class WeightFiles:
                     if name is None:
                         unknown.append(key)
                         continue
-                    if name in self._places:
-                        raise ValueError(f"{file}: {key} is stored twice, also as {self._places[name][1]}")
-                    self._places[name] = (file, key)
+                    if name in self._files_of:
+                        raise ValueError(f"{file}: {key} is stored twice, also as {self._files_of[name][1]}")
+                    self._files_of[name] = (file, key)
                     self.shapes[name] = tuple(handle.get_slice(key).get_shape())
         if unknown:
             raise ValueError(
@@ -82,23 +79,23 @@ class WeightFiles:
             raise ValueError(f"{self.folder}: missing {', '.join(missing)}; give a folder with all safetensors files")
         return files
 
-    def read(self, places: Mapping[str, tuple[slice, ...]]) -> Iterator[tuple[str, Tensor]]:
-        """Yield (name, piece) for each name and the part of its tensor that is asked for, file by file.
+    def read(self, slices: Mapping[str, tuple[slice, ...]]) -> Iterator[tuple[str, Tensor]]:
+        """Yield (name, values) for each name and slice of its tensor, file by file.
 
-        Only that part is read; the piece maps the file and is to be copied from.
+        Only the slice is read. The values map the file: copy them.
         """
         by_file: dict[Path, list[str]] = {}
-        for name in places:
-            by_file.setdefault(self._places[name][0], []).append(name)
+        for name in slices:
+            by_file.setdefault(self._files_of[name][0], []).append(name)
         for file, members in by_file.items():
             with _open(file) as handle:
                 for name in members:
-                    yield name, handle.get_slice(self._places[name][1])[places[name]]
+                    yield name, handle.get_slice(self._files_of[name][1])[slices[name]]
 
     def fingerprint(self) -> int:
-        """A checksum of names, sizes, headers, and a little of every tensor, so that it costs no time.
+        """Return a checksum of names, sizes, headers, and a few bytes of every tensor, so that it costs little time.
 
-        Another fine-tuning of the same model gives another one; a change in few elements may not.
+        Another fine-tuning of the same model gives another checksum; a change of few elements may not.
         """
         checksum = 0
         for file in self._files():
@@ -110,9 +107,9 @@ class WeightFiles:
                 for name, entry in json.loads(header).items():
                     if name != "__metadata__":
                         start, end = entry["data_offsets"]
-                        place = max(start, (start + end - _LOOK_BYTES) // 2)
-                        content.seek(8 + len(header) + place)
-                        checksum = zlib.crc32(content.read(min(_LOOK_BYTES, end - place)), checksum)
+                        position = max(start, (start + end - _SAMPLED_BYTES) // 2)
+                        content.seek(8 + len(header) + position)
+                        checksum = zlib.crc32(content.read(min(_SAMPLED_BYTES, end - position)), checksum)
         return checksum
 
 
@@ -121,7 +118,9 @@ def _open(file: Path) -> Any:
         return safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:
         size = file.stat().st_size
-        raise ValueError(f"{file}: not a whole safetensors file ({size} bytes; {error}); download it again") from None
+        raise ValueError(
+            f"{file}: not a complete safetensors file ({size} bytes; {error}); download it again"
+        ) from None
 
 
 def _count(items: list[str], noun: str) -> str:
@@ -133,12 +132,14 @@ def _some(names: list[str], limit: int = 5) -> str:
 
 
 def check_weights(model: nn.Module, files: WeightFiles) -> None:
-    """Compare the names and shapes on disk with those of the model; the model may be on the meta device.
+    """Compare the names and shapes on disk with those of the model, which may be on the meta device.
 
     Raises ValueError that names every kind of difference: missing, unexpected, wrong shape.
     """
-    wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - set(wanted)
+    wanted = {
+        base_name(name): tuple(parameter.shape) for name, parameter in model.named_parameters() if not is_adapter(name)
+    }
+    tied = {base_name(name) for name, _ in model.named_parameters(remove_duplicate=False)} - set(wanted)
     missing = [to_huggingface(name) for name in wanted if name not in files.shapes]
     extra = [to_huggingface(name) for name in files.shapes if name not in wanted and name not in tied]
     misshapen = [
@@ -160,19 +161,16 @@ def check_weights(model: nn.Module, files: WeightFiles) -> None:
 
 
 def materialize(model: nn.Module, device: torch.device | str) -> None:
-    """Give a model on the meta device memory of its dtypes, of a sharded one this rank's part.
-
-    A tied head stays tied.
-    """
+    """Allocate a model on the meta device in its dtypes, of a sharded one this rank's part. A tied head stays tied."""
     owners = [
         (module, name, parameter)
         for module in model.modules()
         for name, parameter in module.named_parameters(recurse=False)
     ]
     model.to_empty(device=device)
-    made: dict[nn.Parameter, nn.Parameter] = {}
+    allocated: dict[nn.Parameter, nn.Parameter] = {}
     for module, name, meta in owners:
-        first = made.setdefault(meta, getattr(module, name))
+        first = allocated.setdefault(meta, getattr(module, name))
         if getattr(module, name) is not first:
             setattr(module, name, first)
 
@@ -205,7 +203,7 @@ def load_qwen3_vl_model(
 
 @torch.no_grad()
 def read_weights(model: nn.Module, files: WeightFiles) -> None:
-    """Read every stored weight into the model; of a sharded parameter this rank's rows only. Adapters are left alone.
+    """Read every stored weight into the model; of a sharded parameter this rank's part only. Adapters are skipped.
 
     Raises ValueError where a stored tied head differs from its embedding.
     """
@@ -215,17 +213,19 @@ def read_weights(model: nn.Module, files: WeightFiles) -> None:
         if not is_adapter(name)
     }
     seen: set[nn.Parameter] = set()
-    for name, piece in files.read({name: local_slice(parameters[name]) for name in parameters if name in files.shapes}):
+    for name, values in files.read(
+        {name: local_slice(parameters[name]) for name in parameters if name in files.shapes}
+    ):
         parameter = parameters[name]
         target = to_local(parameter)
-        if parameter in seen and not torch.equal(target, piece.to(target)):
+        if parameter in seen and not torch.equal(target, values.to(target)):
             raise _not_tied(files)
         seen.add(parameter)
-        target.copy_(piece)
+        target.copy_(values)
 
 
 def check_tied(model: nn.Module, files: WeightFiles) -> None:
-    """What `read_weights` checks of a tied head that is stored all the same, for a model that has no memory yet."""
+    """Raise ValueError where a stored tied head differs from its embedding, as `read_weights` does, without memory."""
     names: dict[nn.Parameter, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(parameter, []).append(base_name(name))
@@ -253,7 +253,7 @@ def save_huggingface(
     pixel_limits: tuple[int, int] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """`write_huggingface` into a folder that appears whole or not at all. Raises ValueError when `out` exists."""
+    """Call `write_huggingface` on a folder that appears complete or not at all. Raises ValueError when `out` exists."""
     with atomic_folder(Path(out)) as folder:
         write_huggingface(
             weights.items(),
@@ -279,18 +279,19 @@ def write_huggingface(
 ) -> None:
     """Write a checkpoint that stock transformers loads: shards, index, published config, companion files.
 
-    weights: our names; a tied head is given once, as the embedding. They may come one by one: no more than one file's
-    are held. sizes: their numbers of elements, in the same order. source: the folder whose config and tokenizer files
-    go along. pixel_limits, clip_settings: what was used in training, see `copy_companions`.
+    weights: by our names; a tied head once, as the embedding. An iterator works: only one file's are held at a time.
+    sizes: their numbers of elements, in the same order.
+    source: the folder whose config and tokenizer files are copied.
+    pixel_limits, clip_settings: what was used in training, see `copy_companions`.
     """
     shards = _shards(sizes, dtype, max_shard_bytes)
     weight_map: dict[str, str] = {}
-    coming = iter(weights)
+    remaining = iter(weights)
     for number, names in enumerate(shards, start=1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         tensors = {}
-        for name, (given, tensor) in zip(names, coming, strict=False):
-            assert name == given, f"{given} came where {name} was announced"
+        for name, (got, tensor) in zip(names, remaining, strict=False):
+            assert name == got, f"got {got} where sizes say {name}"
             tensors[to_huggingface(name)] = tensor.detach().to("cpu", dtype).contiguous()
         save_file(tensors, folder / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, file)
@@ -323,19 +324,20 @@ def copy_companions(
 ) -> None:
     """Copy tokenizer, template, preprocessor and generation files; write into them what was used in training.
 
-    pixel_limits: (min, max) pixels of an image. clip_settings: keys of the video preprocessor, `size` among them.
+    pixel_limits: (min, max) pixels of an image.
+    clip_settings: keys of the video preprocessor, `size` among them.
     """
     for name in COMPANION_FILES:
         if (file := Path(source) / name).is_file():
             shutil.copyfile(file, folder / name)
     if pixel_limits is not None:
         size = {"shortest_edge": pixel_limits[0], "longest_edge": pixel_limits[1]}
-        _put_settings(folder, "preprocessor_config.json", "image_processor", {"size": size})
+        _write_settings(folder, "preprocessor_config.json", "image_processor", {"size": size})
     if clip_settings is not None:
-        _put_settings(folder, "video_preprocessor_config.json", "video_processor", clip_settings)
+        _write_settings(folder, "video_preprocessor_config.json", "video_processor", clip_settings)
 
 
-def _put_settings(folder: Path, own_file: str, section: str, settings: Mapping[str, Any]) -> None:
+def _write_settings(folder: Path, own_file: str, section: str, settings: Mapping[str, Any]) -> None:
     """Write settings into the files that hold them: one of their own, and a section of processor_config.json."""
     old_names = {"min_pixels": "shortest_edge", "max_pixels": "longest_edge"}
     for name, part_name in ((own_file, None), ("processor_config.json", section)):

@@ -1,4 +1,4 @@
-"""Activation checkpointing of one block: what is kept from the forward pass, what the backward pass computes again.
+"""Activation checkpointing of blocks: what is kept from the forward pass, what the backward pass computes again.
 
 none keeps everything. full keeps the block's input and computes the block again (Chen et al., 2016). selective keeps
 the results of matrix products and attention, where nearly all FLOPs are, and computes norms, activations, rotations and

@@ -36,7 +36,7 @@ class PackedAttention:
     causal: bool
 
     def attend(self, layer: int, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> Tensor:
-        """See `Attention`; all layers attend alike."""
+        """See `Attention`; all layers do the same."""
         if q_TNH.is_cuda and q_TNH.dtype in (torch.bfloat16, torch.float16):
             return _attend_varlen(q_TNH, k_TKH, v_TKH, self.segments, self.causal)
         return _attend_by_length(q_TNH, k_TKH, v_TKH, self.segments, self.causal)

@@ -1,4 +1,4 @@
-"""The one table between Hugging Face's names of the weights and ours."""
+"""The table between Hugging Face's names of the weights and ours."""
 
 # Hugging Face prefix -> ours. The published spelling of each comes first: it is the one written.
 _PREFIXES = (
@@ -16,7 +16,7 @@ _PUBLISHED = _PREFIXES[:3]
 
 
 def from_huggingface(name: str) -> str | None:
-    """Our name of a stored weight; None for a name that no Qwen3-VL has."""
+    """Return our name of a stored weight; None for a name that no Qwen3-VL has."""
     for theirs, ours in _PREFIXES:
         if name.startswith(theirs):
             return ours + name.removeprefix(theirs)
@@ -24,7 +24,7 @@ def from_huggingface(name: str) -> str | None:
 
 
 def to_huggingface(name: str) -> str:
-    """The published name of one of our parameters or modules. `a.b` and `a.b.` parts map alike."""
+    """Return the published name of one of our parameters or modules."""
     for theirs, ours in _PUBLISHED:
         if f"{name}.".startswith(ours):
             return (theirs + f"{name}.".removeprefix(ours)).removesuffix(".")

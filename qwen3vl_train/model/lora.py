@@ -1,25 +1,27 @@
-"""LoRA on our module tree, through peft: which modules it goes on, and the way back to a plain model.
+"""LoRA on our module tree, through peft: which modules it adapts, and merging it into a plain model.
 
 References: Hu et al., "LoRA" (2021); rsLoRA, Kalajdzievski (2023); DoRA, Liu et al. (2024).
 """
 
 import difflib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from qwen3vl_train.model.hf_names import to_huggingface
 from qwen3vl_train.modules import LORA_GROUPS, expand_lora_groups, group_of, is_group
 
 ADAPTER = "default"
 
 
-def lora_modules(model: nn.Module, targets: Sequence[str], huggingface_name: Callable[[str], str]) -> list[str]:
-    """Names (ours) of the linear modules that the targets mean.
+def lora_modules(model: nn.Module, targets: Sequence[str]) -> list[str]:
+    """Return the names (ours) of the linear modules that the targets select.
+
+    targets: group names, or regular expressions matched in full against Hugging Face module names.
 
     The patch embedding and the head are applied as plain products of their weights, so an adapter on them would never
-    be used: they are refused. targets: group names, or regular expressions matched in full against Hugging Face module
-    names. Raises ValueError for a target that matches nothing, or something that cannot carry an adapter.
+    be used: they are refused. Raises ValueError for a target that matches nothing, or something that takes no adapter.
     """
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     eligible = [name for name in linears if group_of(name) in LORA_GROUPS]
@@ -31,12 +33,12 @@ def lora_modules(model: nn.Module, targets: Sequence[str], huggingface_name: Cal
             chosen.update(name for name in eligible if group_of(name) in groups)
             continue
         pattern = re.compile(target)
-        hits = [name for name in leaves if pattern.fullmatch(huggingface_name(name))]
+        hits = [name for name in leaves if pattern.fullmatch(to_huggingface(name))]
         if not hits:
-            names = [huggingface_name(name) for name in eligible]
+            names = [to_huggingface(name) for name in eligible]
             near = difflib.get_close_matches(target, [*LORA_GROUPS, *names], n=3, cutoff=0.3)
             raise ValueError(f"tune.targets: {target!r} matches no module; near names: {', '.join(near) or names[0]}")
-        wrong = [huggingface_name(name) for name in hits if name not in eligible]
+        wrong = [to_huggingface(name) for name in hits if name not in eligible]
         if wrong:
             raise ValueError(
                 f"tune.targets: {target!r} matches {wrong[0]}, which takes no adapter; "
@@ -51,7 +53,7 @@ def add_lora(
 ) -> None:
     """Freeze the model and put an adapter on each named linear module. B starts at zero: the function is unchanged.
 
-    On a model without memory (meta device) the adapters have none either; whoever fills it gives them their values.
+    On a model on the meta device the adapters are there too; `train.build.fill` gives them their values.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -72,7 +74,7 @@ def add_lora(
 
 
 def base_name(name: str) -> str:
-    """The name that a parameter has without adapters: peft puts an adapted module's own weights one deeper."""
+    """Return the name that a parameter has without adapters: peft moves an adapted module's own weights one deeper."""
     return name.replace(".base_layer.", ".")
 
 
@@ -80,20 +82,20 @@ def is_adapter(name: str) -> bool:
     return ".lora_" in name
 
 
-def adapter_tensors(model: nn.Module, huggingface_name: Callable[[str], str]) -> dict[str, Tensor]:
-    """The adapter under the names that `PeftModel.from_pretrained` reads on the stock model."""
+def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return the adapter under the names that `PeftModel.from_pretrained` reads on the stock model."""
     tensors: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         module, found, part = name.partition(".lora_")
         if found:
             # peft's files name DoRA's vector itself, its model a weight inside of it.
             kind = part.replace(f".{ADAPTER}", "", 1).replace("magnitude_vector.weight", "magnitude_vector")
-            tensors[f"base_model.model.{huggingface_name(module)}.lora_{kind}"] = parameter.detach()
+            tensors[f"base_model.model.{to_huggingface(module)}.lora_{kind}"] = parameter.detach()
     return tensors
 
 
 def merge_lora(model: nn.Module) -> None:
-    """Add every adapter to its base weight and put the plain linear modules back."""
+    """Add every adapter to its base weight and restore the plain linear modules."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     for name, module in list(model.named_modules()):

@@ -16,6 +16,9 @@ from qwen3vl_train.model.loss import cross_entropy_loss
 from qwen3vl_train.model.text import Qwen3VLTextForCausalLM
 from qwen3vl_train.model.vision import Qwen3VLVisionModel, VisionOutput
 
+# By their names in recipes and in config.json.
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
 
 class VisionInjection(NamedTuple):
     """What `process_vision_slices` returns.

@@ -70,9 +70,7 @@ class Qwen3VLVisionPatchEmbed(nn.Module):
         t, h, w = self.proj.kernel_size
         num, channels, frames, height, width = inputs.shape
         if channels != self.proj.in_channels or frames % t or height % h or width % w:
-            raise ValueError(
-                f"patch_embed: got shape {tuple(inputs.shape)}; sizes must be whole patches of {(t, h, w)}"
-            )
+            raise ValueError(f"patch_embed: got shape {tuple(inputs.shape)}; sizes must be multiples of {(t, h, w)}")
         blocks = inputs.reshape(num, channels, frames // t, t, height // h, h, width // w, w)
         return blocks.permute(0, 2, 4, 6, 1, 3, 5, 7).reshape(-1, channels * t * h * w)
 

@@ -1,8 +1,8 @@
 """Replicated training: every rank holds the model, and the gradients of what trains are summed once a step.
 
-torch's DistributedDataParallel is not used: it reduces inside every backward and waits for parameters that a rank never
-touched, so a rank without an image, or with fewer packs, would stall the rest. One explicit sum after the last pack
-cannot.
+torch's DistributedDataParallel is not used: it reduces inside every backward and waits for parameters that got no
+gradient on a rank, so a rank without an image, or with fewer packs, would stall the rest. One explicit sum after the
+last pack cannot.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,7 +15,7 @@ BUCKET_ELEMENTS = 2**24  # 64 MiB of float32: large enough for full bandwidth, s
 
 
 class Replicated:
-    """How a replicated run shares out gradients: each rank holds all of them and sums them once a step.
+    """Gradient sync of a replicated run: each rank holds all gradients, which are summed once a step.
 
     lockstep: False, ranks may run different numbers of packs.
     """
@@ -26,7 +26,7 @@ class Replicated:
         self.world_size = world_size
 
     def sum_gradients(self, gradients: list[Tensor]) -> None:
-        """Sum each gradient over all ranks, in place, in float32. All ranks give the same tensors in the same order."""
+        """Sum each gradient over all ranks, in place, in float32. All ranks pass the same tensors in the same order."""
         if self.world_size == 1:
             return
         for bucket in _buckets(gradients):
@@ -36,7 +36,7 @@ class Replicated:
                 gradient.copy_(summed.view_as(gradient))
 
     def sum_squares(self, squares: Tensor) -> Tensor:
-        """Every rank holds whole gradients: its sums of squares are the sums."""
+        """Return the squares: every rank holds full gradients."""
         return squares
 
 
@@ -54,13 +54,13 @@ def _buckets(gradients: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 
 
 def same_on_all_ranks(tensors: Sequence[Tensor], world_size: int) -> bool:
-    """True where every rank holds bit-equal tensors. Compares a checksum, so each rank sends a few bytes."""
+    """Return whether every rank holds bit-equal tensors. Compares a checksum, so each rank sends a few bytes."""
     if world_size == 1:
         return True
     checksum = torch.zeros(2, dtype=torch.float64)
-    for place, tensor in enumerate(tensors, start=1):
+    for number, tensor in enumerate(tensors, start=1):
         total = tensor.detach().double().sum().cpu()
-        checksum += torch.stack([total, total * place])
+        checksum += torch.stack([total, total * number])
     low, high = checksum.clone(), checksum.clone()
     dist.all_reduce(low, op=dist.ReduceOp.MIN)
     dist.all_reduce(high, op=dist.ReduceOp.MAX)

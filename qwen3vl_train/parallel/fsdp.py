@@ -13,9 +13,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from qwen3vl_train.config import ParallelSection
-from qwen3vl_train.model.qwen3vl import Qwen3VLForConditionalGeneration
+from qwen3vl_train.model.qwen3vl import DTYPES, Qwen3VLForConditionalGeneration
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Gathered weights may take this part of the device before `reshard_after_forward: auto` frees them after every forward.
 KEEP_GATHERED = 0.2
 
@@ -25,8 +24,8 @@ def shard_model(
 ) -> None:
     """Shard a model, in place; it may still be on the meta device.
 
-    The order is from the inside out; a unit is what is gathered at once. Raises ValueError where weights shall wait in
-    the memory of a host that has no GPU to send them to.
+    The order is from the inside out; a unit is what is gathered at once. Raises ValueError for cpu_offload on a host
+    without a GPU.
     """
     if parallel.cpu_offload and not torch.cuda.is_available():
         raise ValueError("parallel.cpu_offload: true, but there is no GPU here, weights are on the CPU; leave it out")
@@ -57,23 +56,20 @@ def shard_model(
             # The loss is already divided by the labels of all ranks, so gradients are summed, not averaged.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
-    tower_trains = any(parameter.requires_grad for parameter in [*vision.blocks.parameters(), *_embedding(vision)])
+    tower_trains = any(parameter.requires_grad for parameter in vision.tower_parameters())
     vision_trains = any(parameter.requires_grad for parameter in vision.parameters())
     _prefetch([*vision.blocks], before=None)
     _prefetch([vision], before=vision.blocks[-1] if tower_trains else None)
     _prefetch([*text.layers], before=vision if vision_trains else None)
 
 
-def _embedding(vision: nn.Module) -> list[nn.Parameter]:
-    """What the first vision block reads: it trains only if gradients pass through all blocks."""
-    return [parameter for name, parameter in vision.named_parameters() if name.startswith(("patch_embed", "pos_embed"))]
-
-
 def _prefetch(blocks: list[nn.Module], *, before: nn.Module | None) -> None:
     """Fetch the next block's weights while one computes, in both directions.
 
-    before: the unit whose backward pass follows that of the first block; None where the backward pass ends there. By
-    itself torch would fetch what ran before, in vain where that is frozen; a block that names itself fetches nothing.
+    before: the unit whose backward pass follows that of the first block; None where the backward pass ends there.
+
+    By default torch would fetch what ran before, in vain where that is frozen; a block that names itself fetches
+    nothing.
     """
     for block, following in itertools.pairwise(blocks):
         block.set_modules_to_forward_prefetch([following])  # type: ignore[union-attr]
@@ -82,7 +78,7 @@ def _prefetch(blocks: list[nn.Module], *, before: nn.Module | None) -> None:
 
 
 def _reshard(model: nn.Module, parallel: ParallelSection, dtype: torch.dtype) -> bool:
-    """auto: free the gathered weights after forward unless the whole model takes little of the device anyway."""
+    """Return whether to free gathered weights after forward; auto: unless the model takes little of the device."""
     if parallel.reshard_after_forward != "auto":
         return parallel.reshard_after_forward
     if not torch.cuda.is_available():
@@ -92,7 +88,7 @@ def _reshard(model: nn.Module, parallel: ParallelSection, dtype: torch.dtype) ->
 
 
 class Sharded:
-    """How a sharded run shares out gradients: backward has summed them, each rank holds its piece."""
+    """Gradient sync of a sharded run: backward has summed the gradients, each rank holds its shard."""
 
     lockstep = True
 
@@ -100,10 +96,10 @@ class Sharded:
         self.mesh = mesh
 
     def sum_gradients(self, gradients: list[Tensor]) -> None:
-        """Nothing left to do: every backward pass has summed them over all ranks."""
+        """Do nothing: every backward pass has summed them over all ranks."""
 
     def sum_squares(self, squares: Tensor) -> Tensor:
-        """Add up the pieces' sums of squares; replicas hold the same pieces and are counted once."""
+        """Add up the shards' sums of squares; replicas hold the same shards and are counted once."""
         squares = squares.clone()
         dist.all_reduce(squares, group=self.mesh.get_group("shard"))
         return squares

@@ -1,4 +1,4 @@
-"""The grid of ranks: `replicate` copies of the model, each cut into `shard` pieces. An axis may have size 1."""
+"""The device mesh: `replicate` copies of the model, each cut into `shard` shards. An axis may have size 1."""
 
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
@@ -9,15 +9,15 @@ from qwen3vl_train.dist.ranks import Ranks
 
 
 def ensure_group(ranks: Ranks) -> None:
-    """Give one process a group of its own where no launcher has joined any: shards need one to be cut over."""
+    """Create a process group of one where no launcher has created any: sharding needs one."""
     if not dist.is_initialized():
-        assert ranks.world_size == 1, f"{ranks.world_size} ranks that were never joined"
+        assert ranks.world_size == 1, f"{ranks.world_size} ranks without a process group"
         backend = "cpu:gloo,cuda:nccl" if ranks.device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
 
 
 def build_mesh(parallel: ParallelSection, ranks: Ranks) -> DeviceMesh:
-    """Lay all ranks out as (replicate, shard). `parallel.shard` of null takes all ranks of a replica.
+    """Arrange all ranks as (replicate, shard). `parallel.shard` of null takes all ranks of a replica.
 
     Ranks that shard together are neighbours, so with one replica a machine the gathers stay inside it.
     Raises ValueError where the numbers do not multiply to the number of ranks.

@@ -17,8 +17,8 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
-class Trained:
-    """One trained tensor: the model's parameter, its group, and the float32 weight that the optimizer moves."""
+class TrainedTensor:
+    """One trained tensor: the model's parameter, its module group, and the float32 weight that AdamW updates."""
 
     name: str
     group: str
@@ -27,7 +27,7 @@ class Trained:
 
 
 class GradientSync(Protocol):
-    """How an engine spreads gradients over ranks. lockstep: all ranks must run the same number of passes a step."""
+    """How an engine sums gradients over ranks. lockstep: all ranks must run the same number of passes in a step."""
 
     lockstep: bool
 
@@ -36,13 +36,14 @@ class GradientSync(Protocol):
     def sum_squares(self, squares: Tensor) -> Tensor: ...
 
 
-class Optimizer(Protocol):
-    """What the training step and the checkpoint ask of an engine's optimizer.
+class TrainEngine(Protocol):
+    """What the training step and the checkpoint need of an engine: its backward pass, its optimizer and its state.
 
-    touched: names of the parameters that backward reached on this rank. lockstep: see GradientSync.
+    params_with_grad: names of the parameters that got a gradient on this rank.
+    lockstep: see GradientSync.
     """
 
-    touched: set[str]
+    params_with_grad: set[str]
     lockstep: bool
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
@@ -50,56 +51,53 @@ class Optimizer(Protocol):
         ...
 
     def gradient_norms(self) -> dict[str, float]:
-        """Finish the gradients of the step over all ranks. Returns norms by module group, and 'all'.
-
-        Same on all ranks.
-        """
+        """Sum the gradients of the step over all ranks. Returns their norms by module group, and 'all'."""
         ...
 
     def step(self, factor: float, clip: float) -> None:
-        """Scale the gradients by clip and move the weights at factor times their peak rates."""
+        """Scale the gradients by clip and update the weights at factor times their peak learning rates."""
         ...
 
     def discard(self) -> None:
-        """Drop the gradients of the step; no weight moves."""
+        """Drop the gradients of the step; no weight changes."""
         ...
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """The neutral form of what trains: float32 `weight/`, `exp_avg/` and `exp_avg_sq/` by our names.
+        """Return what trains in the form of checkpoints: float32 `weight/`, `exp_avg/` and `exp_avg_sq/` by our names.
 
         Tensors may be sharded (DTensor), and may or may not be copies. Every rank must call it. To load, write into
-        them in place and give them to `loaded`.
+        them in place and pass them to `load_state_dict`.
         """
         ...
 
-    def loaded(self, tensors: dict[str, Tensor], num_updates: int) -> None:
-        """Take over tensors from `state_tensors` that were written into, as the state after that many steps."""
+    def load_state_dict(self, tensors: dict[str, Tensor], num_updates: int) -> None:
+        """Take over tensors of `state_tensors` that were written into, as the state after num_updates steps."""
         ...
 
 
 class MasterAdamW:
-    """AdamW that moves float32 masters of the trained parameters, whatever dtype the model computes in.
+    """AdamW that updates float32 masters of the trained parameters, whatever dtype the model computes in.
 
     bfloat16 has 8 bits of mantissa: an update below 1/256 of a weight would vanish if added to it directly. So
-    gradients are summed and applied in float32, and the model's weights are the masters rounded. A float32 parameter is
-    its own master. Weight decay acts on matrices only, not on norms and biases. A parameter that no pack touched has a
+    gradients are summed and applied in float32, and the model's weights are the rounded masters. A float32 parameter is
+    its own master. Weight decay acts on matrices only, not on norms and biases. A parameter that no pack reached has a
     gradient of zero, so that a step means the same on any number of ranks.
     """
 
-    def __init__(self, model: nn.Module, optim: OptimSection, spread: GradientSync) -> None:
-        self.optim, self.spread, self.lockstep = optim, spread, spread.lockstep
-        self.trained: list[Trained] = []
-        self.touched: set[str] = set()
+    def __init__(self, model: nn.Module, optim: OptimSection, sync: GradientSync) -> None:
+        self.optim, self.sync, self.lockstep = optim, sync, sync.lockstep
+        self.trained: list[TrainedTensor] = []
+        self.params_with_grad: set[str] = set()
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 master = parameter if parameter.dtype == torch.float32 else nn.Parameter(parameter.detach().float())
-                self.trained.append(Trained(name, group_of(name), parameter, master))
+                self.trained.append(TrainedTensor(name, group_of(name), parameter, master))
                 parameter.register_post_accumulate_grad_hook(self._collector(name, master))
         if not self.trained:
             raise ValueError("tune: nothing trains; name at least one module group or LoRA target")
         self.adamw = torch.optim.AdamW(self._groups(), lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
         for item in self.trained:
-            # Made now, as AdamW would make it in its first step, so that a checkpoint can be read into it.
+            # As AdamW would create it in its first step, so that a checkpoint can be read into it before.
             self.adamw.state[item.master] = {
                 "step": torch.zeros((), dtype=torch.float32, device=item.master.device),
                 **{part: torch.zeros_like(item.master) for part in MOMENTS},
@@ -107,7 +105,7 @@ class MasterAdamW:
 
     def _collector(self, name: str, master: nn.Parameter):
         def collect(parameter: Tensor) -> None:
-            self.touched.add(name)
+            self.params_with_grad.add(name)
             if parameter is not master:
                 assert parameter.grad is not None
                 gradient = parameter.grad.float()
@@ -123,7 +121,7 @@ class MasterAdamW:
         loss.backward()
 
     def _gradients(self) -> list[Tensor]:
-        """The float32 gradients of all trained tensors, in order; zeros where no pack touched one."""
+        """Return the float32 gradients of all trained tensors, in order; zeros where no pack reached one."""
         for item in self.trained:
             if item.master.grad is None:
                 item.master.grad = torch.zeros_like(item.master)
@@ -131,12 +129,12 @@ class MasterAdamW:
 
     def gradient_norms(self) -> dict[str, float]:
         gradients = self._gradients()
-        self.spread.sum_gradients(gradients)
+        self.sync.sum_gradients(gradients)
         groups = list(dict.fromkeys(item.group for item in self.trained))
         squares = torch.zeros(len(groups), dtype=torch.float64, device=gradients[0].device)
         for item, gradient in zip(self.trained, gradients, strict=True):
             squares[groups.index(item.group)] += to_local(gradient).square().sum(dtype=torch.float64)
-        squares = self.spread.sum_squares(squares)
+        squares = self.sync.sum_squares(squares)
         return {"all": squares.sum().sqrt().item(), **dict(zip(groups, squares.sqrt().tolist(), strict=True))}
 
     @torch.no_grad()
@@ -167,14 +165,14 @@ class MasterAdamW:
         return tensors
 
     @torch.no_grad()
-    def loaded(self, tensors: dict[str, Tensor], num_updates: int) -> None:
+    def load_state_dict(self, tensors: dict[str, Tensor], num_updates: int) -> None:
         for item in self.trained:
             self.adamw.state[item.master]["step"].fill_(float(num_updates))
         self._round_into_model()
 
 
 def parameter_groups(members: list[tuple[str, nn.Parameter]], optim: OptimSection) -> list[dict]:
-    """AdamW's groups for (module group, parameter) pairs: one for each peak rate and decay; only matrices decay."""
+    """Return AdamW's groups for (module group, parameter) pairs, by group and decay; only matrices decay."""
     by_setting: dict[tuple[str, float], list[nn.Parameter]] = {}
     for group, parameter in members:
         decay = optim.weight_decay if len(global_shape(parameter)) >= 2 else 0.0

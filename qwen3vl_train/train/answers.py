@@ -1,4 +1,4 @@
-"""Answers: let a run or model answer the questions of a file, and hold them against the answers that stand there."""
+"""Evaluation of a run or model on a file: its loss, and generated answers compared with the expected ones."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,19 +16,17 @@ from qwen3vl_train.data.open import open_collator
 from qwen3vl_train.data.rows.sample import Sample
 from qwen3vl_train.data.sources import FileSource, open_sources
 from qwen3vl_train.model.generate import generate_greedy
-from qwen3vl_train.model.qwen3vl import Qwen3VLForConditionalGeneration
+from qwen3vl_train.model.qwen3vl import DTYPES, Qwen3VLForConditionalGeneration
 from qwen3vl_train.train.load_run import is_run_folder, restore_run
 
-# Prompts are generated side by side up to this many tokens; a cache of the largest model then stays near 4 GiB.
+# Prompts are continued together up to this many tokens; the cache of the largest model then stays near 4 GiB.
 MAX_PROMPT_TOKENS = 8192
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def open_model(path: Path, dtype: str | None) -> tuple[Qwen3VLForConditionalGeneration, MultimodalCollator]:
-    """Open a run folder (newest checkpoint, with the run's pixel budgets) or a Hugging Face folder, on the GPU if there
-    is one.
+    """Open a run folder (newest checkpoint, its pixel budgets) or a Hugging Face folder, on the GPU if there is one.
 
-    dtype: of the arithmetic; None for what the run or the checkpoint has.
+    dtype: of the arithmetic; None for that of the run or the checkpoint.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if is_run_folder(path):
@@ -47,9 +45,9 @@ def open_model(path: Path, dtype: str | None) -> tuple[Qwen3VLForConditionalGene
 
 
 def split_answer(sample: Sample) -> tuple[Sample, str]:
-    """Cut a sample before its last answer: the question, and the text of that answer.
+    """Split a sample into the conversation before its last answer, and the text of that answer.
 
-    Raises RowFault without an answer at the end.
+    Raises RowFault for a sample that does not end with an answer.
     """
     if sample.messages[-1].role != "assistant" or len(sample.messages) < 2:
         raise RowFault(
@@ -62,10 +60,10 @@ def split_answer(sample: Sample) -> tuple[Sample, str]:
 def evaluate_answers(
     path: Path, data: Path, *, media_root: Path | None, max_new_tokens: int, dtype: str | None
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Return a summary (loss, label_tokens, exact_match, num_samples, num_rejected) and one row an answer.
+    """Return a summary (loss, label_tokens, exact_match, num_samples, num_rejected) and one row for each answer.
 
-    The loss is over all labels of the sample; the answer generated is the last one. Exact match compares texts without
-    outer spaces. Raises ValueError where nothing of the file can be used.
+    The loss is over all labels of a sample; only its last answer is generated. Exact match compares texts without
+    outer spaces. Raises ValueError where no row of the file can be used.
     """
     model, collate = open_model(path, dtype)
     device = next(model.parameters()).device
@@ -77,14 +75,14 @@ def evaluate_answers(
     rejected: list[str] = []
     for group in _grouped(sources, collate, rejected):
         with torch.no_grad():
-            loss_sum, num_labels = model(collate.pack([whole for whole, _, _ in group]).to(device))
+            loss_sum, num_labels = model(collate.pack([sample for sample, _, _ in group]).to(device))
         loss, labels = loss + loss_sum.item(), labels + num_labels
         prompts = collate.pack([prompt for _, prompt, _ in group]).to(device)
         generated = generate_greedy(model, prompts, max_new_tokens=max_new_tokens, stop_ids=stop_ids)
-        for (whole, _, expected), ids in zip(group, generated, strict=True):
+        for (sample, _, expected), ids in zip(group, generated, strict=True):
             answer = collate.decode(ids).strip()
             answers.append(
-                {"id": whole.sample_id, "expected": expected, "answer": answer, "match": answer == expected.strip()}
+                {"id": sample.sample_id, "expected": expected, "answer": answer, "match": answer == expected.strip()}
             )
     if not answers:
         raise ValueError(f"{data}: no row can be used; the first: {rejected[0] if rejected else 'the file is empty'}")
@@ -103,22 +101,22 @@ def evaluate_answers(
 def _grouped(
     sources: Sequence[FileSource], collate: MultimodalCollator, rejected: list[str]
 ) -> Iterator[list[tuple[EncodedSample, EncodedSample, str]]]:
-    """Encode (whole sample, prompt, expected answer) of each row, in groups of up to MAX_PROMPT_TOKENS."""
+    """Yield (sample, prompt, expected answer) of each row, encoded, in groups of up to MAX_PROMPT_TOKENS."""
     group: list[tuple[EncodedSample, EncodedSample, str]] = []
     tokens = 0
     for source, row in ((file, row) for file in sources for row in range(len(file))):
         try:
             sample = source.sample(row)
             question, expected = split_answer(sample)
-            whole = collate.encode(sample)
+            encoded = collate.encode(sample)
             prompt = collate.encode(question, generation_prompt=True)
         except RowFault as fault:
             rejected.append(f"{source.name}:{source.row_number(row)}: {fault}")
             continue
-        if group and tokens + whole.input_ids.numel() > MAX_PROMPT_TOKENS:
+        if group and tokens + encoded.input_ids.numel() > MAX_PROMPT_TOKENS:
             yield group
             group, tokens = [], 0
-        group.append((whole, prompt, expected))
-        tokens += whole.input_ids.numel()
+        group.append((encoded, prompt, expected))
+        tokens += encoded.input_ids.numel()
     if group:
         yield group

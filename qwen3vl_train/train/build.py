@@ -1,7 +1,4 @@
-"""From a recipe to a model on its ranks.
-
-Built without memory, tuned, sharded, and only then filled, each rank with its own part.
-"""
+"""From a recipe to a model on its ranks: described without memory, sharded, then filled, each rank with its part."""
 
 import os
 import zlib
@@ -15,23 +12,22 @@ from torch.distributed.device_mesh import DeviceMesh
 from qwen3vl_train.arch import Qwen3VLArch
 from qwen3vl_train.checkpoint.hf import WeightFiles, check_tied, check_weights, materialize, read_weights
 from qwen3vl_train.config import Recipe
+from qwen3vl_train.config.fields import CheckpointingSection
 from qwen3vl_train.dist.ranks import Ranks
 from qwen3vl_train.dist.tensors import copy_local_shard, full_tensor, to_local
 from qwen3vl_train.model.lora import base_name, is_adapter
-from qwen3vl_train.model.qwen3vl import Qwen3VLForConditionalGeneration
+from qwen3vl_train.model.qwen3vl import DTYPES, Qwen3VLForConditionalGeneration
 from qwen3vl_train.parallel.ddp import Replicated, same_on_all_ranks
 from qwen3vl_train.parallel.deepspeed.config import deepspeed_config
 from qwen3vl_train.parallel.deepspeed.engine import ZeroAdamW, start_deepspeed
 from qwen3vl_train.parallel.deepspeed.internals import fill_partitioned
 from qwen3vl_train.parallel.fsdp import Sharded, shard_model
 from qwen3vl_train.parallel.mesh import build_mesh
-from qwen3vl_train.parallel.optim import MasterAdamW, Optimizer
+from qwen3vl_train.parallel.optim import MasterAdamW, TrainEngine
 from qwen3vl_train.train.tune import apply_tuning
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
-
-def build_engine(recipe: Recipe, ranks: Ranks) -> tuple[Qwen3VLForConditionalGeneration, Optimizer]:
+def build_engine(recipe: Recipe, ranks: Ranks) -> tuple[Qwen3VLForConditionalGeneration, TrainEngine]:
     """Build the model and the optimizer of the recipe's engine; the training step is the same with each.
 
     Raises ValueError for what is wrong with the model folder, the targets, or the numbers of ranks.
@@ -52,12 +48,23 @@ def build_engine(recipe: Recipe, ranks: Ranks) -> tuple[Qwen3VLForConditionalGen
     return model, MasterAdamW(model, recipe.optim, Replicated(ranks.world_size))
 
 
-def check_replicas(optimizer: Optimizer, ranks: Ranks) -> None:
-    """Raise RuntimeError on all ranks where those that hold whole copies of what trains hold different ones."""
+def check_replicas(optimizer: TrainEngine, ranks: Ranks) -> None:
+    """Raise RuntimeError on all ranks where ranks that hold full copies of what trains hold different ones."""
     if not isinstance(optimizer, MasterAdamW) or optimizer.lockstep:
         return
     if not same_on_all_ranks([item.master for item in optimizer.trained], ranks.world_size):
         raise RuntimeError("ranks start from different weights; do they read the same model folder and checkpoint?")
+
+
+def describe(arch: Qwen3VLArch, recipe: Recipe) -> Qwen3VLForConditionalGeneration:
+    """Return the recipe's model on the meta device: its shapes, its adapters and what trains, without memory.
+
+    Raises ValueError for a target that matches nothing, and for learning rates of groups that do not train.
+    """
+    with torch.device("meta"):
+        model = Qwen3VLForConditionalGeneration(arch)
+    apply_tuning(model, recipe)
+    return model
 
 
 def build_model(
@@ -68,51 +75,64 @@ def build_model(
     mesh: DeviceMesh | None = None,
     zero: dict[str, Any] | None = None,
 ) -> Qwen3VLForConditionalGeneration:
-    """Build the recipe's model with its weights and fresh adapters; sharded over the mesh where one is given.
+    """Build the recipe's model with its weights and fresh adapters, and apply parallelism to it.
 
-    dtype: of the arithmetic, the recipe's by default. zero: DeepSpeed's settings, of a run that uses it. No rank holds
-    more than its own weights and the tensor being read. Raises ValueError for what is wrong with the model folder or
-    the targets.
+    dtype: of the arithmetic, the recipe's by default.
+    mesh: shard the model over it.
+    zero: DeepSpeed's settings, of a run that uses it.
+
+    No rank holds more than its own weights and the tensor being read. Raises ValueError for what is wrong with the
+    model folder or the targets.
     """
     dtype = dtype or DTYPES[recipe.model.dtype]
-    arch = Qwen3VLArch.from_pretrained(recipe.model.path)
     files = WeightFiles(recipe.model.path)
-    # 1. Names and shapes only: the files are compared with them before anything else is done.
-    with torch.device("meta"):
-        model = Qwen3VLForConditionalGeneration(arch)
+    # 1. Adapters and what trains, on the meta device: sharding groups parameters by both. The files are compared with
+    #    the shapes before anything is allocated.
+    model = describe(Qwen3VLArch.from_pretrained(recipe.model.path), recipe)
     check_weights(model, files)
-    # 2. What trains, adapters, activation checkpointing: sharding must know all three.
-    apply_tuning(model, recipe)
-    # 3. Sharded runs hold what trains in float32 (see parallel.fsdp), replicated runs keep float32 masters beside it.
-    _set_dtypes(model, frozen=dtype, trained=dtype if mesh is None else torch.float32)
+    # 2. Activation checkpointing. It runs inside the blocks, so that what follows wraps them with it.
+    set_checkpointing(model, recipe.train.activation_checkpointing)
+    # 3. Compiling the blocks would come here: after 2, which it would trace, and before sharding hooks them.
+    # 4. Sharding. It holds what trains in float32 (see parallel.fsdp); replicated runs keep float32 masters beside it.
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad and mesh is not None else dtype)
     if mesh is not None:
         shard_model(model, mesh, recipe.parallel, dtype)
     model.always_run_vision = mesh is not None or zero is not None
+    # 5. Memory and weights, of this rank's shards alone: a full copy never exists.
     if zero is not None and zero["zero_optimization"]["stage"] == 3:
-        # 4. and 5. at once: rank 0 reads a tensor, DeepSpeed cuts it up, the next one follows.
         check_tied(model, files)
         fill_partitioned(model, zero, partial(_first_values, files, recipe.train.seed), device)
-        return model
-    # 4. Memory, for this rank's part alone.
-    materialize(model, "cpu" if mesh is not None and recipe.parallel.cpu_offload else device)
-    # 5. Weights straight into it.
-    read_weights(model, files)
-    init_adapters(model, recipe.train.seed)
-    if mesh is not None:
-        _round_trained(model, dtype)
+    else:
+        fill(model, files, recipe.train.seed, "cpu" if mesh is not None and recipe.parallel.cpu_offload else device)
+        # Float32 masters start where those of the other engines do: at the weights in the recipe's dtype.
+        as_trained(model, dtype)
     return model
 
 
-def _set_dtypes(model: nn.Module, *, frozen: torch.dtype, trained: torch.dtype) -> None:
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(trained if parameter.requires_grad else frozen)
+def set_checkpointing(model: Qwen3VLForConditionalGeneration, settings: CheckpointingSection) -> None:
+    """Switch on activation checkpointing of the vision blocks and the decoder layers, in place."""
+    for block in model.visual.vision.blocks:
+        block.checkpointing = settings.vision  # type: ignore[assignment]
+    for layer in model.language_model.model.layers:
+        layer.checkpointing = settings.text  # type: ignore[assignment]
+
+
+def fill(model: nn.Module, files: WeightFiles, seed: int, device: torch.device | str) -> None:
+    """Allocate a described model, read this rank's part of its weights, and give adapters their first values."""
+    materialize(model, device)
+    read_weights(model, files)
+    init_adapters(model, seed)
 
 
 @torch.no_grad()
-def _round_trained(model: nn.Module, dtype: torch.dtype) -> None:
-    """Let float32 masters start where those of the other engines do: at the weights in the recipe's dtype."""
+def as_trained(model: nn.Module, dtype: torch.dtype) -> None:
+    """Round all weights to the dtype that a run computed with, and keep them in the dtype that they have.
+
+    The model then is the function that was trained: float32 masters hold more than was ever used.
+    """
     for parameter in model.parameters():
-        if parameter.requires_grad:
+        if parameter.dtype != dtype:
             to_local(parameter).copy_(to_local(parameter).to(dtype))
 
 
@@ -120,8 +140,8 @@ def _round_trained(model: nn.Module, dtype: torch.dtype) -> None:
 def init_adapters(model: nn.Module, seed: int) -> None:
     """Give every adapter its first values: A uniform within 1/sqrt(in), B zero, so that the function is unchanged.
 
-    The distribution is peft's own, but each tensor's values come from (seed, name) alone, so that they do not depend on
-    how the model is spread over ranks. DoRA magnitudes are the row norms of the base weights. Every rank must call it.
+    The distribution is peft's, but each tensor's values come from (seed, name) alone, so that they do not depend on
+    how the model is sharded. DoRA magnitudes are the row norms of the base weights. Every rank must call it.
     """
     parameters = dict(model.named_parameters())
     for name, parameter in parameters.items():
@@ -131,7 +151,7 @@ def init_adapters(model: nn.Module, seed: int) -> None:
 
 
 def _adapter_values(name: str, parameter: nn.Parameter, seed: int, base: Tensor | None) -> Tensor:
-    """All first values of an adapter's tensor. base: the adapted weight, for a DoRA magnitude."""
+    """Return the full first values of an adapter's tensor. base: the adapted weight, for a DoRA magnitude."""
     if base is not None:
         return base.float().norm(dim=1).reshape(parameter.shape)
     if ".lora_B." in name:
@@ -152,7 +172,7 @@ def _dora_base(name: str) -> str:
 
 
 def _first_values(files: WeightFiles, seed: int, name: str, parameter: nn.Parameter) -> Tensor:
-    """All values with which a parameter of the model starts, read or made without the model."""
+    """Return the full first values of a parameter, read or computed without the model's own memory."""
     if not is_adapter(name):
         return _read(files, base_name(name))
     base = _read(files, base_name(_dora_base(name))).to(parameter.dtype) if _is_magnitude(name) else None

@@ -1,4 +1,4 @@
-"""Held-out loss, and answers generated from the model beside the answers expected."""
+"""The loss on held-out packs while a run trains."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -28,10 +28,10 @@ def evaluate_loss(
     lockstep: bool,
     each: Callable[[], None] = lambda: None,
 ) -> EvalLoss:
-    """Mean loss over held-out packs, each rank with its share. Dropout is off meanwhile. Every rank must call it.
+    """Return the mean loss over held-out packs, each rank with its share. Dropout is off. Every rank must call it.
 
-    lockstep: ranks that have run out of packs go on with empty ones until all have, because the model's weights are
-    sharded. each: called before every pack.
+    lockstep: ranks that have run out of packs run empty ones until all have, because the model's weights are sharded.
+    each: called before every pack.
     """
     was_training = model.training
     model.eval()

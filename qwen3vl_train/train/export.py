@@ -1,7 +1,4 @@
-"""What goes out of a run.
-
-A PEFT adapter, or a whole checkpoint, loaded back into stock transformers before it is called done.
-"""
+"""Export of a run: a PEFT adapter or a full checkpoint, checked by loading it into stock transformers."""
 
 import json
 import shutil
@@ -23,11 +20,10 @@ from qwen3vl_train.data.encode.collator import MultimodalCollator
 from qwen3vl_train.data.open import open_collator
 from qwen3vl_train.dist.ranks import Ranks
 from qwen3vl_train.dist.tensors import full_tensor, global_shape
-from qwen3vl_train.model.hf_names import to_huggingface
 from qwen3vl_train.model.lora import adapter_tensors, merge_lora
-from qwen3vl_train.model.qwen3vl import Qwen3VLForConditionalGeneration
-from qwen3vl_train.train.build import DTYPES
-from qwen3vl_train.train.load_run import RestoredRun, restore_run, round_weights
+from qwen3vl_train.model.qwen3vl import DTYPES, Qwen3VLForConditionalGeneration
+from qwen3vl_train.train.build import as_trained
+from qwen3vl_train.train.load_run import RestoredRun, restore_run
 from qwen3vl_train.train.verify import LogitDifference, compare_with_transformers, probe_batches, probe_logits
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -35,7 +31,11 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 @dataclass(frozen=True)
 class Exported:
-    """kind: 'adapter' or 'checkpoint'. difference: our model in memory against the written files in transformers."""
+    """A finished export.
+
+    kind: 'adapter' or 'checkpoint'.
+    difference: between our model in memory and transformers with the written files.
+    """
 
     out: Path
     kind: str
@@ -45,13 +45,13 @@ class Exported:
 
 
 def export_run(run: Path, out: Path, *, merge: bool) -> Exported:
-    """Write a run's newest checkpoint to `out`: the adapter of a LoRA run; with `merge`, or after full tuning, a whole
-    checkpoint.
+    """Write a run's newest checkpoint to `out`: the adapter of a LoRA run, or a full checkpoint with `merge` or after
+    full tuning.
 
-    Both carry tokenizer, template and the pixel limits that were used. The files are read back: every tensor must be
-    bit-equal to what was meant, and stock transformers (and peft) must give the same logits on probe conversations. All
-    arithmetic is in float32; the files have the recipe's dtype. Raises ValueError where `out` exists, RuntimeError,
-    with `out` not made, where a check fails.
+    Both include tokenizer, template and the pixel limits that were used. The files are read back: every tensor must be
+    bit-equal to what was written, and stock transformers (and peft) must give the same logits on probe conversations.
+    All arithmetic is in float32; the files have the recipe's dtype. Raises ValueError where `out` exists, RuntimeError,
+    without creating `out`, where a check fails.
     """
     if out.exists():
         raise ValueError(f"{out}: exists already; choose another folder or remove it")
@@ -62,7 +62,7 @@ def export_run(run: Path, out: Path, *, merge: bool) -> Exported:
     batches = probe_batches(collate)
     with atomic_folder(out) as folder:
         if as_adapter:
-            num_tensors = _write_adapter(recipe, adapter_tensors(model, to_huggingface), folder, collate)
+            num_tensors = _write_adapter(recipe, adapter_tensors(model), folder, collate)
         else:
             num_tensors = _write_checkpoint(restored, folder, collate)
         logits = probe_logits(model, batches)
@@ -80,15 +80,15 @@ def export_run(run: Path, out: Path, *, merge: bool) -> Exported:
 
 
 def export_while_training(recipe: Recipe, model: Qwen3VLForConditionalGeneration, out: Path, ranks: Ranks) -> float:
-    """Write the adapter, or the whole checkpoint of a full run, in Hugging Face form from the running model.
+    """Write the adapter, or the full checkpoint of a full run, in Hugging Face form from the running model.
 
-    Sharded weights are gathered tensor by tensor; rank 0 writes. What stands there from a step done before is replaced.
-    Not compared with transformers: `export_run` is. Every rank must call it. Returns the seconds it took. Raises
-    RuntimeError, on all ranks, where it cannot be written.
+    Sharded weights are gathered tensor by tensor; rank 0 writes. An export of the same step is replaced. Not compared
+    with transformers, as `export_run` does. Every rank must call it. Returns the seconds it took. Raises RuntimeError
+    on all ranks where it cannot be written.
     """
     started = time.perf_counter()
     if isinstance(recipe.tune, LoraTune):
-        members = adapter_tensors(model, to_huggingface)
+        members = adapter_tensors(model)
     else:
         members = dict(model.named_parameters())
     gathered = ((name, full_tensor(tensor).detach()) for name, tensor in members.items())
@@ -100,13 +100,13 @@ def export_while_training(recipe: Recipe, model: Qwen3VLForConditionalGeneration
             )
         except (OSError, SafetensorError, ValueError, RuntimeError) as error:
             fault = error
-    for _ in gathered:  # the other ranks take part in every gather, and rank 0 in those that it did not come to
+    for _ in gathered:  # the other ranks take part in every gather, and rank 0 in those that it did not reach
         pass
-    told = ranks.gather(None if fault is None else str(fault))[0]
-    if told is not None:
+    failure = ranks.gather(None if fault is None else str(fault))[0]
+    if failure is not None:
         raise RuntimeError(
-            f"{out}: could not be written ({told}); make room or set checkpoint.export_every_steps: null, then start "
-            "the run again; launch/export.py writes the same later"
+            f"{out}: could not be written ({failure}); make room or set checkpoint.export_every_steps: null, then "
+            "start the run again; launch/export.py writes the same later"
         ) from fault
     return time.perf_counter() - started
 
@@ -128,8 +128,8 @@ def _write_gathered(recipe: Recipe, gathered: Iterator[tuple[str, Tensor]], size
 def _write_checkpoint(restored: RestoredRun, folder: Path, collate: MultimodalCollator) -> int:
     dtype = DTYPES[restored.recipe.model.dtype]
     merge_lora(restored.model)
-    # Both sides of the comparison are then the same function: the files hold no more than this.
-    round_weights(restored.model, dtype)
+    # The files hold no more than this, so that both sides of the comparison are the same function.
+    as_trained(restored.model, dtype)
     weights = dict(restored.model.named_parameters())
     sizes = {name: weight.numel() for name, weight in weights.items()}
     limits, clips = _media_settings(collate)
@@ -171,14 +171,14 @@ def _write_adapter(recipe: Recipe, adapter: dict[str, Tensor], folder: Path, col
 
 
 def _sort_targets(file: Path) -> None:
-    """peft keeps the targets as a set: sorted, the same adapter gives the same file."""
+    """Sort the targets, which peft keeps as a set, so that the same adapter gives the same file."""
     config = json.loads(file.read_text(encoding="utf-8"))
     config["target_modules"].sort()
     file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _media_settings(collate: MultimodalCollator) -> tuple[tuple[int, int], dict[str, Any] | None]:
-    """Pixel limits of images, and the settings of clips as a video preprocessor has them (None: it has none)."""
+    """Return pixel limits of images, and settings of clips as a video preprocessor has them (None: it has none)."""
     budgets = collate.budgets
     clips = budgets.clips
     if clips is None:
@@ -189,13 +189,10 @@ def _media_settings(collate: MultimodalCollator) -> tuple[tuple[int, int], dict[
 
 
 def _adapted_modules(tensors: dict[str, Tensor]) -> set[str]:
-    """Full Hugging Face names of the adapted modules.
-
-    A list of suffixes such as 'proj' would also reach modules never trained.
-    """
+    """Return the full Hugging Face names of the adapted modules: suffixes such as 'proj' would match others too."""
     return {name.removeprefix("base_model.model.").partition(".lora_")[0] for name in tensors}
 
 
-def _expect_equal(name: str, written: Tensor, meant: Tensor) -> None:
-    if not torch.equal(written, meant):
-        raise RuntimeError(f"{name}: reads back different from what was written; is the disk sound?")
+def _expect_equal(name: str, written: Tensor, expected: Tensor) -> None:
+    if not torch.equal(written, expected):
+        raise RuntimeError(f"{name}: reads back different from what was written; check the disk")

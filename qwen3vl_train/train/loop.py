@@ -16,7 +16,7 @@ from qwen3vl_train.dist.rendezvous import start_ranks
 from qwen3vl_train.dist.stop import StopRequest, StopSignals
 from qwen3vl_train.dist.watchdog import Watchdog
 from qwen3vl_train.model.qwen3vl import Qwen3VLForConditionalGeneration
-from qwen3vl_train.parallel.optim import Optimizer
+from qwen3vl_train.parallel.optim import TrainEngine
 from qwen3vl_train.tracking.console import resume_lines, start_banner
 from qwen3vl_train.tracking.metrics import StepTally, StepTimes
 from qwen3vl_train.tracking.rank_log import rank_log
@@ -66,7 +66,7 @@ class Run:
     damaged: list[str]
     data: TrainingData
     model: Qwen3VLForConditionalGeneration
-    optimizer: Optimizer
+    optimizer: TrainEngine
     progress: Progress
 
 
@@ -118,7 +118,7 @@ def _open_run(recipe: Recipe, ranks: Ranks, watchdog: Watchdog) -> Run:
     watchdog.heartbeat(progress.step)
     if checkpoint:
         load_checkpoint(checkpoint, state := optimizer.state_tensors())
-        optimizer.loaded(state, num_updates=progress.updates)
+        optimizer.load_state_dict(state, num_updates=progress.updates)
     check_replicas(optimizer, ranks)
     ranks.on_main(lambda: claim_run_folder(folder, recipe, checkpoint))
     watchdog.heartbeat(progress.step)
@@ -150,7 +150,7 @@ def _loop(run: Run, recorder: Recorder, stop: StopSignals, writer: CheckpointWri
         )  # fmt: skip
         progress.advance(tally, packs.state)
         if checked := gradient_check.after_step(
-            progress.step, run.optimizer.touched,
+            progress.step, run.optimizer.params_with_grad,
             with_labels=tally.label_tokens > 0, with_media=tally.visual_tokens > 0, ranks=ranks,
         ):  # fmt: skip
             recorder.line(checked)

@@ -14,7 +14,7 @@ from qwen3vl_train.dist.tensors import global_shape
 from qwen3vl_train.model.costs import FlopsCounter
 from qwen3vl_train.model.loss import LossFunction, cross_entropy_loss
 from qwen3vl_train.model.qwen3vl import Qwen3VLForConditionalGeneration
-from qwen3vl_train.parallel.optim import Optimizer
+from qwen3vl_train.parallel.optim import TrainEngine
 from qwen3vl_train.tracking.loss_by_source import SourceTally, source_names
 from qwen3vl_train.tracking.metrics import StepTally
 
@@ -64,7 +64,7 @@ class NonFiniteError(RuntimeError):
 
 def train_step(
     model: Qwen3VLForConditionalGeneration,
-    optimizer: Optimizer,
+    optimizer: TrainEngine,
     packs: list[PackedBatch],
     pack_numbers: list[int],
     ranks: Ranks,

@@ -1,6 +1,4 @@
-"""Does what was written compute what was trained? Stock transformers, and peft for an adapter, answer on probe
-conversations.
-"""
+"""Compare an export with the trained model: logits of stock transformers, and peft, on probe conversations."""
 
 import inspect
 from dataclasses import dataclass
@@ -14,7 +12,7 @@ from torch import Tensor
 from qwen3vl_train.batch import PackedBatch
 from qwen3vl_train.data.encode.collator import MultimodalCollator
 from qwen3vl_train.model.qwen3vl import Qwen3VLForConditionalGeneration
-from qwen3vl_train.train.load_run import round_weights
+from qwen3vl_train.train.build import as_trained
 
 # Both sides compute in float32 from the same weights; what is left is the order of summation, 1e-5 on tiny models and
 # growing with depth. A wrong scale, a missing module or another template moves logits by tenths of their spread.
@@ -23,7 +21,7 @@ TOLERANCE = 2e-3
 
 @dataclass(frozen=True)
 class LogitDifference:
-    """Largest difference of any logit over the probes, and the standard deviation of the logits to measure it by."""
+    """Largest difference of any logit over the probes, and the standard deviation of the logits, to compare it with."""
 
     largest: float
     spread: float
@@ -34,7 +32,7 @@ class LogitDifference:
 
 
 def probe_batches(collate: MultimodalCollator) -> list[PackedBatch]:
-    """Two small conversations, one with an image: enough to pass through every module."""
+    """Return two small conversations, one with an image: together they use every module."""
     ramp = torch.linspace(0, 255, 192)
     image = torch.stack([ramp.expand(160, -1), ramp.flip(0).expand(160, -1), ramp[:160, None].expand(-1, 192)], dim=-1)
     picture = Image.fromarray(image.to(torch.uint8).numpy())
@@ -52,7 +50,7 @@ def probe_batches(collate: MultimodalCollator) -> list[PackedBatch]:
 
 
 def probe_logits(model: Qwen3VLForConditionalGeneration, batches: list[PackedBatch]) -> list[Tensor]:
-    """Our logits (T, V) for each probe, on the CPU."""
+    """Return our logits (T, V) for each probe, on the CPU."""
     device = next(model.parameters()).device
     return [model.logits(batch.to(device)).cpu() for batch in batches]
 
@@ -66,10 +64,11 @@ def compare_with_transformers(
     dtype: torch.dtype,
     adapter: Path | None,
 ) -> LogitDifference:
-    """Load `checkpoint` into the stock class in float32, put the adapter on it if there is one, and compare logits.
+    """Load `checkpoint` into the stock class in float32, add the adapter if there is one, and compare logits.
 
-    dtype: what the run computed in; the base weights are rounded to it, as they were in training. Raises RuntimeError
-    where transformers finds the files incomplete.
+    dtype: what the run computed with; the base weights are rounded to it, as they were in training.
+
+    Raises RuntimeError where transformers finds the files incomplete.
     """
     from transformers import Qwen3VLForConditionalGeneration as Stock
 
@@ -77,8 +76,8 @@ def compare_with_transformers(
     stock, info = loaded
     left_over = [f"{kind}: {sorted(names)[:3]}" for kind, names in info.items() if names]
     if left_over:
-        raise RuntimeError(f"{checkpoint}: transformers does not load it whole ({'; '.join(left_over)})")
-    round_weights(stock, dtype)
+        raise RuntimeError(f"{checkpoint}: transformers does not load all of it ({'; '.join(left_over)})")
+    as_trained(stock, dtype)
     if adapter is not None:
         from peft import PeftModel
 
@@ -93,7 +92,7 @@ def compare_with_transformers(
 
 
 def stock_inputs(batch: PackedBatch, stock: torch.nn.Module) -> dict[str, Tensor]:
-    """A pack of one sequence in the form that the stock class takes: normalised patches, both frames of a still."""
+    """Return a pack of one sequence as inputs of the stock class: normalised patches, both frames of a still."""
     inputs: dict[str, Tensor] = {"input_ids": batch.input_ids[None]}
     base = stock.get_base_model() if hasattr(stock, "get_base_model") else stock  # type: ignore[operator]
     if "mm_token_type_ids" in inspect.signature(base.forward).parameters:  # type: ignore[union-attr]

@@ -218,7 +218,7 @@ def test_a_truncated_file(folder, keep):
     with pytest.raises(ValueError) as caught:
         load_qwen3_vl_model(folder)
     message = str(caught.value)
-    assert message.startswith(f"{file}: not a whole safetensors file ({file.stat().st_size} bytes; ")
+    assert message.startswith(f"{file}: not a complete safetensors file ({file.stat().st_size} bytes; ")
     assert message.endswith("); download it again")
 
 
@@ -362,7 +362,7 @@ def test_nothing_is_left_where_writing_fails(folder, tmp_path):
     assert list(tmp_path.glob("*out*")) + list(tmp_path.glob(".*")) == []
 
 
-def test_a_folder_that_is_there_is_not_touched(folder):
+def test_an_existing_folder_is_not_changed(folder):
     with pytest.raises(ValueError) as caught:
         save_huggingface({}, folder, source=folder, dtype=torch.float32)
     assert str(caught.value) == f"{folder}: exists already; choose another folder or remove it"

@@ -65,7 +65,7 @@ def _pass_on(
                 _take_a_step(model, optimizer, ranks, steps, step)
         else:
             load_checkpoint(checkpoint_folder(folder, number), state := optimizer.state_tensors())
-            optimizer.loaded(state, num_updates=2)
+            optimizer.load_state_dict(state, num_updates=2)
         state = optimizer.state_tensors()
         with CheckpointWriter(folder, ranks, KEEP) as writer:
             writer.start(number + 1, lambda state=state: state, {**RECORD, "world_size": world_size})

@@ -140,7 +140,7 @@ class Trainee:
         assert tensors.keys() == state.keys()
         for name, tensor in tensors.items():
             copy_local_shard(tensor, state[name])
-        self.optimizer.loaded(tensors, num_updates)
+        self.optimizer.load_state_dict(tensors, num_updates)
 
 
 @dataclass

@@ -20,10 +20,10 @@ import pytest
 from qwen3vl_train.checkpoint import manifest, writer
 from qwen3vl_train.checkpoint.manifest import latest_checkpoint
 from qwen3vl_train.checkpoint.writer import CheckpointWriter
+from qwen3vl_train.data import signatures
 from qwen3vl_train.data.encode.tokenizer import ChatTokenizer
 from qwen3vl_train.data.media import frames, remote
 from qwen3vl_train.data.packing import loader, packs
-from qwen3vl_train.data.rows import media_files
 from qwen3vl_train.data.sources import files, jsonl
 from qwen3vl_train.dist.watchdog import Watchdog
 from qwen3vl_train.model import loss
@@ -303,7 +303,7 @@ def refuse_to_tokenize(num_characters: int) -> None:
 
 def call_disk_slow_after(seconds: float) -> None:
     """Take a file system for a slow one where a file's size and time take so long."""
-    _patches.setattr(media_files, "_LATE_SECONDS", seconds)
+    _patches.setattr(signatures, "_SLOW_SECONDS", seconds)
 
 
 def before_unpacking(act: Callable[[Path], Any]) -> None:

@@ -83,7 +83,7 @@ def test_loss_and_every_gradient(oracle_folder, ours, stock, collate, kind):
     messages = oracles.conversations()[kind]["messages"]
     batch, inputs = collate([{"messages": messages}]), oracles.oracle_inputs(oracle_folder, messages)
     loss_sum, num_labels = ours(batch)
-    # Ours name the next token at each place; transformers takes the token itself and shifts.
+    # Ours name the next token at each position; transformers takes the token itself and shifts.
     labels = torch.cat([torch.tensor([IGNORE_LABEL]), batch.labels[:-1]])
     stock.zero_grad(set_to_none=True)
     loss = stock(**inputs, labels=labels[None], use_cache=False).loss
@@ -95,9 +95,9 @@ def test_loss_and_every_gradient(oracle_folder, ours, stock, collate, kind):
     mine = {to_huggingface(name): parameter.grad for name, parameter in ours.named_parameters()}
     theirs = {name: parameter.grad for name, parameter in stock.named_parameters()}
     assert set(mine) == set(theirs)
-    untouched = {name for name, gradient in theirs.items() if gradient is None}
-    assert {name for name, gradient in mine.items() if gradient is None} == untouched
-    assert bool(untouched) == (kind == "text_only")
+    without_gradient = {name for name, gradient in theirs.items() if gradient is None}
+    assert {name for name, gradient in mine.items() if gradient is None} == without_gradient
+    assert bool(without_gradient) == (kind == "text_only")
     errors = {
         name: ((mine[name] - gradient).norm() / gradient.norm()).item()
         for name, gradient in theirs.items()

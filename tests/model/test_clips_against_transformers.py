@@ -131,9 +131,7 @@ def test_loss_and_every_gradient(both, ours, stock):
 
 @torch.no_grad()
 @pytest.mark.parametrize("markup", ["bare"], indirect=True)  # the other differs in text alone
-def test_a_pack_of_clips_pictures_and_text_gives_the_logits_of_each_alone(
-    oracle_folder, ours, stock, clips, collate, markup
-):
+def test_a_mixed_pack_gives_the_logits_of_each_sample(oracle_folder, ours, stock, clips, collate, markup):
     stills = [sample["messages"] for sample in oracles.conversations().values()]
     mixed = [row for pair in zip(stills, conversations(clips).values(), strict=False) for row in pair]
     batch = collate([{"messages": messages} for messages in mixed])

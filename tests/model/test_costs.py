@@ -1,7 +1,7 @@
 """The formula against PyTorch's own count of the operations that ran, matrix products and attention apart.
 
-A multiply and an add are two in both. The formula charges what the mathematics of whole parts needs, which differs from
-what runs in few, known places; each test puts these right and then compares exactly:
+A multiply and an add are two in both. The formula charges what the mathematics of each part needs, which differs from
+what runs in few known points; each test corrects these and then compares exactly:
 - causal attention is charged half of its square, while the counter charges all;
 - attention's backward is charged twice its forward, while the fused kernel makes the scores again: 2.5 times;
 - the patch embedding is charged for two frames, though the one of a still is sent once;
@@ -14,7 +14,6 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from qwen3vl_train.model.costs import FlopsCounter
-from qwen3vl_train.model.hf_names import to_huggingface
 from qwen3vl_train.model.lora import add_lora, lora_modules
 from qwen3vl_train.modules import GROUPS, train_only
 from tests.helpers import oracles
@@ -99,7 +98,7 @@ def test_the_main_merger_alone_trains(small, batch):
 
 def test_adapters_on_the_text(small, batch):
     rank, arch = 4, small.arch.text
-    modules = lora_modules(small, ["text_attn", "text_mlp"], to_huggingface)
+    modules = lora_modules(small, ["text_attn", "text_mlp"])
     add_lora(small, modules, rank=rank, alpha=8, dropout=0.0, rslora=False, dora=False)
     matrix, attention = counted(small, batch)
     vision, text, patch_embed = one_pass(small, batch)

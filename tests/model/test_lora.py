@@ -17,7 +17,7 @@ EVERYWHERE = list(LORA_GROUPS)
 
 def adapt(model: torch.nn.Module, targets: list[str], *, rslora: bool = False, dora: bool = False) -> list[str]:
     """Add an adapter of rank 4 whose every tensor is random, so that it matters."""
-    modules = lora_modules(model, targets, to_huggingface)
+    modules = lora_modules(model, targets)
     add_lora(model, modules, rank=4, alpha=2, dropout=0.0, rslora=rslora, dora=dora)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -32,7 +32,7 @@ def adapt(model: torch.nn.Module, targets: list[str], *, rslora: bool = False, d
 
 
 def hugging_names(model: torch.nn.Module, *targets: str) -> list[str]:
-    return [to_huggingface(name) for name in lora_modules(model, targets, to_huggingface)]
+    return [to_huggingface(name) for name in lora_modules(model, targets)]
 
 
 def test_targets_by_group(small):
@@ -58,7 +58,7 @@ def test_targets_by_group(small):
 
 def test_all_means_every_linear_layer_but_the_head(small):
     linears = {name for name, module in small.named_modules() if isinstance(module, torch.nn.Linear)}
-    assert set(lora_modules(small, ["all"], to_huggingface)) == linears - {"language_model.lm_head"}
+    assert set(lora_modules(small, ["all"])) == linears - {"language_model.lm_head"}
 
 
 def test_targets_by_regular_expression_match_the_whole_name(small):
@@ -82,13 +82,13 @@ def test_targets_by_regular_expression_match_the_whole_name(small):
 )
 def test_targets_that_cannot_be(small, target, message):
     with pytest.raises(ValueError, match=message):
-        lora_modules(small, ["text_attn", target], to_huggingface)
+        lora_modules(small, ["text_attn", target])
 
 
 def test_a_fresh_adapter_changes_nothing_and_alone_trains(small, small_collate):
     batch = small_collate([oracles.conversations()["one_image"]])
     before = small.logits(batch)
-    modules = lora_modules(small, EVERYWHERE, to_huggingface)
+    modules = lora_modules(small, EVERYWHERE)
     add_lora(small, modules, rank=4, alpha=8, dropout=0.0, rslora=False, dora=False)
     assert torch.equal(small.logits(batch), before)
     trained = {name for name, parameter in small.named_parameters() if parameter.requires_grad}
@@ -131,7 +131,7 @@ def test_adapter_on_the_stock_model_agrees(make_oracle, tmp_path, kind):
     folder = make_oracle(vision_depth=24, tie=True, dialect="published")
     ours = load_qwen3_vl_model(folder, dtype=torch.float32)
     modules = adapt(ours, EVERYWHERE, **kind)
-    tensors = adapter_tensors(ours, to_huggingface)
+    tensors = adapter_tensors(ours)
     assert len(tensors) == len(modules) * (3 if "dora" in kind else 2)
     save_file(tensors, tmp_path / "adapter_model.safetensors", metadata={"format": "pt"})
     LoraConfig(

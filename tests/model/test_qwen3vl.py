@@ -137,7 +137,7 @@ def test_a_step_builds_neither_all_logits_nor_a_mask(small, small_collate):
     assert largest.elements == batch.num_tokens * small.arch.text.intermediate_size < logits < mask
 
 
-def test_a_pack_without_any_label_has_loss_zero_and_still_a_graph(small, small_collate):
+def test_a_pack_without_labels_has_loss_zero_and_a_graph(small, small_collate):
     messages = oracles.conversations()["one_image"]["messages"]
     messages[-1]["loss"] = False
     loss, num_labels = small(small_collate([{"messages": messages}]))

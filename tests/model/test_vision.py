@@ -54,7 +54,7 @@ def test_worked_example_at_the_size_of_4b(small_collate):
     assert patches.shape == (432, 1024)
     torch.testing.assert_close(model.patch_embed(both_frames), patches, atol=1e-4, rtol=0)  # order of a sum of 1536
     assert model.fast_pos_embed_interpolate(batch.grid_thw).shape == (432, 1024)
-    assert model.rot_pos_emb(batch.grid_thw).shape == (432, 32)  # angles; each turns two of the 64 places of a head
+    assert model.rot_pos_emb(batch.grid_thw).shape == (432, 32)  # angles; each rotates two of the 64 dims of a head
 
     seen: dict[int, torch.Tensor] = {}
     rotary = []
@@ -105,7 +105,7 @@ def test_patch_embedding_equals_the_convolution_in_every_form(small):
     torch.testing.assert_close(embed(one_frame), expected, **close)
 
 
-def test_one_frame_gives_both_halves_of_the_kernel_their_gradient(small):
+def test_one_frame_gives_both_kernel_halves_their_gradient(small):
     embed = small.visual.vision.patch_embed
     one_frame = torch.randint(0, 256, (6, 3, 1, 256), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     gradients = []
@@ -120,8 +120,8 @@ def test_one_frame_gives_both_halves_of_the_kernel_their_gradient(small):
     ("shape", "message"),
     [
         ((4, 1000), r"patch_embed: got shape \(4, 1000\); give \(P, 1536\), \(P, 768\), \(N, 3, H, W\) or \(N, 3, T"),
-        ((1, 3, 40, 32), r"patch_embed: got shape \(1, 3, 2, 40, 32\); sizes must be whole patches of \(2, 16, 16\)"),
-        ((1, 3, 3, 32, 32), r"patch_embed: got shape \(1, 3, 3, 32, 32\); sizes must be whole patches of"),
+        ((1, 3, 40, 32), r"patch_embed: got shape \(1, 3, 2, 40, 32\); sizes must be multiples of \(2, 16, 16\)"),
+        ((1, 3, 3, 32, 32), r"patch_embed: got shape \(1, 3, 3, 32, 32\); sizes must be multiples of"),
         ((1, 4, 32, 32), r"patch_embed: got shape \(1, 4, 2, 32, 32\)"),
         ((1536,), r"patch_embed: got shape \(1536,\)"),
     ],

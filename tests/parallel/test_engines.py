@@ -83,7 +83,7 @@ def test_activation_checkpointing_changes_no_bit(tune: str, kept, small: Path, s
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_a_step_that_is_not_finite_moves_nothing_and_leaves_nothing(engine: str, small: Path, steps: Steps):
+def test_a_non_finite_step_changes_nothing(engine: str, small: Path, steps: Steps):
     """The pack that breaks has no picture, so that with sharded engines the vision side sees its dummy grid."""
     ((message, losses),) = poisoned(0, 1, [engine_recipe(small, LORA)], steps)
     world_size, parallel = ENGINES[engine]
@@ -128,7 +128,7 @@ def _image_on_one_rank(rank: int, world_size: int, recipe: Recipe, steps: Steps,
 
 @pytest.mark.parametrize("tune", TUNES)
 @pytest.mark.usefixtures("detail")
-def test_a_rank_without_pictures_keeps_step_with_one_that_has_some(tune: str, small: Path, steps: Steps):
+def test_ranks_without_and_with_images_stay_in_step(tune: str, small: Path, steps: Steps):
     norms = run_ranks(_image_on_one_rank, 2, engine_recipe(small, TUNES[tune], "fsdp2"), steps[:1], True)
     assert norms[0] == norms[1]
 
@@ -175,7 +175,7 @@ def _length(tensors: dict[str, torch.Tensor]) -> float:
     return sum(tensor.square().sum().item() for tensor in tensors.values()) ** 0.5
 
 
-def test_weights_that_stay_gathered_and_gradients_that_travel_in_bfloat16(small: Path, steps: Steps, alone):
+def test_no_reshard_and_bfloat16_gradient_reduction(small: Path, steps: Steps, alone):
     fields = [{"reshard_after_forward": False}, {"reduce_dtype": "bfloat16"}]
     recipes = [engine_recipe(small, FULL, "fsdp2", **of_case) for of_case in fields]
     gathered, rounded = run_ranks(_run_all, 2, recipes, steps)[0]

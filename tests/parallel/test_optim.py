@@ -107,7 +107,7 @@ def test_state_goes_out_and_in_bit_for_bit(tiny_folder, task, dtype):
     into = stopped.optimizer.state_tensors()
     for name, tensor in state.items():
         into[name].copy_(tensor)
-    stopped.optimizer.loaded(into, num_updates=1)
+    stopped.optimizer.load_state_dict(into, num_updates=1)
     straight.step([pack], step=1)
     stopped.step([pack], step=1)
     small_runs.assert_same_tensors(stopped.optimizer.state_tensors(), straight.optimizer.state_tensors())

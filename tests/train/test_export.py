@@ -191,7 +191,7 @@ def _drop_one_weight(folder: Path) -> None:
 
 TAMPERINGS = {
     "a weight": (_scale_one_weight, "model.safetensors|linear_fc2.weight: reads back different from what was written"),
-    "a missing weight": (_drop_one_weight, "transformers does not load it whole"),
+    "a missing weight": (_drop_one_weight, "transformers does not load all of it"),
     "the rotary base": (
         lambda folder: _edit_json(folder / "config.json", "text_config", rope_theta=10000.0),
         "transformers computes other logits from it",

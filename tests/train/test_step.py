@@ -96,7 +96,7 @@ def test_weights_that_no_pack_uses_get_a_zero_gradient(tiny_folder, pack):
     vision = [name for name in state if name.startswith("exp_avg/visual.")]
     assert len(vision) == 75
     assert not any(state[name].any() for name in vision)
-    assert not any(name.startswith("visual.") for name in trainee.optimizer.touched)
+    assert not any(name.startswith("visual.") for name in trainee.optimizer.params_with_grad)
 
 
 def test_dropout_depends_on_seed_step_and_place_alone(tiny_folder, pack):

@@ -2,8 +2,9 @@ import pytest
 import torch
 from torch import nn
 
-from qwen3vl_train.config import OptimSection
-from qwen3vl_train.train.tune import GradientCheck, check_rates, report_groups
+from qwen3vl_train.arch import Qwen3VLArch
+from qwen3vl_train.train.build import describe
+from qwen3vl_train.train.tune import GradientCheck, report_groups
 from tests.helpers import small_runs
 from tests.helpers.small_runs import ALONE, ONE_IMAGE, TEXT_ONLY, Trainee
 
@@ -14,7 +15,7 @@ def pack(tiny_folder, task):
 
 
 def _check(check: GradientCheck, trainee: Trainee, step: int, *, media: bool, labels: bool = True) -> str | None:
-    return check.after_step(step, trainee.optimizer.touched, with_labels=labels, with_media=media, ranks=ALONE)
+    return check.after_step(step, trainee.optimizer.params_with_grad, with_labels=labels, with_media=media, ranks=ALONE)
 
 
 @pytest.mark.parametrize("tune", [small_runs.FULL, small_runs.LORA], ids=["full", "lora"])
@@ -110,15 +111,21 @@ def test_the_report_counts_what_trains_by_group(tiny_folder, task, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("groups", "rates", "message"),
+    ("pattern", "rates", "message"),
     [
-        ({"text_attn"}, {"vision_lr": 1e-4}, "optim.vision_lr: set, but tune.targets reaches no vision_attn or "),
-        ({"merger"}, {"merger_lr": 1e-4, "deepstack_lr": 1e-4}, "optim.deepstack_lr: set, but tune.targets reaches"),
-        ({"merger", "deepstack"}, {"merger_lr": 1e-4}, "optim.deepstack_lr: missing beside optim.merger_lr 0.0001"),
+        (".*self_attn.q_proj", {"vision_lr": 1e-4}, "optim.vision_lr: set, but tune.targets trains no vision_attn or "),
+        (
+            ".*visual.merger.linear_fc1",
+            {"merger_lr": 1e-4, "deepstack_lr": 1e-4},
+            "optim.deepstack_lr: set, but tune.targets trains no",
+        ),
+        (".*merger.*linear_fc1", {"merger_lr": 1e-4}, "optim.deepstack_lr: missing beside optim.merger_lr 0.0001"),
     ],
 )
-def test_a_rate_for_unmatched_patterns_is_an_error(groups, rates, message):
+def test_a_rate_for_unmatched_patterns_is_an_error(tiny_folder, task, tmp_path, pattern, rates, message):
+    values = {f"optim__{name}": rate for name, rate in rates.items()}
+    tune = {"method": "lora", "rank": 2, "targets": [pattern]}
+    recipe = small_runs.make_recipe(tiny_folder, task, tmp_path, tune=tune, **values)
     with pytest.raises(ValueError) as fault:
-        check_rates(groups, OptimSection(**rates))
+        describe(Qwen3VLArch.from_pretrained(tiny_folder), recipe)
     assert str(fault.value).startswith(message)
-    check_rates({"vision_mlp", "merger", "deepstack"}, OptimSection(vision_lr=1e-4, merger_lr=1e-4, deepstack_lr=1e-4))

@@ -128,12 +128,6 @@ def count_tokens(
     return count
 
 
-def fewest_tokens(pieces: Sequence[Piece], tokenizer: ChatTokenizer) -> int:
-    """Return a number that the tokens of pieces never stay below, without tokenising; slots count for nothing."""
-    text = "".join(piece.text for piece in pieces if isinstance(piece, Text))
-    return tokenizer.fewest(text) + sum(isinstance(piece, Special) for piece in pieces)
-
-
 def is_trained(pieces: Sequence[Piece]) -> bool:
     """Return whether any piece is trained."""
     return any(piece.weight > 0 for piece in pieces if isinstance(piece, Text | Special))

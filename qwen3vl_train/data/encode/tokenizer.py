@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import unicodedata
 from functools import cached_property
 from pathlib import Path
 
@@ -21,25 +20,6 @@ SPECIAL_TOKENS = (END_OF_TEXT, TURN_START, TURN_END, VISION_START, VISION_END, I
 
 _CACHED_CHARACTERS, _CACHED_TEXTS = 16, 1024
 """Limits on the texts whose token count is cached: role names and line ends are in every sample."""
-
-_KINDS = "a0 .é"
-"""One of each kind of character that `fewest` tells apart: letters, digits, blanks, the rest of ASCII, all beyond."""
-
-
-def _kind(byte: int) -> str:
-    if byte > 127:
-        return "é"
-    character = chr(byte)
-    return "a" if character.isalpha() else "0" if character.isdigit() else " " if character.isspace() else "."
-
-
-_KIND_OF_BYTE = "".join(map(_kind, range(256))).encode("latin-1")
-_SHOWN = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-_HIDDEN = [byte for byte in range(256) if byte not in _SHOWN]
-_KIND_OF_LETTER = {byte: _kind(byte) for byte in _SHOWN} | {
-    0x100 + place: _kind(byte) for place, byte in enumerate(_HIDDEN)
-}
-"""Of the letters in which byte-level vocabularies write bytes: those that print as they are, the others U+0100 on."""
 
 
 class ChatTokenizer:
@@ -128,25 +108,12 @@ class ChatTokenizer:
                 self._counts[text] = found
         return found
 
-    def fewest(self, text: str) -> int:
-        """Return a number that `encode` never stays below, in a hundredth of its time: for texts beyond all limits.
-
-        A token stands for at most as many digits as the token of most digits does, and so of letters, blanks, other
-        ASCII and the bytes of other characters.
-        """
-        kinds = unicodedata.normalize("NFC", text).encode().translate(_KIND_OF_BYTE).decode("latin-1")
-        return max(-(-kinds.count(kind) // most) for kind, most in self._most_in_a_token.items())
-
     @cached_property
-    def _most_in_a_token(self) -> dict[str, int]:
-        """Of each kind, the number of bytes in the token that has most of them."""
-        vocabulary = "\n".join(self._tokenizer.get_vocab(with_added_tokens=False)).translate(_KIND_OF_LETTER)
-        added = [
-            token.content.encode().translate(_KIND_OF_BYTE)
-            for token in self._tokenizer.get_added_tokens_decoder().values()
-        ]
-        tokens = [*vocabulary.split("\n"), *(token.decode("latin-1") for token in added)]
-        return {kind: max(1, *(token.count(kind) for token in tokens)) for kind in _KINDS}
+    def max_token_bytes(self) -> int:
+        """The most bytes of text, in Unicode normal form C, that one token stands for."""
+        vocabulary = self._tokenizer.get_vocab(with_added_tokens=False)  # byte-level: writes each byte as one letter
+        added = [token.content.encode() for token in self._tokenizer.get_added_tokens_decoder().values()]
+        return max(map(len, [*vocabulary, *added]))
 
     def decode(self, ids: list[int], *, skip_special_tokens: bool = True) -> str:
         """Return the text of ids, in Unicode normal form C."""

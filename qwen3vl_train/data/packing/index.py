@@ -1,6 +1,7 @@
-"""The cost of every row, found once before training from text and media headers, and the rows that cannot be used."""
+"""The index of all rows: their costs, found once before training from text and media headers, and the rejects."""
 
 import hashlib
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -9,26 +10,30 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from qwen3vl_train.data.encode.chat import Text
 from qwen3vl_train.data.encode.collator import MultimodalCollator
-from qwen3vl_train.data.encode.encoder import SampleCost, fewest_tokens, is_trained
+from qwen3vl_train.data.encode.encoder import SampleCost, is_trained
 from qwen3vl_train.data.errors import MediaFault, Reject, RowFault
 from qwen3vl_train.data.packing.index_cache import RowReject, SourceIndex, load_index, save_index
 from qwen3vl_train.data.packing.workers import in_workers
 from qwen3vl_train.data.rows.formats import FORMATS
-from qwen3vl_train.data.rows.media_files import is_fetched, local_files, read_stats
+from qwen3vl_train.data.rows.media_files import is_fetched, local_files
 from qwen3vl_train.data.rows.sample import Sample
+from qwen3vl_train.data.signatures import read_signatures
 from qwen3vl_train.data.sources import Source
 
 _ROWS_PER_CHUNK = 256
 _WORTH_PROCESSES = 2000
-"""Rows that take about as long to look at as a few processes to start."""
+"""Rows that take about as long to scan as a few processes take to start."""
 
 
 class LengthRule(NamedTuple):
-    """What becomes of a sample that is too long: drop leaves it out, reject lists it as a fault of the data.
+    """What happens to a sample that is too long.
 
-    shrink_media: the collator was told to shrink; what is too long all the same is rejected. field: of the recipe that
-    sets max_tokens, for messages. max_patches: of a pack.
+    max_tokens: of a sample; field: of the recipe that sets it, for messages.
+    max_patches: of a pack.
+    too_long: drop skips the sample, reject lists it as a fault of the data. shrink_media: the collator shrinks media;
+        what is too long nevertheless is rejected.
     """
 
     max_tokens: int
@@ -48,10 +53,11 @@ class LengthRule(NamedTuple):
                 "there is trained; end the row with its answer, or take an Instruct checkpoint",
                 kind="nothing_to_learn",
             )
-        # To tokenise millions of characters only to leave them out takes seconds and gigabytes.
-        fewest = fewest_tokens(pieces, collator.tokenizer)
-        if fewest > self.max_tokens:
-            return self._too_long(f"at least {fewest} tokens of text is longer than {self.field} {self.max_tokens}")
+        # Tokenising millions of characters only to skip them would take seconds and gigabytes.
+        text = unicodedata.normalize("NFC", "".join(piece.text for piece in pieces if isinstance(piece, Text)))
+        least = -(-len(text.encode()) // collator.tokenizer.max_token_bytes)
+        if least > self.max_tokens:
+            return self._too_long(f"at least {least} tokens of text is longer than {self.field} {self.max_tokens}")
         cost = collator.cost_of(pieces, sample.media_root)
         too_many = self.max_patches is not None and cost.patches > self.max_patches
         if cost.tokens <= self.max_tokens and not too_many:
@@ -71,11 +77,13 @@ class LengthRule(NamedTuple):
 
 @dataclass
 class Index:
-    """Costs of the rows of all sources, numbered through: source s has rows starts[s] .. starts[s+1]-1.
+    """The rows of all sources under consecutive numbers: source s has rows starts[s] .. starts[s+1]-1.
 
-    tokens, visual_tokens, patches, patch_pairs, num_shrunk: int64 (rows,), all 0 where the row is not used. stamps:
-    int64 (rows,), of the media files as they were, see `stamps.row_stamps`. shapes: int8 (rows,), see `SourceIndex`.
-    num_dropped: rows left out by rule.
+    tokens, visual_tokens, patches, patch_pairs, num_shrunk: int64 (rows,), all 0 where the row is not used.
+    signatures: int64 (rows,), a hash of the signatures of the row's media files.
+    shapes: int8 (rows,), see `SourceIndex`.
+    rejects: the rows that cannot be used.
+    num_dropped: rows dropped as too long.
     """
 
     starts: np.ndarray
@@ -84,20 +92,20 @@ class Index:
     patches: np.ndarray
     patch_pairs: np.ndarray
     num_shrunk: np.ndarray
-    stamps: np.ndarray
+    signatures: np.ndarray
     shapes: np.ndarray
     rejects: list[Reject] = field(default_factory=list)
     num_dropped: int = 0
 
     @classmethod
     def from_sources(cls, names: Sequence[str], parts: Sequence[SourceIndex]) -> "Index":
-        """Put the indexes of all sources one behind the other. names: of the sources."""
+        """Concatenate the indexes of all sources. names: of the sources."""
         lengths = np.array([part.num_rows for part in parts], dtype=np.int64)
         joined = SourceIndex.join(parts, num_costs=len(SampleCost._fields))
         return cls(
             np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
             *joined.costs,
-            stamps=joined.stamps(),
+            signatures=joined.row_signatures(),
             shapes=joined.shapes,
             rejects=[
                 Reject(name, reject.number, reject.reason, reject.kind)
@@ -123,7 +131,7 @@ class Index:
     def count_shapes(self, source: int) -> Counter[str]:
         """Return how many rows of one source have each shape, without those that could not be read."""
         found = self.shapes[self.starts[source] : self.starts[source + 1]]
-        return Counter({shape: int((found == place).sum()) for place, shape in enumerate(FORMATS)})
+        return Counter({shape: int((found == number).sum()) for number, shape in enumerate(FORMATS)})
 
     def locate(self, number: int) -> tuple[int, int]:
         """Return (source, row of that source) of a row number."""
@@ -149,10 +157,11 @@ def build_index(
 ) -> Index:
     """Find the cost of every row of every source; what cannot be used goes to `Index.rejects`.
 
-    cache_folder: where what was found is kept; a source whose content, template, budgets and media files are as they
-    were is read from there, and only rows whose media files changed, or whose fault may have passed, are looked at
-    again. progress: called with (rows looked at, rows to look at). What is wrong with the rows raises nothing here: see
-    `RejectLedger.check`.
+    Faults of the rows raise nothing here: see `RejectLedger.check`.
+
+    cache_folder: where indexes are kept. The index of a source whose content, template and budgets have not changed is
+        read from there, and only rows whose media files changed, or whose fault was transient, are scanned again.
+    progress: called with (rows scanned, rows to scan).
     """
     keys = [_cache_key(source, collator, rule) for source in sources]
     parts = [
@@ -160,49 +169,48 @@ def build_index(
         for source, key in zip(sources, keys, strict=True)
     ]
     wanted = [
-        np.arange(len(source)) if part is None else part.rows_to_look_at()
+        np.arange(len(source)) if part is None else part.rows_to_scan()
         for source, part in zip(sources, parts, strict=True)
     ]
-    look = _Look(sources, collator, rule)
-    looked_at = _look_at(look, wanted, num_workers, progress)
-    for place, (part, rows) in enumerate(zip(parts, wanted, strict=True)):
+    scanned = _scan(_RowScanner(sources, collator, rule), wanted, num_workers, progress)
+    for number, (part, rows) in enumerate(zip(parts, wanted, strict=True)):
         if part is None or len(rows):
-            fresh = SourceIndex.join(looked_at[place], num_costs=len(SampleCost._fields))
-            parts[place] = fresh = fresh if part is None else part.with_rows(rows, fresh)
+            fresh = SourceIndex.join(scanned[number], num_costs=len(SampleCost._fields))
+            parts[number] = fresh = fresh if part is None else part.with_rows(rows, fresh)
             if cache_folder:
-                save_index(cache_folder, keys[place], fresh)
+                save_index(cache_folder, keys[number], fresh)
     return Index.from_sources([source.name for source in sources], [part for part in parts if part is not None])
 
 
-def _look_at(
-    look: "_Look", wanted: Sequence[np.ndarray], num_workers: int, progress: Callable[[int, int], None] | None
+def _scan(
+    scanner: "_RowScanner", wanted: Sequence[np.ndarray], num_workers: int, progress: Callable[[int, int], None] | None
 ) -> list[list[SourceIndex]]:
-    """Look at some rows of each source, stretch by stretch."""
+    """Scan some rows of each source, chunk by chunk. wanted: the rows, of each source."""
     total, done = sum(map(len, wanted)), 0
     chunks = [
-        (place, rows[start : start + _ROWS_PER_CHUNK])
-        for place, rows in enumerate(wanted)
+        (number, rows[start : start + _ROWS_PER_CHUNK])
+        for number, rows in enumerate(wanted)
         for start in range(0, len(rows), _ROWS_PER_CHUNK)
     ]
-    results = in_workers(look, chunks, num_workers if total >= _WORTH_PROCESSES else 0)
-    looked_at: list[list[SourceIndex]] = [[] for _ in wanted]
-    for (place, rows), found in zip(chunks, results, strict=True):
-        looked_at[place].append(found)
+    results = in_workers(scanner, chunks, num_workers if total >= _WORTH_PROCESSES else 0)
+    scanned: list[list[SourceIndex]] = [[] for _ in wanted]
+    for (number, rows), found in zip(chunks, results, strict=True):
+        scanned[number].append(found)
         done += len(rows)
         if progress is not None:
             progress(done, total)
-    return looked_at
+    return scanned
 
 
-class _Look:
-    """Looks at a stretch of rows of one source; sent to worker processes."""
+class _RowScanner:
+    """Scans a chunk of rows of one source; sent to worker processes."""
 
     def __init__(self, sources: Sequence[Source], collator: MultimodalCollator, rule: LengthRule) -> None:
         self.sources, self.collator, self.rule = sources, collator, rule
 
     def __call__(self, chunk: tuple[int, np.ndarray]) -> SourceIndex:
-        place, rows = chunk
-        source = self.sources[place]
+        number, rows = chunk
+        source = self.sources[number]
         costs = np.zeros((len(SampleCost._fields), len(rows)), dtype=np.int64)
         dropped = np.zeros(len(rows), dtype=bool)
         shapes = np.full(len(rows), -1, dtype=np.int8)
@@ -215,7 +223,7 @@ class _Look:
                 cost = self.rule.admit(sample, self.collator)
             except RowFault as fault:
                 sample = sample or fault.sample
-                # What a server sent may be no image today and one tomorrow.
+                # A server may send a page of errors today and the image tomorrow.
                 transient = fault.transient or (
                     isinstance(fault, MediaFault) and sample is not None and is_fetched(sample)
                 )
@@ -230,11 +238,11 @@ class _Look:
                 shapes[at] = FORMATS.index(sample.row_format)
         paths = [path for of_row in files for path in of_row]
         num_files = np.array([len(of_row) for of_row in files], dtype=np.int64)
-        return SourceIndex(costs, dropped, shapes, rejects, paths, num_files, read_stats(paths))
+        return SourceIndex(costs, dropped, shapes, rejects, paths, num_files, read_signatures(paths))
 
 
 def _cache_key(source: Source, collator: MultimodalCollator, rule: LengthRule) -> dict[str, Any]:
-    """Everything that the costs of a source follow from, but for its media files."""
+    """Return everything that the costs of a source follow from, except its media files."""
     return {
         "rows": source.fingerprint(),
         "media_root": source.media_root,

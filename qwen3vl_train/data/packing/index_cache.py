@@ -1,4 +1,4 @@
-"""What was found out about the rows of one source, and how it is kept on disk between runs."""
+"""The index of one source, and the file that keeps it between runs."""
 
 import contextlib
 import hashlib
@@ -14,16 +14,21 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from qwen3vl_train.data.errors import FaultKind
-from qwen3vl_train.data.rows.media_files import read_stats, row_stamps
+from qwen3vl_train.data.signatures import hash_rows, read_signatures
 
-_FORM = 4
-"""Of the files written here; one more for every change in what they hold or in how costs are found."""
+_VERSION = 5
+"""Of the files written here; increase it with every change of their content or of how costs are found."""
 _DAMAGE = (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile, zlib.error)
-"""What reading a cut or altered file raises: every part of it carries a checksum."""
+"""What reading a truncated or altered file raises: every part of it carries a checksum."""
 
 
 class RowReject(NamedTuple):
-    """row: 0..n-1. number: by which a person finds it. transient: the row may be sound at the next look."""
+    """A row that cannot be used.
+
+    row: 0..n-1.
+    number: by which a person finds it.
+    transient: a retry may succeed.
+    """
 
     row: int
     number: int
@@ -34,10 +39,14 @@ class RowReject(NamedTuple):
 
 @dataclass
 class SourceIndex:
-    """n rows of one source. costs: int64 (fields of SampleCost, n), 0 where a row is not used. dropped: bool (n,).
-    shapes: int8 (n,), index of the row's format in FORMATS, -1 where it could not be read.
+    """The n rows of one source.
 
-    files: media files of all rows, row after row; num_files: int64 (n,), of each; stats: (files, 2), see `read_stats`.
+    costs: int64 (fields of SampleCost, n), 0 where a row is not used.
+    dropped: bool (n,), whether the row is dropped as too long.
+    shapes: int8 (n,), index of the row's format in FORMATS, -1 where it could not be read.
+    rejects: the rows that cannot be used.
+    files: media files of all rows, row after row; num_files: int64 (n,), of each row.
+    signatures: of the files, see `read_signatures`.
     """
 
     costs: np.ndarray
@@ -46,27 +55,28 @@ class SourceIndex:
     rejects: list[RowReject]
     files: list[str]
     num_files: np.ndarray
-    stats: np.ndarray
+    signatures: np.ndarray
 
     @property
     def num_rows(self) -> int:
         return len(self.num_files)
 
-    def stamps(self) -> np.ndarray:
-        return row_stamps(self.num_files, self.stats)
+    def row_signatures(self) -> np.ndarray:
+        """Return a hash of the signatures of each row's media files, int64 (n,)."""
+        return hash_rows(self.num_files, self.signatures)
 
-    def rows_to_look_at(self) -> np.ndarray:
-        """Return the rows whose media files are not as they were, and those whose fault may have passed, ascending.
+    def rows_to_scan(self) -> np.ndarray:
+        """Return the rows whose media files have changed, and those whose fault was transient, ascending.
 
-        Asks the disk for every file.
+        Reads the signature of every file.
         """
-        changed = (read_stats(self.files) != self.stats).any(axis=1)
+        changed = (read_signatures(self.files) != self.signatures).any(axis=1)
         transient = np.array([reject.row for reject in self.rejects if reject.transient], dtype=np.int64)
         return np.union1d(np.repeat(np.arange(self.num_rows), self.num_files)[changed], transient)
 
     @classmethod
     def join(cls, parts: Sequence["SourceIndex"], *, num_costs: int) -> "SourceIndex":
-        """Put stretches of rows one behind the other."""
+        """Concatenate chunks of rows."""
         rejects, start = [], 0
         for part in parts:
             rejects += [reject._replace(row=start + reject.row) for reject in part.rejects]
@@ -78,23 +88,23 @@ class SourceIndex:
             rejects,
             [path for part in parts for path in part.files],
             np.concatenate([np.zeros(0, dtype=np.int64), *(part.num_files for part in parts)]),
-            np.concatenate([np.zeros((0, 2), dtype=np.int64), *(part.stats for part in parts)]),
+            np.concatenate([np.zeros((0, 2), dtype=np.int64), *(part.signatures for part in parts)]),
         )
 
     def with_rows(self, rows: np.ndarray, fresh: "SourceIndex") -> "SourceIndex":
-        """Replace some rows, given ascending, by what was found of them anew."""
-        pieces: list[SourceIndex] = []
+        """Return the index with some rows, given ascending, replaced by those of a new scan."""
+        chunks: list[SourceIndex] = []
         ends = np.concatenate([[0], np.cumsum(self.num_files)])
         fresh_ends = np.concatenate([[0], np.cumsum(fresh.num_files)])
         start = 0
         for at, row in enumerate([*rows.tolist(), self.num_rows]):
-            pieces.append(self._stretch(start, row, ends))
+            chunks.append(self._chunk(start, row, ends))
             if at < len(rows):
-                pieces.append(fresh._stretch(at, at + 1, fresh_ends))
+                chunks.append(fresh._chunk(at, at + 1, fresh_ends))
             start = row + 1
-        return SourceIndex.join(pieces, num_costs=len(self.costs))
+        return SourceIndex.join(chunks, num_costs=len(self.costs))
 
-    def _stretch(self, start: int, end: int, ends: np.ndarray) -> "SourceIndex":
+    def _chunk(self, start: int, end: int, ends: np.ndarray) -> "SourceIndex":
         first, last = int(ends[start]), int(ends[end])
         return SourceIndex(
             self.costs[:, start:end],
@@ -103,33 +113,33 @@ class SourceIndex:
             [reject._replace(row=reject.row - start) for reject in self.rejects if start <= reject.row < end],
             self.files[first:last],
             self.num_files[start:end],
-            self.stats[first:last],
+            self.signatures[first:last],
         )
 
 
-def _file_of(folder: Path, key: dict[str, Any]) -> Path:
-    words = json.dumps([_FORM, key], sort_keys=True)
+def _cache_file(folder: Path, key: dict[str, Any]) -> Path:
+    words = json.dumps([_VERSION, key], sort_keys=True)
     return folder / f"{hashlib.sha256(words.encode()).hexdigest()[:32]}.npz"
 
 
 def save_index(folder: Path, key: dict[str, Any], index: SourceIndex) -> None:
-    """Write a source's index aside, then put it in its place. Raises ValueError when it cannot be written."""
-    file = _file_of(folder, key)
+    """Write a source's index to a temporary file and rename it. Raises ValueError when it cannot be written."""
+    file = _cache_file(folder, key)
     words = json.dumps({"key": key, "rejects": index.rejects, "files": index.files}, sort_keys=True)
-    aside = file.with_name(f"{file.name}.{os.getpid()}")
+    temporary = file.with_name(f"{file.name}.{os.getpid()}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with aside.open("wb") as out:
+        with temporary.open("wb") as out:
             np.savez(
                 out,
                 costs=index.costs,
                 dropped=index.dropped,
                 shapes=index.shapes,
                 num_files=index.num_files,
-                stats=index.stats,
+                signatures=index.signatures,
                 words=np.frombuffer(words.encode(errors="surrogateescape"), dtype=np.uint8),
             )
-        os.replace(aside, file)
+        os.replace(temporary, file)
     except OSError as error:
         raise ValueError(
             f"{folder}: the index of the data cannot be kept there ({error.strerror or error}); free space or set "
@@ -137,13 +147,13 @@ def save_index(folder: Path, key: dict[str, Any], index: SourceIndex) -> None:
         ) from None
     finally:
         with contextlib.suppress(OSError):
-            aside.unlink()
+            temporary.unlink()
 
 
 def load_index(folder: Path, key: dict[str, Any], num_rows: int) -> SourceIndex | None:
-    """Read a source's index; None where there is none or it is damaged, which a new one then replaces."""
+    """Return a source's index; None where there is none or it is damaged: a new one then replaces it."""
     try:
-        with np.load(_file_of(folder, key), allow_pickle=False) as arrays:
+        with np.load(_cache_file(folder, key), allow_pickle=False) as arrays:
             words = json.loads(arrays["words"].tobytes().decode(errors="surrogateescape"))
             index = SourceIndex(
                 arrays["costs"],
@@ -152,9 +162,9 @@ def load_index(folder: Path, key: dict[str, Any], num_rows: int) -> SourceIndex 
                 [RowReject(*reject) for reject in words["rejects"]],
                 words["files"],
                 arrays["num_files"],
-                arrays["stats"],
+                arrays["signatures"],
             )
     except _DAMAGE:
         return None
-    fits = index.num_rows == num_rows and len(index.files) == len(index.stats) == index.num_files.sum()
+    fits = index.num_rows == num_rows and len(index.files) == len(index.signatures) == index.num_files.sum()
     return index if fits and words["key"] == json.loads(json.dumps(key)) else None

@@ -14,7 +14,7 @@ from qwen3vl_train.data.packing.index import Index
 from qwen3vl_train.data.packing.plan import FamilyCosts, PackLimits
 from qwen3vl_train.data.packing.shared_memory import SharedMemoryPack
 from qwen3vl_train.data.packing.workers import in_workers
-from qwen3vl_train.data.rows.media_files import local_files, stamp_of
+from qwen3vl_train.data.rows.media_files import local_files, media_signature
 from qwen3vl_train.data.rows.sample import Sample
 from qwen3vl_train.data.sources import Source
 
@@ -55,7 +55,7 @@ class ReadIndexedRow(NamedTuple):
             sample = source.sample(row)
         except RowFault as fault:
             sample = fault
-        tokens, signature = int(self.index.tokens[number]), int(self.index.stamps[number])
+        tokens, signature = int(self.index.tokens[number]), int(self.index.signatures[number])
         return ScannedRow(sample, source.name, source.row_number(row), tokens, signature)
 
 
@@ -84,7 +84,7 @@ class PackBuilder:
         """Encode a row. Raises RowFault, also where the row or its media are not as they were when it was scanned."""
         if isinstance(row.sample, RowFault):
             raise row.sample
-        if stamp_of(row.sample) != row.signature:
+        if media_signature(row.sample) != row.signature:
             paths = local_files(row.sample)
             named = ", ".join(paths[:3]) + (f" or {len(paths) - 3} more" if len(paths) > 3 else "")
             raise RowFault(

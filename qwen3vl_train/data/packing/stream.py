@@ -22,7 +22,7 @@ from qwen3vl_train.data.packing.packs import ScannedRow
 from qwen3vl_train.data.packing.plan import CostModel, FamilyCosts, hash_48
 from qwen3vl_train.data.packing.windows import Window, check_weights
 from qwen3vl_train.data.packing.workers import from_worker
-from qwen3vl_train.data.rows.media_files import stamp_of
+from qwen3vl_train.data.rows.media_files import media_signature
 from qwen3vl_train.data.rows.sample import Sample, TextPart
 from qwen3vl_train.data.sources import StreamRow
 
@@ -296,7 +296,7 @@ def _received(broadcast: Broadcast, keys: Iterator[str]) -> Iterator[ScanResult]
 
 
 def _as_scanned(row: StreamRow, tokens: int) -> ScannedRow:
-    signature = 0 if isinstance(row.sample, RowFault) else stamp_of(row.sample)
+    signature = 0 if isinstance(row.sample, RowFault) else media_signature(row.sample)
     return ScannedRow(row.sample, row.file, row.row_number, tokens, signature)
 
 

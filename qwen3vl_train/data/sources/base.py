@@ -10,6 +10,7 @@ from qwen3vl_train.data.errors import RowFault
 from qwen3vl_train.data.media.remote import Remote, uses_web
 from qwen3vl_train.data.rows.parse import ResolveMedium, RowRules
 from qwen3vl_train.data.rows.sample import Sample
+from qwen3vl_train.data.signatures import FileSignature
 from qwen3vl_train.data.sources.files import file_signature, is_compressed, is_url, naming_file, unpack
 
 Position = dict[str, int]
@@ -106,7 +107,7 @@ class FileSource(ABC):
         self.media_root = None if media_root is None else os.fspath(media_root)
         self.rules = rules or RowRules()
         self.file = Path(self.name).name
-        self._signatures: dict[str, list[int | str]] = {}
+        self._signatures: dict[str, FileSignature] = {}
         check_media_root(self.name, self.media_root, self.rules)
         self._fingerprint = self._open()
 
@@ -146,7 +147,7 @@ class FileSource(ABC):
     def _record_signature(self, path: str) -> int:
         """Record the present signature of a file, for `_check_unchanged`. Return its size. Raise OSError."""
         self._signatures[path] = file_signature(path)
-        return int(self._signatures[path][0])
+        return self._signatures[path].size
 
     def _check_unchanged(self) -> None:
         """Raise RowFault when a recorded file has changed."""
@@ -165,7 +166,7 @@ def check_media_root(name: str, media_root: str | None, rules: RowRules) -> None
         raise ValueError(f"{name}: media_root {media_root} is not a folder; check the paths under data")
 
 
-def check_unchanged(path: str, recorded: list[int | str], when: str = "indexed") -> None:
+def check_unchanged(path: str, recorded: FileSignature, when: str = "indexed") -> None:
     """Raise RowFault when a file's signature has changed, so that positions in it are no longer valid.
 
     Remote files are not checked: it would double the number of requests.
@@ -174,9 +175,10 @@ def check_unchanged(path: str, recorded: list[int | str], when: str = "indexed")
         return
     try:
         now = file_signature(path)
+        size = str(now.size)
     except OSError as error:
-        now = [error.strerror or str(error)]
+        now, size = None, error.strerror or str(error)
     if now != recorded:
-        what = f"{recorded[0]} bytes then, {now[0]} now" if now[0] != recorded[0] else "its time differs"
+        what = f"{recorded.size} bytes then, {size} now" if size != str(recorded.size) else "its time differs"
         fault = f"{path} changed since it was {when} ({what}); put it back and resume, or start a new run"
         raise RowFault(fault, kind="changed", transient=True)

@@ -12,6 +12,8 @@ from glob import glob, has_magic
 from pathlib import Path
 from typing import IO, Any
 
+from qwen3vl_train.data.signatures import FileSignature
+
 COMPRESSED = (".gz", ".zst", ".zstd")
 DAMAGE = (OSError, EOFError, zlib.error)
 """What reading a damaged compressed file raises."""
@@ -112,17 +114,16 @@ def read_range(path: str, start: int, length: int) -> bytes:
     return fs.cat_file(remote_path, start=start, end=start + length)
 
 
-def file_signature(path: str) -> list[int | str]:
-    """Return size and time of a file, which change with its content. Raise OSError."""
+def file_signature(path: str) -> FileSignature:
+    """Return the signature of a local or remote file. Raises OSError."""
     if not is_url(path):
-        status = os.stat(path)
-        return [status.st_size, status.st_mtime_ns]
+        return FileSignature.from_path(path)
     import fsspec
 
-    fs, remote_path = fsspec.core.url_to_fs(path)
-    info = fs.info(remote_path)
-    time = next((info[key] for key in ("ETag", "etag", "LastModified", "mtime", "created") if info.get(key)), "")
-    return [int(info.get("size") or 0), str(time)]
+    fs, path_in_fs = fsspec.core.url_to_fs(path)
+    info = fs.info(path_in_fs)
+    version = next((info[key] for key in ("ETag", "etag", "LastModified", "mtime", "created") if info.get(key)), "")
+    return FileSignature(int(info.get("size") or 0), str(version))
 
 
 def open_compressed(path: str) -> IO[bytes]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from qwen3vl_train.data.errors import RowFault
 from qwen3vl_train.data.rows.parse import RowRules
+from qwen3vl_train.data.signatures import FileSignature
 from qwen3vl_train.data.sources.base import Position, RawRow, StreamRow, check_media_root, check_unchanged
 from qwen3vl_train.data.sources.files import file_signature, is_url, naming_file, suffix_of
 from qwen3vl_train.data.sources.hub import load_rows, resolve_hub_path, stream_hub
@@ -23,7 +24,7 @@ class FileStream:
         self.name, self.files, self.media_root, self.rules = name, files, media_root, rules
         if any(suffix_of(file) != ".tar" for file in files):  # the media of a shard are in it
             check_media_root(name, media_root, rules)
-        self._signatures: dict[str, list[int | str]] = {}
+        self._signatures: dict[str, FileSignature] = {}
 
     def rows(self, state: dict[str, Any] | None = None) -> Iterator[StreamRow]:
         """See `StreamSource.rows`. Raise ValueError, too, where a local file has changed since `fingerprint`, or since
@@ -49,7 +50,7 @@ class FileStream:
         hashed = hashlib.sha256(names.encode()).hexdigest()
         return {"sizes": [size for size, _ in signatures], "times": times, "names": hashed}
 
-    def _signature(self, path: str) -> list[int | str]:
+    def _signature(self, path: str) -> FileSignature:
         """Return the signature of a file at the first call for it."""
         if path not in self._signatures:
             with naming_file(path):

@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO 1, 2 and 3 behind the same interface as the other engines.
+"""DeepSpeed's ZeRO 1, 2 and 3 with the interface of the other engines.
 
 Reference: Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models" (2020).
 """
@@ -19,13 +19,13 @@ from qwen3vl_train.dist.ranks import Ranks
 from qwen3vl_train.dist.tensors import full_tensor, shard_rows
 from qwen3vl_train.model.qwen3vl import Qwen3VLForConditionalGeneration
 from qwen3vl_train.modules import group_of
-from qwen3vl_train.parallel.deepspeed.internals import pieces_of
+from qwen3vl_train.parallel.deepspeed.internals import partitions_of
 from qwen3vl_train.parallel.mesh import ensure_group
 from qwen3vl_train.parallel.optim import MOMENTS, parameter_groups
 
 
 def start_deepspeed(ranks: Ranks) -> None:
-    """Import DeepSpeed, to run over the process group that exists; one process gets a group of its own.
+    """Import DeepSpeed and let it run over the existing process group; one process gets a group of its own.
 
     Raises ValueError where DeepSpeed is not installed.
     """
@@ -45,11 +45,11 @@ def start_deepspeed(ranks: Ranks) -> None:
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
 
 
-def _name_borrowed(model: Qwen3VLForConditionalGeneration) -> None:
+def _register_external_parameters(model: Qwen3VLForConditionalGeneration) -> None:
     """Tell DeepSpeed which modules use parameters of others, so that these are gathered with their own.
 
-    It would find them out by itself at their first use; but a pack without images reaches the position table by
-    another way than one with images, and ranks that gather in another order wait for each other for ever.
+    DeepSpeed would discover them at their first use; but a pack without images reaches the position table on another
+    path than one with images, and ranks that gather in different orders wait for each other for ever.
     """
     from deepspeed.runtime.zero import register_external_parameter
 
@@ -64,12 +64,13 @@ def _name_borrowed(model: Qwen3VLForConditionalGeneration) -> None:
 
 
 class ZeroAdamW:
-    """AdamW under DeepSpeed: float32 masters, moments and gradients cut over the ranks, with stage 3 the model as well.
+    """AdamW under DeepSpeed: float32 masters, moments and gradients partitioned over ranks; in stage 3 the model too.
 
-    Gradients are the sums over all ranks, in float32; they are measured and scaled before DeepSpeed's step, whose own
-    averaging, loss scaling and clipping are off, so that what moves a weight is the same as with the other engines.
+    Gradients are sums over all ranks, in float32; their norms are computed and they are clipped before DeepSpeed's
+    step, whose own averaging, loss scaling and clipping are off, so that updates are those of the other engines.
 
-    model: for stage 3 made by `fill_partitioned`. config: of `deepspeed_config`.
+    model: in stage 3 filled by `fill_partitioned`.
+    config: of `deepspeed_config`.
     """
 
     lockstep = True
@@ -81,7 +82,7 @@ class ZeroAdamW:
 
         self.ranks = ranks
         self.host_mesh = init_device_mesh("cpu", (ranks.world_size,))
-        self.touched: set[str] = set()
+        self.params_with_grad: set[str] = set()
         self.trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         if not self.trained:
             raise ValueError("tune: nothing trains; name at least one module group or LoRA target")
@@ -90,20 +91,20 @@ class ZeroAdamW:
         with redirect_stdout(StringIO()):  # the bfloat16 optimizer of stage 1 prints the memory in use, line after line
             self.engine = deepspeed.initialize(model=model, optimizer=self.adamw, config=config)[0]
         if config["zero_optimization"]["stage"] == 3:
-            _name_borrowed(model)
+            _register_external_parameters(model)
         self.zero: Any = self.engine.optimizer
-        self.pieces = pieces_of(self.zero)
+        self.partitions = partitions_of(self.zero)
         # Stage 3 divides the sum over ranks by their number, in float32.
         self.averaged_over = ranks.world_size if config["zero_optimization"]["stage"] == 3 else 1
-        for master in self.pieces.masters:
-            # Made now, as AdamW would make it in its first step, so that a checkpoint can be read into it.
+        for master in self.partitions.masters:
+            # As AdamW would create it in its first step, so that a checkpoint can be read into it before.
             self.adamw.state[master] = {
                 "step": torch.zeros((), dtype=torch.float32, device=master.device),
                 **{part: torch.zeros_like(master) for part in MOMENTS},
             }
-        self.pieces.link_moments()
+        self.partitions.link_moments()
         for name, parameter in self.trained.items():
-            parameter.register_post_accumulate_grad_hook(lambda _, name=name: self.touched.add(name))
+            parameter.register_post_accumulate_grad_hook(lambda _, name=name: self.params_with_grad.add(name))
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         # What DeepSpeed does around a forward pass through its engine; ours goes through the model itself.
@@ -116,33 +117,33 @@ class ZeroAdamW:
     def gradient_norms(self) -> dict[str, float]:
         names = list(dict.fromkeys(group["group"] for group in self.adamw.param_groups))
         squares = torch.zeros(len(names), dtype=torch.float64, device=self.ranks.device)
-        for number, gradients in zip(self.pieces.groups, self.pieces.gradients(), strict=True):
-            place = names.index(self.adamw.param_groups[number]["group"])
+        for number, gradients in zip(self.partitions.groups, self.partitions.gradients(), strict=True):
+            group = names.index(self.adamw.param_groups[number]["group"])
             for gradient in gradients:
                 gradient.mul_(self.averaged_over)
-                squares[place] += gradient.square().sum(dtype=torch.float64).to(squares.device)
-        dist.all_reduce(squares)  # the pieces of all ranks do not overlap
+                squares[group] += gradient.square().sum(dtype=torch.float64).to(squares.device)
+        dist.all_reduce(squares)  # the partitions of all ranks do not overlap
         return {"all": squares.sum().sqrt().item(), **dict(zip(names, squares.sqrt().tolist(), strict=True))}
 
     @torch.no_grad()
     def step(self, factor: float, clip: float) -> None:
         if clip != 1.0:
-            for gradients in self.pieces.gradients():
+            for gradients in self.partitions.gradients():
                 for gradient in gradients:
                     gradient.mul_(clip)
         for group in self.adamw.param_groups:
             group["lr"] = group["peak_lr"] * factor
         self.engine.step()
         if not self.engine.was_step_applied():
-            raise RuntimeError("DeepSpeed left out a step: its own norm of the gradients is not finite; lower optim.lr")
+            raise RuntimeError("DeepSpeed skipped a step: its own norm of the gradients is not finite; lower optim.lr")
 
     def discard(self) -> None:
-        self.pieces.discard()
+        self.partitions.discard()
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """Whole tensors are gathered by name, one at a time, and each rank keeps its rows of them, on the CPU.
+        """Gather tensors by name, one at a time; each rank keeps its rows of them, on the CPU.
 
-        DeepSpeed's own checkpoint is bound to its stage and number of ranks; in this form a run goes on with any engine
+        DeepSpeed's own checkpoint is bound to its stage and number of ranks; in this form a run resumes with any engine
         on any number of ranks. It costs one gather of 12 bytes a trained parameter, the memory of the largest tensor
         in float32 on the device, and a rank's share of the 12 bytes on its host.
         """
@@ -160,10 +161,10 @@ class ZeroAdamW:
         return tensors
 
     @torch.no_grad()
-    def loaded(self, tensors: dict[str, Tensor], num_updates: int) -> None:
+    def load_state_dict(self, tensors: dict[str, Tensor], num_updates: int) -> None:
         for name, parameter in self.trained.items():
             for part in ("weight", *MOMENTS):
-                self.pieces.set_part(parameter, part, full_tensor(tensors[f"{part}/{name}"]))
-        for master in self.pieces.masters:
+                self.partitions.set_part(parameter, part, full_tensor(tensors[f"{part}/{name}"]))
+        for master in self.partitions.masters:
             self.adamw.state[master]["step"].fill_(float(num_updates))
-        self.pieces.round_into_model()
+        self.partitions.round_into_model()

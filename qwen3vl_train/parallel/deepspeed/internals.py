@@ -1,9 +1,9 @@
-"""Where DeepSpeed's three ZeRO optimizers keep this rank's share of weights and gradients, in one form.
+"""This rank's partitions of weights and gradients in DeepSpeed's three ZeRO optimizers, with one interface.
 
 Stages 1 and 2 share a class, bfloat16 in stage 1 has one of its own, stage 3 a third. Each flattens the parameters of
-an AdamW group into one long vector and gives every rank a piece of it, a float32 master that AdamW moves. DeepSpeed has
-no public call for the gradients of such a piece before its step, so the attributes that hold them are named here, and
-nowhere else (as of DeepSpeed 0.19.8).
+an AdamW group into one long vector and gives every rank a partition of it, a float32 master that AdamW updates.
+DeepSpeed has no public call for the gradients of a partition before its step, so the attributes that hold them are
+used here, and nowhere else (as of DeepSpeed 0.19.8).
 """
 
 from collections.abc import Callable, Iterable
@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 
 
-class Pieces(Protocol):
-    """This rank's pieces of what trains. groups: for each master, the place of its AdamW group."""
+class Partitions(Protocol):
+    """This rank's partitions of what trains. groups: the index of the AdamW group of each master."""
 
     masters: list[Tensor]
     groups: list[int]
 
     def gradients(self) -> list[list[Tensor]]:
-        """The reduced gradients of each master, in tensors that may be written to; padding is zero."""
+        """Return the reduced gradients of each master, in tensors that may be written to; padding is zero."""
         ...
 
     def link_moments(self) -> None:
@@ -28,18 +28,18 @@ class Pieces(Protocol):
         ...
 
     def set_part(self, parameter: nn.Parameter, part: str, values: Tensor) -> None:
-        """Put this rank's piece of the whole float32 `values` into the master ('weight') or a moment. Sends nothing."""
+        """Copy this rank's part of the full float32 `values` into the master ('weight') or a moment. Sends nothing."""
         ...
 
     def round_into_model(self) -> None:
-        """Give the model the masters, in its dtype. Every rank must call it."""
+        """Copy the masters into the model, in its dtype. Every rank must call it."""
         ...
 
     def discard(self) -> None: ...
 
 
-def pieces_of(zero: Any) -> Pieces:
-    """zero: `engine.optimizer` of a DeepSpeed engine."""
+def partitions_of(zero: Any) -> Partitions:
+    """Return the partitions of a ZeRO optimizer. zero: `engine.optimizer` of a DeepSpeed engine."""
     from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
     from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 
@@ -49,7 +49,7 @@ def pieces_of(zero: Any) -> Pieces:
 
 
 class _Replicated:
-    """What stages 1 and 2 have in common: the model is whole on every rank."""
+    """What stages 1 and 2 have in common: every rank holds the full model."""
 
     masters: list[Tensor]
 
@@ -119,21 +119,21 @@ class _Stage3:
         return [self.zero.averaged_gradients[number] for number in range(len(self.masters))]
 
     def link_moments(self) -> None:
-        """Stage 3 finds them through AdamW."""
+        """Do nothing: stage 3 finds them through AdamW."""
 
     def set_part(self, parameter: nn.Parameter, part: str, values: Tensor) -> None:
         from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
 
         size, rank = parameter.ds_tensor.numel(), parameter.ds_zero_partition_rank  # type: ignore[attr-defined]
-        piece = values.flatten()[rank * size : (rank + 1) * size]
-        piece = nn.functional.pad(piece, (0, size - piece.numel()))  # the last rank's piece may be short
+        local = values.flatten()[rank * size : (rank + 1) * size]
+        local = nn.functional.pad(local, (0, size - local.numel()))  # the last rank's part may be short
         if part == "weight":
-            safe_set_local_fp32_param(parameter, piece)
+            safe_set_local_fp32_param(parameter, local)
         else:
-            safe_set_local_optimizer_state(parameter, piece, part)
+            safe_set_local_optimizer_state(parameter, local, part)
 
     def round_into_model(self) -> None:
-        # Small parameters stay gathered between steps; they are let go, so that the next use fetches the new values.
+        # Small parameters stay gathered between steps; releasing them makes the next use fetch the new values.
         self.zero.parameter_offload.partition_all_parameters()
         for flat, master in zip(self.zero.fp16_partitioned_groups_flat, self.masters, strict=True):
             flat.copy_(master)
@@ -149,33 +149,34 @@ class _Stage3:
 def fill_partitioned(
     model: nn.Module, config: dict[str, Any], value: Callable[[str, nn.Parameter], Tensor], device: torch.device | str
 ) -> None:
-    """Give a model on the meta device its weights for ZeRO-3: each is cut over the ranks before the next one is made.
+    """Fill a model on the meta device for ZeRO-3: each weight is partitioned before the next one is read.
 
-    value: (name, meta parameter) -> all of its first values; called on rank 0 alone, which sends them to the others. So
-    a rank holds its pieces and one whole tensor at a time. A tied head stays tied. Every rank must call it.
+    value: (name, meta parameter) -> all of its first values; called on rank 0 alone, which sends them to the others.
+
+    A rank holds its partitions and one full tensor at a time. A tied head stays tied. Every rank must call it.
     """
     import deepspeed
     import torch.distributed as dist
 
-    made: dict[nn.Parameter, nn.Parameter] = {}
-    # All whole tensors pass through this one place. Made and freed one by one between the pieces that stay, they would
-    # leave holes that the C library does not give back: half as much memory again as the pieces take.
-    place = torch.empty(max(meta.nbytes for meta in model.parameters()), dtype=torch.uint8, device=device)
+    filled: dict[nn.Parameter, nn.Parameter] = {}
+    # All full tensors share this buffer. Allocated and freed between the partitions that stay, they would leave holes
+    # that the C library does not return: half as much memory again as the partitions take.
+    buffer = torch.empty(max(meta.nbytes for meta in model.parameters()), dtype=torch.uint8, device=device)
     for name, meta in list(model.named_parameters(remove_duplicate=False)):
         module, _, attribute = name.rpartition(".")
-        if meta not in made:
-            whole = place[: meta.nbytes].view(meta.dtype).view(meta.shape)
+        if meta not in filled:
+            full = buffer[: meta.nbytes].view(meta.dtype).view(meta.shape)
             if dist.get_rank() == 0:
-                whole.copy_(value(name, meta))
-            made[meta] = nn.Parameter(whole, requires_grad=meta.requires_grad)
-            del whole
-            _cut(made[meta], made.values(), config, deepspeed.zero.Init)
-        setattr(model.get_submodule(module), attribute, made[meta])
+                full.copy_(value(name, meta))
+            filled[meta] = nn.Parameter(full, requires_grad=meta.requires_grad)
+            del full
+            _partition(filled[meta], filled.values(), config, deepspeed.zero.Init)
+        setattr(model.get_submodule(module), attribute, filled[meta])
 
 
-def _cut(parameter: nn.Parameter, others: Iterable[nn.Parameter], config: dict[str, Any], init: Any) -> None:
+def _partition(parameter: nn.Parameter, others: Iterable[nn.Parameter], config: dict[str, Any], init: Any) -> None:
     first: Any = next(iter(others))
     if parameter is first:
         init(module=nn.ParameterList([parameter]), config_dict_or_path=config)
-    else:  # every cut parameter can cut others in the same way
+    else:  # every partitioned parameter can partition others in the same way
         first.convert_to_zero_parameters([parameter])

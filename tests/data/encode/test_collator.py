@@ -25,7 +25,7 @@ def test_pack_concatenates_its_samples(collate):
         assert torch.equal(getattr(pack, field), torch.cat([getattr(one, field) for one in alone], dim)), field
     assert pack.sequence_lengths.tolist() == [one.num_tokens for one in alone]
     assert pack.num_labels == sum(one.num_labels for one in alone)
-    assert pack.sample_ids == tuple(f"sample {place}" for place in range(len(SAMPLES)))
+    assert pack.sample_ids == tuple(f"sample {number}" for number in range(len(SAMPLES)))
     assert torch.equal(pack.visual_pos_mask, pack.input_ids == collate.tokenizer.special_ids["<|image_pad|>"])
     start = 0
     for length in pack.sequence_lengths.tolist():
@@ -66,9 +66,9 @@ def test_pickling_changes_nothing(collate):
 
 def test_prompt_ends_where_the_answer_begins(collate):
     messages = SAMPLES[3]["messages"]
-    prompt, whole = collate.prompt(messages[:-1]), collate([{"messages": messages}])
-    assert torch.equal(prompt.input_ids, whole.input_ids[: prompt.num_tokens])
-    assert torch.equal(prompt.positions, whole.positions[:, : prompt.num_tokens])
+    prompt, complete = collate.prompt(messages[:-1]), collate([{"messages": messages}])
+    assert torch.equal(prompt.input_ids, complete.input_ids[: prompt.num_tokens])
+    assert torch.equal(prompt.positions, complete.positions[:, : prompt.num_tokens])
     assert prompt.num_labels == 0
     assert collate.decode(prompt.input_ids.tolist(), skip_special_tokens=False).endswith("<|im_start|>assistant\n")
     assert torch.equal(collate.prompt({"messages": messages[:-1]}).input_ids, prompt.input_ids)

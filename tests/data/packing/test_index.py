@@ -77,7 +77,7 @@ def test_processes_change_nothing(tmp_path, collator):
     assert 0 < alone.num_usable < 2100
     assert alone.digest() == together.digest()
     assert alone.rejects == together.rejects
-    assert np.array_equal(alone.stamps, together.stamps)
+    assert np.array_equal(alone.signatures, together.signatures)
 
 
 @pytest.mark.parametrize(
@@ -117,21 +117,30 @@ def test_samples_that_are_too_long(tmp_path, collator, tiny_folder, limits, reas
 
 
 @pytest.mark.parametrize("too_long", ["drop", "reject", "shrink_media"])
-def test_text_that_cannot_fit_is_told_without_tokenising_it(tmp_path, collator, too_long):
-    source = write(tmp_path, "a.jsonl", [row("\U0001f642" * 5000), row("1 " * 600), row("1 " * 200)])
-
+def test_text_that_cannot_fit_is_not_tokenised(tmp_path, collator, too_long):
+    longest = collator.tokenizer.max_token_bytes
+    source = write(tmp_path, "a.jsonl", [row("\U0001f642" * 200 * longest), row("1 " * 200)])
     faults.refuse_to_tokenize(1000)
-    index = build_index([source], collator, LengthRule(550, too_long=too_long))
-    assert index.tokens.tolist() == [0, 0, collator.cost(source.sample(2)).tokens]
+    index = build_index([source], collator, LengthRule(190, too_long=too_long))
+    assert index.tokens.tolist() == [0, 0]
     assert index.num_dropped == (2 if too_long == "drop" else 0)
-    others = "" if too_long == "shrink_media" else ", or set data.too_long to drop or shrink_media"
-    tail = (
-        "tokens of text is longer than data.max_tokens_per_pack 550; raise it, lower "
-        f"data.max_visual_tokens_per_image{others}"
-    )
-    digits = 600 + 4  # and the special tokens around two turns
-    assert [reject.reason.split(" ", 5)[5] for reject in index.rejects] == ([] if too_long == "drop" else [tail] * 2)
-    assert [reject.reason.split()[4] for reject in index.rejects[1:]] == ([] if too_long == "drop" else [str(digits)])
+    index = build_index([source], collator, LengthRule(450, too_long=too_long))
+    assert index.tokens[1] == collator.cost(source.sample(1)).tokens
+    assert index.tokens[0] == 0
+
+
+def test_text_that_cannot_fit_is_rejected_with_its_least_tokens(tmp_path, collator):
+    longest = collator.tokenizer.max_token_bytes
+    source = write(tmp_path, "a.jsonl", [row("x" * 600 * longest, answer="")])
+    faults.refuse_to_tokenize(1000)
+    for too_long in ("reject", "shrink_media"):
+        index = build_index([source], collator, LengthRule(550, too_long=too_long))
+        others = "" if too_long == "shrink_media" else ", or set data.too_long to drop or shrink_media"
+        head, _, tail = index.rejects[0].reason.partition("60")
+        assert (head, tail[1:]) == ("sample of at least ", (
+            " tokens of text is longer than data.max_tokens_per_pack 550; raise it, lower "
+            f"data.max_visual_tokens_per_image{others}"
+        ))  # fmt: skip
 
 
 def test_rows_of_which_the_template_trains_nothing_are_rejected(tmp_path, tiny_folder):
@@ -214,9 +223,9 @@ def counted(tmp_path, collator):
 
 
 def same(one, other):
-    arrays = [*columns(one), one.stamps]
+    arrays = [*columns(one), one.signatures]
     return (one.rejects, one.num_dropped) == (other.rejects, other.num_dropped) and all(
-        map(np.array_equal, arrays, [*columns(other), other.stamps])
+        map(np.array_equal, arrays, [*columns(other), other.signatures])
     )
 
 

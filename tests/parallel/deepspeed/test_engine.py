@@ -85,7 +85,7 @@ def _disturbed(recipe: Recipe, steps: Steps, noise: float) -> Outcome:
     return Outcome([d.loss for d in done], [d.grad_norms for d in done], weights)
 
 
-def test_at_a_small_eps_adam_alone_makes_more_of_rounding_than_engines_may_differ(small: Path, steps: Steps):
+def test_small_eps_in_adam_amplifies_rounding(small: Path, steps: Steps):
     """Why these tests have an eps of 1e-4: one process differs from itself once gradients are rounded otherwise."""
     found = {}
     for eps in (1e-6, 1e-4):
@@ -216,7 +216,7 @@ def _hand_over(rank: int, world_size: int, recipes: list[Recipe], steps: Steps, 
 
 
 @pytest.mark.parametrize("tune", TUNES)
-def test_state_goes_from_fsdp2_through_every_stage_to_one_process(tune: str, small: Path, steps: Steps):
+def test_state_moves_from_fsdp2_through_all_stages(tune: str, small: Path, steps: Steps):
     straight = Trainee(0, 1, _recipe(small, TUNES[tune]))
     expected = straight.steps(steps, 0, 5)
     sharded = _recipe(small, TUNES[tune], "fsdp2")
@@ -252,7 +252,7 @@ def test_a_bfloat16_run_goes_on_to_the_bit(small: Path, steps: Steps):
     run_ranks(_bfloat16_state, 2, recipes, steps)
 
 
-def test_a_step_that_is_not_finite_moves_nothing_and_leaves_nothing(small: Path, steps: Steps):
+def test_a_non_finite_step_changes_nothing(small: Path, steps: Steps):
     ((message, losses),) = poisoned(0, 1, [_recipe(small, FULL)], steps)
     fields = [{"zero_stage": stage} for stage in STAGES]
     fields += [{"zero_stage": stage, "offload_optimizer": True} for stage in (2, 3)]
@@ -282,7 +282,7 @@ def _cut_up(rank: int, world_size: int, recipe: Recipe) -> tuple[list, int, int]
     return report_groups(trainee.model, recipe), held, len(parameters)
 
 
-def test_stage_3_holds_a_share_of_the_model_and_reports_all_of_it(small: Path):
+def test_stage_3_holds_a_partition_and_reports_all(small: Path):
     recipe = _recipe(small, LORA, "deepspeed", zero_stage=3, parts=True)
     model = build_model(recipe, device="cpu")
     total = sum(parameter.numel() for parameter in model.parameters())
@@ -323,7 +323,7 @@ def _untied(rank: int, world_size: int, recipe: Recipe) -> str:
     return str(error.value)
 
 
-def test_a_stored_head_that_is_not_the_embedding_is_refused_on_every_rank(tmp_path: Path):
+def test_an_untied_stored_head_is_refused_on_every_rank(tmp_path: Path):
     folder = engine_runs.write_small_checkpoint(tmp_path / "model")
     tensors = load_file(folder / "model.safetensors")
     embedding = next(tensor for name, tensor in tensors.items() if name.endswith("embed_tokens.weight"))
