@@ -251,7 +251,7 @@ def test_media_that_break_or_change_are_rejected(copy, collator, kind, workers):
     assert set(rejected) <= {3, 4, 10}
     assert rejected[3].reason.startswith("messages[0].content[0]: image 2.png: is truncated or damaged (")
     changed = [reject for number, reject in rejected.items() if number != 3]
-    assert changed
+    assert changed or (kind == "streamed" and workers)  # workers may have built these rows before they changed
     for reject in changed:
         assert (reject.file, reject.kind) == (str(copy / "s.jsonl"), "changed")
         assert reject.reason == (
