@@ -16,10 +16,7 @@ _CALLS = [
     {"type": "function", "function": {"name": "f", "arguments": {"x": "é", "n": [1, None]}}},
     {"name": "g", "arguments": '{"raw": 1}'},
 ]
-_RESULTS = [
-    {"role": "tool", "content": "one"},
-    {"role": "tool", "content": [{"type": "text", "text": "two"}, _PICTURE]},
-]
+_RESULTS = [{"role": "tool", "content": content} for content in ("one", [{"type": "text", "text": "two"}, _PICTURE])]
 
 _COMMON: dict[str, dict[str, Any]] = {
     "question": {"messages": [_ASK]},
@@ -103,12 +100,10 @@ def render_template(template: str, messages: list[Any], tools: list[Any] | None,
     def refuse(message: str) -> None:
         raise TemplateError(message)
 
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-    environment.filters["tojson"] = lambda value, **options: json.dumps(value, **{"ensure_ascii": False, **options})
-    environment.globals["raise_exception"] = refuse
-    return environment.from_string(template).render(
-        messages=messages, tools=tools, add_generation_prompt=generation_prompt
-    )
+    sandbox = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    sandbox.filters["tojson"] = lambda value, **options: json.dumps(value, **{"ensure_ascii": False, **options})
+    sandbox.globals["raise_exception"] = refuse
+    return sandbox.from_string(template).render(messages=messages, tools=tools, add_generation_prompt=generation_prompt)
 
 
 def check_template(template: str, where: str = "chat_template") -> str:

@@ -1,7 +1,6 @@
 """The rotation of a video: the display matrix of an MP4 or MOV file, read from its boxes.
 
-PyAV exposes the matrix on decoded frames only; here it is read from the header, so that the cost of a clip needs no
-decoding.
+PyAV exposes the matrix on decoded frames only, and the cost of a clip is found without decoding.
 """
 
 import math

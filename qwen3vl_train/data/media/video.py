@@ -9,14 +9,14 @@ import math
 import os
 from collections.abc import Iterator
 from io import BytesIO
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from PIL import Image
 
 from qwen3vl_train.data.errors import MediaFault
 from qwen3vl_train.data.media.clips import MAX_FPS
 from qwen3vl_train.data.media.paths import VideoInput, describe, path_or_bytes, too_large, unreadable
-from qwen3vl_train.data.media.rotation import mp4_matrix, rotation_from_matrix
+from qwen3vl_train.data.media.rotation import Matrix, mp4_matrix, rotation_from_matrix
 
 if TYPE_CHECKING:
     from av.container import InputContainer
@@ -31,16 +31,13 @@ _SYSTEM_ERRORS = (errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.ETIM
 
 
 class VideoHeader(NamedTuple):
-    """What a file declares about its first video stream.
-
-    height, width: as shown, after a phone's rotation. rotation: quarter turns counter-clockwise (0..3).
-    """
+    """What a file declares about its first video stream. height, width: as shown, after a phone's rotation."""
 
     num_frames: int
     fps: float
     height: int
     width: int
-    rotation: int
+    rotation: int  # quarter turns counter-clockwise (0..3)
 
 
 class Packet(NamedTuple):
@@ -69,7 +66,10 @@ def read_header(source: VideoInput, media_root: str | os.PathLike[str] | None = 
                 kind="no_frame_rate",
             )
         height, width = stream.codec_context.height, stream.codec_context.width
-        _check_size(name, height, width)
+        if height < 1 or width < 1:
+            raise MediaFault(f"{name}: {width}x{height} has no pixels; replace it")
+        if Image.MAX_IMAGE_PIXELS is not None and height * width > Image.MAX_IMAGE_PIXELS:
+            raise too_large(name, f"{width}x{height}", "pixels a frame")
         rotation = _header_rotation(file, container, stream, name)
         num_frames = _count_from_table(container, stream, name)
         if num_frames is None:
@@ -93,14 +93,14 @@ def open_video(file: str | bytes, name: str) -> Iterator[tuple["InputContainer",
         from av.stream import Disposition
     except ImportError as error:
         raise ValueError(f"video: PyAV is not installed ({error}); pip install 'qwen3vl_train[video]'") from None
-    options = {"format_whitelist": _format_whitelist(av), "protocol_whitelist": "file"}
+    # The whitelist takes FFmpeg's full names; some formats have several, like "mov,mp4,m4a".
+    formats = ",".join(av.format.ContainerFormat(name, "r").name for name in _CONTAINERS.split(","))
+    options = {"format_whitelist": formats, "protocol_whitelist": "file"}
     source = BytesIO(file) if isinstance(file, bytes) else file
     try:
         with av.open(source, "r", options=options, metadata_errors="ignore") as container:
             # The cover art of a song is a video stream of one picture.
-            streams = [
-                stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic
-            ]
+            streams = [video for video in container.streams.video if not video.disposition & Disposition.attached_pic]
             if not streams:
                 found = ", ".join(sorted({stream.type for stream in container.streams})) or "none"
                 fault = f"{name}: has no video stream (streams: {found}); replace the file"
@@ -121,32 +121,21 @@ def open_video(file: str | bytes, name: str) -> Iterator[tuple["InputContainer",
         ) from None
 
 
-def _format_whitelist(av: Any) -> str:
-    """Return the whitelist in FFmpeg's full names: some formats have several, like "mov,mp4,m4a"."""
-    return ",".join(av.format.ContainerFormat(name, "r").name for name in _CONTAINERS.split(","))
-
-
-def _check_size(name: str, height: int, width: int) -> None:
-    if height < 1 or width < 1:
-        raise MediaFault(f"{name}: {width}x{height} has no pixels; replace it")
-    if Image.MAX_IMAGE_PIXELS is not None and height * width > Image.MAX_IMAGE_PIXELS:
-        raise too_large(name, f"{width}x{height}", "pixels a frame")
-
-
 def _header_rotation(file: str | bytes, container: "InputContainer", stream: "VideoStream", name: str) -> int:
     """Return the rotation that an MP4 or MOV header asks for; 0 for other containers."""
     if not container.format.name.startswith("mov"):
         return 0
     with BytesIO(file) if isinstance(file, bytes) else open(file, "rb") as opened:
-        rotation = rotation_from_matrix(mp4_matrix(opened, stream.id))
+        return rotation_of(mp4_matrix(opened, stream.id), name)
+
+
+def rotation_of(matrix: Matrix, name: str) -> int:
+    """Return the rotation of a display matrix. Raise MediaFault for mirrored videos and other angles."""
+    rotation = rotation_from_matrix(matrix)
     if rotation is None:
-        raise unsupported_rotation(name)
+        fault = f"{name}: is mirrored or not rotated by a multiple of 90 degrees; write it again upright"
+        raise MediaFault(fault, kind="unsupported_media")
     return rotation
-
-
-def unsupported_rotation(name: str) -> MediaFault:
-    fault = f"{name}: is mirrored or not rotated by a multiple of 90 degrees; write it again upright"
-    return MediaFault(fault, kind="unsupported_media")
 
 
 def _count_from_table(container: "InputContainer", stream: "VideoStream", name: str) -> int | None:
