@@ -139,11 +139,8 @@ def render_instruct(
     pieces = _system(messages, tools)
     for index, message in enumerate(messages):
         if message.role == "system" and index:
-            raise RowFault(
-                f"messages[{index}]: a system message that is not the first, which the template drops; "
-                "move it to the front",
-                kind="dropped_by_template",
-            )
+            fault = "a system message that is not the first, which the template drops; move it to the front"
+            raise RowFault(f"messages[{index}]: {fault}", kind="dropped_by_template")
         if message.reasoning is not None:
             raise RowFault(
                 f"messages[{index}]: reasoning_content, which the template of an Instruct checkpoint drops; remove "

@@ -1,6 +1,6 @@
 """One sample -> token ids, next-token labels, positions and patches; or its cost, from headers alone."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
@@ -69,26 +69,16 @@ class TokenLayout(NamedTuple):
     slices: list[VisionSlice]
 
 
-def lay_out(
-    pieces: Sequence[Piece],
-    grids: Sequence[Grid],
-    tokenizer: ChatTokenizer,
-    *,
-    times: Sequence[Sequence[float]] = (),
-    wrapped: bool = False,
-) -> TokenLayout:
-    """Tokenise pieces, with the slots filled by the grids in order.
+def lay_out(pieces: Iterable[Piece], grids: Sequence[Grid], tokenizer: ChatTokenizer) -> TokenLayout:
+    """Tokenise pieces whose slots are filled. grids: of the media in them, in order.
 
     Adjacent texts are encoded in one call, as if the chat were one string; a token is trained if it is entirely inside
     trained text. "assistant\\n" + "\\nYes" -> "assistant", "\\n\\n" (not trained), "Yes" (trained).
-
-    times: for each slot, the seconds of a clip's frame pairs.
-    wrapped: the markup of clips, see `vision_markup`.
     """
     ids, weights, runs, slices = [], [], [], []
     frame_grids = ((1, height, width) for frames, height, width in grids for _ in range(frames))
     row = text_start = 0
-    for is_text, group in groupby(_fill_slots(pieces, grids, times, wrapped), key=_is_text):
+    for is_text, group in groupby(pieces, key=_is_text):
         if is_text:
             text_ids, text_weights = _encode_texts([piece for piece in group if isinstance(piece, Text)], tokenizer)
             ids += text_ids
@@ -114,19 +104,6 @@ def is_trained(pieces: Sequence[Piece]) -> bool:
 
 def _is_text(piece: Piece) -> bool:
     return isinstance(piece, Text)
-
-
-def _fill_slots(
-    pieces: Sequence[Piece], grids: Sequence[Grid], times: Sequence[Sequence[float]], wrapped: bool
-) -> Iterator[Piece]:
-    """Replace the slots by their markup."""
-    remaining = iter(zip(grids, times or [()] * len(grids), strict=True))
-    for piece in pieces:
-        if isinstance(piece, Slot):
-            (_, height, width), pair_times = next(remaining)
-            yield from vision_markup(piece, height * width // MERGE**2, pair_times, wrapped=wrapped)
-        else:
-            yield piece
 
 
 def _encode_texts(texts: list[Text], tokenizer: ChatTokenizer) -> tuple[list[int], list[float]]:
@@ -198,10 +175,22 @@ class Encoder:
             grids = self.budgets.fit(sizes, own_grids, max(limit, 0))
         return measured, grids
 
+    def _fill_slots(
+        self, pieces: Sequence[Piece], grids: Sequence[Grid], measured: Sequence[Measured]
+    ) -> Iterator[Piece]:
+        """Replace the slots by their markup."""
+        media = iter(zip(grids, measured, strict=True))
+        for piece in pieces:
+            if isinstance(piece, Slot):
+                (_, height, width), medium = next(media)
+                yield from vision_markup(piece, height * width // MERGE**2, medium.times, wrapped=self.wrapped_clips)
+            else:
+                yield piece
+
     def _count(self, pieces: Sequence[Piece], grids: Sequence[Grid], measured: Sequence[Measured]) -> int:
         """Return the number of tokens that `lay_out` makes of the pieces, without making them."""
-        count, times = 0, [medium.times for medium in measured]
-        for is_text, group in groupby(_fill_slots(pieces, grids, times, self.wrapped_clips), key=_is_text):
+        count = 0
+        for is_text, group in groupby(self._fill_slots(pieces, grids, measured), key=_is_text):
             if is_text:
                 count += self.tokenizer.count("".join(piece.text for piece in group if isinstance(piece, Text)))
             else:
@@ -217,8 +206,7 @@ class Encoder:
         for slot, medium, grid in zip(_slots(pieces), measured, grids, strict=True):
             with _naming_part(slot):
                 patches.append(read_patches(slot.part, medium, grid, sample.media_root))
-        times = [medium.times for medium in measured]
-        layout = lay_out(pieces, grids, self.tokenizer, times=times, wrapped=self.wrapped_clips)
+        layout = lay_out(self._fill_slots(pieces, grids, measured), grids, self.tokenizer)
         input_ids = torch.tensor(layout.ids, dtype=torch.int64)
         next_weights = torch.tensor(layout.weights[1:], dtype=torch.float32)
         label_rows = (next_weights > 0).nonzero().squeeze(1)

@@ -31,16 +31,14 @@ def measure(part: ImagePart | VideoPart, rules: ClipRules | None, media_root: st
         fault = "video: the checkpoint has no video_preprocessor_config.json; copy it from its publisher"
         raise MediaFault(fault, kind="unsupported_media")
     if isinstance(part.video, tuple):
-        return _measure_frames(part.video, part, rules, media_root)
+        return _measure_frames(part, part.video, rules, media_root)
     header = read_header(part.video, media_root)
     indices = sample_indices(header.num_frames, header.fps, rules)
     times = pair_times([index / header.fps for index in indices])
     return Measured(Size(header.height, header.width, len(indices)), tuple(indices), tuple(times), header)
 
 
-def _measure_frames(
-    frames: tuple[ImageInput, ...], part: VideoPart, rules: ClipRules, media_root: str | None
-) -> Measured:
+def _measure_frames(part: VideoPart, frames: tuple, rules: ClipRules, media_root: str | None) -> Measured:
     """Measure a list of frames: with a frame rate they are sampled, with timestamps all are used."""
     if part.timestamps is not None:
         indices, times = list(range(len(frames))), list(part.timestamps)
@@ -57,10 +55,8 @@ def _measure_frames(
     sizes = [image_size(frames[index], media_root) for index in indices]
     for index, size in zip(indices, sizes, strict=True):
         if size != sizes[0]:
-            raise MediaFault(
-                f"{describe(frames[index])}: is {size[1]}x{size[0]}, the first frame of its clip {sizes[0][1]}x"
-                f"{sizes[0][0]}; give frames of one size"
-            )
+            fault = f"is {size[1]}x{size[0]}, the first frame of its clip {sizes[0][1]}x{sizes[0][0]}"
+            raise MediaFault(f"{describe(frames[index])}: {fault}; give frames of one size")
     return Measured(Size(*sizes[0], len(indices)), tuple(indices), tuple(pair_times(times)))
 
 
@@ -82,8 +78,7 @@ def read_patches(part: ImagePart | VideoPart, measured: Measured, grid: Grid, me
 def _load(source: ImageInput, measured: Measured, media_root: str | None) -> Tensor:
     rgb = load_rgb(source, media_root)
     if rgb.shape[1:] != measured.size[:2]:
-        raise MediaFault(
-            f"{describe(source)}: decodes to {rgb.shape[2]}x{rgb.shape[1]}, its header says {measured.size.width}x"
-            f"{measured.size.height}; replace it"
-        )
+        height, width, _ = measured.size
+        fault = f"decodes to {rgb.shape[2]}x{rgb.shape[1]}, its header says {width}x{height}"
+        raise MediaFault(f"{describe(source)}: {fault}; replace it")
     return rgb

@@ -8,8 +8,6 @@ from qwen3vl_train.data.encode.tokenizer import read_json
 from qwen3vl_train.data.media.clips import FRAMES_PER_PATCH, MAX_FPS, ClipRules
 from qwen3vl_train.data.media.image import FACTOR, MERGE, PATCH
 
-_SAMPLING = {"fps": 2, "min_frames": 4, "max_frames": 768}
-
 
 class ImageLimits(NamedTuple):
     """Limits on the area of a resized image, in pixels; one visual token is 32x32 of them."""
@@ -50,7 +48,8 @@ def read_clip_rules(model_path: str | Path, arch: Qwen3VLArch) -> ClipRules | No
     if settings.get("cap_pixels_per_frame"):
         faults.append("cap_pixels_per_frame is true, Qwen3-VL was trained with the limit of the whole clip alone")
     limits = _area_limits(settings, faults)
-    fps, min_frames, max_frames = (settings.get(key) or default for key, default in _SAMPLING.items())
+    defaults = {"fps": 2, "min_frames": 4, "max_frames": 768}
+    fps, min_frames, max_frames = (settings.get(key) or default for key, default in defaults.items())
     numbers = isinstance(fps, int | float) and isinstance(min_frames, int) and isinstance(max_frames, int)
     if not (numbers and 0 < fps <= MAX_FPS and FRAMES_PER_PATCH <= min_frames <= max_frames):
         got = f"{fps!r}, {min_frames!r}, {max_frames!r}"

@@ -39,10 +39,8 @@ class ChatTokenizer:
             raise ValueError(f"{where}: no token {', '.join(missing)}; give the tokenizer of a Qwen3-VL checkpoint")
         plain = [name for name, token in ids.items() if token not in added or not added[token].special]
         if plain:
-            raise ValueError(
-                f"{where}: {', '.join(plain)} not marked special, so that typed text would become it; "
-                "set special to true in added_tokens"
-            )
+            fault = f"{', '.join(plain)} not marked special, so that typed text would become it"
+            raise ValueError(f"{where}: {fault}; set special to true in added_tokens")
         self.special_ids: dict[str, int] = ids
         self._where, self._tokenizer = where, tokenizer
         self._counts: dict[str, int] = {}

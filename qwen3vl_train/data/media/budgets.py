@@ -61,11 +61,8 @@ class Budgets:
             return list(grids)
         smallest = num_tokens(self._scale(sizes, grids, 0.0))
         if smallest > budget:
-            raise RowFault(
-                f"{len(sizes)} images and clips take at least {smallest} visual tokens, more than {field} {budget}; "
-                "raise it or give fewer",
-                kind="too_long",
-            )
+            fault = f"{len(sizes)} images and clips take at least {smallest} visual tokens, more than {field} {budget}"
+            raise RowFault(f"{fault}; raise it or give fewer", kind="too_long")
         fits, too_large = 0.0, 1.0
         for _ in range(_NUM_BISECTIONS):
             middle = (fits + too_large) / 2

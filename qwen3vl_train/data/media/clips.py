@@ -40,10 +40,7 @@ def sample_indices(num_frames: int, clip_fps: float, rules: ClipRules) -> list[i
 
 
 def pair_times(times: Sequence[float]) -> list[float]:
-    """Return one time for each pair of frames, the mean of the two; an odd last frame is repeated.
-
-    0.0, 0.5, 1.0 -> 0.25, 1.0
-    """
+    """Return the mean time of each pair of frames; an odd last one is repeated. 0.0, 0.5, 1.0 -> 0.25, 1.0."""
     padded = [*times, times[-1]] if len(times) % FRAMES_PER_PATCH else times
     return [(first + second) / 2 for first, second in zip(padded[::2], padded[1::2], strict=True)]
 

@@ -120,16 +120,12 @@ class _Converter:
         numbers = IDENTITY if matrix is None else tuple(memoryview(bytes(matrix)).cast("i"))
         rotation = rotation_of(numbers, self.name)
         if rotation != self.header.rotation:
-            raise MediaFault(
-                f"{self.name}: its frames are rotated by {90 * rotation} degrees, its header says "
-                f"{90 * self.header.rotation}; write it again upright, or as MP4"
-            )
+            fault = f"its frames are rotated by {90 * rotation} degrees, its header says {90 * self.header.rotation}"
+            raise MediaFault(f"{self.name}: {fault}; write it again upright, or as MP4")
         rgb_HWC = torch.from_numpy(self.scaler.reformat(frame, format="rgb24", threads=1).to_ndarray())
         upright = torch.rot90(rgb_HWC, rotation) if rotation else rgb_HWC  # rot90 by 0 would copy
         if upright.shape[:2] != (self.header.height, self.header.width):
             height, width, _ = upright.shape
-            raise MediaFault(
-                f"{self.name}: a frame is {width}x{height}, the header says {self.header.width}x{self.header.height}; "
-                "write it again in one size"
-            )
+            fault = f"a frame is {width}x{height}, the header says {self.header.width}x{self.header.height}"
+            raise MediaFault(f"{self.name}: {fault}; write it again in one size")
         return upright.permute(2, 0, 1)

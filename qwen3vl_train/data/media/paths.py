@@ -43,9 +43,8 @@ def resolve_path(path: str, media_root: str | os.PathLike[str] | None, kind: str
     scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", path)
     if scheme:
         remedy = " or set allow_urls: true" if is_web_address(path) else ""
-        raise MediaFault(
-            f"{name}: is a {scheme[1]} URL and nothing is downloaded; give a local path{remedy}", kind="forbidden_path"
-        )
+        fault = f"{name}: is a {scheme[1]} URL and nothing is downloaded; give a local path{remedy}"
+        raise MediaFault(fault, kind="forbidden_path")
     if "\0" in path or not path:
         raise MediaFault(f"{name}: is not a path; give the path of a file")
     if media_root is None:
