@@ -71,8 +71,7 @@ def find_template(model_path: str | Path) -> tuple[str, str]:
     file = folder / "chat_template.jinja"
     if file.is_file():
         return file.read_text(encoding="utf-8"), str(file)
-    for name in ("chat_template.json", "tokenizer_config.json"):
-        file = folder / name
+    for file in (folder / "chat_template.json", folder / "tokenizer_config.json"):
         if not file.is_file():
             continue
         try:
