@@ -83,11 +83,12 @@ def open_video(file: str | bytes, name: str) -> Iterator[tuple["InputContainer",
     try:
         import av
         from av.error import FFmpegError
+        from av.format import ContainerFormat
         from av.stream import Disposition
     except ImportError as error:
         raise ValueError(f"video: PyAV is not installed ({error}); pip install 'qwen3vl_train[video]'") from None
     # The whitelist takes FFmpeg's full names; some formats have several, like "mov,mp4,m4a".
-    formats = ",".join(av.format.ContainerFormat(short, "r").name for short in _CONTAINERS.split(","))
+    formats = ",".join(ContainerFormat(short, "r").name for short in _CONTAINERS.split(","))
     options = {"format_whitelist": formats, "protocol_whitelist": "file"}
     source = BytesIO(file) if isinstance(file, bytes) else file
     try:
