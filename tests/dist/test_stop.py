@@ -18,14 +18,9 @@ from qwen3vl_train.dist.ranks import Ranks
 from qwen3vl_train.dist.stop import StopRequest, StopSignals
 from qwen3vl_train.train.cli import sft
 from qwen3vl_train.train.loop import train
-from tests.helpers import engine_runs, faults, small_runs
+from tests.helpers import faults, small_runs
 from tests.helpers.ranks import RankFailure, run_ranks
 from tests.helpers.small_runs import in_child, losses
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return engine_runs.write_small_checkpoint(tmp_path_factory.mktemp("small") / "model")
 
 
 def _within_step(number: int, act: Callable[[], None]) -> None:

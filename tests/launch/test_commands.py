@@ -45,12 +45,7 @@ def test_eval_gives_loss_and_answers_of_a_run(learnt, task, tmp_path, capsys):
     assert got["loss"] == pytest.approx(at_the_end["loss"], abs=1e-5)
     assert got["label_tokens"] == at_the_end["label_tokens"]
     answers = [json.loads(line) for line in out.read_text().splitlines()]
-    assert answers[2] == {
-        "id": "eval.jsonl:3",
-        "expected": "No, it is not.",
-        "answer": "No, it is not.",
-        "match": True,
-    }
+    assert answers[2] == {"id": "eval.jsonl:3", "expected": "No, it is not.", "answer": "No, it is not.", "match": True}
     assert said[2] == "eval.jsonl:3: expected 'No, it is not.', got 'No, it is not.'"
     assert said[-1] == (
         f"4 samples: loss {got['loss']:.4f} over {got['label_tokens']} label tokens, exact match 100.0%"

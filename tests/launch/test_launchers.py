@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 
 from qwen3vl_train.checkpoint.manifest import checkpoint_folder, latest_checkpoint
-from qwen3vl_train.config import Recipe, load_recipe
-from qwen3vl_train.train.loop import train
+from qwen3vl_train.config import load_recipe
 from tests.helpers import launchers, small_runs
 from tests.helpers.ranks import run_ranks
 
@@ -127,10 +126,6 @@ if __name__ == "__main__":
 """
 
 
-def _train(rank: int, world_size: int, recipe: Recipe) -> None:
-    train(recipe)
-
-
 def test_a_stop_under_torchrun_saves_and_resumes(tiny_folder: Path, task: Path, tmp_path: Path):
     """torchrun hands SIGTERM on to the process groups of its ranks, in which the loader's workers are too."""
     case = {"train__num_steps": 5, "data__num_workers": 2, "tune": small_runs.LORA}
@@ -154,8 +149,12 @@ def test_a_stop_under_torchrun_saves_and_resumes(tiny_folder: Path, task: Path, 
     run = tmp_path / "run"
     assert f"{run}: asked to stop, saved after step 3; start it again to go on" in out
     assert latest_checkpoint(run) == checkpoint_folder(run, 3)
-    run_ranks(_train, 2, load_recipe(recipe))
-    run_ranks(_train, 2, load_recipe(launchers.short_recipe(tiny_folder, task, tmp_path / "straight", **case)))
+    run_ranks(small_runs.train_on_rank, 2, load_recipe(recipe))
+    run_ranks(
+        small_runs.train_on_rank,
+        2,
+        load_recipe(launchers.short_recipe(tiny_folder, task, tmp_path / "straight", **case)),
+    )
     assert _rows(run) == [1, 2, 3, 4, 5]
     assert small_runs.losses(run) == small_runs.losses(tmp_path / "straight" / "run")
     small_runs.assert_same_tensors(

@@ -146,11 +146,7 @@ def test_every_script_explains_itself(name, tmp_path):
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [
-        (
-            "sft",
-            ["a.json"],
-            "a.json: 1 error\n  - cannot be read (No such file or directory); give a recipe file",
-        ),
+        ("sft", ["a.json"], "a.json: 1 error\n  - cannot be read (No such file or directory); give a recipe file"),
         ("export", ["none", "--out", "out"], "none: not a run folder (no recipe.yaml); give runs/<name>"),
         (
             "eval",

@@ -47,10 +47,6 @@ def test_weights_that_differ_between_ranks_are_seen_by_all():
     assert run_ranks(_compare, 2) == [[True, False, False]] * 2
 
 
-def _train(rank: int, world_size: int, recipe: Recipe) -> None:
-    train(recipe)
-
-
 @pytest.mark.parametrize("tune", [small_runs.FULL, small_runs.LORA], ids=["full", "lora-dropout"])
 @pytest.mark.parametrize("packs_per_step", [2, 4])
 def test_two_ranks_equal_one_process(tiny_folder: Path, task: Path, tmp_path: Path, tune: dict, packs_per_step: int):
@@ -67,7 +63,7 @@ def test_two_ranks_equal_one_process(tiny_folder: Path, task: Path, tmp_path: Pa
         )
 
     one = train(recipe("one"))
-    run_ranks(_train, 2, recipe("two"))
+    run_ranks(small_runs.train_on_rank, 2, recipe("two"))
     two = tmp_path / "two" / "run"
     assert small_runs.losses(two) == pytest.approx(small_runs.losses(one), abs=TOLERANCE)
     weights = small_runs.final_tensors(one)

@@ -37,16 +37,6 @@ CHECKPOINTING = ("none", "full", "selective")
 
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return engine_runs.write_small_checkpoint(tmp_path_factory.mktemp("small") / "model")
-
-
-@pytest.fixture(scope="module")
-def steps(small: Path) -> Steps:
-    return engine_runs.make_steps(small)
-
-
-@pytest.fixture(scope="module")
 def alone(small: Path, steps: Steps) -> dict[str, Outcome]:
     """What one process makes of each way to tune."""
     return {name: run_engine(0, 1, engine_recipe(small, tune), steps) for name, tune in TUNES.items()}

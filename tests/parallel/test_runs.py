@@ -16,17 +16,12 @@ from qwen3vl_train.checkpoint.writer import read_tensors
 from qwen3vl_train.config import Recipe
 from qwen3vl_train.model.hf_names import to_huggingface
 from qwen3vl_train.train.loop import train
-from tests.helpers import engine_runs, launchers, small_runs
+from tests.helpers import launchers, small_runs
 from tests.helpers.ranks import run_ranks
 
 pytestmark = pytest.mark.usefixtures("zero_at_ease")
 TUNES = {"full": small_runs.FULL, "lora": small_runs.LORA}
 HSDP = {"engine": "fsdp2", "replicate": 2, "shard": 2}
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return engine_runs.write_small_checkpoint(tmp_path_factory.mktemp("small") / "model")
 
 
 def _recipe(small: Path, task: Path, out: Path, **overrides: Any) -> Recipe:
@@ -90,10 +85,6 @@ def test_a_recipe_of_a_sharded_engine_needs_no_launcher(small: Path, task: Path,
     assert small_runs.losses(run) == pytest.approx(straight, rel=1e-5)
 
 
-def _train(rank: int, world_size: int, recipe: Recipe) -> None:
-    train(recipe)
-
-
 @pytest.mark.parametrize("tune", TUNES)
 @pytest.mark.parametrize(
     ("world_size", "parallel"), [(2, {"engine": "deepspeed", "zero_stage": 3}), (4, HSDP)], ids=["zero3", "hsdp"]
@@ -104,7 +95,7 @@ def test_the_form_for_others_is_written_from_shards(
     keep = {"every_steps": 2, "export_every_steps": 2}
     train_section = {"num_steps": 2, "packs_per_step": 4}
     recipe = _recipe(small, task, tmp_path, tune=TUNES[tune], parallel=parallel, checkpoint=keep, train=train_section)
-    run_ranks(_train, world_size, recipe)
+    run_ranks(small_runs.train_on_rank, world_size, recipe)
     written = tmp_path / "run" / "export" / "step-00000002"
     stored = read_tensors(checkpoint_folder(tmp_path / "run", 2), "weight/")
     trained = {name.removeprefix("weight/"): weight for name, weight in stored.items()}

@@ -10,6 +10,7 @@ from qwen3vl_train.config import Recipe
 from qwen3vl_train.tracking.metrics import read_metrics
 from qwen3vl_train.train.loop import train
 from tests.helpers import faults, small_runs
+from tests.helpers.messages import message_of
 from tests.helpers.ranks import run_ranks
 from tests.helpers.small_runs import in_child, losses
 
@@ -58,16 +59,12 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(tiny_folder: Path
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 3
 
 
-def _go_on(rank: int, world_size: int, recipe: Recipe) -> None:
-    train(recipe)
-
-
 @pytest.mark.parametrize("tune", [small_runs.FULL, small_runs.LORA], ids=["full", "lora"])
 def test_a_run_of_one_rank_goes_on_with_two(tiny_folder: Path, task: Path, tmp_path: Path, tune: dict):
     straight = train(small_runs.make_recipe(tiny_folder, task, tmp_path / "straight", tune=tune))
     recipe = small_runs.make_recipe(tiny_folder, task, tmp_path / "killed", tune=tune)
     assert _killed_after(3, recipe) == -9
-    run_ranks(_go_on, 2, recipe)
+    run_ranks(small_runs.train_on_rank, 2, recipe)
     run = tmp_path / "killed" / "run"
     # Two packs a step: the sum of two gradients is the same in either order, so this too holds bit for bit.
     assert losses(run) == losses(straight)
@@ -125,11 +122,9 @@ def test_another_run_in_the_folder_is_an_error(tiny_folder, task, copied):
 
 
 def test_resume_never_meets_a_started_run(tiny_folder, task, copied):
-    with pytest.raises(ValueError) as fault:
-        train(small_runs.make_recipe(tiny_folder, task, copied, checkpoint__resume="never"))
-    assert str(fault.value) == (
-        f"{copied / 'run'}: holds this run already; choose another name, or set checkpoint.resume: auto to go on"
-    )
+    assert message_of(
+        ValueError, train, small_runs.make_recipe(tiny_folder, task, copied, checkpoint__resume="never")
+    ) == (f"{copied / 'run'}: holds this run already; choose another name, or set checkpoint.resume: auto to go on")
 
 
 def test_resume_never_starts_where_nothing_is(tiny_folder, task, tmp_path):
@@ -189,9 +184,10 @@ def test_a_run_with_only_damaged_checkpoints_stops(tiny_folder, task, copied):
     for step in (6, 4):
         (file,) = (copied / "run" / "checkpoints" / f"step-{step:08d}" / "state").iterdir()
         faults.append(f"\n  - {file}: {_lose(file)}")
-    with pytest.raises(ValueError) as fault:
-        train(small_runs.make_recipe(tiny_folder, task, copied))
-    assert str(fault.value) == f"{copied / 'run'}: none of 2 checkpoints is complete{''.join(faults)}"
+    assert (
+        message_of(ValueError, train, small_runs.make_recipe(tiny_folder, task, copied))
+        == f"{copied / 'run'}: none of 2 checkpoints is complete{''.join(faults)}"
+    )
 
 
 def test_changed_data_stops_a_resume(tiny_folder, task, tmp_path):

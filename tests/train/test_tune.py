@@ -6,6 +6,7 @@ from qwen3vl_train.arch import Qwen3VLArch
 from qwen3vl_train.train.build import describe
 from qwen3vl_train.train.tune import GradientCheck, report_groups
 from tests.helpers import small_runs
+from tests.helpers.messages import message_of
 from tests.helpers.small_runs import ALONE, ONE_IMAGE, TEXT_ONLY, Trainee
 
 
@@ -126,6 +127,4 @@ def test_a_rate_for_unmatched_patterns_is_an_error(tiny_folder, task, tmp_path, 
     values = {f"optim__{name}": rate for name, rate in rates.items()}
     tune = {"method": "lora", "rank": 2, "targets": [pattern]}
     recipe = small_runs.make_recipe(tiny_folder, task, tmp_path, tune=tune, **values)
-    with pytest.raises(ValueError) as fault:
-        describe(Qwen3VLArch.from_pretrained(tiny_folder), recipe)
-    assert str(fault.value).startswith(message)
+    assert message_of(ValueError, describe, Qwen3VLArch.from_pretrained(tiny_folder), recipe).startswith(message)

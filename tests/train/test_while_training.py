@@ -24,17 +24,8 @@ from qwen3vl_train.tracking.recorder import Recorder
 from qwen3vl_train.tracking.wandb import SilentTracker
 from qwen3vl_train.train.export import export_run
 from qwen3vl_train.train.loop import train
-from tests.helpers import engine_runs, faults, small_runs
+from tests.helpers import faults, small_runs
 from tests.helpers.ranks import run_ranks
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return engine_runs.write_small_checkpoint(tmp_path_factory.mktemp("small") / "model")
-
-
-def _train(rank: int, world_size: int, recipe: Recipe) -> None:
-    train(recipe)
 
 
 def test_a_checkpoint_stall_is_in_the_next_metrics(small: Path, task: Path, tmp_path: Path):
@@ -61,7 +52,7 @@ def test_an_evaluation_sends_a_heartbeat_for_every_pack(small: Path, task: Path,
 def test_the_manifest_holds_engine_ranks_versions_and_losses(small: Path, task: Path, tmp_path: Path):
     case = {"data__eval": [{"path": str(task / "eval.jsonl"), "name": "held"}], "eval__every_steps": 2}
     recipe = small_runs.make_recipe(small, task, tmp_path, parallel={"engine": "fsdp2"}, train__num_steps=3, **case)
-    run_ranks(_train, 2, recipe)
+    run_ranks(small_runs.train_on_rank, 2, recipe)
     run = tmp_path / "run"
     second, third = (read_manifest(checkpoint_folder(run, step), checksums=True) for step in (2, 3))
     assert (second["step"], second["engine"], second["world_size"]) == (2, "fsdp2", 2)
@@ -198,7 +189,7 @@ def test_an_export_is_written_while_training(
     if engine == "single":
         train(recipe)
     else:
-        run_ranks(_train, 2, recipe)
+        run_ranks(small_runs.train_on_rank, 2, recipe)
     run = tmp_path / "out" / "run"
     assert [folder.name for folder in (run / "export").iterdir()] == ["step-00000002"]
     written = run / "export" / "step-00000002"

@@ -32,6 +32,7 @@ from tests.helpers.engine_runs import (
     run_engine,
     skipped,
 )
+from tests.helpers.messages import message_of
 from tests.helpers.ranks import run_ranks
 
 pytestmark = pytest.mark.usefixtures("zero_at_ease")
@@ -97,16 +98,6 @@ def test_small_eps_in_adam_amplifies_rounding(small: Path, steps: Steps):
     assert found[1e-4].weight < 5e-6  # 3.7e-6 seen
 
 
-@pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return engine_runs.write_small_checkpoint(tmp_path_factory.mktemp("small") / "model")
-
-
-@pytest.fixture(scope="module")
-def steps(small: Path) -> Steps:
-    return engine_runs.make_steps(small)
-
-
 def _run_all(rank: int, world_size: int, recipes: list[Recipe], steps: Steps) -> list[Outcome]:
     return [run_engine(rank, world_size, recipe, steps) for recipe in recipes]
 
@@ -123,14 +114,7 @@ def test_a_stage_trains_as_one_process_does(stage: int, small: Path, steps: Step
     alone = {name: run_engine(0, 1, _recipe(small, tune), steps) for name, tune in TUNES.items()}
     cases = [(tune, kept) for tune in TUNES for kept in ("none", "full")]
     recipes = [
-        _recipe(
-            small,
-            TUNES[tune],
-            "deepspeed",
-            zero_stage=stage,
-            activation_checkpointing=kept,
-            parts=kept == "full",
-        )
+        _recipe(small, TUNES[tune], "deepspeed", zero_stage=stage, activation_checkpointing=kept, parts=kept == "full")
         for tune, kept in cases
     ]
     wrong = []
@@ -349,8 +333,6 @@ def test_one_process_needs_no_launcher(small: Path, steps: Steps):
 
 def test_without_deepspeed_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "deepspeed", None)
-    with pytest.raises(ValueError) as error:
-        start_deepspeed(small_runs.ALONE)
-    assert str(error.value) == (
+    assert message_of(ValueError, start_deepspeed, small_runs.ALONE) == (
         "parallel.engine: deepspeed is not installed; pip install 'qwen3vl_train[deepspeed]' or take another engine"
     )
