@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shutil
 import sys
 import time
@@ -11,14 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
-from qwen3vl_train.checkpoint.hf import load_qwen3_vl_model
 from qwen3vl_train.checkpoint.manifest import checkpoint_folder, latest_checkpoint, read_manifest
-from qwen3vl_train.checkpoint.writer import CheckpointWriter, read_tensors
+from qwen3vl_train.checkpoint.writer import CheckpointWriter
 from qwen3vl_train.config import Recipe, run_dir
 from qwen3vl_train.dist.stop import StopRequest
-from qwen3vl_train.model.hf_names import to_huggingface
 from qwen3vl_train.tracking.metrics import read_metrics
 from qwen3vl_train.tracking.recorder import Recorder
 from qwen3vl_train.tracking.wandb import SilentTracker
@@ -174,40 +170,6 @@ def test_all_ranks_end_when_an_export_fails(small: Path, task: Path, tmp_path: P
         "the same later"
     )
     assert out.parent.is_file() or not any(out.parent.iterdir())
-
-
-EXPORTS = {"full": small_runs.FULL, "lora": small_runs.LORA}
-
-
-@pytest.mark.parametrize("engine", ["single", "fsdp2"])
-@pytest.mark.parametrize("tune", EXPORTS)
-def test_an_export_is_written_while_training(
-    small: Path, task: Path, tmp_path: Path, capfd: pytest.CaptureFixture, engine: str, tune: str
-):
-    case = {"tune": EXPORTS[tune], "checkpoint": {"every_steps": 2, "export_every_steps": 2}, "train__num_steps": 3}
-    recipe = small_runs.make_recipe(small, task, tmp_path / "out", parallel={"engine": engine}, **case)
-    if engine == "single":
-        train(recipe)
-    else:
-        run_ranks(small_runs.train_on_rank, 2, recipe)
-    run = tmp_path / "out" / "run"
-    assert [folder.name for folder in (run / "export").iterdir()] == ["step-00000002"]
-    written = run / "export" / "step-00000002"
-    stored = read_tensors(checkpoint_folder(run, 2), "weight/")
-    trained = {name.removeprefix("weight/"): weight for name, weight in stored.items()}
-    if tune == "full":
-        weights = dict(load_qwen3_vl_model(written, dtype=torch.float32).named_parameters())
-        assert weights.keys() == trained.keys()
-        assert all(torch.equal(weight, trained[name]) for name, weight in weights.items())
-    else:
-        adapter = load_file(written / "adapter_model.safetensors")
-        assert len(adapter) == len(trained)
-        for name, weight in trained.items():
-            module, _, part = name.partition(".lora_")
-            key = f"base_model.model.{to_huggingface(module)}.lora_{part.replace('.default', '')}"
-            assert torch.equal(adapter[key], weight)
-    assert (written / "tokenizer.json").is_file()
-    assert re.search(rf"^export step 2: written in \d+\.\d s, {written}$", capfd.readouterr().out, re.MULTILINE)
 
 
 def test_an_export_of_a_step_done_again_is_replaced(small: Path, task: Path, tmp_path: Path):
