@@ -98,30 +98,6 @@ def test_a_worker_that_dies_ends_the_run_which_can_go_on(small: Path, task: Path
     assert losses(tmp_path / "run") == losses(straight)
 
 
-def test_a_damaged_checkpoint_is_announced_and_set_aside(
-    small: Path, task: Path, tmp_path: Path, straight: Path, capsys
-):
-    recipe = _recipe(small, task, tmp_path, checkpoint={"every_steps": 2, "keep_last": 2})
-    checkpoints = train(recipe) / "checkpoints"
-    damaged = next((checkpoints / "step-00000006" / "state").iterdir())
-    os.truncate(damaged, damaged.stat().st_size - 1)
-    size = damaged.stat().st_size
-    capsys.readouterr()
-    train(recipe)
-    lines = capsys.readouterr().out.splitlines()
-    assert any(
-        line.startswith("falling back to an earlier checkpoint: ") and f"{damaged}: {size} bytes, written with" in line
-        for line in lines
-    )
-    assert "resuming after step 4 of 6" in lines
-    assert losses(tmp_path / "run") == losses(straight)
-    assert sorted(left.name for left in checkpoints.iterdir()) == [
-        "damaged-step-00000006",
-        "step-00000004",
-        "step-00000006",
-    ]
-
-
 # ---- ranks
 
 DRIVER = """

@@ -21,6 +21,7 @@ from qwen3vl_train.tracking.wandb import SilentTracker
 from qwen3vl_train.train.export import export_run
 from qwen3vl_train.train.loop import train
 from tests.helpers import faults, small_runs
+from tests.helpers.messages import message_of
 from tests.helpers.ranks import run_ranks
 
 
@@ -122,9 +123,7 @@ def _fills_up(rank: int, world_size: int, recipe: Recipe, victim: int) -> str:
     if rank == victim:
         faults.around_saves(before=lambda writer, step: writers.append(writer))
         faults.around_steps(before=fill)
-    with pytest.raises(RuntimeError) as fault:
-        train(recipe)
-    return str(fault.value)
+    return message_of(RuntimeError, train, recipe)
 
 
 @pytest.mark.parametrize(("engine", "victim", "num_steps"), [("ddp", 0, 8), ("ddp", 0, 4), ("fsdp2", 1, 8)], ids=str)
@@ -152,9 +151,7 @@ def _cannot_export(rank: int, world_size: int, recipe: Recipe) -> str:
 
     if rank == 0:
         faults.before_export_in_training(refuse)
-    with pytest.raises(RuntimeError) as fault:
-        train(recipe)
-    return str(fault.value)
+    return message_of(RuntimeError, train, recipe)
 
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
