@@ -146,12 +146,8 @@ def test_a_stop_under_torchrun_saves_and_resumes(tiny_folder: Path, task: Path, 
     run = tmp_path / "run"
     assert f"{run}: asked to stop, saved after step 3; start it again to go on" in out
     assert latest_checkpoint(run) == checkpoint_folder(run, 3)
-    run_ranks(small_runs.train_on_rank, 2, load_recipe(recipe))
-    run_ranks(
-        small_runs.train_on_rank,
-        2,
-        load_recipe(launchers.short_recipe(tiny_folder, task, tmp_path / "straight", **case)),
-    )
+    for file in (recipe, launchers.short_recipe(tiny_folder, task, tmp_path / "straight", **case)):
+        run_ranks(small_runs.train_on_rank, 2, load_recipe(file))
     assert _rows(run) == [1, 2, 3, 4, 5]
     assert small_runs.losses(run) == small_runs.losses(tmp_path / "straight" / "run")
     expected = small_runs.final_tensors(tmp_path / "straight" / "run")
