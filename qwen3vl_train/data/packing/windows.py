@@ -99,8 +99,8 @@ class IndexedWindows:
         check_weights(sources_with_weights)
         self.index, self.seed, self.size = index, seed, size
         self.cost_model = cost_model or CostModel()
-        work = self.cost_model.work(index.tokens, index.patches, index.patch_pairs)
-        self.costs = FamilyCosts.from_rows(index.tokens, index.patches, work, index.num_shrunk)
+        self.work = self.cost_model.work(index.tokens, index.patches, index.patch_pairs)
+        self.costs = FamilyCosts.from_rows(index.tokens, index.patches, self.work, index.num_shrunk)
         self.num_usable: int | None = index.num_usable
         self.counts: tuple[int, int] = (index.num_rows, index.num_dropped)
         self.read_row: Callable[[Any], ScannedRow] = ReadIndexedRow(self.sources, index)
