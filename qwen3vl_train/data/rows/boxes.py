@@ -58,9 +58,8 @@ def fill_boxes(sample: Sample, row: Mapping[str, Any], columns: Mapping[str, str
     convention = Convention(unit or default.unit, layout or default.layout)
     if convention.unit is None:
         if found and any(values is not None for values in columns_of.values()):
-            raise _BoxFault(
-                f"boxes without a stated convention; set bbox to {', '.join(UNITS)} in the row or the recipe"
-            )
+            fault = f"boxes without a stated convention; set bbox to {', '.join(UNITS)} in the row or the recipe"
+            raise _BoxFault(fault)
         return sample
     size_of = _image_sizes(sample)
     texts = {}
@@ -100,9 +99,8 @@ def _image_sizes(sample: Sample) -> Callable[[Any, str], tuple[float, float]]:
 
     def size_of(index: Any, where: str) -> tuple[float, float]:
         if index is None and len(images) != 1:
-            raise _BoxFault(
-                f'{where}: in pixels of one of {len(images)} images; say which: {{"box": [...], "image": 0}}'
-            )
+            fault = f'{where}: in pixels of one of {len(images)} images; say which: {{"box": [...], "image": 0}}'
+            raise _BoxFault(fault)
         index = 0 if index is None else index
         if type(index) is not int or not 0 <= index < len(images):
             raise _BoxFault(f"{where}: image is {str(index)[:20]} of {len(images)}; images count from 0")
@@ -137,9 +135,8 @@ def _format(entry: Any, kind: str, where: str, convention: Convention, size_of: 
         bounds = f"0 to {width:g}"
     scaled = [1000 * value / (height if axis % 2 else width) for axis, value in enumerate(values)]
     if not all(-0.5 <= value <= 1000.5 for value in scaled):
-        raise _BoxFault(
-            f"{shown} read as {convention.unit}, {convention.layout} leaves {bounds}; check bbox and bbox_layout"
-        )
+        read_as = f"{convention.unit}, {convention.layout}"
+        raise _BoxFault(f"{shown} read as {read_as} leaves {bounds}; check bbox and bbox_layout")
     return str([round(value) for value in scaled])
 
 
