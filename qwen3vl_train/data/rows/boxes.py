@@ -10,7 +10,6 @@ shown, with its EXIF rotation applied. Where a row has several images, an entry 
 counted from 0: {"box": [64, 48, 320, 240], "image": 1}.
 """
 
-import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -18,9 +17,10 @@ from typing import Any, NamedTuple
 
 from qwen3vl_train.data.errors import MediaFault, RowFault
 from qwen3vl_train.data.media.image import image_size
+from qwen3vl_train.data.rows.messages import is_number
 from qwen3vl_train.data.rows.sample import ImagePart, Part, Sample, TextPart
 
-UNITS = ("pixel", "unit", "per_mille")
+UNITS = ("pixel", "unit", "per_mille")  # unit: 0 to 1; per_mille: 0 to 1000
 LAYOUTS = ("xyxy", "xywh")
 _PLACEHOLDER = re.compile(r"<(box|point)>")
 _PLURAL = {"box": "boxes", "point": "points"}
@@ -31,11 +31,7 @@ class _BoxFault(RowFault):
 
 
 class Convention(NamedTuple):
-    """How boxes are given.
-
-    unit: pixel, unit (0 to 1) or per_mille (0 to 1000); None: not stated.
-    layout: of boxes, one of LAYOUTS.
-    """
+    """How boxes are given. unit: one of UNITS, or None: not stated. layout: one of LAYOUTS."""
 
     unit: str | None = None
     layout: str = "xyxy"
@@ -143,10 +139,7 @@ def _format(entry: Any, kind: str, where: str, convention: Convention, size_of: 
 def _numbers(entry: Any, length: int, where: str) -> list[float]:
     if not isinstance(entry, list | tuple) or len(entry) != length:
         raise _BoxFault(f"{where} is not a list of {length} numbers; write [{', '.join(['x', 'y'] * (length // 2))}]")
-    try:
-        values = [float(value) for value in entry if isinstance(value, int | float) and not isinstance(value, bool)]
-    except OverflowError:
-        values = []
-    if len(values) != length or not all(math.isfinite(value) for value in values):
+    values = [float(value) for value in entry if is_number(value)]
+    if len(values) != length:
         raise _BoxFault(f"{where} is {str(entry)[:80]}, not {length} finite numbers; fix the box")
     return values

@@ -16,8 +16,6 @@ from qwen3vl_train.data.errors import RowFault
 
 Row = dict[str, Any]
 FORMATS = ("openai", "sharegpt", "columns")
-COLUMNS = ("question", "answer", "system", "reasoning", "image", "video", "boxes", "points")
-"""What `columns` can name a column for."""
 READ_COLUMNS = (
     "messages", "conversations", "conversation", "tools", "system", "image", "images", "video", "videos", "data_path",
     "question", "answer", "reasoning", "boxes", "points", "bbox", "bbox_layout",
@@ -150,9 +148,17 @@ class _ListedMedia:
         if not any(self.values.values()) and (not any(self.num_wanted.values()) or (typed and not self.num_empty)):
             return messages
         for kind, values in self.values.items():
-            if len(values) != self.num_wanted[kind]:
-                fault = _mismatch(kind, len(values), self.num_wanted[kind], self.num_own)
-                raise RowFault(fault, kind="media_mismatch")
+            listed, wanted = len(values), self.num_wanted[kind]
+            if listed == wanted:
+                continue
+            remedy = f"list one {kind} for each, or write typed parts, in which a text is a text"
+            if listed:
+                remedy = f"put one placeholder where each {kind} belongs"
+            if (own := self.num_own) > 0:
+                remedy = f"the parts contain {own} of their own: list no others, or leave parts without media for them"
+            given = f"{listed} {kind}{'s' * (listed != 1)}"
+            placeholders = f"{wanted} <{kind}> placeholder{'s' * (wanted != 1)} in the questions"
+            raise RowFault(f"{given} but {placeholders}; {remedy}", kind="media_mismatch")
         return filled
 
     def _next(self, kind: str) -> Any:
@@ -201,19 +207,6 @@ class _ListedMedia:
             if piece:
                 parts.append({"type": "text", "text": piece})
         return parts
-
-
-def _mismatch(kind: str, listed: int, wanted: int, num_own: int) -> str:
-    if num_own:
-        remedy = f"the parts contain {num_own} of their own: list no others, or leave parts without media for them"
-    elif listed:
-        remedy = f"put one placeholder where each {kind} belongs"
-    else:
-        remedy = f"list one {kind} for each, or write typed parts, in which a text is a text"
-    return (
-        f"{listed} {kind}{'s' * (listed != 1)} but {wanted} <{kind}> placeholder{'s' * (wanted != 1)} in the "
-        f"questions; {remedy}"
-    )
 
 
 def names_media(row: Row) -> bool:

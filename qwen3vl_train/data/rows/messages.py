@@ -1,7 +1,7 @@
 """Check the OpenAI messages of one row and return them as a `Sample`."""
 
 import json
-import math
+import sys
 from typing import Any
 
 from PIL import Image
@@ -40,6 +40,11 @@ def parse_sample(
     _check_json(tools, "tools")
     parsed = tuple(_message(message, f"messages[{index}]") for index, message in enumerate(messages))
     return Sample(parsed, tuple(tools), sample_id, media_root, row_format)
+
+
+def is_number(value: Any) -> bool:
+    """Return whether a value of a row is a finite number that a float can hold."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def to_json(value: Any) -> str:
@@ -116,7 +121,7 @@ def _loss_weight(message: dict[str, Any], role: str, where: str) -> float:
     if weight is not None:
         if isinstance(weight, bool) or not isinstance(weight, int | float):
             raise _wrong_type(f"{where}.loss_weight", weight, "; write a number of at least 0")
-        if not (math.isfinite(weight) and weight >= 0):
+        if not is_number(weight) or weight < 0:
             raise RowFault(f"{where}.loss_weight is {weight}; write a finite number of at least 0")
     if role != "assistant" and (loss or weight):
         raise RowFault(f"{where}: loss on a {role} message; only assistant messages are trained")
@@ -229,7 +234,7 @@ def _video(value: Any, times: dict[str, Any], where: str) -> VideoPart:
     ((key, given),) = times.items()
     if key == "timestamps":
         return VideoPart(frames, timestamps=_timestamps(given, len(frames), f"{where}.timestamps"))
-    if isinstance(given, bool) or not isinstance(given, int | float) or not 0 < given <= MAX_FPS:
+    if not is_number(given) or not 0 < given <= MAX_FPS:
         fault = f"{where}.{key} is {given!r}; write a number of frames per second, above 0 and at most {MAX_FPS}"
         raise RowFault(fault, kind="no_frame_rate")
     if key == "fps":
@@ -244,8 +249,7 @@ def _timestamps(times: Any, num_frames: int, where: str) -> tuple[float, ...]:
         raise RowFault(f"{where}: {len(times)} times for {num_frames} frames; give one for each frame")
     last = 0.0
     for index, time in enumerate(times):
-        is_number = not isinstance(time, bool) and isinstance(time, int | float)
-        if not is_number or not (math.isfinite(time) and time >= last):
+        if not is_number(time) or time < last:
             raise RowFault(f"{where}[{index}] is {time!r}; write seconds, at least 0, that never decrease")
         last = float(time)
     return tuple(map(float, times))
