@@ -34,12 +34,15 @@ class Source(Protocol):
 
     def sample(self, row: int) -> Sample:
         """Return row 0..len-1, checked. Raise RowFault."""
+        ...
 
     def row_number(self, row: int) -> int:
         """Return the number that messages give the row, counted from 1."""
+        ...
 
     def fingerprint(self) -> dict[str, Any]:
         """Return what changes when the content changes, as JSON; the path is not in it, so a file may move."""
+        ...
 
 
 class StreamRow(NamedTuple):
@@ -61,9 +64,11 @@ class StreamSource(Protocol):
 
         A row that cannot be used is yielded as its fault. Raise ValueError where a file cannot be read further.
         """
+        ...
 
     def fingerprint(self) -> dict[str, Any]:
         """Return what the stream consists of, as JSON: files and their sizes, without reading them."""
+        ...
 
 
 class RawRow(NamedTuple):
@@ -124,7 +129,6 @@ class FileSource(ABC):
         return self._signatures[path].size
 
     def _check_unchanged(self) -> None:
-        """Raise RowFault when a recorded file has changed."""
         for path, recorded in self._signatures.items():
             check_unchanged(path, recorded)
 

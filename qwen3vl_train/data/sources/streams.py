@@ -78,9 +78,7 @@ class HubStream:
 def _stream(path: str, rules: RowRules, position: Position) -> Iterator[RawRow]:
     if suffix_of(path) == ".parquet":
         return stream_parquet(path, rules, position)
-    if suffix_of(path) == ".tar":
-        return stream_tar(path, position)
-    return stream_json(path, position)
+    return stream_tar(path, position) if suffix_of(path) == ".tar" else stream_json(path, position)
 
 
 def _parse(raw: RawRow, rules: RowRules, path: str, media_root: str | None, state: dict[str, Any]) -> StreamRow:

@@ -125,7 +125,6 @@ def _groups(file: IO[bytes], path: str, rows: int) -> Iterator[_Group]:
 
 
 def _make_row(group: _Group, path: str, number: int) -> RawRow:
-    """Make a row from the files of one key. Raise RowFault."""
     if len(group.members) > _MAX_MEMBERS:
         fault = f"more than {_MAX_MEMBERS:,} files of the key {group.key[:100]!r}; split the row"
         raise RowFault(fault, kind="too_long")
