@@ -48,7 +48,7 @@ class LengthRule(NamedTuple):
         pieces = collator.render(sample)
         if not is_trained(pieces):
             raise RowFault(
-                "nothing to learn: a Thinking checkpoint is trained on answers behind the last question, and none "
+                "nothing to learn: a Thinking checkpoint is trained on answers after the last question, and none "
                 "there is trained; end the row with its answer, or take an Instruct checkpoint",
                 kind="nothing_to_learn",
             )

@@ -10,7 +10,7 @@ from qwen3vl_train.data.packing.plan import random_stream
 from qwen3vl_train.data.sources import Source, StreamRow, StreamSource
 
 Cursor = dict[str, Any]
-"""Where a mixture goes on, as JSON: the epoch, and for each part its pass, its row in that, the state of its source,
+"""Where a mixture continues, as JSON: the epoch, and for each part its pass, its row in that, the state of its source,
 and how many rows were drawn from it."""
 
 
@@ -21,7 +21,7 @@ class InOrder:
         self.source, self.num_rows = source, num_rows  # None: not known
 
     def rows(self, state: dict[str, Any] | None, seed: tuple[int, ...]) -> Iterator[StreamRow]:
-        """Yield the rows behind a state, in the order of the source whatever the seed."""
+        """Yield the rows after a state, in the order of the source whatever the seed."""
         return self.source.rows(state)
 
 
@@ -32,15 +32,15 @@ class Shuffled:
         self.source, self.num_rows = source, len(source)
 
     def rows(self, state: dict[str, Any] | None, seed: tuple[int, ...]) -> Iterator[StreamRow]:
-        """Yield the rows behind a state."""
+        """Yield the rows after a state."""
         order = random_stream(seed).permutation(len(self.source))
-        for place in range(state["place"] if state else 0, len(order)):
-            row = int(order[place])
+        for position in range(state["position"] if state else 0, len(order)):
+            row = int(order[position])
             try:
                 sample = self.source.sample(row)
             except RowFault as fault:
                 sample = fault
-            yield StreamRow({"place": place + 1}, sample, self.source.row_number(row), self.source.name)
+            yield StreamRow({"position": position + 1}, sample, self.source.row_number(row), self.source.name)
 
 
 @dataclass(frozen=True)
@@ -54,10 +54,10 @@ class Part:
     def name(self) -> str:
         return self.reader.source.name
 
-    def draw(self, place: dict[str, Any], seed: tuple[int, ...]) -> Iterator[tuple[dict[str, Any], StreamRow]]:
-        """Yield (where to go on, row) from a place on, through all passes of one epoch."""
+    def draw(self, position: dict[str, Any], seed: tuple[int, ...]) -> Iterator[tuple[dict[str, Any], StreamRow]]:
+        """Yield (position after the row, row) from a position on, through all passes of one epoch."""
         whole, fraction = int(self.weight), self.weight - int(self.weight)
-        number, state, count = place["pass"], place["state"], place["row"]
+        number, state, count = position["pass"], position["state"], position["row"]
         while number < whole + (fraction > 0):
             for row in self.reader.rows(state, (*seed, number)):
                 count += 1
@@ -83,18 +83,18 @@ class Mixture:
         return {"epoch": epoch, "parts": [{"pass": 0, "state": None, "row": 0, "drawn": 0} for _ in self.parts]}
 
     def rows(self, cursor: Cursor) -> Iterator[tuple[Cursor, StreamRow]]:
-        """Yield (cursor behind the row, row) to the end of the cursor's epoch."""
-        epoch, places = cursor["epoch"], list(cursor["parts"])
-        draws = {at: part.draw(places[at], (self.seed, epoch, at)) for at, part in enumerate(self.parts)}
+        """Yield (cursor after the row, row) to the end of the cursor's epoch."""
+        epoch, positions = cursor["epoch"], list(cursor["parts"])
+        draws = {at: part.draw(positions[at], (self.seed, epoch, at)) for at, part in enumerate(self.parts)}
         while draws:
-            # The part that is furthest behind its pace; whether it has ended shows when it is asked.
-            at = min(draws, key=lambda at: ((places[at]["drawn"] + 1) / self.paces[at], at))
+            # The part that is furthest below its pace; whether it has ended shows when it is asked.
+            at = min(draws, key=lambda at: ((positions[at]["drawn"] + 1) / self.paces[at], at))
             drawn = next(draws[at], None)
             if drawn is None:
                 del draws[at]
             else:
-                places[at] = {**drawn[0], "drawn": places[at]["drawn"] + 1}
-                yield {"epoch": epoch, "parts": list(places)}, drawn[1]
+                positions[at] = {**drawn[0], "drawn": positions[at]["drawn"] + 1}
+                yield {"epoch": epoch, "parts": list(positions)}, drawn[1]
 
 
 def _chance(parts: tuple[int, ...]) -> float:

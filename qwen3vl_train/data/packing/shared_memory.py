@@ -17,7 +17,11 @@ _ALIGNMENT = 64
 
 @dataclass(frozen=True)
 class SharedMemoryPack:
-    """block: uint8, the tensors of a pack one behind the other. form: the pack, its tensors without their content."""
+    """A pack in shared memory.
+
+    block: uint8, the tensors of the pack, one after the other.
+    form: the pack, its tensors without their content.
+    """
 
     block: Tensor
     form: PackedBatch

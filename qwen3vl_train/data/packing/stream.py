@@ -106,29 +106,31 @@ class StreamReader:
         known, num_bytes = set(skipped), 0
         for next_cursor, row in self.mixture.rows(cursor):
             result.next_cursor = next_cursor
-            position = result.num_rows
             result.names.append((os.path.basename(row.file), row.row_number))
-            try:
-                if position in known:
-                    continue
-                if isinstance(row.sample, RowFault):
-                    raise row.sample
-                cost = self.rule.admit(row.sample, self.collator)
-            except RowFault as fault:
-                result.rejects.append(Reject.from_fault(row.file, row.row_number, fault))
-                result.skipped.append(position)
-            else:
-                if cost is None:
-                    result.num_dropped += 1
-                else:
-                    rows.append(_as_scanned(row, cost.tokens))
-                    result.costs.append(cost)
-                    result.positions.append(position)
-                    num_bytes += _inline_bytes(row.sample)
+            if result.num_rows - 1 not in known:
+                num_bytes += self._scan_row(row, result, rows)
             if result.num_rows == self.size or num_bytes > _MAX_BYTES:
                 return result, rows
         result.next_cursor, result.ends_epoch = self.mixture.start(cursor["epoch"] + 1), True
         return result, rows
+
+    def _scan_row(self, row: StreamRow, result: ScanResult, rows: list[ScannedRow]) -> int:
+        """Add the last row of `result.names` to what was found. Return how much memory its media take."""
+        try:
+            if isinstance(row.sample, RowFault):
+                raise row.sample
+            cost = self.rule.admit(row.sample, self.collator)
+        except RowFault as fault:
+            result.rejects.append(Reject.from_fault(row.file, row.row_number, fault))
+            result.skipped.append(result.num_rows - 1)
+            return 0
+        if cost is None:
+            result.num_dropped += 1
+            return 0
+        rows.append(_as_scanned(row, cost.tokens))
+        result.costs.append(cost)
+        result.positions.append(result.num_rows - 1)
+        return _inline_bytes(row.sample)
 
     def read(self, cursor: Cursor) -> Iterator[list[ScannedRow | None]]:
         """Yield the rows unscanned, in chunks; None follows the last row of an epoch."""

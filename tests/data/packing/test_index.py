@@ -163,7 +163,7 @@ def test_rows_of_which_the_template_trains_nothing_are_rejected(tmp_path, tiny_f
     assert learns == [True, False, False, False, True]
     assert (index.tokens > 0).tolist() == learns
     assert {reject.reason for reject in index.rejects} == {
-        "nothing to learn: a Thinking checkpoint is trained on answers behind the last question, and none there is "
+        "nothing to learn: a Thinking checkpoint is trained on answers after the last question, and none there is "
         "trained; end the row with its answer, or take an Instruct checkpoint"
     }
     instruct = build_index([source], MultimodalCollator.from_pretrained(tiny_folder), NO_LIMIT)
