@@ -28,7 +28,6 @@ class SourceTally:
     """Sum losses and labels by data set over this rank's packs of a step; waits for the device once, at the end."""
 
     def __init__(self, names: Sequence[str], device: torch.device) -> None:
-        """names: of all data sets, the same on every rank."""
         self._numbers = {name: number for number, name in enumerate(names)}
         self._labels = torch.zeros(len(names), dtype=torch.int64)
         self._losses = torch.zeros(len(names), dtype=torch.float64, device=device)

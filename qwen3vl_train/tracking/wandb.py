@@ -17,27 +17,20 @@ class Tracker(Protocol):
 
     def log(self, metrics: dict[str, Any], step: int) -> None:
         """Record numbers of a step. Steps never decrease; several calls for one step are merged."""
-        ...
 
     def finish(self, exit_code: int = 0) -> None:
         """Close the run; an exit code other than 0 marks it as failed, STOPPED as one that will be resumed."""
-        ...
 
 
 class SilentTracker:
-    """A tracker that records nothing: of ranks other than 0, and of `track.wandb: off`.
-
-    run_id: kept for a later start that tracks again.
-    """
+    """A tracker that records nothing, but keeps the run_id for a later start that tracks again."""
 
     def __init__(self, run_id: str | None = None) -> None:
         self.run_id = run_id
 
-    def log(self, metrics: dict[str, Any], step: int) -> None:
-        pass
+    def log(self, metrics: dict[str, Any], step: int) -> None: ...
 
-    def finish(self, exit_code: int = 0) -> None:
-        pass
+    def finish(self, exit_code: int = 0) -> None: ...
 
 
 class WandbTracker:
@@ -56,12 +49,8 @@ class WandbTracker:
         online = recipe.track.wandb == "online"
         if online and not _has_login(wandb.setup().settings.base_url):
             raise ValueError(_NO_LOGIN.format(what="no W&B login found"))
-        settings = wandb.Settings(
-            console="off",  # our terminal output is not captured
-            silent=not online,
-            disable_git=True,  # git state is in the config, without the remote's address, which may hold a password
-            save_code=False,
-        )
+        # Not W&B's git state but ours, in the config: without the remote's address, which may hold a password.
+        settings = wandb.Settings(console="off", silent=not online, disable_git=True, save_code=False)
         try:
             self._run = wandb.init(
                 mode="online" if online else "offline",
@@ -92,8 +81,6 @@ def open_tracker(recipe: Recipe, run_dir: Path, rank: int, run_id: str | None = 
     """Start tracking on rank 0; every other rank, and `track.wandb: off`, gets a SilentTracker.
 
     Raises ValueError, before any prompt, where `online` is asked for and no login is found, or W&B refuses to start.
-
-    run_id: of the W&B run to continue where `run_dir` has none.
     """
     if rank != 0 or recipe.track.wandb == "off":
         return SilentTracker(run_id)

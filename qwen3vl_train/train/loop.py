@@ -1,7 +1,8 @@
 """`train(recipe)`: open a run, resume it, and loop: take, step, log, evaluate, save."""
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +41,9 @@ class Progress:
     loader_state: position of the loader after these steps.
     """
 
-    step: int = 0
-    updates: int = 0
-    loader_state: dict[str, Any] = field(default_factory=dict)
+    step: int
+    updates: int
+    loader_state: dict[str, Any]
 
     def advance(self, tally: StepTally, loader_state: dict[str, Any]) -> None:
         self.step = tally.step
@@ -52,11 +53,7 @@ class Progress:
 
 @dataclass
 class Run:
-    """A run before its next step.
-
-    manifest: of the checkpoint that it resumes from, {} where it starts.
-    damaged: what is wrong with newer checkpoints.
-    """
+    """A run before its next step. manifest: of the checkpoint it resumes from, or {}. damaged: faults of newer ones."""
 
     recipe: Recipe
     ranks: Ranks
@@ -77,9 +74,9 @@ def train(recipe: Recipe) -> Path:
     folder), RuntimeError for what went wrong while training (non-finite numbers, a full disk), and StopRequest after a
     signal asked the run to stop and it has saved.
     """
-    nccl_trace_prefix = str(run_dir(recipe) / "logs" / "nccl_trace_rank_")
-    ranks = start_ranks(timeout_seconds=recipe.parallel.timeout_seconds, nccl_trace_prefix=nccl_trace_prefix)
-    with Watchdog(ranks, recipe.parallel.timeout_seconds) as watchdog:
+    timeout = recipe.parallel.timeout_seconds
+    ranks = start_ranks(timeout_seconds=timeout, nccl_trace_prefix=str(run_dir(recipe) / "logs" / "nccl_trace_rank_"))
+    with Watchdog(ranks, timeout) as watchdog:
         check_world_size(recipe, ranks.world_size)
         if recipe.train.deterministic != torch.are_deterministic_algorithms_enabled():
             torch.use_deterministic_algorithms(recipe.train.deterministic)  # imports torch's compiler: takes seconds
@@ -94,9 +91,7 @@ def train(recipe: Recipe) -> Path:
                 wandb_run_id=run.manifest.get("wandb_run_id"),
             ) as recorder,
             StopSignals() as stop,
-            CheckpointWriter(
-                run.folder, ranks, policy, timeout_seconds=recipe.parallel.timeout_seconds, report=recorder.line
-            ) as writer,
+            CheckpointWriter(run.folder, ranks, policy, timeout_seconds=timeout, report=recorder.line) as writer,
         ):  # fmt: skip
             _loop(run, recorder, stop, writer)
     return run.folder
@@ -129,11 +124,10 @@ def _loop(run: Run, recorder: Recorder, stop: StopSignals, writer: CheckpointWri
     """Train to the last step. Every rank must call it."""
     recipe, ranks, data, progress = run.recipe, run.ranks, run.data, run.progress
     optim, start_step, num_steps = recipe.optim, progress.step, data.num_steps
-    for line in [
-        *start_banner(recipe, ranks, run.folder, data.summary(), report_groups(run.model, recipe)),
-        *resume_lines(start_step, num_steps, run.damaged),
-    ]:
+    banner = start_banner(recipe, ranks, run.folder, data.summary(), report_groups(run.model, recipe))
+    for line in banner + resume_lines(start_step, num_steps, run.damaged):
         recorder.line(line)
+    factor_at = partial(lr_factor, num_steps=num_steps, warmup_steps=optim.warmup_steps, schedule=optim.schedule)
     steps, options = iter(data.loader), StepOptions.from_recipe(recipe, run.model)
     gradient_check = GradientCheck(run.model)
     while progress.step < num_steps:
@@ -142,17 +136,14 @@ def _loop(run: Run, recorder: Recorder, stop: StopSignals, writer: CheckpointWri
         if status.save_failed:
             writer.wait()  # raises on every rank
         if status.stop_requested and progress.step > start_step:
-            _stop(run, recorder, writer)
-        factor = lr_factor(progress.step, num_steps=num_steps, warmup_steps=optim.warmup_steps, schedule=optim.schedule)
-        tally = train_step(
-            run.model, run.optimizer, packs.packs, packs.pack_numbers, ranks, options,
-            step=progress.step, lr_factor=factor,
-        )  # fmt: skip
+            if writer.last_step != progress.step:
+                _save(run, recorder, writer, {})
+            writer.wait()
+            raise StopRequest(f"{run.folder}: asked to stop, saved after step {progress.step}; start it again to go on")
+        factor = factor_at(progress.step)
+        tally = train_step(run.model, run.optimizer, packs, ranks, options, step=progress.step, lr_factor=factor)
         progress.advance(tally, packs.state)
-        if checked := gradient_check.after_step(
-            progress.step, run.optimizer.params_with_grad,
-            with_labels=tally.label_tokens > 0, with_media=tally.visual_tokens > 0, ranks=ranks,
-        ):  # fmt: skip
+        if checked := gradient_check.after_step(tally, run.optimizer.params_with_grad, ranks):
             recorder.line(checked)
         rejects = data.rejects.add(packs.rejected, num_seen=packs.num_seen if data.is_streamed else None)
         times = StepTimes(time.perf_counter() - started, wait_seconds, writer.pop_stall_seconds())
@@ -163,7 +154,8 @@ def _loop(run: Run, recorder: Recorder, stop: StopSignals, writer: CheckpointWri
         if last or (_every(recipe.eval.every_steps, progress.step) and not ranks.any(stop.received)):
             losses, more_rejects = _evaluate(run, recorder)
             rejects += more_rejects
-        recorder.rejects(rejects)
+        for reject in rejects:
+            recorder.line(f"rejected: {reject}")
         if last or _every(recipe.checkpoint.every_steps, progress.step):
             _save(run, recorder, writer, losses)
         if _every(recipe.checkpoint.export_every_steps, progress.step) and (last or not ranks.any(stop.received)):
@@ -180,13 +172,12 @@ def _evaluate(run: Run, recorder: Recorder) -> tuple[dict[str, float], list[Reje
     ranks, step = run.ranks, run.progress.step
     losses: dict[str, float] = {}
     new_rejects: list[Reject] = []
+    heartbeat = partial(run.watchdog.heartbeat, step)
     for name, open_packs in run.data.evals.items():
         started = time.perf_counter()
         rejects: list[Reject] = []
-        result = evaluate_loss(
-            run.model, open_packs(rejects), ranks,
-            lockstep=run.optimizer.lockstep, each=lambda: run.watchdog.heartbeat(step),
-        )  # fmt: skip
+        packs = open_packs(rejects)
+        result = evaluate_loss(run.model, packs, ranks, lockstep=run.optimizer.lockstep, each=heartbeat)
         recorder.evaluation(step, name, result.loss, result.label_tokens, time.perf_counter() - started)
         if ranks.any(bool(rejects)):
             new_rejects += run.data.rejects.add(gather_rejects(rejects, ranks))
@@ -207,14 +198,6 @@ def _save(run: Run, recorder: Recorder, writer: CheckpointWriter, losses: dict[s
         "versions": versions(),
     }
     writer.start(run.progress.step, run.optimizer.state_tensors, manifest)
-
-
-def _stop(run: Run, recorder: Recorder, writer: CheckpointWriter) -> None:
-    """Save the last step, if it is not saved yet, and raise StopRequest."""
-    if writer.last_step != run.progress.step:
-        _save(run, recorder, writer, {})
-    writer.wait()
-    raise StopRequest(f"{run.folder}: asked to stop, saved after step {run.progress.step}; start it again to go on")
 
 
 def _every(steps: int | None, step: int) -> bool:

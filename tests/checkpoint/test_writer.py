@@ -45,9 +45,9 @@ def _save(run: Path, step: int, tensors: dict[str, Tensor], **options: Any) -> N
 
 def _take_a_step(model, optimizer, ranks: Ranks, steps: Steps, number: int) -> float:
     mine = SHARES[ranks.world_size][number][ranks.rank]
-    packs = [steps[number][place] for place in mine]
+    share = small_runs.step_packs([steps[number][place] for place in mine], mine)
     options = small_runs.step_options(model, small_runs.sources_of(steps[number]), max_grad_norm=1.0)
-    return train_step(model, optimizer, packs, mine, ranks, options, step=number, lr_factor=1.0).loss
+    return train_step(model, optimizer, share, ranks, options, step=number, lr_factor=1.0).loss
 
 
 def _pass_on(
