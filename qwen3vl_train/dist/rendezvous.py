@@ -24,8 +24,6 @@ NCCL_SETTINGS = {
 def start_ranks(*, timeout_seconds: float = 1800.0, nccl_trace_prefix: str | None = None) -> Ranks:
     """Read what the launcher put into the environment and join the other ranks; without it this is one process.
 
-    CPU tensors use gloo, GPU tensors NCCL.
-
     timeout_seconds: how long a collective waits for the last rank.
     nccl_trace_prefix: of the files that NCCL's flight recorder writes on a timeout.
     """

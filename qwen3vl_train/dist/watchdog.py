@@ -140,8 +140,7 @@ def locate(frame: FrameType | None) -> tuple[str, bool]:
     location, waits = "", False
     while frame is not None:
         code = frame.f_code
-        if "/torch/distributed/" in code.co_filename or code is wait_for_main.__code__:
-            waits = True
+        waits = waits or "/torch/distributed/" in code.co_filename or code is wait_for_main.__code__
         file = Path(code.co_filename)
         if not location and file.is_relative_to(_PACKAGE) and file != _RANKS:
             location = f"{file.relative_to(_PACKAGE)}:{frame.f_lineno} {code.co_name}"

@@ -49,8 +49,7 @@ class SourceTally:
     def means(self, values: Sequence[float]) -> dict[str, SourceLoss]:
         """Return the mean losses by name. values: those of `values`, summed over all ranks."""
         count = len(self._numbers)
-        sums, labels = values[:count], values[count:]
         return {
-            name: SourceLoss(sums[number] / labels[number] if labels[number] else None, int(labels[number]))
-            for name, number in self._numbers.items()
+            name: SourceLoss(loss / labels if labels else None, int(labels))
+            for name, loss, labels in zip(self._numbers, values[:count], values[count:], strict=True)
         }

@@ -42,6 +42,7 @@ class Recorder:
         self._metrics = MetricsLog(folder / "metrics.jsonl") if ranks.is_main else None
         self._tracker = open_tracker(recipe, folder, ranks.rank, wandb_run_id)
         self._console = Console(num_steps, start_step=start_step, file=out)
+        self.line = self._console.line
 
     def __enter__(self) -> "Recorder":
         return self
@@ -57,22 +58,13 @@ class Recorder:
         """The id that a checkpoint keeps so that a resumed run is the same W&B run."""
         return self._tracker.run_id
 
-    def line(self, text: str) -> None:
-        """Print one line."""
-        self._console.line(text)
-
     def step(self, tally: StepTally, packs: StepPacks, times: StepTimes, *, num_rejected: int) -> None:
         """Record one step; the tracker also gets gradient norms by module group and the loss of each data set."""
         row = step_metrics(
-            tally,
-            packs,
-            times,
-            num_rejected=num_rejected,
-            max_tokens_per_pack=self._recipe.data.max_tokens_per_pack,
-            world_size=self._ranks.world_size,
-            peak_flops=self._peak_flops,
+            tally, packs, times, num_rejected=num_rejected, max_tokens_per_pack=self._recipe.data.max_tokens_per_pack,
+            world_size=self._ranks.world_size, peak_flops=self._peak_flops,
             peak_memory_gib=peak_memory_gib(self._ranks.device),
-        )
+        )  # fmt: skip
         if self._metrics:
             self._metrics.append(row)
         curves = {key: value for key, value in row.items() if key != "sources"}

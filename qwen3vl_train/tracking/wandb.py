@@ -5,25 +5,15 @@ import os
 import secrets
 import subprocess
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 from urllib.parse import urlsplit
 
 from qwen3vl_train.config import Recipe, public_dict
 from qwen3vl_train.dist.stop import STOPPED
 
 
-class Tracker(Protocol):
-    run_id: str | None
-
-    def log(self, metrics: dict[str, Any], step: int) -> None:
-        """Record numbers of a step. Steps never decrease; several calls for one step are merged."""
-
-    def finish(self, exit_code: int = 0) -> None:
-        """Close the run; an exit code other than 0 marks it as failed, STOPPED as one that will be resumed."""
-
-
 class SilentTracker:
-    """A tracker that records nothing, but keeps the run_id for a later start that tracks again."""
+    """A WandbTracker that records nothing, but keeps the run_id for a later start that tracks again."""
 
     def __init__(self, run_id: str | None = None) -> None:
         self.run_id = run_id
@@ -53,22 +43,20 @@ class WandbTracker:
         settings = wandb.Settings(console="off", silent=not online, disable_git=True, save_code=False)
         try:
             self._run = wandb.init(
-                mode="online" if online else "offline",
-                dir=str(run_dir),
-                id=self.run_id,
+                mode="online" if online else "offline", dir=str(run_dir), id=self.run_id,
                 resume="allow" if online else None,  # offline, the id alone joins the sessions
-                project=recipe.track.project,
-                name=recipe.name,
-                config={**public_dict(recipe), "git": git_state(Path.cwd())},
-                settings=settings,
-            )
+                project=recipe.track.project, name=recipe.name,
+                config={**public_dict(recipe), "git": git_state(Path.cwd())}, settings=settings,
+            )  # fmt: skip
         except WandbError as error:
             raise ValueError(_NO_LOGIN.format(what=f"W&B did not start ({error})")) from error
 
     def log(self, metrics: dict[str, Any], step: int) -> None:
+        """Record numbers of a step. Steps never decrease; several calls for one step are merged."""
         self._run.log({key: value for key, value in metrics.items() if value is not None and key != "step"}, step=step)
 
     def finish(self, exit_code: int = 0) -> None:
+        """Close the run; an exit code other than 0 marks it as failed, STOPPED as one that will be resumed."""
         if exit_code == STOPPED:
             self._run.mark_preempting()
         self._run.finish(exit_code=exit_code)
@@ -77,7 +65,7 @@ class WandbTracker:
 _NO_LOGIN = "track.wandb: online, but {what}; run `wandb login`, set WANDB_API_KEY, or use track.wandb=offline"
 
 
-def open_tracker(recipe: Recipe, run_dir: Path, rank: int, run_id: str | None = None) -> Tracker:
+def open_tracker(recipe: Recipe, run_dir: Path, rank: int, run_id: str | None = None) -> SilentTracker | WandbTracker:
     """Start tracking on rank 0; every other rank, and `track.wandb: off`, gets a SilentTracker.
 
     Raises ValueError, before any prompt, where `online` is asked for and no login is found, or W&B refuses to start.

@@ -47,8 +47,7 @@ def split_answer(sample: Sample) -> tuple[Sample, str]:
     if sample.messages[-1].role != "assistant" or len(sample.messages) < 2:
         what = "does not end with an answer to compare with; end it with an assistant message"
         raise RowFault(what, kind="missing_field")
-    question = Sample(sample.messages[:-1], sample.tools, sample.sample_id, sample.media_root)
-    return question, sample.messages[-1].text
+    return Sample(sample.messages[:-1], sample.tools, sample.sample_id, sample.media_root), sample.messages[-1].text
 
 
 def evaluate_answers(

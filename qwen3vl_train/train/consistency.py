@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 from qwen3vl_train.checkpoint.hf import WeightFiles
 from qwen3vl_train.dist.ranks import Ranks
 
-_SHOWN = 3
 FOLDER_WAIT_SECONDS = 30.0  # NFS may show a folder as it was up to 30 s ago (its acdirmin)
 DataContents = list[tuple[str, dict[str, Any]]]
 """Names of what the data is made of, and what must be equal of each, as JSON."""
@@ -60,10 +59,7 @@ def plan_error(step: int, hashes: Sequence[Sequence[int]]) -> RuntimeError:
 
 
 def check_same_data(contents: DataContents, ranks: Ranks) -> None:
-    """Raise ValueError on every rank where the data differs, with the first difference of each rank.
-
-    Every rank must call it.
-    """
+    """Raise ValueError on every rank where the data differs, with the first differences. Every rank must call it."""
     digest = hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
     if len(set(ranks.gather(digest))) == 1:
         return
@@ -72,7 +68,7 @@ def check_same_data(contents: DataContents, ranks: Ranks) -> None:
     lines = [f"\n  - rank {rank}: {text}" for rank, text in enumerate(differences) if text is not None]
     raise ValueError(
         f"data: {len(lines)} of {ranks.world_size} ranks do not have the data of rank 0; give all machines the same "
-        "files" + "".join(lines[:_SHOWN])
+        "files" + "".join(lines[:3])
     )
 
 

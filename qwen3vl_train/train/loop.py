@@ -1,5 +1,6 @@
 """`train(recipe)`: open a run, resume it, and loop: take, step, log, evaluate, save."""
 
+import platform
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -8,6 +9,7 @@ from typing import Any
 
 import torch
 
+from qwen3vl_train import __version__
 from qwen3vl_train.checkpoint.manifest import KeepPolicy, read_manifest
 from qwen3vl_train.checkpoint.writer import CheckpointWriter, load_checkpoint
 from qwen3vl_train.config import Recipe, check_world_size, run_dir
@@ -27,23 +29,18 @@ from qwen3vl_train.train.consistency import check_same_folder, check_same_weight
 from qwen3vl_train.train.data import TrainingData, gather_rejects, open_data
 from qwen3vl_train.train.evaluate import evaluate_loss
 from qwen3vl_train.train.export import export_while_training
-from qwen3vl_train.train.run_folder import claim_run_folder, open_run_folder, versions
+from qwen3vl_train.train.run_folder import claim_run_folder, open_run_folder
 from qwen3vl_train.train.step import StepOptions, lr_factor, train_step
 from qwen3vl_train.train.tune import GradientCheck, report_groups
 
 
 @dataclass
 class Progress:
-    """How far a run is.
+    """How far a run is."""
 
-    step: steps done.
-    updates: those of them that changed weights; a step without a label does not.
-    loader_state: position of the loader after these steps.
-    """
-
-    step: int
-    updates: int
-    loader_state: dict[str, Any]
+    step: int  # steps done
+    updates: int  # those of them that changed weights; a step without a label does not
+    loader_state: dict[str, Any]  # position of the loader after these steps
 
     def advance(self, tally: StepTally, loader_state: dict[str, Any]) -> None:
         self.step = tally.step
@@ -53,14 +50,14 @@ class Progress:
 
 @dataclass
 class Run:
-    """A run before its next step. manifest: of the checkpoint it resumes from, or {}. damaged: faults of newer ones."""
+    """A run before its next step."""
 
     recipe: Recipe
     ranks: Ranks
     watchdog: Watchdog
     folder: Path
-    manifest: dict[str, Any]
-    damaged: list[str]
+    manifest: dict[str, Any]  # of the checkpoint that it resumes from, {} where it starts
+    damaged: list[str]  # what is wrong with newer checkpoints
     data: TrainingData
     model: Qwen3VLForConditionalGeneration
     optimizer: TrainEngine
@@ -195,7 +192,7 @@ def _save(run: Run, recorder: Recorder, writer: CheckpointWriter, losses: dict[s
         "engine": run.recipe.parallel.engine,
         "world_size": run.ranks.world_size,
         "wandb_run_id": recorder.wandb_run_id,
-        "versions": versions(),
+        "versions": {"qwen3vl_train": __version__, "torch": torch.__version__, "python": platform.python_version()},
     }
     writer.start(run.progress.step, run.optimizer.state_tensors, manifest)
 

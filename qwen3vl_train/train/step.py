@@ -23,20 +23,14 @@ from qwen3vl_train.tracking.metrics import StepTally
 
 @dataclass(frozen=True)
 class StepOptions:
-    """What does not change from step to step.
-
-    seed: of the run; dropout follows from it.
-    lr: the peak learning rate, for the tally.
-    max_grad_norm: None where gradients are not clipped.
-    loss_function: of a pack; its sum is divided by the labels of all packs.
-    """
+    """What does not change from step to step."""
 
     flops: FlopsCounter
-    sources: Sequence[str]
-    seed: int
-    lr: float
-    max_grad_norm: float | None
-    loss_function: LossFunction = cross_entropy_loss
+    sources: Sequence[str]  # names of all data sets
+    seed: int  # of the run; dropout follows from it
+    lr: float  # the peak learning rate, for the tally
+    max_grad_norm: float | None  # None where gradients are not clipped
+    loss_function: LossFunction = cross_entropy_loss  # of a pack; its sum is divided by the labels of all packs
 
     @classmethod
     def from_recipe(cls, recipe: Recipe, model: Qwen3VLForConditionalGeneration) -> "StepOptions":
@@ -142,10 +136,9 @@ def _raise_non_finite(
         named = ranks.gather([sample for pack in packs for sample in pack.sample_ids])
     samples = [sample for of_rank in named for sample in of_rank]
     groups = [group for group, norm in norms.items() if group != "all" and not math.isfinite(norm)]
+    where = f" (not finite in {', '.join(groups)})" if groups else ""
+    more = f" and {len(samples) - 20} more" if len(samples) > 20 else ""
     raise NonFiniteError(
-        f"step {step + 1}: loss {loss}, gradient norm {norms['all']}"
-        + (f" (not finite in {', '.join(groups)})" if groups else "")
-        + f"; no weight was changed. Samples: {', '.join(samples[:20])}"
-        + (f" and {len(samples) - 20} more" if len(samples) > 20 else "")
-        + ". Look at these rows, lower optim.lr, or start again from the last checkpoint"
+        f"step {step + 1}: loss {loss}, gradient norm {norms['all']}{where}; no weight was changed. Samples: "
+        f"{', '.join(samples[:20])}{more}. Look at these rows, lower optim.lr, or start again from the last checkpoint"
     )
