@@ -6,7 +6,7 @@ DeepSpeed has no public call for the gradients of a partition before its step, s
 used here, and nowhere else (as of DeepSpeed 0.19.8).
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -168,15 +168,11 @@ def fill_partitioned(
             full = buffer[: meta.nbytes].view(meta.dtype).view(meta.shape)
             if dist.get_rank() == 0:
                 full.copy_(value(name, meta))
-            filled[meta] = nn.Parameter(full, requires_grad=meta.requires_grad)
+            filled[meta] = parameter = nn.Parameter(full, requires_grad=meta.requires_grad)
             del full
-            _partition(filled[meta], filled.values(), config, deepspeed.zero.Init)
+            first: Any = next(iter(filled.values()))
+            if parameter is first:
+                deepspeed.zero.Init(module=nn.ParameterList([parameter]), config_dict_or_path=config)
+            else:  # every partitioned parameter can partition others in the same way
+                first.convert_to_zero_parameters([parameter])
         setattr(model.get_submodule(module), attribute, filled[meta])
-
-
-def _partition(parameter: nn.Parameter, others: Iterable[nn.Parameter], config: dict[str, Any], init: Any) -> None:
-    first: Any = next(iter(others))
-    if parameter is first:
-        init(module=nn.ParameterList([parameter]), config_dict_or_path=config)
-    else:  # every partitioned parameter can partition others in the same way
-        first.convert_to_zero_parameters([parameter])
