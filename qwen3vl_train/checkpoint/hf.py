@@ -20,19 +20,10 @@ from qwen3vl_train.model.qwen3vl import Qwen3VLForConditionalGeneration
 
 # What serving needs beside the weights; copied where present.
 COMPANION_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.json",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.json",
-    "chat_template.jinja",
-    "preprocessor_config.json",
-    "video_preprocessor_config.json",
-    "processor_config.json",
-    "generation_config.json",
-)
+    "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json",
+    "added_tokens.json", "chat_template.json", "chat_template.jinja", "preprocessor_config.json",
+    "video_preprocessor_config.json", "processor_config.json", "generation_config.json",
+)  # fmt: skip
 MAX_SHARD_BYTES = 5 * 10**9
 _SAMPLED_BYTES = 1024
 
@@ -124,7 +115,7 @@ def _listed(noun: str, names: list[str], limit: int = 5) -> str:
 
 
 def check_weights(model: nn.Module, files: WeightFiles) -> None:
-    """Compare the names and shapes on disk with those of the model, which may be on the meta device.
+    """Compare names and shapes on disk with the model's, which may be on the meta device.
 
     Raises ValueError that names every kind of difference: missing, unexpected, wrong shape.
     """
@@ -239,8 +230,7 @@ def write_huggingface(
 
     weights: by our names; a tied head once, as the embedding. An iterator works: only one file's are held at a time.
     sizes: their numbers of elements, in the same order.
-    source: the folder whose config and tokenizer files are copied.
-    pixel_limits, clip_settings: what was used in training, see `copy_companions`.
+    source: the folder whose config and tokenizer files are copied, see `copy_companions`.
     """
     shards = _shards(sizes, dtype, max_shard_bytes)
     weight_map: dict[str, str] = {}
@@ -281,8 +271,7 @@ def copy_companions(
 ) -> None:
     """Copy tokenizer, template, preprocessor and generation files; write into them what was used in training.
 
-    pixel_limits: (min, max) pixels of an image.
-    clip_settings: keys of the video preprocessor, `size` among them.
+    That is (min, max) pixels of an image, and for clips keys of the video preprocessor, `size` among them.
     """
     for name in COMPANION_FILES:
         if (file := Path(source) / name).is_file():

@@ -14,7 +14,6 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -69,9 +68,7 @@ class CheckpointWriter:
     def __enter__(self) -> "CheckpointWriter":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         self._thread.shutdown(wait=True)
         failure = self._pending.exception() if self._pending else None
         if failure is not None:
@@ -132,9 +129,8 @@ class CheckpointWriter:
             last = latest_checkpoint(self._run_dir)
         except OSError:  # the folder may be unreadable as well
             return f"{folder}: could not be saved ({error}); make the folder writable, then start the run again"
-        resumes = f"the run goes on from {last}, which is complete"
-        then = resumes if last else "the run starts again, it has no checkpoint"
-        return f"{folder}: could not be saved ({error}); make room, then {then}"
+        then = f"goes on from {last}, which is complete" if last else "starts again, it has no checkpoint"
+        return f"{folder}: could not be saved ({error}); make room, then the run {then}"
 
     def failed(self) -> bool:
         """Return whether this rank's part of the last write has failed; `wait` raises its error on all ranks."""
@@ -192,10 +188,7 @@ def _dcp_save(tensors: dict[str, Tensor], folder: Path, group: dist.ProcessGroup
 
 
 def _silence_single_process_warnings() -> None:
-    """Silence torch's warning that a single process saves, which is intended here.
-
-    It stays silenced: `warnings.catch_warnings` in one thread would undo what other threads change.
-    """
+    # A single process saves on purpose. For good: `warnings.catch_warnings` would undo what other threads change.
     logging.getLogger("torch.distributed.checkpoint").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*assuming the intent is to .* in a single process")
 
