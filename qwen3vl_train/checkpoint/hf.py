@@ -158,7 +158,7 @@ def load_qwen3_vl_model(
     dtype: torch.dtype = torch.bfloat16,
     device: torch.device | str = "cpu",
 ) -> Qwen3VLForConditionalGeneration:
-    """Read a Hugging Face folder (one or many safetensors files) into our model, tensor by tensor, without a copy.
+    """Read a Hugging Face folder (one or many safetensors files) into our model; no second copy of it is ever held.
 
     config: use this instead of the folder's config.json.
     Raises ValueError that names missing, unexpected and wrongly shaped weights, truncated files, other architectures.

@@ -57,7 +57,7 @@ def checksum_files(folder: Path, files: Iterable[Path]) -> FileEntries:
 
 
 def write_manifest(folder: Path, record: dict[str, Any], entries: FileEntries) -> None:
-    """Write the manifest of a folder whose other files, the entries, are complete and flushed: these and the record."""
+    """Write the manifest of a folder: a record, and the entries of its other files, which are complete and flushed."""
     content = json.dumps({**record, "files": dict(sorted(entries.items()))}, indent=1)
     (folder / MANIFEST).write_text(content, encoding="utf-8")
     flush(folder / MANIFEST)

@@ -188,7 +188,7 @@ def _dcp_save(tensors: dict[str, Tensor], folder: Path, group: dist.ProcessGroup
 
 
 def _silence_single_process_warnings() -> None:
-    # A single process saves on purpose. For good: `warnings.catch_warnings` would undo what other threads change.
+    # That a single process saves is intended. Silenced for good: `catch_warnings` would undo what other threads change.
     logging.getLogger("torch.distributed.checkpoint").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*assuming the intent is to .* in a single process")
 

@@ -21,7 +21,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class VisionInjection(NamedTuple):
-    """What `process_vision_slices` returns: (T, D), filled; (T,) bool, True at the filled tokens; (M, D) each."""
+    """What `process_vision_slices` returns: (T, D), filled; (T,) bool, True at filled tokens; (M, D) of each layer."""
 
     inputs_embeds: Tensor
     visual_pos_mask: Tensor
