@@ -85,7 +85,7 @@ class _ZeroOf(torch.autograd.Function):
 class Qwen3VLForConditionalGeneration(nn.Module):
     """Qwen3-VL: `model(batch)` for training, `model.logits(batch)` for looking at it. Knows nothing of ranks.
 
-    always_run_vision: set from outside; run the vision side for a pack without images too, without effect on it.
+    always_run_vision: set from outside; run the vision side also for packs without images, which changes no result.
     """
 
     def __init__(self, arch: Qwen3VLArch) -> None:
