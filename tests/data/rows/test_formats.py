@@ -204,6 +204,8 @@ FAULTS = [
     ({**asked([{"type": "image", "image": "mine"}, {"type": "image"}]), "images": ["a", "b"]},
      "2 images but 1 <image> placeholder in the questions; the parts contain 1 of their own: list no others, or leave "
      "parts without media for them"),
+    ({**asked([{"type": "image", "text": "x"}, {"type": "image"}]), "images": ["a"]},
+     "1 image but 2 <image> placeholders in the questions; put one placeholder where each image belongs"),
     ({"image": "a", "images": ["b"], "conversations": WHAT}, "image and images are both given; keep one of them"),
     ({"conversations": "hi"}, "conversations is not a list; write a list of {from, value}"),
     ({"conversations": [7]}, "conversations[0] is not an object; write from and value"),
