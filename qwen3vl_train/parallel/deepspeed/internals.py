@@ -6,38 +6,64 @@ DeepSpeed has no public call for the gradients of a partition before its step, s
 used here, and nowhere else (as of DeepSpeed 0.19.8).
 """
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 
-class Partitions:
-    """This rank's partitions of what trains; here those of stages 1 and 2, where every rank holds the full model.
+class Partitions(Protocol):
+    """This rank's partitions of what trains. groups: the index of the AdamW group of each master."""
 
-    members: the parameters of each master. groups: the index of the AdamW group of each master.
-    """
-
-    def __init__(self, zero: Any, masters: list[Tensor], members: list[list[nn.Parameter]], offloaded: bool) -> None:
-        self.zero, self.masters, self.members, self.offloaded = zero, masters, members, offloaded
-        self.groups = list(range(len(masters)))
+    masters: list[Tensor]
+    groups: list[int]
 
     def gradients(self) -> list[list[Tensor]]:
         """Return the reduced gradients of each master, in tensors that may be written to; padding is zero."""
-        if self.offloaded:
-            return [[master.grad] for master in self.masters if master.grad is not None]
-        return [self.zero.averaged_gradients[number] for number in range(len(self.masters))]
+        ...
 
     def link_moments(self) -> None:
         """Tell DeepSpeed that AdamW's state of every master exists, so that it can be read and set by parameter."""
+        ...
+
+    def set_part(self, parameter: nn.Parameter, part: str, values: Tensor) -> None:
+        """Copy this rank's part of the full float32 `values` into the master ('weight') or a moment. Sends nothing."""
+        ...
+
+    def round_into_model(self) -> None:
+        """Copy the masters into the model, in its dtype. Every rank must call it."""
+        ...
+
+    def discard(self) -> None: ...
+
+
+def partitions_of(zero: Any) -> Partitions:
+    """Return the partitions of a ZeRO optimizer. zero: `engine.optimizer` of a DeepSpeed engine."""
+    from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+
+    if isinstance(zero, DeepSpeedZeroOptimizer_Stage3):
+        return _Stage3(zero)
+    return _Stage1BFloat16(zero) if isinstance(zero, BF16_Optimizer) else _Stages1And2(zero)
+
+
+class _Replicated:
+    """What stages 1 and 2 have in common: every rank holds the full model."""
+
+    masters: list[Tensor]
+
+    def __init__(self, zero: Any, members: list[list[nn.Parameter]]) -> None:
+        self.zero, self.members = zero, members
+        self.groups = list(range(len(members)))
+
+    def link_moments(self) -> None:
         from deepspeed.utils import lazy_init_hp_params_optimizer_state
 
         for parameters, master in zip(self.members, self.masters, strict=True):
             lazy_init_hp_params_optimizer_state(parameters, master, self.zero.optimizer.state)
 
     def set_part(self, parameter: nn.Parameter, part: str, values: Tensor) -> None:
-        """Copy this rank's part of the full float32 `values` into the master ('weight') or a moment. Sends nothing."""
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
         if part == "weight":
@@ -46,21 +72,34 @@ class Partitions:
             safe_set_full_optimizer_state(parameter, values, part)
 
     def round_into_model(self) -> None:
-        """Copy the masters into the model, in its dtype. Every rank must call it."""
         self.zero.update_lp_params()
 
+
+class _Stages1And2(_Replicated):
+    def __init__(self, zero: Any) -> None:
+        super().__init__(zero, zero.bit16_groups)
+        self.masters = zero.single_partition_of_fp32_groups
+
+    def gradients(self) -> list[list[Tensor]]:
+        if self.zero.cpu_offload:
+            return [[master.grad] for master in self.masters if master.grad is not None]
+        return [self.zero.averaged_gradients[group] for group in self.groups]
+
     def discard(self) -> None:
-        """Drop the gradients."""
         zero = self.zero
         zero.zero_grad()
         zero.averaged_gradients.clear()
         zero.all_grad_tensors.clear()
         zero.micro_step_id = -1  # the next pass starts a sum instead of adding to one
-        if self.offloaded:
+        if zero.cpu_offload:
             zero.reset_cpu_buffers()
 
 
-class _Stage1BFloat16(Partitions):
+class _Stage1BFloat16(_Replicated):
+    def __init__(self, zero: Any) -> None:
+        super().__init__(zero, zero.bf16_groups)
+        self.masters = zero.fp32_groups_flat_partition
+
     def gradients(self) -> list[list[Tensor]]:
         return [[gradient] for gradient in self.zero.fp32_groups_gradient_flat_partition]
 
@@ -68,10 +107,16 @@ class _Stage1BFloat16(Partitions):
         self.zero.zero_grad()
 
 
-class _Stage3(Partitions):
+class _Stage3:
     def __init__(self, zero: Any) -> None:
-        super().__init__(zero, zero.fp32_partitioned_groups_flat, members=[], offloaded=zero.offload_optimizer)
-        self.groups = [zero.sub_group_to_group_id[number] for number in self.groups]
+        self.zero = zero
+        self.masters = zero.fp32_partitioned_groups_flat
+        self.groups = [zero.sub_group_to_group_id[number] for number in range(len(self.masters))]
+
+    def gradients(self) -> list[list[Tensor]]:
+        if self.zero.offload_optimizer:
+            return [[master.grad] for master in self.masters if master.grad is not None]
+        return [self.zero.averaged_gradients[number] for number in range(len(self.masters))]
 
     def link_moments(self) -> None:
         """Do nothing: stage 3 finds them through AdamW."""
@@ -92,24 +137,13 @@ class _Stage3(Partitions):
         self.zero.parameter_offload.partition_all_parameters()
         for flat, master in zip(self.zero.fp16_partitioned_groups_flat, self.masters, strict=True):
             flat.copy_(master)
-        if persistent := self.zero.persistent_parameters:
+        persistent = self.zero.persistent_parameters
+        if persistent:
             persistent[0].all_gather(persistent)
 
     def discard(self) -> None:
         self.zero.zero_grad()
         self.zero.averaged_gradients.clear()
-
-
-def partitions_of(zero: Any) -> Partitions:
-    """Return the partitions of a ZeRO optimizer. zero: `engine.optimizer` of a DeepSpeed engine."""
-    from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
-    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
-
-    if isinstance(zero, DeepSpeedZeroOptimizer_Stage3):
-        return _Stage3(zero)
-    if isinstance(zero, BF16_Optimizer):
-        return _Stage1BFloat16(zero, zero.fp32_groups_flat_partition, zero.bf16_groups, offloaded=False)
-    return Partitions(zero, zero.single_partition_of_fp32_groups, zero.bit16_groups, offloaded=zero.cpu_offload)
 
 
 def fill_partitioned(
@@ -134,11 +168,15 @@ def fill_partitioned(
             full = buffer[: meta.nbytes].view(meta.dtype).view(meta.shape)
             if dist.get_rank() == 0:
                 full.copy_(value(name, meta))
-            filled[meta] = parameter = nn.Parameter(full, requires_grad=meta.requires_grad)
+            filled[meta] = nn.Parameter(full, requires_grad=meta.requires_grad)
             del full
-            first: Any = next(iter(filled.values()))
-            if parameter is first:
-                deepspeed.zero.Init(module=nn.ParameterList([parameter]), config_dict_or_path=config)
-            else:  # every partitioned parameter can partition others in the same way
-                first.convert_to_zero_parameters([parameter])
+            _partition(filled[meta], filled.values(), config, deepspeed.zero.Init)
         setattr(model.get_submodule(module), attribute, filled[meta])
+
+
+def _partition(parameter: nn.Parameter, others: Iterable[nn.Parameter], config: dict[str, Any], init: Any) -> None:
+    first: Any = next(iter(others))
+    if parameter is first:
+        init(module=nn.ParameterList([parameter]), config_dict_or_path=config)
+    else:  # every partitioned parameter can partition others in the same way
+        first.convert_to_zero_parameters([parameter])
