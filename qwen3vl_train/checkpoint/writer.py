@@ -14,6 +14,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -63,12 +64,15 @@ class CheckpointWriter:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
         self._stall_seconds = 0.0
-        self.last_step: int | None = None  # of the last checkpoint started
+        self.last_step: int | None = None
+        """The step of the last checkpoint started."""
 
     def __enter__(self) -> "CheckpointWriter":
         return self
 
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._thread.shutdown(wait=True)
         failure = self._pending.exception() if self._pending else None
         if failure is not None:
@@ -90,8 +94,8 @@ class CheckpointWriter:
         tensors = state_tensors()
         folder = checkpoint_folder(self._run_dir, step)
         try:
-            partial = self._ranks.on_main(lambda: start_partial(folder))
-        except (OSError, ValueError) as error:
+            partial = self._ranks.on_main(lambda: _start(folder))
+        except ValueError as error:
             raise RuntimeError(self._describe(folder, error)) from error
         sharded = any(isinstance(tensor, DTensor) for tensor in tensors.values())
         if sharded or self._ranks.is_main:
@@ -121,16 +125,18 @@ class CheckpointWriter:
             try:
                 prune(self._run_dir, self._policy)
             except OSError as error:  # the new checkpoint is complete: the run continues
-                what = f"an older checkpoint could not be removed ({error})"
-                self._report(f"{what}; it is tried again after the next save")
+                self._report(
+                    f"an older checkpoint could not be removed ({error}); it is tried again after the next save"
+                )
 
     def _describe(self, folder: Path, error: Exception) -> str:
         try:
             last = latest_checkpoint(self._run_dir)
         except OSError:  # the folder may be unreadable as well
             return f"{folder}: could not be saved ({error}); make the folder writable, then start the run again"
-        then = f"goes on from {last}, which is complete" if last else "starts again, it has no checkpoint"
-        return f"{folder}: could not be saved ({error}); make room, then the run {then}"
+        resumes = f"the run goes on from {last}, which is complete"
+        then = resumes if last else "the run starts again, it has no checkpoint"
+        return f"{folder}: could not be saved ({error}); make room, then {then}"
 
     def failed(self) -> bool:
         """Return whether this rank's part of the last write has failed; `wait` raises its error on all ranks."""
@@ -147,6 +153,13 @@ class CheckpointWriter:
         self._pending = None
         if messages:
             raise RuntimeError(messages[0]) from error
+
+
+def _start(folder: Path) -> Path:
+    try:
+        return start_partial(folder)
+    except OSError as error:
+        raise ValueError(str(error)) from error
 
 
 def _copy_to_host(tensor: Tensor) -> Tensor:
@@ -188,7 +201,10 @@ def _dcp_save(tensors: dict[str, Tensor], folder: Path, group: dist.ProcessGroup
 
 
 def _silence_single_process_warnings() -> None:
-    # That a single process saves is intended. Silenced for good: `catch_warnings` would undo what other threads change.
+    """Silence torch's warning that a single process saves, which is intended here.
+
+    It stays silenced: `warnings.catch_warnings` in one thread would undo what other threads change.
+    """
     logging.getLogger("torch.distributed.checkpoint").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*assuming the intent is to .* in a single process")
 
@@ -198,18 +214,14 @@ def load_checkpoint(folder: Path, tensors: dict[str, Tensor]) -> None:
 
     Every rank must call it. Raises ValueError where names or shapes differ from those stored.
     """
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.state_dict_loader import load
+
     stored = _stored_shapes(folder)
     wanted = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     wrong = sorted(set(wanted) ^ set(stored)) or [name for name, shape in wanted.items() if stored[name] != shape]
     if wrong:
         raise ValueError(f"{folder}: holds another set of trained tensors, e.g. {wrong[0]}; was `tune` changed?")
-    _dcp_load(folder, tensors)
-
-
-def _dcp_load(folder: Path, tensors: dict[str, Tensor]) -> None:
-    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
-    from torch.distributed.checkpoint.state_dict_loader import load
-
     sharded = any(isinstance(tensor, DTensor) for tensor in tensors.values())
     _silence_single_process_warnings()
     load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(folder / "state")), no_dist=not sharded)
@@ -228,7 +240,11 @@ def _stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 
 def read_tensors(folder: Path, prefix: str = "") -> dict[str, Tensor]:
     """Read the full tensors whose names begin with prefix, to the CPU. `weight/` skips the moments."""
-    stored = _stored_shapes(folder)
-    tensors = {name: torch.empty(shape) for name, shape in stored.items() if name.startswith(prefix)}
-    _dcp_load(folder, tensors)
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    shapes = {name: shape for name, shape in _stored_shapes(folder).items() if name.startswith(prefix)}
+    tensors: dict[str, Any] = {name: torch.empty(shape) for name, shape in shapes.items()}
+    _silence_single_process_warnings()
+    load(tensors, storage_reader=HuggingFaceStorageReader(str(folder / "state")), no_dist=True)
     return tensors
