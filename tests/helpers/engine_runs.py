@@ -119,8 +119,7 @@ class Trainee:
         return train_step(
             self.model,
             self.optimizer,
-            [packs[place] for place in mine],
-            mine,
+            small_runs.step_packs([packs[place] for place in mine], mine),
             self.ranks,
             small_runs.step_options(
                 self.model, small_runs.sources_of(packs), seed=self.recipe.train.seed, max_grad_norm=1.0
