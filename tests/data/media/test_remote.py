@@ -27,24 +27,20 @@ class _ImageServer(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self):
         self.asked[self.path] += 1
-        if self.path.startswith(("/busy", "/cut", "/drop")) and self.asked[self.path] <= int(self.path[-1]):
+        redirects = {"/hop": "/a.png", "/circle": "/circle", "/ftp": "ftp:///etc/passwd", "/file": "file:///etc/passwd"}
+        bodies = {"/a.png": png(7), "/large": b"x" * 300_000, "/empty": b""}
+        if self.path.startswith(("/busy", "/cut", "/drop")):
+            if self.asked[self.path] > int(self.path[-1]):
+                return self._send(png(7))
             if self.path.startswith("/busy"):
                 return self.send_error(503)
             if self.path.startswith("/cut"):
                 return self._send(png(7)[:-20], announced=len(png(7)))
             return None  # the connection closes without an answer
-        if self.path.startswith(("/busy", "/cut", "/drop", "/a.png")):
-            return self._send(png(7))
-        if self.path == "/hop":
-            return self._redirect("/a.png")
-        if self.path == "/circle":
-            return self._redirect("/circle")
-        if self.path in ("/ftp", "/file"):
-            return self._redirect(f"{self.path[1:]}:///etc/passwd")
-        if self.path == "/large":
-            return self._send(b"x" * 300_000)
-        if self.path == "/empty":
-            return self._send(b"")
+        if self.path in redirects:
+            return self._redirect(redirects[self.path])
+        if self.path in bodies:
+            return self._send(bodies[self.path])
         if self.path == "/slow":
             self.send_response(200)
             self.end_headers()
@@ -124,7 +120,7 @@ def test_faults_of_downloads(address):
             (f"{address}/ftp", f"{address}/ftp: redirects to a ftp URL; give the address of the file"),
             (
                 f"{address}/file",
-                f"{address}/file: cannot be downloaded (HTTP Error 302: Found - Redirection to url 'file:",
+                f"{address}/file: cannot be downloaded (HTTP Error 302: Found - Redirection to url 'fi",
             ),
             (f"{address}/circle", f"{address}/circle: cannot be downloaded (HTTP Error 302: "),
             (f"{address}/large", f"{address}/large: is larger than 0 MiB; make it smaller or store it on disk"),
@@ -133,10 +129,9 @@ def test_faults_of_downloads(address):
             (silent, f"{silent}: cannot be downloaded (<urlopen error [Errno 111] Connection refused>); check"),
             ("http://[", "http://[: cannot be downloaded ("),
         ):
-            with pytest.raises(MediaFault) as caught:
-                image_size(ask(url, allow_urls=True))
-            assert str(caught.value).startswith(fault), str(caught.value)
-            assert "secret" not in str(caught.value)
+            message = message_of(MediaFault, image_size, ask(url, allow_urls=True))
+            assert message.startswith(fault), message
+            assert "secret" not in message
 
 
 def test_downloads_with_transient_errors_are_retried(address):
@@ -166,9 +161,8 @@ def test_unknown_host_is_asked_once(monkeypatch):
             raise socket.gaierror(number, "not known")
 
         monkeypatch.setattr(socket, "getaddrinfo", resolve)
-        with pytest.raises(
-            MediaFault, match=r"^http://nobody.invalid/a.png: cannot be downloaded \(.*not known.*\); check"
-        ):
+        fault = r"^http://nobody.invalid/a.png: cannot be downloaded \(.*not known.*\); check"
+        with pytest.raises(MediaFault, match=fault):
             Remote("http://nobody.invalid/a.png").fetch()
         assert len(asked) == tries
 

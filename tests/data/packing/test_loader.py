@@ -33,14 +33,10 @@ from tests.helpers.loaders import (
     sources_of,
     write_folder,
 )
+from tests.helpers.messages import message_of
 from tests.helpers.small_runs import row, write_rows
 
 LIMITS = PackLimits(MAX_TOKENS)
-
-
-@pytest.fixture(scope="module")
-def collator(tiny_folder):
-    return MultimodalCollator.from_pretrained(tiny_folder)
 
 
 @pytest.fixture(scope="module")
@@ -56,15 +52,15 @@ def copy(folder, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def index(folder, collator):
-    return build_index(sources_of(folder), collator, RULE)
+def index(folder, collate):
+    return build_index(sources_of(folder), collate, RULE)
 
 
 @pytest.fixture(scope="module")
-def make(folder, collator, index):
+def make(folder, collate, index):
     """A function: kind of producer, and options of `make_loader` -> a loader of the unspoilt rows."""
     return lambda kind, weights=(1.0, 1.0), **changes: make_loader(
-        kind, folder, collator, weights, index=index, **changes
+        kind, folder, collate, weights, index=index, **changes
     )
 
 
@@ -205,12 +201,12 @@ def test_short_last_step_leaves_some_ranks_without_packs(make, kind):
     assert steps[0][1].balance == total
 
 
-def test_limits_of_a_pack_hold_in_training_and_evaluation(make, kind, folder, collator, index):
+def test_limits_of_a_pack_hold_in_training_and_evaluation(make, kind, folder, collate, index):
     limits = PackLimits(MAX_TOKENS, patches=int(index.patches.max()) + 8, sequences=3)
     packs = [pack for step in make(kind, limits=limits, num_epochs=1) for pack in step.packs]
     source = sources_of(folder)[0]
-    own = build_index([source], collator, RULE)
-    packs += [result.pack for result in eval_packs(source, collator, own, limits=limits)]
+    own = build_index([source], collate, RULE)
+    packs += [result.pack for result in eval_packs(source, collate, own, limits=limits)]
     names = Counter(name for pack in packs for name in pack.sample_ids)
     assert names == EVERY_ROW + Counter(name for name in EVERY_ROW if name[0] == "s")
     for pack in packs:
@@ -235,10 +231,10 @@ def test_shrunk_and_dropped_media_are_counted(folder, kind, tiny_folder):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_media_that_break_or_change_are_rejected(copy, collator, kind, workers):
+def test_media_that_break_or_change_are_rejected(copy, collate, kind, workers):
     data = (copy / "2.png").read_bytes()
     (copy / "2.png").write_bytes(data[: len(data) // 2])  # its header is sound
-    train = make_loader(kind, copy, collator, num_epochs=1, num_workers=workers, window=200)
+    train = make_loader(kind, copy, collate, num_epochs=1, num_workers=workers, window=200)
     steps = iter(train)
     first = next(steps) if kind == "streamed" else None  # by now all rows are scanned
     os.utime(copy / "9.png", ns=(7, 7))
@@ -260,8 +256,8 @@ def test_media_that_break_or_change_are_rejected(copy, collator, kind, workers):
         )
 
 
-def test_changed_file_of_rows_gives_no_more_rows(copy, collator):
-    train = make_loader("indexed", copy, collator)
+def test_changed_file_of_rows_gives_no_more_rows(copy, collate):
+    train = make_loader("indexed", copy, collate)
     for name in NUM_ROWS:
         with (copy / name).open("a") as file:
             file.write("\n{}")
@@ -272,20 +268,20 @@ def test_changed_file_of_rows_gives_no_more_rows(copy, collator):
     assert reasons
 
 
-def test_pack_of_broken_rows_is_left_out(copy, collator):
+def test_pack_of_broken_rows_is_left_out(copy, collate):
     write_rows(copy / "two.jsonl", [row("a", "x", ["3.png"]), row("a", "x", ["4.png"])])
     shutil.copy(copy / "3.png", copy / "4.png")
     source = JsonlSource(copy / "two.jsonl", copy)
-    tokens = collator.cost(source.sample(0)).tokens
+    tokens = collate.cost(source.sample(0)).tokens
     data = (copy / "4.png").read_bytes()
     (copy / "4.png").write_bytes(data[: len(data) // 2])
-    index = build_index([source], collator, LengthRule(tokens))
+    index = build_index([source], collate, LengthRule(tokens))
     options = {"packs_per_step": 2, "limits": PackLimits(tokens), "num_epochs": 1}
-    (step,) = Loader(IndexedWindows([(source, 1.0)], index, seed=0), collator, **options)
+    (step,) = Loader(IndexedWindows([(source, 1.0)], index, seed=0), collate, **options)
     assert step.num_packs == 2
     assert [pack.sample_ids for pack in step.packs] == [("two.jsonl:1",)]
     assert len(step.pack_numbers) == len(step.rejected) == 1
-    results = list(eval_packs(source, collator, index, limits=PackLimits(tokens)))
+    results = list(eval_packs(source, collate, index, limits=PackLimits(tokens)))
     assert [result.pack is None for result in results] == [False, True]
     assert [len(result.rejected) for result in results] == [0, 1]
 
@@ -317,11 +313,11 @@ def test_killed_worker_raises(make, kind):
         process.join()
 
 
-def test_resume_with_other_settings_or_data_is_refused(make, kind, straight, copy, collator):
+def test_resume_with_other_settings_or_data_is_refused(make, kind, straight, copy, collate):
     fix = "put them back or start a new run"
-    with pytest.raises(ValueError) as caught:
-        make(kind, seed=6, window=33, packs_per_step=2).load_state_dict(straight[0].state)
-    assert str(caught.value) == (
+    assert message_of(
+        ValueError, make(kind, seed=6, window=33, packs_per_step=2).load_state_dict, straight[0].state
+    ) == (
         "resume: seed (5 then, 6 now), window (32 then, 33 now), packs_per_step (5 then, 2 now) changed since the "
         f"checkpoint, so the run cannot go on exactly; {fix}"
     )
@@ -329,14 +325,12 @@ def test_resume_with_other_settings_or_data_is_refused(make, kind, straight, cop
         file.write(json.dumps(row("one", "more")) + "\n")
     what = "the data files, the rows' token counts" if kind == "indexed" else "the data files"
     with pytest.raises(ValueError, match=f"^resume: {what} changed .* {fix}$"):
-        make_loader(kind, copy, collator).load_state_dict(straight[0].state)
+        make_loader(kind, copy, collate).load_state_dict(straight[0].state)
 
 
 def test_state_of_an_earlier_version_is_refused(make, kind):
     state = {"epoch": 0, "step_in_epoch": 3, "steps_done": 3, "epoch_lengths": [9], "fingerprint": {}}
-    with pytest.raises(ValueError) as caught:
-        make(kind).load_state_dict(state)
-    assert str(caught.value) == (
+    assert message_of(ValueError, make(kind).load_state_dict, state) == (
         "resume: the position in the data has no cursor, carry_over, taken, num_seen, num_dropped, skipped, "
         "content_hash: the checkpoint is of an earlier version of qwen3vl_train; go on with that version, or start a "
         "new run"
@@ -441,24 +435,24 @@ def test_epoch_is_planned_window_by_window_as_it_is_trained(make):
 
 
 @pytest.mark.parametrize("ends", [{"num_epochs": 2}, {"num_steps": 4}])
-def test_index_without_a_usable_row_makes_a_run_of_no_steps(collator, tmp_path, ends):
+def test_index_without_a_usable_row_makes_a_run_of_no_steps(collate, tmp_path, ends):
     (tmp_path / "none.jsonl").write_text("{\n{}\n")
     source = JsonlSource(tmp_path / "none.jsonl", tmp_path)
-    index = build_index([source], collator, RULE)
+    index = build_index([source], collate, RULE)
     producer = IndexedWindows([(source, 0.5)], index, seed=5)
-    train = Loader(producer, collator, packs_per_step=3, limits=LIMITS, **ends)
+    train = Loader(producer, collate, packs_per_step=3, limits=LIMITS, **ends)
     assert (train.num_steps, train.epoch_packs(0), list(train)) == (0, [], [])
     train.load_state_dict(train.state())
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_evaluation_reads_the_file_in_order_and_shares_it_out(folder, collator, workers):
+def test_evaluation_reads_the_file_in_order_and_shares_it_out(folder, collate, workers):
     source = sources_of(folder)[0]
-    index = build_index([source], collator, RULE)
+    index = build_index([source], collate, RULE)
 
     def names(rank, world_size):
         results = eval_packs(
-            source, collator, index, limits=LIMITS, data_rank=rank, data_world_size=world_size, num_workers=workers
+            source, collate, index, limits=LIMITS, data_rank=rank, data_world_size=world_size, num_workers=workers
         )
         return [result.pack.sample_ids for result in results]
 

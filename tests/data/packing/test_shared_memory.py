@@ -10,6 +10,7 @@ from qwen3vl_train.data.encode.collator import MultimodalCollator
 from qwen3vl_train.data.packing.shared_memory import SharedMemoryPack
 from qwen3vl_train.data.packing.workers import from_worker, in_workers
 from tests.helpers import oracles
+from tests.helpers.messages import message_of
 
 
 @pytest.fixture(scope="module")
@@ -74,18 +75,14 @@ def test_results_come_in_order_and_faults_as_they_were_raised(workers):
     assert list(in_workers(refuse, iter([5, 1, 4, 2]), workers)) == [-5, -1, -4, -2]
     results = in_workers(refuse, range(9), workers)
     assert [next(results) for _ in range(3)] == [0, -1, -2]
-    with pytest.raises(ValueError) as caught:
-        next(results)
-    assert str(caught.value) == "row 3: is odd; make it even"
+    assert message_of(ValueError, next, results) == "row 3: is odd; make it even"
 
 
 @pytest.mark.parametrize("in_process", [True, False])
 def test_a_stream_from_a_worker_ends_with_its_fault(in_process):
     results = from_worker(count_down, 3, in_process=in_process)
     assert [next(results) for _ in range(3)] == [3, 2, 1]
-    with pytest.raises(ValueError) as caught:
-        next(results)
-    assert str(caught.value) == "nothing is left; start higher"
+    assert message_of(ValueError, next, results) == "nothing is left; start higher"
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -6,15 +6,9 @@ import pytest
 import torch
 
 from qwen3vl_train.config.fields import TrainSource
-from qwen3vl_train.data.encode.collator import MultimodalCollator
 from qwen3vl_train.data.rows.parse import RowRules
 from qwen3vl_train.data.sources import open_sources, open_stream
 from tests.helpers.row_files import KINDS, NUM_ROWS, png, table, talk, write_all
-
-
-@pytest.fixture(scope="module")
-def collate(tiny_folder):
-    return MultimodalCollator.from_pretrained(tiny_folder)
 
 
 @pytest.fixture(scope="module")

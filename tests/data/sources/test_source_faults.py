@@ -93,10 +93,7 @@ def test_damaged_arrays(tmp_path):
     whole = json.dumps(talks(3))
     for text, why in (
         (whole[:-1], "row 4 of the array: the file ends after it"),
-        (
-            whole[:-20],
-            "row 3 of the array: not JSON, or the file is truncated in it (",
-        ),
+        (whole[:-20], "row 3 of the array: not JSON, or the file is truncated in it ("),
         (whole.replace(', "conv', ' "conv', 1), "row 1 of the array: not JSON (Expecting ',' delimiter)"),
         (whole + " x", "row 4 of the array: there is more after the closing bracket"),
         ("[{} {}]", "row 2 of the array: no comma after it"),
