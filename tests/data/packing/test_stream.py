@@ -26,23 +26,11 @@ from qwen3vl_train.data.sources import open_stream
 from qwen3vl_train.data.sources.streams import FileStream
 from qwen3vl_train.dist.ranks import Ranks, StoreBroadcast
 from tests.helpers import faults, loaders, row_files
-from tests.helpers.loaders import EVERY_ROW, NUM_ROWS, contents_of, make_loader, names_of, plan_of, write_folder
+from tests.helpers.loaders import EVERY_ROW, NUM_ROWS, assert_same_packs, contents_of, make_loader, names_of, plan_of
 from tests.helpers.messages import message_of
 from tests.helpers.ranks import run_ranks
 
 ROOT = Path(__file__).resolve().parents[3]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return write_folder(tmp_path_factory.mktemp("stream") / "rows")
-
-
-@pytest.fixture
-def copy(folder, tmp_path):
-    """Another machine's copy of the folder, to be spoilt."""
-    shutil.copytree(folder, tmp_path / "rows")
-    return tmp_path / "rows"
 
 
 @pytest.fixture
@@ -61,10 +49,8 @@ def stream_loader(folder, collate, **changes):
 def file_loader(path, collate, **changes):
     """A loader of one stream."""
     part = Part(InOrder(open_stream(TrainSource(path=str(path), streaming=True))), 1.0)
-    in_worker = changes.get("num_workers", 0) > 0
-    producer = StreamedWindows(
-        [part], collate, LengthRule(160), seed=0, size=changes.pop("window"), in_worker=in_worker
-    )
+    how = {"size": changes.pop("window"), "in_worker": changes.get("num_workers", 0) > 0}
+    producer = StreamedWindows([part], collate, LengthRule(160), seed=0, **how)
     return Loader(producer, collate, limits=PackLimits(160), **changes)
 
 
@@ -121,9 +107,10 @@ def test_row_that_one_rank_cannot_read_changes_no_plan(folder, copy, collate, wo
 def test_plan_hashes_differ_where_each_rank_scans_for_itself(folder, copy, collate):
     (copy / "3.png").unlink()
     first, second = (
-        list(stream_loader(files, collate, rank=rank, world_size=2)) for rank, files in enumerate((folder, copy))
+        [step.plan_hash for step in stream_loader(files, collate, rank=rank, world_size=2)]
+        for rank, files in enumerate((folder, copy))
     )
-    assert [step.plan_hash for step in first] != [step.plan_hash for step in second]
+    assert first != second
 
 
 def test_row_that_rank_0_cannot_read_is_skipped_on_every_rank(folder, copy, collate):
@@ -143,10 +130,8 @@ def test_other_rows_on_another_machine_are_refused(folder, copy, collate):
         ("t", [*texts, texts[0]], "t.jsonl:10", "its end"),
     ):
         (copy / f"{name}.jsonl").write_text("\n".join(lines))
-        assert (
-            message_of(ValueError, steps_on_ranks, [folder, copy], collate, weights=(1.0, 0.1))
-            == f"data.train: the stream goes on with {here} here and with {there} on rank 0; {end}"
-        )
+        fault = f"data.train: the stream goes on with {here} here and with {there} on rank 0; {end}"
+        assert message_of(ValueError, steps_on_ranks, [folder, copy], collate, weights=(1.0, 0.1)) == fault
         shutil.copy(folder / f"{name}.jsonl", copy)
 
 
@@ -195,10 +180,8 @@ def test_window_that_cannot_be_read_as_before_ends_the_resume(copy, collate):
     (copy / "2.png").unlink()
     again = stream_loader(copy, collate, window=40)
     again.load_state_dict(state)
-    with pytest.raises(ValueError) as caught:
-        next(iter(again))
-    start, end = str(caught.value).split(" messages[0]")
-    assert start == (f"resume: the chunk of the stream that the run stopped in is not what it was: {copy}/s.jsonl:3:")
+    start, end = message_of(ValueError, next, iter(again)).split(" messages[0]")
+    assert start == f"resume: the chunk of the stream that the run stopped in is not what it was: {copy}/s.jsonl:3:"
     assert end.endswith("; put it back, or start a new run")
 
 
@@ -285,10 +268,7 @@ def test_every_kind_of_file_streams_packs_and_resumes(tmp_path, collate, kind):
         again.load_state_dict(json.loads(json.dumps(straight[stop].state)))
         rest = list(again)
         assert contents_of(rest) == contents_of(straight[stop + 1 :])
-        for step, same in zip(rest, straight[stop + 1 :], strict=True):
-            for pack, other in zip(step.packs, same.packs, strict=True):
-                assert torch.equal(pack.input_ids, other.input_ids)
-                assert torch.equal(pack.pixel_values, other.pixel_values)
+        assert_same_packs(rest, straight[stop + 1 :])
 
 
 MEMORY = """

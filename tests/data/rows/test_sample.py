@@ -149,19 +149,16 @@ def test_rows_of_files_need_something_to_learn():
 
 def test_clips_are_files_or_lists_of_frames():
     frames = ["0.png", b"1", "2.png"]
-    listed = tuple(frames)
+    listed, times = tuple(frames), (0.0, 0.5, 1.0)
     for part, clip in (
         ({"type": "video", "video": "a.mp4"}, VideoPart("a.mp4")),
         ({"video": b"\0"}, VideoPart(b"\0")),
         ({"type": "video", "video": {"bytes": None, "path": "b.mp4"}, "fps": None}, VideoPart("b.mp4")),
         ({"type": "video", "video": frames, "fps": 12}, VideoPart(listed, fps=12.0)),
-        ({"video": frames, "sample_fps": 2, "timestamps": None}, VideoPart(listed, timestamps=(0.0, 0.5, 1.0))),
+        ({"video": frames, "sample_fps": 2, "timestamps": None}, VideoPart(listed, timestamps=times)),
         ({"video": frames, "timestamps": [0, 0.5, 0.5]}, VideoPart(listed, timestamps=(0.0, 0.5, 0.5))),
         ({"video": {"frames": frames, "fps": 12, "timestamps": None}}, VideoPart(listed, fps=12.0)),
-        (
-            {"type": "video", "video": {"frames": frames}, "sample_fps": 2},
-            VideoPart(listed, timestamps=(0.0, 0.5, 1.0)),
-        ),
+        ({"type": "video", "video": {"frames": frames}, "sample_fps": 2}, VideoPart(listed, timestamps=times)),
     ):
         assert parse_sample(user(part)).messages[0].content == (clip,)
 
