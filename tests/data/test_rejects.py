@@ -81,10 +81,8 @@ def test_lines_that_were_removed_still_count(tmp_path):
     assert lines(path) == [reject(1)]
     assert ledger.state() == {"listed": 4, "of_streams": 0}
     path.write_text("[]\n")
-    assert (
-        message_of(ValueError, resume, ledger_of(tmp_path), listed=1)
-        == f"{path}:1: not a rejected row; remove the line"
-    )
+    fault = f"{path}:1: not a rejected row; remove the line"
+    assert message_of(ValueError, resume, ledger_of(tmp_path), listed=1) == fault
 
 
 def test_other_ranks_write_nothing(tmp_path):

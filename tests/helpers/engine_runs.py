@@ -110,18 +110,11 @@ class Trainee:
     def step(self, step: int, packs: list[PackedBatch]) -> StepTally:
         """Train on this rank's share of the packs of all; none at all leaves every rank without one."""
         mine = SHARES[self.ranks.world_size][step][self.ranks.rank] if packs else []
-        return train_step(
-            self.model,
-            self.optimizer,
-            [packs[place] for place in mine],
-            mine,
-            self.ranks,
-            small_runs.step_options(
-                self.model, small_runs.sources_of(packs), seed=self.recipe.train.seed, max_grad_norm=1.0
-            ),
-            step=step,
-            lr_factor=1.0,
+        options = small_runs.step_options(
+            self.model, small_runs.sources_of(packs), seed=self.recipe.train.seed, max_grad_norm=1.0
         )
+        taken = [packs[place] for place in mine]
+        return train_step(self.model, self.optimizer, taken, mine, self.ranks, options, step=step, lr_factor=1.0)
 
     def steps(self, steps: Steps, first: int, last: int) -> list[float]:
         return [self.step(step, steps[step]).loss for step in range(first, last)]

@@ -3,7 +3,6 @@ import json
 import os
 import shutil
 
-import fsspec
 import numpy as np
 import pytest
 import tiny_checkpoint
@@ -245,14 +244,6 @@ def test_only_rows_whose_media_changed_are_looked_at_again(counted, tmp_path):
     assert looked_at == 6
     assert same(third, fresh)
     assert counted()[1] == 0
-
-
-@pytest.fixture
-def bucket():
-    """A file system of fsspec that lives in this process alone: anything behind a URL."""
-    fs = fsspec.filesystem("memory")
-    yield fs
-    fs.rm("/bucket", recursive=True)
 
 
 def test_rows_of_unfetched_media_are_looked_at_again(counted, tmp_path, bucket):

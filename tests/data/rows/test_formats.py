@@ -156,36 +156,31 @@ def test_given_format_is_not_detected():
 
 
 LIST_THEM = "list one image for each, or write typed parts, in which a text is a text"
+PUT_ONE = "placeholders in the questions; put one placeholder where each image belongs"
+NONE_LISTED = f"0 images but 1 <image> placeholder in the questions; {LIST_THEM}"
+OWN = "the parts contain 1 of their own: list no others, or leave parts without media for them"
 FAULTS = [
-    ({"image": "a", "conversations": talk("What?", "x")},
-     "1 image but 0 <image> placeholders in the questions; put one placeholder where each image belongs"),
-    ({"image": ["a", "b"], "conversations": talk("<image><image><image>", "x")},
-     "2 images but 3 <image> placeholders in the questions; put one placeholder where each image belongs"),
+    ({"image": "a", "conversations": talk("What?", "x")}, f"1 image but 0 <image> {PUT_ONE}"),
+    ({"image": ["a", "b"], "conversations": talk("<image><image><image>", "x")}, f"2 images but 3 <image> {PUT_ONE}"),
     ({"image": "a", "conversations": talk("<image><video>", "x")},
      f"0 videos but 1 <video> placeholder in the questions; {LIST_THEM.replace('image', 'video')}"),
-    (asked([{"type": "image"}]), f"0 images but 1 <image> placeholder in the questions; {LIST_THEM}"),
-    ({"conversations": talk("<image>\nWhat?", "x")},
-     f"0 images but 1 <image> placeholder in the questions; {LIST_THEM}"),
+    (asked([{"type": "image"}]), NONE_LISTED),
+    ({"conversations": talk("<image>\nWhat?", "x")}, NONE_LISTED),
     ({"image": [], "conversations": talk("<image>\n<image>\nWhat?", "x")},
      f"0 images but 2 <image> placeholders in the questions; {LIST_THEM}"),
-    ({"video": "v.mp4", "conversations": talk("<image>What?<video>", "x")},
-     f"0 images but 1 <image> placeholder in the questions; {LIST_THEM}"),
+    ({"video": "v.mp4", "conversations": talk("<image>What?<video>", "x")}, NONE_LISTED),
     ({"question": "<video>What?", "answer": "x"},
      f"0 videos but 1 <video> placeholder in the questions; {LIST_THEM.replace('image', 'video')}"),
     ({"question": "<image> What?", "answer": "x", "image": ["a", "b"]},
      "2 images but 1 <image> placeholder in the questions; put one placeholder where each image belongs"),
-    (asked("<image> What?"), f"0 images but 1 <image> placeholder in the questions; {LIST_THEM}"),
-    ({**asked("What?"), "images": ["a"]},
-     "1 image but 0 <image> placeholders in the questions; put one placeholder where each image belongs"),
+    (asked("<image> What?"), NONE_LISTED),
+    ({**asked("What?"), "images": ["a"]}, f"1 image but 0 <image> {PUT_ONE}"),
     ({**asked([{"type": "image", "image": "mine"}]), "images": ["a"]},
-     "1 image but 0 <image> placeholders in the questions; the parts contain 1 of their own: list no others, or leave "
-     "parts without media for them"),
+     f"1 image but 0 <image> placeholders in the questions; {OWN}"),
     ({**asked([{"type": "image", "image": "mine"}]), "videos": ["a", "b"]},
-     "2 videos but 0 <video> placeholders in the questions; the parts contain 1 of their own: list no others, or leave "
-     "parts without media for them"),
+     f"2 videos but 0 <video> placeholders in the questions; {OWN}"),
     ({**asked([{"type": "image", "image": "mine"}, {"type": "image"}]), "images": ["a", "b"]},
-     "2 images but 1 <image> placeholder in the questions; the parts contain 1 of their own: list no others, or leave "
-     "parts without media for them"),
+     f"2 images but 1 <image> placeholder in the questions; {OWN}"),
     ({"image": "a", "images": ["b"], "conversations": WHAT}, "image and images are both given; keep one of them"),
     ({"conversations": "hi"}, "conversations is not a list; write a list of {from, value}"),
     ({"conversations": [7]}, "conversations[0] is not an object; write from and value"),

@@ -125,8 +125,7 @@ PART_FAULTS = [
      'messages[0].content[1]: no key \'image\' for type \'image\'; write {"type": "image", "image": ...}'),
     ({"type": "image", "image": "a.png", "max_pixels": 9},
      "messages[0].content[1]: unknown key max_pixels in a part of type image; remove it"),
-    ({"text": "x", "image": "a.png"},
-     "messages[0].content[1]: unknown key image in a part of type text; remove it"),
+    ({"text": "x", "image": "a.png"}, "messages[0].content[1]: unknown key image in a part of type text; remove it"),
     ({"type": "text", "text": 5}, "messages[0].content[1].text is a number, not a string; write text"),
     ({"type": "image", "image": 5},
      "messages[0].content[1].image is a number; write a path, a data URI, bytes or a PIL image"),
@@ -164,6 +163,8 @@ def test_clips_are_files_or_lists_of_frames():
 
 
 ONE_OF = 'give one of fps, sample_fps, timestamps, as in {"frames": [...], "fps": 2}'
+RATE = "write a number of frames per second, above 0 and at most 1000"
+SECONDS = "write seconds, at least 0, that never decrease"
 CLIP_FAULTS = [
     ({"video": 7}, ".video is a number; write a path, a data URI, bytes or a list of frames"),
     ({"video": "a.mp4", "fps": 2}, ": fps next to a video file, whose header has the times; remove it"),
@@ -178,24 +179,18 @@ CLIP_FAULTS = [
     ({"video": {"frames": ["a", "b"], "fps": 1, "size": 2}}, ": unknown key size in a part of type video; remove it"),
     ({"video": {"frames": "a.mp4"}}, ".video.frames is a string, not a list; write a list of images"),
     ({"video": {"frames": None, "fps": 1}}, ".video.frames is null, not a list; write a list of images"),
-    ({"video": ["a", "b"], "fps": 1, "timestamps": [0, 1]},
-     f": a list of frames with fps and timestamps; {ONE_OF}"),
-    ({"video": ["a", "b"], "fps": 0}, ".fps is 0; write a number of frames per second, above 0 and at most 1000"),
-    ({"video": ["a", "b"], "fps": float("nan")},
-     ".fps is nan; write a number of frames per second, above 0 and at most 1000"),
-    ({"video": ["a", "b"], "sample_fps": 1001},
-     ".sample_fps is 1001; write a number of frames per second, above 0 and at most 1000"),
-    ({"video": ["a", "b"], "fps": True}, ".fps is True; write a number of frames per second, above 0 and at most 1000"),
-    ({"video": ["a", "b"], "fps": "2"}, ".fps is '2'; write a number of frames per second, above 0 and at most 1000"),
+    ({"video": ["a", "b"], "fps": 1, "timestamps": [0, 1]}, f": a list of frames with fps and timestamps; {ONE_OF}"),
+    ({"video": ["a", "b"], "fps": 0}, f".fps is 0; {RATE}"),
+    ({"video": ["a", "b"], "fps": float("nan")}, f".fps is nan; {RATE}"),
+    ({"video": ["a", "b"], "sample_fps": 1001}, f".sample_fps is 1001; {RATE}"),
+    ({"video": ["a", "b"], "fps": True}, f".fps is True; {RATE}"),
+    ({"video": ["a", "b"], "fps": "2"}, f".fps is '2'; {RATE}"),
     ({"video": ["a", "b"], "timestamps": [0]}, ".timestamps: 1 times for 2 frames; give one for each frame"),
     ({"video": ["a", "b"], "timestamps": [0, 1, 2]}, ".timestamps: 3 times for 2 frames; give one for each frame"),
     ({"video": ["a", "b"], "timestamps": 3}, ".timestamps is a number; write a list of seconds, one for each frame"),
-    ({"video": ["a", "b"], "timestamps": [1, 0.5]},
-     ".timestamps[1] is 0.5; write seconds, at least 0, that never decrease"),
-    ({"video": ["a", "b"], "timestamps": [-1, 0]},
-     ".timestamps[0] is -1; write seconds, at least 0, that never decrease"),
-    ({"video": ["a", "b"], "timestamps": [0, float("inf")]},
-     ".timestamps[1] is inf; write seconds, at least 0, that never decrease"),
+    ({"video": ["a", "b"], "timestamps": [1, 0.5]}, f".timestamps[1] is 0.5; {SECONDS}"),
+    ({"video": ["a", "b"], "timestamps": [-1, 0]}, f".timestamps[0] is -1; {SECONDS}"),
+    ({"video": ["a", "b"], "timestamps": [0, float("inf")]}, f".timestamps[1] is inf; {SECONDS}"),
 ]  # fmt: skip
 
 
