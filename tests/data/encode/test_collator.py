@@ -29,8 +29,7 @@ def test_pack_concatenates_its_samples(collate):
 
 def test_pack_of_text_only(collate):
     pack = collate([{"messages": [{"role": "user", "content": "Hi"}]}])
-    assert pack.pixel_values.shape == (0, 768)
-    assert pack.pixel_values.dtype == torch.uint8
+    assert (pack.pixel_values.shape, pack.pixel_values.dtype) == ((0, 768), torch.uint8)
     assert (pack.num_labels, pack.grid_thw.shape) == (0, (0, 3))
 
 

@@ -21,8 +21,7 @@ def test_typed_special_tokens_stay_text(tokenizer):
         assert not set(ids) & set(tokenizer.special_ids.values())
         assert len(ids) > 3
         assert tokenizer.decode(ids, skip_special_tokens=False) == f"a{name}b"
-        assert offsets[0][0] == 0
-        assert offsets[-1][1] == len(name) + 2
+        assert (offsets[0][0], offsets[-1][1]) == (0, len(name) + 2)
     assert len(tokenizer.encode("<think>")[0]) == len(tokenizer.encode("</tool_call>")[0]) == 1
 
 

@@ -46,8 +46,7 @@ def test_costs_are_those_of_the_collator_and_rejects_say_why(tmp_path, collate):
     index = build_index([first, second], collate, LengthRule(400), progress=lambda *done: seen.append(done))
     assert seen == [(3, 6), (6, 6)]
     assert (index.num_rows, index.num_usable, index.num_dropped) == (6, 3, 0)
-    assert index.usable(0).tolist() == [0, 2]
-    assert index.usable(1).tolist() == [4]
+    assert [index.usable(number).tolist() for number in range(2)] == [[0, 2], [4]]
     assert [index.locate(number) for number in (0, 2, 3, 5)] == [(0, 0), (0, 2), (1, 0), (1, 2)]
     for number in (0, 2, 4):
         place, line = index.locate(number)
@@ -72,8 +71,7 @@ def test_processes_change_nothing(tmp_path, collate):
     sources = [write(tmp_path, "a.jsonl", rows[:300]), write(tmp_path, "b.jsonl", rows[300:])]
     alone, together = (build_index(sources, collate, LengthRule(90), num_workers=n) for n in (0, 2))
     assert 0 < alone.num_usable < 2100
-    assert alone.digest() == together.digest()
-    assert alone.rejects == together.rejects
+    assert (alone.digest(), alone.rejects) == (together.digest(), together.rejects)
     assert np.array_equal(alone.signatures, together.signatures)
 
 
@@ -103,8 +101,8 @@ def test_samples_that_are_too_long(tmp_path, collate, tiny_folder, limits, reaso
     assert shrunk.num_shrunk.tolist() == [0, 1]
     assert shrunk.tokens[1] <= limits["max_tokens"]
     assert 40 <= shrunk.patches[1] <= limits.get("max_patches", 96)
-    assert shrinks.encode(source.sample(1)).input_ids.numel() == shrunk.tokens[1]
-    assert shrinks.encode(source.sample(1)).patches.shape[0] == shrunk.patches[1]
+    encoded = shrinks.encode(source.sample(1))
+    assert (len(encoded.input_ids), len(encoded.patches)) == (shrunk.tokens[1], shrunk.patches[1])
 
 
 @pytest.mark.parametrize("too_long", ["drop", "reject", "shrink_media"])
@@ -116,8 +114,7 @@ def test_text_that_cannot_fit_is_not_tokenised(tmp_path, collate, too_long):
     assert index.tokens.tolist() == [0, 0]
     assert index.num_dropped == (2 if too_long == "drop" else 0)
     index = build_index([source], collate, LengthRule(450, too_long=too_long))
-    assert index.tokens[1] == collate.cost(source.sample(1)).tokens
-    assert index.tokens[0] == 0
+    assert index.tokens.tolist() == [0, collate.cost(source.sample(1)).tokens]
 
 
 def test_text_that_cannot_fit_is_rejected_with_its_least_tokens(tmp_path, collate):
@@ -148,8 +145,7 @@ def test_rows_of_which_the_template_trains_nothing_are_rejected(tmp_path, tiny_f
     source = write(tmp_path, "a.jsonl", [json.dumps({"messages": messages}) for messages in talks.values()])
     index = build_index([source], thinking, NO_LIMIT)
     learns = [thinking([{"messages": messages}]).num_labels > 0 for messages in talks.values()]
-    assert learns == [True, False, False, False, True]
-    assert (index.tokens > 0).tolist() == learns
+    assert (index.tokens > 0).tolist() == learns == [True, False, False, False, True]
     assert {reject.reason for reject in index.rejects} == {
         "nothing to learn: a Thinking checkpoint is trained on answers behind the last question, and none there is "
         "trained; end the row with its answer, or take an Instruct checkpoint"

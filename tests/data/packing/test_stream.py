@@ -71,8 +71,7 @@ def test_unusable_rows_are_reported_once_by_rank_0(faulty, collate):
         return [(reject.file, reject.row) for step in train for reject in step.rejected]
 
     wanted = [(f"{faulty}/s.jsonl", 8), (f"{faulty}/s.jsonl", 41)]
-    assert rejects(0) == wanted
-    assert rejects(1) == []
+    assert (rejects(0), rejects(1)) == (wanted, [])
     steps = list(stream_loader(faulty, collate, num_epochs=1))
     assert Counter(names_of(steps)) == EVERY_ROW - Counter(["s.jsonl:8", "s.jsonl:41"])
     for step, following in pairwise(steps):

@@ -236,10 +236,8 @@ def test_lines_of_text():
         with contextlib.suppress(RowFault):
             decode_row(text)
 
-    snippets = st.sampled_from(
-        [b"{", b"[", b'"', b"\\u", b"1e999", b"NaN", b"-", b":", b",", b"\xff", b"\xef\xbb\xbf", b"["]
-    )
-    fuzz("text", st.lists(snippets, max_size=40).map(b"".join) | st.binary(max_size=60), check)
+    snippets = [b"{", b"[", b'"', b"\\u", b"1e999", b"NaN", b"-", b":", b",", b"\xff", b"\xef\xbb\xbf", b"["]
+    fuzz("text", st.lists(st.sampled_from(snippets), max_size=40).map(b"".join) | st.binary(max_size=60), check)
     with pytest.raises(RowFault, match=r"^not JSON"):
         decode_row(b"9" * 100_000)
 
@@ -336,9 +334,8 @@ CLIPS = {
 
 def test_clips(guarded, collate, tmp_path):
     """Clips as bytes are encoded to tokens and patches: header, times, frames, resizing."""
-    encoded = {
-        name: write_clip(tmp_path / name, 10, size=(64, 48), gop=4, **how).read_bytes() for name, how in CLIPS.items()
-    }
+    small = {"size": (64, 48), "gop": 4}
+    encoded = {name: write_clip(tmp_path / name, 10, **small, **how).read_bytes() for name, how in CLIPS.items()}
 
     def read(content):
         parts = [{"type": "video", "video": content}, {"type": "text", "text": "What?"}]
