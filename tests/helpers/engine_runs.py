@@ -83,19 +83,17 @@ def make_steps(checkpoint: Path) -> Steps:
 
 def engine_recipe(checkpoint: Path, tune: dict[str, Any], engine: str = "single", **overrides: Any) -> Recipe:
     """overrides: dtype, activation_checkpointing, optim, and fields of `parallel`."""
-    train = {"seed": 3, "activation_checkpointing": overrides.pop("activation_checkpointing", "none")}
-    return recipe_from_dict(
-        {
-            "name": "engines",
-            "model": {"path": str(checkpoint), "dtype": overrides.pop("dtype", "float32")},
-            "tune": tune,
-            "data": {"train": [{"path": "none.jsonl"}]},
-            # Where the true gradient is zero (key biases), Adam at 1e-8 would make whole steps of the rounding noise.
-            "optim": {"lr": 1e-3, "eps": 1e-6, "weight_decay": 0.1, **overrides.pop("optim", {})},
-            "train": train,
-            "parallel": {"engine": engine, **overrides},
-        }
-    )
+    values = {
+        "name": "engines",
+        "model": {"path": str(checkpoint), "dtype": overrides.pop("dtype", "float32")},
+        "tune": tune,
+        "data": {"train": [{"path": "none.jsonl"}]},
+        # Where the true gradient is zero (key biases), Adam at 1e-8 would make whole steps of the rounding noise.
+        "optim": {"lr": 1e-3, "eps": 1e-6, "weight_decay": 0.1, **overrides.pop("optim", {})},
+        "train": {"seed": 3, "activation_checkpointing": overrides.pop("activation_checkpointing", "none")},
+        "parallel": {"engine": engine, **overrides},
+    }
+    return recipe_from_dict(values)
 
 
 class Trainee:

@@ -8,7 +8,6 @@ import time
 from collections import Counter
 from typing import ClassVar
 
-import fsspec
 import pytest
 
 from qwen3vl_train.config.fields import TrainSource
@@ -164,17 +163,16 @@ def test_unknown_host_is_asked_once(monkeypatch):
         assert len(asked) == tries
 
 
-def test_fsspec_downloads_are_retried(monkeypatch):
+def test_fsspec_downloads_are_retried(bucket, monkeypatch):
     faults.set_download_limits(pauses=(0.0, 0.01))
-    fs, failures = fsspec.filesystem("memory"), []
-    whole = type(fs)._open
-    monkeypatch.setattr(type(fs), "_open", lambda self, *args, **options: failing() or whole(self, *args, **options))
+    failures, whole = [], type(bucket)._open
+    monkeypatch.setattr(type(bucket), "_open", lambda self, *args, **more: failing() or whole(self, *args, **more))
 
     def failing():
         if failures:
             raise failures.pop()
 
-    fs.pipe("/bucket/a.png", png(7))
+    bucket.pipe("/bucket/a.png", png(7))
     medium = Remote("memory://bucket/a.png")
     failures[:] = [OSError("slow down")] * 2
     assert medium.fetch() == png(7)
@@ -185,5 +183,3 @@ def test_fsspec_downloads_are_retried(monkeypatch):
         assert str(caught.value) == "memory://bucket/a.png: cannot be read (slow down); check the path and media_root"
         assert caught.value.transient
         assert len(failures) == left
-    failures.clear()
-    fs.rm("/bucket", recursive=True)
