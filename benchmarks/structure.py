@@ -8,6 +8,7 @@ to step.
 import argparse
 import ast
 import json
+import runpy
 import statistics
 import sys
 import tempfile
@@ -127,10 +128,8 @@ class Trace:
 
 
 def print_road() -> None:
-    sys.path[:0] = [str(ROOT), str(ROOT / "data")]
     import torch
     from PIL import Image
-    from tiny_checkpoint import write_tiny_checkpoint
 
     from qwen3vl_train.config import load_recipe
     from qwen3vl_train.train.export import export_run
@@ -139,7 +138,7 @@ def print_road() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        write_tiny_checkpoint(folder / "model")
+        runpy.run_path(str(ROOT / "data" / "tiny_checkpoint.py"))["write_tiny_checkpoint"](folder / "model")
         Image.new("RGB", (96, 64), "red").save(folder / "a.png")
         content = [{"type": "image", "image": "a.png"}, {"type": "text", "text": "Which colour?"}]
         messages = [{"role": "user", "content": content}, {"role": "assistant", "content": "Red."}]

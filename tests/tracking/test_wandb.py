@@ -122,6 +122,7 @@ def test_a_lost_run_id_comes_from_the_checkpoint(tmp_path):
     assert [record.exit.exit_code for record in kept if record.HasField("exit")] == [75]
 
 
+@pytest.mark.process  # wandb's own service
 def test_online_without_a_login_is_an_error_before_any_prompt(tmp_path):
     with pytest.raises(ValueError, match=r"track.wandb: online, but no W&B login found; run `wandb login`"):
         open_tracker(recipe("online"), tmp_path / "run", rank=0)

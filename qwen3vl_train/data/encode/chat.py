@@ -68,15 +68,9 @@ def vision_markup(slot: Slot, num_tokens: int, times: Sequence[float] = (), *, w
     """
     if isinstance(slot.part, ImagePart):
         return [Special(VISION_START), Pad(IMAGE_PAD, num_tokens), Special(VISION_END)]
-    pieces: list[Piece] = []
-    for time in times:
-        pieces += [
-            Text(f"<{time:.1f} seconds>"),
-            Special(VISION_START),
-            Pad(VIDEO_PAD, num_tokens),
-            Special(VISION_END),
-        ]
-    return [Special(VISION_START), *pieces, Special(VISION_END)] if wrapped else pieces
+    start, end, frames = Special(VISION_START), Special(VISION_END), Pad(VIDEO_PAD, num_tokens)
+    pieces: list[Piece] = [piece for time in times for piece in (Text(f"<{time:.1f} seconds>"), start, frames, end)]
+    return [start, *pieces, end] if wrapped else pieces
 
 
 def as_text(pieces: Sequence[Piece]) -> str:
@@ -102,12 +96,11 @@ def _content(message: Message, index: int) -> list[Piece]:
 
 def _calls(message: Message, has_content: bool) -> str:
     """Render the tool calls of an assistant message as the text that follows its content."""
-    words = []
-    for index, call in enumerate(message.tool_calls):
+    words = [""] if has_content and message.tool_calls else []
+    for call in message.tool_calls:
         arguments = call.arguments if isinstance(call.arguments, str) else to_json(call.arguments)
-        gap = "\n" if index or has_content else ""
-        words.append(f'{gap}<tool_call>\n{{"name": "{call.name}", "arguments": {arguments}}}\n</tool_call>')
-    return "".join(words)
+        words.append(f'<tool_call>\n{{"name": "{call.name}", "arguments": {arguments}}}\n</tool_call>')
+    return "\n".join(words)
 
 
 def _system(messages: Sequence[Message], tools: Sequence[Any]) -> list[Piece]:
@@ -119,7 +112,7 @@ def _system(messages: Sequence[Message], tools: Sequence[Any]) -> list[Piece]:
     if tools:
         gap = "\n\n" if own else ""
         text += gap + _TOOLS_HEAD + "".join("\n" + to_json(tool) for tool in tools) + _TOOLS_FOOT
-    return [*_turn("system", [Text(text)])]
+    return _turn("system", [Text(text)])
 
 
 def _turn(role: str, content: Sequence[Piece], end_weight: float = 0.0) -> list[Piece]:
@@ -146,11 +139,8 @@ def render_instruct(
     pieces = _system(messages, tools)
     for index, message in enumerate(messages):
         if message.role == "system" and index:
-            raise RowFault(
-                f"messages[{index}]: a system message that is not the first, which the template drops; "
-                "move it to the front",
-                kind="dropped_by_template",
-            )
+            fault = "a system message that is not the first, which the template drops; move it to the front"
+            raise RowFault(f"messages[{index}]: {fault}", kind="dropped_by_template")
         if message.reasoning is not None:
             raise RowFault(
                 f"messages[{index}]: reasoning_content, which the template of an Instruct checkpoint drops; remove "

@@ -9,17 +9,12 @@ import torch
 
 from qwen3vl_train.arch import Qwen3VLArch
 from qwen3vl_train.batch import PackedBatch, VisionSlice
+from qwen3vl_train.data.encode import processor
 from qwen3vl_train.data.encode.encoder import EncodedSample, Encoder, RawSample, as_sample, concat_patches
-from qwen3vl_train.data.encode.processor import (
-    override_clip_rules,
-    override_image_limits,
-    read_clip_rules,
-    read_image_limits,
-)
 from qwen3vl_train.data.encode.template import check_template, find_template
 from qwen3vl_train.data.encode.tokenizer import ChatTokenizer
 from qwen3vl_train.data.errors import RowFault
-from qwen3vl_train.data.media.budgets import Budgets, Grid
+from qwen3vl_train.data.media.budgets import Budgets
 from qwen3vl_train.data.media.image import MERGE
 from qwen3vl_train.data.rows.sample import Sample
 
@@ -58,22 +53,18 @@ class MultimodalCollator(Encoder):
         arch = Qwen3VLArch.from_pretrained(path)
         tokenizer = ChatTokenizer.from_pretrained(path, arch)
         dialect = check_template(*find_template(path))
-        limits = override_image_limits(
-            read_image_limits(path, arch), min_visual_tokens_per_image, max_visual_tokens_per_image
-        )
-        rules = read_clip_rules(path, arch)
+        limits = processor.read_image_limits(path, arch)
+        limits = processor.override_image_limits(limits, min_visual_tokens_per_image, max_visual_tokens_per_image)
+        rules = processor.read_clip_rules(path, arch)
         if rules is not None:
-            rules = override_clip_rules(rules, fps, min_frames, max_frames, max_visual_tokens_per_video)
+            rules = processor.override_clip_rules(rules, fps, min_frames, max_frames, max_visual_tokens_per_video)
         if max_visual_tokens_per_sample is not None and max_visual_tokens_per_sample < 1:
             raise ValueError(f"data.max_visual_tokens_per_sample: got {max_visual_tokens_per_sample}; use at least 1")
         if video_markup not in ("bare", "wrapped"):
             raise ValueError(f"model.video_markup: got {video_markup!r}; use bare or wrapped")
-        budgets = Budgets(*limits, clips=rules, max_tokens_per_sample=max_visual_tokens_per_sample)
-        wrapped = video_markup == "wrapped"
-        return cls(
-            tokenizer, dialect, budgets, wrapped, shrink_to_tokens, shrink_to_patches,
-            position_table_side=arch.vision.position_table_side,
-        )  # fmt: skip
+        budgets = Budgets(*limits, rules, max_visual_tokens_per_sample)
+        wrapped, side = video_markup == "wrapped", arch.vision.position_table_side
+        return cls(tokenizer, dialect, budgets, wrapped, shrink_to_tokens, shrink_to_patches, position_table_side=side)
 
     def fingerprint(self) -> dict[str, str]:
         """Return what changes with the template, the tokenizer or a budget, as JSON."""
@@ -105,13 +96,10 @@ class MultimodalCollator(Encoder):
     def pack(self, samples: Sequence[EncodedSample]) -> PackedBatch:
         """Concatenate encoded samples. Labels and positions are each sample's own."""
         assert samples, "a pack holds at least one sample"
-        grids: list[Grid] = []
-        slices: list[list[VisionSlice]] = []
-        label_rows: list[torch.Tensor] = []
+        slices, label_rows = [], []
         start = row = 0
         for sample in samples:
             slices.append([VisionSlice(offset, length, first + row) for offset, length, first in sample.slices])
-            grids += sample.grids
             label_rows.append(sample.label_rows + start)
             start += sample.input_ids.numel()
             row += sample.patches.shape[0] // MERGE**2
@@ -123,7 +111,7 @@ class MultimodalCollator(Encoder):
             label_ids=torch.cat([sample.label_ids for sample in samples]),
             label_weights=torch.cat([sample.label_weights for sample in samples]),
             pixel_values=concat_patches([sample.patches for sample in samples]),
-            grid_thw=grids,
+            grid_thw=[grid for sample in samples for grid in sample.grids],
             vision_slices_per_seq=slices,
             position_table_side=self.position_table_side,
             merge_size=MERGE,

@@ -1,6 +1,6 @@
 """One sample -> token ids, next-token labels, positions and patches; or its cost, from headers alone."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
@@ -26,9 +26,8 @@ RawSample = Sample | dict[str, Any]
 
 
 class SampleCost(NamedTuple):
-    """What a sample takes.
+    """What a sample takes. tokens: all of them, including visual ones.
 
-    tokens: all tokens, including visual ones.
     patches, patch_pairs: of the vision encoder; pairs are the sum of squares over frames.
     num_shrunk: media that a limit made smaller than they are.
     """
@@ -44,11 +43,9 @@ class SampleCost(NamedTuple):
 class EncodedSample:
     """One sample, ready to be packed: n tokens, P patches.
 
-    input_ids: (n,) int64.
+    input_ids, positions: (n,) and (3, n) int64.
     label_rows, label_ids, label_weights: (R,) each, see `PackedBatch`.
-    positions: (3, n) int64.
     slices: rows count from the sample's own first medium.
-    grids: patches of each medium.
     patches: (P, 768) uint8 where all media are stills, (P, 1536) otherwise.
     """
 
@@ -72,60 +69,32 @@ class TokenLayout(NamedTuple):
     slices: list[VisionSlice]
 
 
-def lay_out(
-    pieces: Sequence[Piece],
-    grids: Sequence[Grid],
-    tokenizer: ChatTokenizer,
-    *,
-    times: Sequence[Sequence[float]] = (),
-    wrapped: bool = False,
-) -> TokenLayout:
-    """Tokenise pieces, with the slots filled by the grids in order.
+def lay_out(pieces: Iterable[Piece], grids: Sequence[Grid], tokenizer: ChatTokenizer) -> TokenLayout:
+    """Tokenise pieces whose slots are filled. grids: of the media in them, in order.
 
     Adjacent texts are encoded in one call, as if the chat were one string; a token is trained if it is entirely inside
     trained text. "assistant\\n" + "\\nYes" -> "assistant", "\\n\\n" (not trained), "Yes" (trained).
-
-    times: for each slot, the seconds of a clip's frame pairs.
-    wrapped: the markup of clips, see `vision_markup`.
     """
-    layout = TokenLayout([], [], [], [])
-    filled, frame_grids = _fill_slots(pieces, grids, times, wrapped)
-    row, grids_in_order = 0, iter(frame_grids)
-    for is_text, group in groupby(filled, key=lambda piece: isinstance(piece, Text)):
+    ids, weights, runs, slices = [], [], [], []
+    frame_grids = ((1, height, width) for frames, height, width in grids for _ in range(frames))
+    row = text_start = 0
+    for is_text, group in groupby(pieces, key=_is_text):
         if is_text:
-            ids, weights = _encode_texts([piece for piece in group if isinstance(piece, Text)], tokenizer)
-            _append(layout, ids, weights)
+            text_ids, text_weights = _encode_texts([piece for piece in group if isinstance(piece, Text)], tokenizer)
+            ids += text_ids
+            weights += text_weights
             continue
         for piece in group:
             if isinstance(piece, Special):
-                _append(layout, [tokenizer.special_ids[piece.name]], [piece.weight])
+                ids.append(tokenizer.special_ids[piece.name])
+                weights.append(piece.weight)
             elif isinstance(piece, Pad):
-                layout.slices.append(VisionSlice(len(layout.ids), piece.count, row))
-                layout.ids.extend([tokenizer.special_ids[piece.name]] * piece.count)
-                layout.weights.extend([0.0] * piece.count)
-                layout.runs.append(next(grids_in_order))
-                row += piece.count
-    return layout
-
-
-def count_tokens(
-    pieces: Sequence[Piece],
-    grids: Sequence[Grid],
-    tokenizer: ChatTokenizer,
-    *,
-    times: Sequence[Sequence[float]] = (),
-    wrapped: bool = False,
-) -> int:
-    """Return the number of tokens that `lay_out` makes of the same arguments, without making them."""
-    count = 0
-    for is_text, group in groupby(
-        _fill_slots(pieces, grids, times, wrapped)[0], key=lambda piece: isinstance(piece, Text)
-    ):
-        if is_text:
-            count += tokenizer.count("".join(piece.text for piece in group if isinstance(piece, Text)))
-        else:
-            count += sum(piece.count if isinstance(piece, Pad) else 1 for piece in group)
-    return count
+                runs += [len(ids) - text_start, next(frame_grids)]
+                slices.append(VisionSlice(len(ids), piece.count, row))
+                ids += [tokenizer.special_ids[piece.name]] * piece.count
+                weights += [0.0] * piece.count
+                row, text_start = row + piece.count, len(ids)
+    return TokenLayout(ids, weights, [*runs, len(ids) - text_start], slices)
 
 
 def is_trained(pieces: Sequence[Piece]) -> bool:
@@ -133,30 +102,8 @@ def is_trained(pieces: Sequence[Piece]) -> bool:
     return any(piece.weight > 0 for piece in pieces if isinstance(piece, Text | Special))
 
 
-def _fill_slots(
-    pieces: Sequence[Piece], grids: Sequence[Grid], times: Sequence[Sequence[float]], wrapped: bool
-) -> tuple[list[Piece], list[Grid]]:
-    """Replace the slots by their markup. Return the pieces, and the grid of every image or frame pair in them."""
-    filled: list[Piece] = []
-    remaining = iter(zip(grids, times or [()] * len(grids), strict=True))
-    frame_grids: list[Grid] = []
-    for piece in pieces:
-        if isinstance(piece, Slot):
-            (frames, height, width), pair_times = next(remaining)
-            frame_grids += [(1, height, width)] * frames
-            filled += vision_markup(piece, height * width // MERGE**2, pair_times, wrapped=wrapped)
-        else:
-            filled.append(piece)
-    return filled, frame_grids
-
-
-def _append(layout: TokenLayout, ids: list[int], weights: list[float]) -> None:
-    layout.ids.extend(ids)
-    layout.weights.extend(weights)
-    if layout.runs and isinstance(layout.runs[-1], int):
-        layout.runs[-1] += len(ids)
-    else:
-        layout.runs.append(len(ids))
+def _is_text(piece: Piece) -> bool:
+    return isinstance(piece, Text)
 
 
 def _encode_texts(texts: list[Text], tokenizer: ChatTokenizer) -> tuple[list[int], list[float]]:
@@ -200,7 +147,7 @@ class Encoder:
         return self.cost_of(self.render(sample), sample.media_root)
 
     def cost_of(self, pieces: Sequence[Piece], media_root: str | None) -> SampleCost:
-        """Return the cost of a rendered sample, see `cost`. media_root: of the sample."""
+        """Return the `cost` of a rendered sample."""
         measured, grids = self._measure(pieces, media_root)
         patches = sum(t * h * w for t, h, w in grids)
         return SampleCost(
@@ -228,9 +175,27 @@ class Encoder:
             grids = self.budgets.fit(sizes, own_grids, max(limit, 0))
         return measured, grids
 
+    def _fill_slots(
+        self, pieces: Sequence[Piece], grids: Sequence[Grid], measured: Sequence[Measured]
+    ) -> Iterator[Piece]:
+        """Replace the slots by their markup."""
+        media = iter(zip(grids, measured, strict=True))
+        for piece in pieces:
+            if isinstance(piece, Slot):
+                (_, height, width), medium = next(media)
+                yield from vision_markup(piece, height * width // MERGE**2, medium.times, wrapped=self.wrapped_clips)
+            else:
+                yield piece
+
     def _count(self, pieces: Sequence[Piece], grids: Sequence[Grid], measured: Sequence[Measured]) -> int:
-        times = [medium.times for medium in measured]
-        return count_tokens(pieces, grids, self.tokenizer, times=times, wrapped=self.wrapped_clips)
+        """Return the number of tokens that `lay_out` makes of the pieces, without making them."""
+        count = 0
+        for is_text, group in groupby(self._fill_slots(pieces, grids, measured), key=_is_text):
+            if is_text:
+                count += self.tokenizer.count("".join(piece.text for piece in group if isinstance(piece, Text)))
+            else:
+                count += sum(piece.count if isinstance(piece, Pad) else 1 for piece in group)
+        return count
 
     def encode(self, raw: RawSample, *, generation_prompt: bool = False) -> EncodedSample:
         """Decode, resize and tokenise a sample. Raise RowFault that names the part at fault."""
@@ -241,8 +206,7 @@ class Encoder:
         for slot, medium, grid in zip(_slots(pieces), measured, grids, strict=True):
             with _naming_part(slot):
                 patches.append(read_patches(slot.part, medium, grid, sample.media_root))
-        times = [medium.times for medium in measured]
-        layout = lay_out(pieces, grids, self.tokenizer, times=times, wrapped=self.wrapped_clips)
+        layout = lay_out(self._fill_slots(pieces, grids, measured), grids, self.tokenizer)
         input_ids = torch.tensor(layout.ids, dtype=torch.int64)
         next_weights = torch.tensor(layout.weights[1:], dtype=torch.float32)
         label_rows = (next_weights > 0).nonzero().squeeze(1)

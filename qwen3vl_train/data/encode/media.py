@@ -1,6 +1,5 @@
 """One image or clip of a sample: measured from its header, later decoded to patches."""
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 from torch import Tensor
@@ -10,17 +9,13 @@ from qwen3vl_train.data.media.budgets import Grid, Size
 from qwen3vl_train.data.media.clips import ClipRules, clip_patches, pair_times, sample_indices
 from qwen3vl_train.data.media.frames import read_frames
 from qwen3vl_train.data.media.image import image_size, load_rgb, resize_to_patches
-from qwen3vl_train.data.media.paths import describe
+from qwen3vl_train.data.media.paths import ImageInput, describe
 from qwen3vl_train.data.media.video import VideoHeader, read_header
 from qwen3vl_train.data.rows.sample import ImagePart, VideoPart
 
 
 class Measured(NamedTuple):
-    """What the header of a medium says.
-
-    indices: sampled frames of a clip.
-    times: seconds, one for each pair of sampled frames.
-    """
+    """What the header of a medium says. indices: sampled frames of a clip; times: seconds of each pair of them."""
 
     size: Size
     indices: tuple[int, ...] = ()
@@ -33,22 +28,18 @@ def measure(part: ImagePart | VideoPart, rules: ClipRules | None, media_root: st
     if isinstance(part, ImagePart):
         return Measured(Size(*image_size(part.image, media_root)))
     if rules is None:
-        raise MediaFault(
-            "video: the checkpoint has no video_preprocessor_config.json; copy it from its publisher",
-            kind="unsupported_media",
-        )
+        fault = "video: the checkpoint has no video_preprocessor_config.json; copy it from its publisher"
+        raise MediaFault(fault, kind="unsupported_media")
     if isinstance(part.video, tuple):
-        return _measure_frames(part, rules, media_root)
+        return _measure_frames(part, part.video, rules, media_root)
     header = read_header(part.video, media_root)
     indices = sample_indices(header.num_frames, header.fps, rules)
     times = pair_times([index / header.fps for index in indices])
     return Measured(Size(header.height, header.width, len(indices)), tuple(indices), tuple(times), header)
 
 
-def _measure_frames(part: VideoPart, rules: ClipRules, media_root: str | None) -> Measured:
+def _measure_frames(part: VideoPart, frames: tuple, rules: ClipRules, media_root: str | None) -> Measured:
     """Measure a list of frames: with a frame rate they are sampled, with timestamps all are used."""
-    frames = part.video
-    assert isinstance(frames, tuple), part
     if part.timestamps is not None:
         indices, times = list(range(len(frames))), list(part.timestamps)
         if len(frames) > rules.max_frames:
@@ -64,10 +55,8 @@ def _measure_frames(part: VideoPart, rules: ClipRules, media_root: str | None) -
     sizes = [image_size(frames[index], media_root) for index in indices]
     for index, size in zip(indices, sizes, strict=True):
         if size != sizes[0]:
-            raise MediaFault(
-                f"{describe(frames[index])}: is {size[1]}x{size[0]}, the first frame of its clip {sizes[0][1]}x"
-                f"{sizes[0][0]}; give frames of one size"
-            )
+            fault = f"is {size[1]}x{size[0]}, the first frame of its clip {sizes[0][1]}x{sizes[0][0]}"
+            raise MediaFault(f"{describe(frames[index])}: {fault}; give frames of one size")
     return Measured(Size(*sizes[0], len(indices)), tuple(indices), tuple(pair_times(times)))
 
 
@@ -78,25 +67,18 @@ def read_patches(part: ImagePart | VideoPart, measured: Measured, grid: Grid, me
     """
     if isinstance(part, ImagePart):
         return resize_to_patches(_load(part.image, measured, media_root), grid[1:])
-    if measured.header is not None:
-        assert not isinstance(part.video, tuple), part
-        frames = read_frames(part.video, measured.indices, measured.header, media_root)
+    if isinstance(part.video, tuple):
+        frames = ((index, _load(part.video[index], measured, media_root)) for index in measured.indices)
     else:
-        assert isinstance(part.video, tuple), part
-        frames = _load_frames(part.video, measured, media_root)
+        assert measured.header is not None, part
+        frames = read_frames(part.video, measured.indices, measured.header, media_root)
     return clip_patches(frames, measured.indices, grid)
 
 
-def _load_frames(frames: tuple, measured: Measured, media_root: str | None) -> Iterator[tuple[int, Tensor]]:
-    for index in measured.indices:
-        yield index, _load(frames[index], measured, media_root)
-
-
-def _load(source, measured: Measured, media_root: str | None) -> Tensor:
+def _load(source: ImageInput, measured: Measured, media_root: str | None) -> Tensor:
     rgb = load_rgb(source, media_root)
     if rgb.shape[1:] != measured.size[:2]:
-        raise MediaFault(
-            f"{describe(source)}: decodes to {rgb.shape[2]}x{rgb.shape[1]}, its header says {measured.size.width}x"
-            f"{measured.size.height}; replace it"
-        )
+        height, width, _ = measured.size
+        fault = f"decodes to {rgb.shape[2]}x{rgb.shape[1]}, its header says {width}x{height}"
+        raise MediaFault(f"{describe(source)}: {fault}; replace it")
     return rgb

@@ -5,18 +5,20 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from qwen3vl_train.data.media.image import MERGE
+
 Run = int | tuple[int, int, int]
 """A part of a sequence: a number of text tokens, or the grid (1, height, width) of an image or frame, in patches."""
 
 
-def mrope_positions(runs: Iterable[Run], *, merge_size: int = 2) -> Tensor:
+def mrope_positions(runs: Iterable[Run]) -> Tensor:
     """Return int64 (3, n) positions of a sequence, exactly as transformers' `Qwen3VLModel.get_rope_index`.
 
     Text increases by one on all three rows. An image that starts at p has time p, height p + row, width p + column of
     its merged grid, and the text after it continues at p + max(rows, columns). A clip is one run for each frame.
     [2, (1, 4, 4), 1] -> 0 1 | 2 2 2 2 | 4;  0 1 | 2 2 3 3 | 4;  0 1 | 2 3 2 3 | 4
     """
-    parts: list[Tensor] = []
+    parts = [torch.zeros(3, 0, dtype=torch.int64)]
     start = 0
     for run in runs:
         if isinstance(run, int):
@@ -25,12 +27,8 @@ def mrope_positions(runs: Iterable[Run], *, merge_size: int = 2) -> Tensor:
             continue
         frames, height, width = run
         assert frames == 1, f"a clip is one run for each frame, got {run}"
-        rows, cols = height // merge_size, width // merge_size
-        time = torch.full((rows * cols,), start)
-        parts.append(
-            torch.stack(
-                [time, start + torch.arange(rows).repeat_interleave(cols), start + torch.arange(cols).repeat(rows)]
-            )
-        )
+        rows, cols = height // MERGE, width // MERGE
+        row, col = torch.arange(rows).repeat_interleave(cols), torch.arange(cols).repeat(rows)
+        parts.append(start + torch.stack([torch.zeros_like(row), row, col]))
         start += max(rows, cols)
-    return torch.cat(parts, dim=1) if parts else torch.zeros(3, 0, dtype=torch.int64)
+    return torch.cat(parts, dim=1)

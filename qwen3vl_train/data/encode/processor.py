@@ -1,14 +1,12 @@
 """Read image and video settings from the preprocessor files of a checkpoint, and check that they are supported."""
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from qwen3vl_train.arch import Qwen3VLArch
+from qwen3vl_train.data.encode.tokenizer import read_json
 from qwen3vl_train.data.media.clips import FRAMES_PER_PATCH, MAX_FPS, ClipRules
 from qwen3vl_train.data.media.image import FACTOR, MERGE, PATCH
-
-_SAMPLING = {"fps": 2, "min_frames": 4, "max_frames": 768}
 
 
 class ImageLimits(NamedTuple):
@@ -28,11 +26,11 @@ def read_image_limits(model_path: str | Path, arch: Qwen3VLArch) -> ImageLimits:
     if found is None:
         names = "preprocessor_config.json or processor_config.json"
         raise ValueError(f"{model_path}: no {names}; copy it from the checkpoint")
-    settings, where = found
+    settings, file = found
     faults = _pixel_faults(settings, arch)
     limits = _area_limits(settings, faults)
     if faults:
-        raise ValueError(f"{where}: {'; '.join(faults)}; use the preprocessor file of this checkpoint")
+        raise ValueError(f"{file}: {'; '.join(faults)}; use the preprocessor file of this checkpoint")
     return limits
 
 
@@ -45,31 +43,29 @@ def read_clip_rules(model_path: str | Path, arch: Qwen3VLArch) -> ClipRules | No
     found = _settings(Path(model_path), "video_processor", "video_preprocessor_config.json")
     if found is None:
         return None
-    settings, where = found
+    settings, file = found
     faults = _pixel_faults(settings, arch)
     if settings.get("cap_pixels_per_frame"):
         faults.append("cap_pixels_per_frame is true, Qwen3-VL was trained with the limit of the whole clip alone")
     limits = _area_limits(settings, faults)
-    fps, min_frames, max_frames = (settings.get(key) or default for key, default in _SAMPLING.items())
+    defaults = {"fps": 2, "min_frames": 4, "max_frames": 768}
+    fps, min_frames, max_frames = (settings.get(key) or default for key, default in defaults.items())
     numbers = isinstance(fps, int | float) and isinstance(min_frames, int) and isinstance(max_frames, int)
     if not (numbers and 0 < fps <= MAX_FPS and FRAMES_PER_PATCH <= min_frames <= max_frames):
-        faults.append(
-            f"fps, min_frames, max_frames are {fps!r}, {min_frames!r}, {max_frames!r}, Qwen3-VL has 2, 4, 768"
-        )
+        got = f"{fps!r}, {min_frames!r}, {max_frames!r}"
+        faults.append(f"fps, min_frames, max_frames are {got}, Qwen3-VL has 2, 4, 768")
     if faults:
-        raise ValueError(f"{where}: {'; '.join(faults)}; use the video preprocessor file of this checkpoint")
+        raise ValueError(f"{file}: {'; '.join(faults)}; use the video preprocessor file of this checkpoint")
     return ClipRules(float(fps), min_frames, max_frames, *limits)
 
 
 def _pixel_faults(settings: dict[str, Any], arch: Qwen3VLArch) -> list[str]:
-    vision = arch.vision
-    wanted = {
-        "patch_size": (PATCH, vision.patch_size),
-        "merge_size": (MERGE, vision.spatial_merge_size),
-        "temporal_patch_size": (FRAMES_PER_PATCH, vision.temporal_patch_size),
-    }
     faults = []
-    for key, (value, model_value) in wanted.items():
+    for key, value, model_value in (
+        ("patch_size", PATCH, arch.vision.patch_size),
+        ("merge_size", MERGE, arch.vision.spatial_merge_size),
+        ("temporal_patch_size", FRAMES_PER_PATCH, arch.vision.temporal_patch_size),
+    ):
         if settings.get(key) != value or model_value != value:
             faults.append(f"{key} is {settings.get(key)} here and {model_value} in config.json, Qwen3-VL has {value}")
     for key in ("image_mean", "image_std"):
@@ -96,44 +92,31 @@ def _area_limits(settings: dict[str, Any], faults: list[str]) -> ImageLimits:
     return ImageLimits(least, most)
 
 
-def _settings(folder: Path, section: str, own_file: str) -> tuple[dict[str, Any], str] | None:
+def _settings(folder: Path, section: str, own_file: str) -> tuple[dict[str, Any], Path] | None:
     """Return the settings in their section of processor_config.json, or else in a file of their own, and that file."""
-    for name in ("processor_config.json", own_file):
-        file = folder / name
-        if not file.is_file():
-            continue
-        try:
-            settings = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{file}: not JSON ({error}); copy the file again") from None
-        if name == "processor_config.json":
-            settings = settings.get(section) if isinstance(settings, dict) else None
-        if isinstance(settings, dict):
-            return settings, str(file)
+    for file in (folder / "processor_config.json", folder / own_file):
+        if file.is_file():
+            settings = read_json(file)
+            if file.name != own_file and isinstance(settings, dict):
+                settings = settings.get(section)
+            if isinstance(settings, dict):
+                return settings, file
     return None
 
 
-def override_image_limits(
-    limits: ImageLimits, min_visual_tokens: int | None, max_visual_tokens: int | None
-) -> ImageLimits:
+def override_image_limits(limits: ImageLimits, min_tokens: int | None, max_tokens: int | None) -> ImageLimits:
     """Replace the checkpoint's limits by the recipe's, in visual tokens per image; None keeps the checkpoint's.
 
     A maximum below the checkpoint's minimum lowers that too, and the reverse. Raise ValueError.
     """
-    for name, tokens in (("min", min_visual_tokens), ("max", max_visual_tokens)):
+    field = "data.{}_visual_tokens_per_image".format
+    for name, tokens in (("min", min_tokens), ("max", max_tokens)):
         if tokens is not None and tokens < 1:
-            raise ValueError(f"data.{name}_visual_tokens_per_image: got {tokens}; use at least 1")
-    if min_visual_tokens is not None and max_visual_tokens is not None and min_visual_tokens > max_visual_tokens:
-        raise ValueError(
-            f"data.min_visual_tokens_per_image: got {min_visual_tokens}, more than the maximum of {max_visual_tokens}; "
-            "lower it"
-        )
-    pixels = FACTOR**2
-    return ImageLimits(
-        *_override_range(
-            limits, min_visual_tokens and min_visual_tokens * pixels, max_visual_tokens and max_visual_tokens * pixels
-        )
-    )
+            raise ValueError(f"{field(name)}: got {tokens}; use at least 1")
+    if min_tokens is not None and max_tokens is not None and min_tokens > max_tokens:
+        raise ValueError(f"{field('min')}: got {min_tokens}, more than the maximum of {max_tokens}; lower it")
+    low, high = (tokens and tokens * FACTOR**2 for tokens in (min_tokens, max_tokens))
+    return ImageLimits(*_override_range(limits, low, high))
 
 
 def _override_range(limits: tuple[int, int], low: int | None, high: int | None) -> tuple[int, int]:
@@ -146,11 +129,7 @@ def _override_range(limits: tuple[int, int], low: int | None, high: int | None) 
 
 
 def override_clip_rules(
-    rules: ClipRules,
-    fps: float | None,
-    min_frames: int | None,
-    max_frames: int | None,
-    max_visual_tokens: int | None,
+    rules: ClipRules, fps: float | None, min_frames: int | None, max_frames: int | None, max_visual_tokens: int | None
 ) -> ClipRules:
     """Replace the checkpoint's sampling and limits by the recipe's; None keeps the checkpoint's.
 

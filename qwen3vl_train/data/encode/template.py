@@ -7,63 +7,58 @@ from typing import Any
 from qwen3vl_train.data.encode.chat import DIALECTS, as_text
 from qwen3vl_train.data.rows.messages import parse_sample
 
+
+def _user(content: Any) -> dict[str, Any]:
+    return {"role": "user", "content": content}
+
+
+def _answer(content: Any, **keys: Any) -> dict[str, Any]:
+    return {"role": "assistant", "content": content, **keys}
+
+
+def _text(text: str) -> dict[str, str]:
+    return {"type": "text", "text": text}
+
+
 _TOOLS = [{"type": "function", "function": {"name": "f", "description": "é <b>", "parameters": {"type": "object"}}}]
-_ASK = {"role": "user", "content": "Hi"}
-_KIND = [{"type": "text", "text": "Be"}, {"type": "text", "text": " kind"}]
+_ASK = _user("Hi")
+_KIND = [_text("Be"), _text(" kind")]
 _PICTURE = {"type": "image", "image": "a.png"}
 _CLIP = {"type": "video", "video": "a.mp4"}
 _CALLS = [
     {"type": "function", "function": {"name": "f", "arguments": {"x": "é", "n": [1, None]}}},
     {"name": "g", "arguments": '{"raw": 1}'},
 ]
-_RESULTS = [
-    {"role": "tool", "content": "one"},
-    {"role": "tool", "content": [{"type": "text", "text": "two"}, _PICTURE]},
-]
+_RESULTS = [{"role": "tool", "content": "one"}, {"role": "tool", "content": [_text("two"), _PICTURE]}]
 
 _COMMON: dict[str, dict[str, Any]] = {
     "question": {"messages": [_ASK]},
     "system": {"messages": [{"role": "system", "content": " Be kind.\n"}, _ASK]},
     "system in parts": {"messages": [{"role": "system", "content": _KIND}, _ASK]},
-    "two turns": {
-        "messages": [_ASK, {"role": "assistant", "content": "\n\nHello "}, {"role": "user", "content": " And?\n"},
-                     {"role": "assistant", "content": _KIND}]
-    },
-    "pictures": {
-        "messages": [{"role": "user", "content": [_PICTURE, {"type": "text", "text": "a"}, _PICTURE, _PICTURE,
-                                                  {"type": "text", "text": "b"}]}, {"role": "assistant", "content": ""}]
-    },
-    "clips": {
-        "messages": [{"role": "user", "content": [{"text": "a"}, _CLIP, _PICTURE, {"video": "b.mp4"}, {"text": "b"}]},
-                     {"role": "assistant", "content": "c"}]
-    },
-    "picture by url": {
-        "messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "a.png"}}, {"text": "?"}]}]
-    },
+    "two turns": {"messages": [_ASK, _answer("\n\nHello "), _user(" And?\n"), _answer(_KIND)]},
+    "pictures": {"messages": [_user([_PICTURE, _text("a"), _PICTURE, _PICTURE, _text("b")]), _answer("")]},
+    "clips": {"messages": [_user([{"text": "a"}, _CLIP, _PICTURE, {"video": "b.mp4"}, {"text": "b"}]), _answer("c")]},
+    "picture by url": {"messages": [_user([{"type": "image_url", "image_url": {"url": "a.png"}}, {"text": "?"}])]},
     "reasoning in text": {
-        "messages": [_ASK, {"role": "assistant", "content": "<think>\nwhy\n</think>\n\nOld"}, _ASK,
-                     {"role": "assistant", "content": "<think>\nhow\n</think>\n\nNew"}]
+        "messages": [_ASK, _answer("<think>\nwhy\n</think>\n\nOld"), _ASK, _answer("<think>\nhow\n</think>\n\nNew")]
     },
     "tools": {"messages": [{"role": "system", "content": "Be kind."}, _ASK], "tools": _TOOLS},
-    "tools, no system": {"messages": [_ASK, {"role": "assistant", "content": "x"}], "tools": _TOOLS},
+    "tools, no system": {"messages": [_ASK, _answer("x")], "tools": _TOOLS},
     "calls": {
-        "messages": [_ASK, {"role": "assistant", "content": "Look:", "tool_calls": _CALLS}, *_RESULTS,
-                     {"role": "assistant", "content": "", "tool_calls": _CALLS}, _RESULTS[0],
-                     {"role": "assistant", "content": "Done."}, _ASK],
+        "messages": [_ASK, _answer("Look:", tool_calls=_CALLS), *_RESULTS, _answer("", tool_calls=_CALLS), _RESULTS[0],
+                     _answer("Done."), _ASK],
         "tools": _TOOLS,
     },
 }  # fmt: skip
 _THINKING: dict[str, dict[str, Any]] = {
     "late system": {"messages": [_ASK, {"role": "system", "content": "Be kind."}, _ASK]},
     "reasoning_content": {
-        "messages": [_ASK, {"role": "assistant", "content": "Old", "reasoning_content": "why"}, _ASK,
-                     {"role": "assistant", "content": "\nx", "reasoning_content": "\nhow\n", "tool_calls": _CALLS},
-                     *_RESULTS, {"role": "assistant", "content": "New"}]
+        "messages": [_ASK, _answer("Old", reasoning_content="why"), _ASK,
+                     _answer("\nx", reasoning_content="\nhow\n", tool_calls=_CALLS), *_RESULTS, _answer("New")]
     },
     "wrapped tool response": {
-        "messages": [_ASK, {"role": "assistant", "content": "a", "reasoning_content": "b"},
-                     {"role": "user", "content": "<tool_response>\n1\n</tool_response>"},
-                     {"role": "assistant", "content": "c"}]
+        "messages": [_ASK, _answer("a", reasoning_content="b"), _user("<tool_response>\n1\n</tool_response>"),
+                     _answer("c")]
     },
 }  # fmt: skip
 PROBES = {"instruct": _COMMON, "thinking": {**_COMMON, **_THINKING}}
@@ -76,8 +71,7 @@ def find_template(model_path: str | Path) -> tuple[str, str]:
     file = folder / "chat_template.jinja"
     if file.is_file():
         return file.read_text(encoding="utf-8"), str(file)
-    for name in ("chat_template.json", "tokenizer_config.json"):
-        file = folder / name
+    for file in (folder / "chat_template.json", folder / "tokenizer_config.json"):
         if not file.is_file():
             continue
         try:
@@ -88,10 +82,8 @@ def find_template(model_path: str | Path) -> tuple[str, str]:
             template = next((entry["template"] for entry in template if entry.get("name") == "default"), None)
         if isinstance(template, str):
             return template, str(file)
-    raise ValueError(
-        f"{folder}: no chat template (chat_template.jinja, chat_template.json, or chat_template in "
-        "tokenizer_config.json); copy it from the checkpoint"
-    )
+    places = "chat_template.jinja, chat_template.json, or chat_template in tokenizer_config.json"
+    raise ValueError(f"{folder}: no chat template ({places}); copy it from the checkpoint")
 
 
 def render_template(template: str, messages: list[Any], tools: list[Any] | None, generation_prompt: bool) -> str:
@@ -103,12 +95,10 @@ def render_template(template: str, messages: list[Any], tools: list[Any] | None,
     def refuse(message: str) -> None:
         raise TemplateError(message)
 
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-    environment.filters["tojson"] = lambda value, **options: json.dumps(value, **{"ensure_ascii": False, **options})
-    environment.globals["raise_exception"] = refuse
-    return environment.from_string(template).render(
-        messages=messages, tools=tools, add_generation_prompt=generation_prompt
-    )
+    sandbox = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    sandbox.filters["tojson"] = lambda value, **options: json.dumps(value, **{"ensure_ascii": False, **options})
+    sandbox.globals["raise_exception"] = refuse
+    return sandbox.from_string(template).render(messages=messages, tools=tools, add_generation_prompt=generation_prompt)
 
 
 def check_template(template: str, where: str = "chat_template") -> str:

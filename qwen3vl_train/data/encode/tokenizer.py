@@ -4,6 +4,7 @@ import hashlib
 import json
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer, processors
 
@@ -32,20 +33,16 @@ class ChatTokenizer:
     def __init__(self, tokenizer: Tokenizer, where: str = "tokenizer") -> None:
         """Wrap a tokenizer. Raise ValueError that names every special token that is missing or not marked special."""
         added = tokenizer.get_added_tokens_decoder()
-        found = {name: tokenizer.token_to_id(name) for name in SPECIAL_TOKENS}
-        ids = {name: token for name, token in found.items() if token is not None}
+        ids = {name: token for name in SPECIAL_TOKENS if (token := tokenizer.token_to_id(name)) is not None}
         missing = [name for name in SPECIAL_TOKENS if name not in ids]
         if missing:
             raise ValueError(f"{where}: no token {', '.join(missing)}; give the tokenizer of a Qwen3-VL checkpoint")
         plain = [name for name, token in ids.items() if token not in added or not added[token].special]
         if plain:
-            raise ValueError(
-                f"{where}: {', '.join(plain)} not marked special, so that typed text would become it; "
-                "set special to true in added_tokens"
-            )
+            fault = f"{', '.join(plain)} not marked special, so that typed text would become it"
+            raise ValueError(f"{where}: {fault}; set special to true in added_tokens")
         self.special_ids: dict[str, int] = ids
-        self._where = where
-        self._tokenizer = tokenizer
+        self._where, self._tokenizer = where, tokenizer
         self._counts: dict[str, int] = {}
         tokenizer.no_truncation()
         tokenizer.no_padding()
@@ -58,16 +55,12 @@ class ChatTokenizer:
         file = Path(model_path) / "tokenizer.json"
         if not file.is_file():
             raise ValueError(f"{file}: no such file; give the folder of a Qwen3-VL checkpoint with its tokenizer")
-        try:
-            text = file.read_text(encoding="utf-8")
-            content = json.loads(text)
-        except ValueError as error:
-            raise ValueError(f"{file}: not JSON ({error}); copy the file again") from None
+        content = read_json(file)
         if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
             raise ValueError(f"{file}: is not a tokenizer (no 'model'); copy the file again")
-        loaded = cls(Tokenizer.from_str(text), where=str(file))
+        loaded = cls(Tokenizer.from_file(str(file)), where=str(file))
         if arch is not None:
-            loaded.check_ids(arch)
+            loaded._check_ids(arch)
         return loaded
 
     @cached_property
@@ -75,7 +68,7 @@ class ChatTokenizer:
         """A hash of the tokenizer."""
         return hashlib.sha256(self._tokenizer.to_str().encode()).hexdigest()
 
-    def check_ids(self, arch: Qwen3VLArch) -> None:
+    def _check_ids(self, arch: Qwen3VLArch) -> None:
         """Raise ValueError where config.json and the tokenizer give different ids to the vision tokens."""
         wanted = {
             IMAGE_PAD: arch.image_token_id,
@@ -120,9 +113,13 @@ class ChatTokenizer:
         return self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
 
     def __reduce__(self) -> tuple:
-        # A pickled Tokenizer loses encode_special_tokens, so it is created again.
-        return _restore, (self._tokenizer.to_str(), self._where)
+        # A pickled Tokenizer loses encode_special_tokens, which __init__ sets again.
+        return ChatTokenizer, (self._tokenizer, self._where)
 
 
-def _restore(text: str, where: str) -> ChatTokenizer:
-    return ChatTokenizer(Tokenizer.from_str(text), where)
+def read_json(file: Path) -> Any:
+    """Parse a JSON file of a checkpoint. Raise ValueError that names it."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file}: not JSON ({error}); copy the file again") from None

@@ -12,7 +12,6 @@ Grid = tuple[int, int, int]
 """Patches of one medium: time, height, width."""
 
 _NUM_BISECTIONS = 20
-_NO_LIMIT = 2**62
 
 
 class Size(NamedTuple):
@@ -53,11 +52,7 @@ class Budgets:
         """Return the grids of all media of a sample, shrunk by a common factor where the sample's budget is exceeded.
 
         The area of each is limited to the same fraction of its own, the largest fraction that fits. Raise RowFault
-        where even the smallest sizes have too many tokens.
-
-        sizes: of the media.
-        grids: of each medium within its own limits, see `grid`.
-        max_tokens: a tighter budget, from the length of the whole sample.
+        where even the smallest sizes have too many tokens. max_tokens: a tighter budget, from the length of the sample.
         """
         budget, field = self.max_tokens_per_sample, "data.max_visual_tokens_per_sample"
         if max_tokens is not None and (budget is None or max_tokens < budget):
@@ -66,31 +61,25 @@ class Budgets:
             return list(grids)
         smallest = num_tokens(self._scale(sizes, grids, 0.0))
         if smallest > budget:
-            raise RowFault(
-                f"{len(sizes)} images and clips take at least {smallest} visual tokens, more than {field} {budget}; "
-                "raise it or give fewer",
-                kind="too_long",
-            )
+            fault = f"{len(sizes)} images and clips take at least {smallest} visual tokens, more than {field} {budget}"
+            raise RowFault(f"{fault}; raise it or give fewer", kind="too_long")
         fits, too_large = 0.0, 1.0
         for _ in range(_NUM_BISECTIONS):
             middle = (fits + too_large) / 2
-            if num_tokens(self._scale(sizes, grids, middle)) <= budget:
-                fits = middle
-            else:
-                too_large = middle
+            is_within = num_tokens(self._scale(sizes, grids, middle)) <= budget
+            fits, too_large = (middle, too_large) if is_within else (fits, middle)
         return self._scale(sizes, grids, fits)
 
     def count_shrunk(self, sizes: Sequence[Size], grids: Sequence[Grid]) -> int:
         """Return the number of media whose grid a limit made smaller than their own size would give."""
-        full = [self.grid(size, max_pixels=_NO_LIMIT) for size in sizes]
+        full = [self.grid(size, max_pixels=2**62) for size in sizes]
         return sum(num_tokens([most]) > num_tokens([grid]) for most, grid in zip(full, grids, strict=True))
 
     def _scale(self, sizes: Sequence[Size], grids: Sequence[Grid], fraction: float) -> list[Grid]:
-        areas = [
-            PATCH**2 * height * width * (size.num_frames or 1)
+        return [
+            self.grid(size, max(1, int(fraction * (PATCH**2 * height * width * (size.num_frames or 1)))))
             for size, (_, height, width) in zip(sizes, grids, strict=True)
         ]
-        return [self.grid(size, max(1, int(fraction * area))) for size, area in zip(sizes, areas, strict=True)]
 
 
 def num_tokens(grids: Sequence[Grid]) -> int:

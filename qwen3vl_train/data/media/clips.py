@@ -35,16 +35,12 @@ def sample_indices(num_frames: int, clip_fps: float, rules: ClipRules) -> list[i
     Agrees with `sample_frames` of transformers' Qwen3VLVideoProcessor (halves round to even): 24 frames at 12 fps,
     sampled at 2 fps -> 0, 8, 15, 23.
     """
-    count = int(num_frames / clip_fps * rules.fps)
-    count = min(max(count, rules.min_frames), rules.max_frames, num_frames)
+    count = min(max(int(num_frames / clip_fps * rules.fps), rules.min_frames), rules.max_frames, num_frames)
     return np.linspace(0, num_frames - 1, count).round().astype(int).tolist()
 
 
 def pair_times(times: Sequence[float]) -> list[float]:
-    """Return one time for each pair of frames, the mean of the two; an odd last frame is repeated.
-
-    0.0, 0.5, 1.0 -> 0.25, 1.0
-    """
+    """Return the mean time of each pair of frames; an odd last one is repeated. 0.0, 0.5, 1.0 -> 0.25, 1.0."""
     padded = [*times, times[-1]] if len(times) % FRAMES_PER_PATCH else times
     return [(first + second) / 2 for first, second in zip(padded[::2], padded[1::2], strict=True)]
 
@@ -63,7 +59,7 @@ def resize_clip(num_frames: int, height: int, width: int, *, min_pixels: int, ma
         fault = f"frames of {width}x{height}: their aspect ratio exceeds {MAX_ASPECT}:1; crop or pad them"
         raise MediaFault(fault, kind="unsupported_media")
     counted = round(num_frames / FRAMES_PER_PATCH) * FRAMES_PER_PATCH
-    return fit_area(height, width, num_frames, counted, factor=FACTOR, min_pixels=min_pixels, max_pixels=max_pixels)
+    return fit_area(height, width, num_frames, counted, min_pixels=min_pixels, max_pixels=max_pixels)
 
 
 def clip_patches(frames: Iterable[tuple[int, Tensor]], indices: Sequence[int], grid: tuple[int, int, int]) -> Tensor:

@@ -9,15 +9,8 @@ from torch import Tensor
 
 from qwen3vl_train.data.errors import MediaFault
 from qwen3vl_train.data.media.paths import VideoInput, describe, path_or_bytes
-from qwen3vl_train.data.media.rotation import IDENTITY, rotation_from_matrix
-from qwen3vl_train.data.media.video import (
-    Packet,
-    VideoHeader,
-    list_packets,
-    open_video,
-    unsupported_rotation,
-    wrong_frame_count,
-)
+from qwen3vl_train.data.media.rotation import IDENTITY
+from qwen3vl_train.data.media.video import Packet, VideoHeader, list_packets, open_video, rotation_of, wrong_frame_count
 
 _TIMED_CONTAINERS = ("mov", "matroska")
 """Containers whose packets carry the time at which their frame is shown. AVI's carry a decoding order, and those of
@@ -25,10 +18,7 @@ broadcast streams may wrap or start in the middle; these are decoded from the be
 
 
 def read_frames(
-    source: VideoInput,
-    indices: Sequence[int],
-    header: VideoHeader,
-    media_root: str | os.PathLike[str] | None = None,
+    source: VideoInput, indices: Sequence[int], header: VideoHeader, media_root: str | os.PathLike[str] | None = None
 ) -> Iterator[tuple[int, Tensor]]:
     """Decode the frames of these indices: yield (index, uint8 (3, H, W)), in any order, a channels-last view.
 
@@ -74,28 +64,22 @@ def _needed_packets(packets: Sequence[Packet], times: set[int]) -> list[bool]:
             keys.append((index, packet.time or 0))
         if packet.time in times:
             start = next((key for key, time in reversed(keys) if time <= packet.time), 0)
-            at = index
-            while at >= start and not needed[at]:
-                needed[at] = True
-                at -= 1
+            needed[start : index + 1] = [True] * (index + 1 - start)
     return needed
 
 
 def _decode_groups(
     file: str | bytes, packets: Sequence[Packet], index_at: dict[int, int], convert: "_Converter"
 ) -> Iterator[tuple[int, Tensor]]:
-    """Feed the decoder only the packets it needs. index_at: time -> frame index.
+    """Feed the decoder only the packets it needs. May miss frames; never yields a wrong one.
 
-    May miss frames; never yields a wrong one.
+    index_at: time -> frame index.
     """
-    needed = _needed_packets(packets, set(index_at))
+    needed = iter(_needed_packets(packets, set(index_at)))
     with open_video(file, convert.name) as (container, stream):
         context, fed = stream.codec_context, False
-        number = -1
         for packet in container.demux(stream):
-            if packet.size:
-                number += 1
-            if packet.size and number < len(packets) and needed[number]:
+            if packet.size and next(needed, False):
                 # Frames that no other frame refers to need not be decoded unless they are wanted.
                 context.skip_frame = "DEFAULT" if packet.pts in index_at else "NONREF"
                 frames, fed = context.decode(packet), True
@@ -133,20 +117,15 @@ class _Converter:
         if frame.is_corrupt:
             raise MediaFault(f"{self.name}: the frame at {frame.time or 0:.2f} seconds is damaged; replace the file")
         matrix = frame.side_data.get("DISPLAYMATRIX")
-        rotation = rotation_from_matrix(IDENTITY if matrix is None else tuple(memoryview(bytes(matrix)).cast("i")))
-        if rotation is None:
-            raise unsupported_rotation(self.name)
+        numbers = IDENTITY if matrix is None else tuple(memoryview(bytes(matrix)).cast("i"))
+        rotation = rotation_of(numbers, self.name)
         if rotation != self.header.rotation:
-            raise MediaFault(
-                f"{self.name}: its frames are rotated by {90 * rotation} degrees, its header says "
-                f"{90 * self.header.rotation}; write it again upright, or as MP4"
-            )
+            fault = f"its frames are rotated by {90 * rotation} degrees, its header says {90 * self.header.rotation}"
+            raise MediaFault(f"{self.name}: {fault}; write it again upright, or as MP4")
         rgb_HWC = torch.from_numpy(self.scaler.reformat(frame, format="rgb24", threads=1).to_ndarray())
         upright = torch.rot90(rgb_HWC, rotation) if rotation else rgb_HWC  # rot90 by 0 would copy
         if upright.shape[:2] != (self.header.height, self.header.width):
             height, width, _ = upright.shape
-            raise MediaFault(
-                f"{self.name}: a frame is {width}x{height}, the header says {self.header.width}x{self.header.height}; "
-                "write it again in one size"
-            )
+            fault = f"a frame is {width}x{height}, the header says {self.header.width}x{self.header.height}"
+            raise MediaFault(f"{self.name}: {fault}; write it again in one size")
         return upright.permute(2, 0, 1)

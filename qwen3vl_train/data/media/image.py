@@ -37,14 +37,6 @@ _DAMAGE = (
 _STRIP_ROWS = 64
 
 
-def open_image(image: ImageInput, media_root: str | os.PathLike[str] | None = None) -> Image.Image:
-    """Open an image without decoding it; the caller closes it. Raise MediaFault for everything that is not an image."""
-    if isinstance(image, Image.Image):
-        return image
-    file = path_or_bytes(image, media_root)
-    return _identify(BytesIO(file) if isinstance(file, bytes) else file, describe(image))
-
-
 @cache
 def _readable() -> tuple[str, ...]:
     Image.init()
@@ -91,7 +83,12 @@ def _declared_size(file: str | IO[bytes]) -> str | None:
 @contextlib.contextmanager
 def _reading(source: ImageInput, media_root: str | os.PathLike[str] | None) -> Iterator[Image.Image]:
     """Open an image for reading, turn what Pillow raises into MediaFault, and close what was opened here."""
-    image, name = open_image(source, media_root), describe(source)
+    name = describe(source)
+    if isinstance(source, Image.Image):
+        image = source
+    else:
+        file = path_or_bytes(source, media_root)
+        image = _identify(BytesIO(file) if isinstance(file, bytes) else file, name)
     try:
         if image.width < 1 or image.height < 1:
             raise MediaFault(f"{name}: {image.width}x{image.height} has no pixels; replace it")
@@ -111,10 +108,8 @@ def _reading(source: ImageInput, media_root: str | os.PathLike[str] | None) -> I
 def image_size(source: ImageInput, media_root: str | os.PathLike[str] | None = None) -> tuple[int, int]:
     """Return the (height, width) that `load_rgb` will give, from the header alone. Raise MediaFault."""
     with _reading(source, media_root) as image:
-        width, height = image.size
-        if image is not source and _header_orientation(image) in (5, 6, 7, 8):
-            return width, height
-        return height, width
+        is_turned = image is not source and _header_orientation(image) in (5, 6, 7, 8)
+        return (image.width, image.height) if is_turned else (image.height, image.width)
 
 
 def _header_orientation(image: Image.Image) -> int:
@@ -157,52 +152,43 @@ def load_rgb(source: ImageInput, media_root: str | os.PathLike[str] | None = Non
             rgb = Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
         else:
             rgb = image if image.mode == "RGB" else image.convert("RGB")
-        return torch.from_numpy(_pixels(rgb)).permute(2, 0, 1)
+        # Converted at once, Pillow makes two more copies of the whole image, each of which takes longer to allocate
+        # than a JPEG takes to decode.
+        pixels_HWC = np.empty((rgb.height, rgb.width, 3), dtype=np.uint8)
+        for top in range(0, rgb.height, _STRIP_ROWS):
+            bottom = min(top + _STRIP_ROWS, rgb.height)
+            pixels_HWC[top:bottom] = np.asarray(rgb.crop((0, top, rgb.width, bottom)))
+        return torch.from_numpy(pixels_HWC).permute(2, 0, 1)
 
 
-def _pixels(rgb: Image.Image) -> np.ndarray:
-    """Copy an RGB image to uint8 (H, W, 3), a few rows at a time.
-
-    Converted at once, Pillow makes two more copies of the whole image; allocating each copy that is avoided here and in
-    `load_rgb` takes longer than decoding a JPEG.
-    """
-    pixels_HWC = np.empty((rgb.height, rgb.width, 3), dtype=np.uint8)
-    for top in range(0, rgb.height, _STRIP_ROWS):
-        bottom = min(top + _STRIP_ROWS, rgb.height)
-        pixels_HWC[top:bottom] = np.asarray(rgb.crop((0, top, rgb.width, bottom)))
-    return pixels_HWC
-
-
-def smart_resize(height: int, width: int, *, factor: int = FACTOR, min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """Return the (height, width) to resize an image to: multiples of factor, area between the limits, ratio kept.
+def smart_resize(height: int, width: int, *, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+    """Return the (height, width) to resize an image to: multiples of 32, area between the limits, ratio kept.
 
     Agrees with `smart_resize` of transformers' Qwen2VLImageProcessor (halves round to even). For very long images the
-    smallest side (one factor) takes precedence over max_pixels. Raise MediaFault beyond 200:1. 300, 400 -> 288, 384.
+    smallest side (32) takes precedence over max_pixels. Raise MediaFault beyond 200:1. 300, 400 -> 288, 384.
     """
     if max(height, width) > MAX_ASPECT * min(height, width):
         fault = f"image of {width}x{height}: its aspect ratio exceeds {MAX_ASPECT}:1; crop it or pad it"
         raise MediaFault(fault, kind="unsupported_media")
-    return fit_area(height, width, 1, 1, factor=factor, min_pixels=min_pixels, max_pixels=max_pixels)
+    return fit_area(height, width, 1, 1, min_pixels=min_pixels, max_pixels=max_pixels)
 
 
 def fit_area(
-    height: int, width: int, num_frames: int, counted_frames: int, *, factor: int, min_pixels: int, max_pixels: int
+    height: int, width: int, num_frames: int, counted_frames: int, *, min_pixels: int, max_pixels: int
 ) -> tuple[int, int]:
-    """Return multiples of factor whose area over all frames is between the limits.
+    """Return multiples of 32 whose area over all frames is between the limits.
 
     counted_frames: number of frames in the test against the limits; num_frames: in the scale.
     """
-    rows, cols = round(height / factor) * factor, round(width / factor) * factor
-    area = counted_frames * rows * cols
+    rows, cols = round(height / FACTOR), round(width / FACTOR)
+    area = counted_frames * rows * cols * FACTOR**2
     if area > max_pixels:
         shrink = math.sqrt(num_frames * height * width / max_pixels)
-        rows = max(factor, math.floor(height / shrink / factor) * factor)
-        cols = max(factor, math.floor(width / shrink / factor) * factor)
+        rows, cols = (max(1, math.floor(side / shrink / FACTOR)) for side in (height, width))
     elif area < min_pixels:
         grow = math.sqrt(min_pixels / (num_frames * height * width))
-        rows = math.ceil(height * grow / factor) * factor
-        cols = math.ceil(width * grow / factor) * factor
-    return rows, cols
+        rows, cols = (math.ceil(side * grow / FACTOR) for side in (height, width))
+    return rows * FACTOR, cols * FACTOR
 
 
 def resize_to_patches(rgb_CHW: Tensor, grid_hw: tuple[int, int]) -> Tensor:

@@ -4,7 +4,6 @@ Nothing outside media_root is reached, and only what the recipe allows to be fet
 """
 
 import base64
-import binascii
 import errno
 import os
 import re
@@ -44,9 +43,8 @@ def resolve_path(path: str, media_root: str | os.PathLike[str] | None, kind: str
     scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", path)
     if scheme:
         remedy = " or set allow_urls: true" if is_web_address(path) else ""
-        raise MediaFault(
-            f"{name}: is a {scheme[1]} URL and nothing is downloaded; give a local path{remedy}", kind="forbidden_path"
-        )
+        fault = f"{name}: is a {scheme[1]} URL and nothing is downloaded; give a local path{remedy}"
+        raise MediaFault(fault, kind="forbidden_path")
     if "\0" in path or not path:
         raise MediaFault(f"{name}: is not a path; give the path of a file")
     if media_root is None:
@@ -84,7 +82,7 @@ def decode_data_uri(uri: str, kind: str = "image") -> bytes:
         raise MediaFault(f"data URI: is not base64; write data:{mime_type};base64,...")
     try:
         return base64.b64decode(body, validate=True)
-    except (binascii.Error, ValueError) as error:
+    except ValueError as error:
         raise MediaFault(f"data URI: is not base64 ({error}); encode the {kind} again") from None
 
 

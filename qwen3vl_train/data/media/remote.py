@@ -46,14 +46,10 @@ class Remote:
                     raise MediaFault("is empty (0 bytes); copy the file again")
                 return body
             except MediaFault as fault:
-                delay = next(delays, None) if isinstance(fault, _RetryableFault) else None
+                delay = next(delays, None) if fault.transient else None
                 if delay is None or time.monotonic() + delay > deadline:
                     raise MediaFault(f"{self}: {fault}", kind="download_failed", transient=True) from None
                 time.sleep(delay)
-
-
-class _RetryableFault(MediaFault):
-    """A download that may succeed a second later."""
 
 
 def is_web_address(path: str) -> bool:
@@ -90,13 +86,13 @@ def _read_http(url: str, deadline: float) -> bytes:
             body = _read_limited(lambda: reply.read1(_BLOCK), deadline)
             announced = reply.headers.get("Content-Length", "")
             if announced.isdigit() and len(body) < int(announced):
-                raise _RetryableFault(f"ends after {len(body)} of {announced} bytes; check the address")
+                raise MediaFault(f"ends after {len(body)} of {announced} bytes; check the address", transient=True)
             return body
+    except MediaFault:
+        raise
     except (OSError, ValueError, http.client.HTTPException) as error:
-        if isinstance(error, MediaFault):
-            raise
-        fault_type = _RetryableFault if _is_transient(error) else MediaFault
-        raise fault_type(f"cannot be downloaded ({error}); check the address") from None
+        fault = f"cannot be downloaded ({error}); check the address"
+        raise MediaFault(fault, transient=_is_transient(error)) from None
 
 
 def _is_transient(error: Exception) -> bool:
@@ -106,10 +102,9 @@ def _is_transient(error: Exception) -> bool:
     cause = getattr(error, "reason", error)
     if isinstance(cause, socket.gaierror):
         return cause.errno == socket.EAI_AGAIN
-    permanent = isinstance(error, ValueError | http.client.InvalidURL) or isinstance(
-        cause, ssl.SSLCertVerificationError
-    )
-    return not permanent and getattr(error, "code", 503) in _TRANSIENT_STATUS
+    if isinstance(error, ValueError | http.client.InvalidURL) or isinstance(cause, ssl.SSLCertVerificationError):
+        return False
+    return getattr(error, "code", 503) in _TRANSIENT_STATUS
 
 
 def _read_fsspec(url: str, deadline: float) -> bytes:
@@ -119,12 +114,12 @@ def _read_fsspec(url: str, deadline: float) -> bytes:
     try:
         with fsspec.open(url, "rb") as file:
             return _read_limited(lambda: file.read(_BLOCK), None)  # type: ignore[attr-defined]
+    except MediaFault:
+        raise
     except (OSError, ValueError, ImportError) as error:
-        if isinstance(error, MediaFault):
-            raise
         permanent = ValueError | ImportError | FileNotFoundError | PermissionError | IsADirectoryError
-        fault_type = MediaFault if isinstance(error, permanent) else _RetryableFault
-        raise fault_type(f"cannot be read ({error}); check the path and media_root") from None
+        fault = f"cannot be read ({error}); check the path and media_root"
+        raise MediaFault(fault, transient=not isinstance(error, permanent)) from None
 
 
 def _read_limited(read: Callable[[], bytes], deadline: float | None) -> bytes:

@@ -1,7 +1,6 @@
 """The rotation of a video: the display matrix of an MP4 or MOV file, read from its boxes.
 
-PyAV exposes the matrix on decoded frames only; here it is read from the header, so that the cost of a clip needs no
-decoding.
+PyAV exposes the matrix on decoded frames only, and the cost of a clip is found without decoding.
 """
 
 import math
@@ -46,11 +45,11 @@ def mp4_matrix(file: IO[bytes], track: int) -> Matrix:
     movie_matrix, track_matrix = IDENTITY, IDENTITY
     for kind, (start, end) in _boxes(file, *movie, left):
         if kind == b"mvhd":
-            movie_matrix = _read_matrix(file, start, (36, 48)) or IDENTITY
+            movie_matrix = _unpack(file, start, ">9i", 36, 12) or IDENTITY
         elif kind == b"trak":
             for inner, (head, _) in _boxes(file, start, end, left):
-                if inner == b"tkhd" and _track_number(file, head) == track:
-                    track_matrix = _read_matrix(file, head, (40, 52)) or IDENTITY
+                if inner == b"tkhd" and _unpack(file, head, ">I", 12, 8) == (track,):
+                    track_matrix = _unpack(file, head, ">9i", 40, 12) or IDENTITY
     a, b, c, d = track_matrix[0], track_matrix[1], track_matrix[3], track_matrix[4]
     p, q, r, s = movie_matrix[0], movie_matrix[1], movie_matrix[3], movie_matrix[4]
     product = [(value + (1 << 15)) >> 16 for value in (a * p + b * r, a * q + b * s, c * p + d * r, c * q + d * s)]
@@ -76,15 +75,9 @@ def _boxes(file: IO[bytes], start: int, end: int, left: list[int]):
         start = stop
 
 
-def _track_number(file: IO[bytes], start: int) -> int:
-    file.seek(start)
-    content = file.read(24).ljust(24, b"\0")
-    return struct.unpack_from(">I", content, 20 if content[0] == 1 else 12)[0]
-
-
-def _read_matrix(file: IO[bytes], start: int, offsets: tuple[int, int]) -> Matrix | None:
-    """Read the nine numbers. offsets: theirs in version 0 and version 1 of the box (its first byte)."""
+def _unpack(file: IO[bytes], start: int, form: str, offset: int, shift: int) -> tuple[int, ...] | None:
+    """Read numbers of a box. shift: what the 64-bit times of version 1 (the first byte) add to their offset."""
     file.seek(start)
     content = file.read(100)
-    offset = offsets[bool(content) and content[0] == 1]
-    return struct.unpack_from(">9i", content, offset) if len(content) >= offset + 36 else None
+    offset += shift if content[:1] == b"\1" else 0
+    return struct.unpack_from(form, content, offset) if len(content) >= offset + struct.calcsize(form) else None

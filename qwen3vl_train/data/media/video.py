@@ -9,14 +9,14 @@ import math
 import os
 from collections.abc import Iterator
 from io import BytesIO
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from PIL import Image
 
 from qwen3vl_train.data.errors import MediaFault
 from qwen3vl_train.data.media.clips import MAX_FPS
 from qwen3vl_train.data.media.paths import VideoInput, describe, path_or_bytes, too_large, unreadable
-from qwen3vl_train.data.media.rotation import mp4_matrix, rotation_from_matrix
+from qwen3vl_train.data.media.rotation import Matrix, mp4_matrix, rotation_from_matrix
 
 if TYPE_CHECKING:
     from av.container import InputContainer
@@ -31,16 +31,13 @@ _SYSTEM_ERRORS = (errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.ETIM
 
 
 class VideoHeader(NamedTuple):
-    """What a file declares about its first video stream.
-
-    height, width: as shown, after a phone's rotation. rotation: quarter turns counter-clockwise (0..3).
-    """
+    """What a file declares about its first video stream. height, width: as shown, after a phone's rotation."""
 
     num_frames: int
     fps: float
     height: int
     width: int
-    rotation: int
+    rotation: int  # quarter turns counter-clockwise (0..3)
 
 
 class Packet(NamedTuple):
@@ -60,22 +57,18 @@ def read_header(source: VideoInput, media_root: str | os.PathLike[str] | None = 
     """
     name, file = describe(source, "video"), path_or_bytes(source, media_root, "video")
     with open_video(file, name) as (container, stream):
-        rate = stream.average_rate
-        fps = float(rate) if rate is not None else 0.0
+        fps = float(stream.average_rate or 0)
         if not (math.isfinite(fps) and 0 < fps <= MAX_FPS):
             found = "missing" if not fps else f"{fps:g}"
-            raise MediaFault(
-                f"{name}: frame rate is {found}, not above 0 and at most {MAX_FPS}; write the file again with its rate",
-                kind="no_frame_rate",
-            )
+            fault = f"frame rate is {found}, not above 0 and at most {MAX_FPS}; write the file again with its rate"
+            raise MediaFault(f"{name}: {fault}", kind="no_frame_rate")
         height, width = stream.codec_context.height, stream.codec_context.width
-        _check_size(name, height, width)
+        if height < 1 or width < 1:
+            raise MediaFault(f"{name}: {width}x{height} has no pixels; replace it")
+        if Image.MAX_IMAGE_PIXELS is not None and height * width > Image.MAX_IMAGE_PIXELS:
+            raise too_large(name, f"{width}x{height}", "pixels a frame")
         rotation = _header_rotation(file, container, stream, name)
-        num_frames = _count_from_table(container, stream, name)
-        if num_frames is None:
-            packets, end = list_packets(container, stream)
-            num_frames = sum(not packet.discarded for packet in packets)
-            _check_complete(container, stream, num_frames, end, name)
+        num_frames = _count_frames(container, stream, name)
     if num_frames < 2:
         frames = "no frames" if not num_frames else "1 frame"
         raise MediaFault(f"{name}: has {frames}, a clip needs 2; replace it, or give the frame as an image")
@@ -90,17 +83,18 @@ def open_video(file: str | bytes, name: str) -> Iterator[tuple["InputContainer",
     try:
         import av
         from av.error import FFmpegError
+        from av.format import ContainerFormat
         from av.stream import Disposition
     except ImportError as error:
         raise ValueError(f"video: PyAV is not installed ({error}); pip install 'qwen3vl_train[video]'") from None
-    options = {"format_whitelist": _format_whitelist(av), "protocol_whitelist": "file"}
+    # The whitelist takes FFmpeg's full names; some formats have several, like "mov,mp4,m4a".
+    formats = ",".join(ContainerFormat(short, "r").name for short in _CONTAINERS.split(","))
+    options = {"format_whitelist": formats, "protocol_whitelist": "file"}
     source = BytesIO(file) if isinstance(file, bytes) else file
     try:
         with av.open(source, "r", options=options, metadata_errors="ignore") as container:
             # The cover art of a song is a video stream of one picture.
-            streams = [
-                stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic
-            ]
+            streams = [video for video in container.streams.video if not video.disposition & Disposition.attached_pic]
             if not streams:
                 found = ", ".join(sorted({stream.type for stream in container.streams})) or "none"
                 fault = f"{name}: has no video stream (streams: {found}); replace the file"
@@ -116,21 +110,8 @@ def open_video(file: str | bytes, name: str) -> Iterator[tuple["InputContainer",
         reason = getattr(error, "strerror", None) or str(error)
         if getattr(error, "errno", None) in _SYSTEM_ERRORS:
             raise unreadable(name, reason) from None
-        raise MediaFault(
-            f"{name}: is truncated, damaged or of an unsupported format ({reason}); replace it or write it as MP4"
-        ) from None
-
-
-def _format_whitelist(av: Any) -> str:
-    """Return the whitelist in FFmpeg's full names: some formats have several, like "mov,mp4,m4a"."""
-    return ",".join(av.format.ContainerFormat(name, "r").name for name in _CONTAINERS.split(","))
-
-
-def _check_size(name: str, height: int, width: int) -> None:
-    if height < 1 or width < 1:
-        raise MediaFault(f"{name}: {width}x{height} has no pixels; replace it")
-    if Image.MAX_IMAGE_PIXELS is not None and height * width > Image.MAX_IMAGE_PIXELS:
-        raise too_large(name, f"{width}x{height}", "pixels a frame")
+        fault = f"is truncated, damaged or of an unsupported format ({reason})"
+        raise MediaFault(f"{name}: {fault}; replace it or write it as MP4") from None
 
 
 def _header_rotation(file: str | bytes, container: "InputContainer", stream: "VideoStream", name: str) -> int:
@@ -138,33 +119,41 @@ def _header_rotation(file: str | bytes, container: "InputContainer", stream: "Vi
     if not container.format.name.startswith("mov"):
         return 0
     with BytesIO(file) if isinstance(file, bytes) else open(file, "rb") as opened:
-        rotation = rotation_from_matrix(mp4_matrix(opened, stream.id))
+        return rotation_of(mp4_matrix(opened, stream.id), name)
+
+
+def rotation_of(matrix: Matrix, name: str) -> int:
+    """Return the rotation of a display matrix. Raise MediaFault for mirrored videos and other angles."""
+    rotation = rotation_from_matrix(matrix)
     if rotation is None:
-        raise unsupported_rotation(name)
+        fault = f"{name}: is mirrored or not rotated by a multiple of 90 degrees; write it again upright"
+        raise MediaFault(fault, kind="unsupported_media")
     return rotation
 
 
-def unsupported_rotation(name: str) -> MediaFault:
-    fault = f"{name}: is mirrored or not rotated by a multiple of 90 degrees; write it again upright"
-    return MediaFault(fault, kind="unsupported_media")
+def _count_frames(container: "InputContainer", stream: "VideoStream", name: str) -> int:
+    """Return the number of shown frames: from the table of an unfragmented MP4, MOV or AVI, or else from the packets.
 
-
-def _count_from_table(container: "InputContainer", stream: "VideoStream", name: str) -> int | None:
-    """Return the number of shown frames from the table of an unfragmented MP4, MOV or AVI; None without a table.
-
-    The table also marks frames that an edit list cuts away, which `nb_frames` counts.
+    The table also marks frames that an edit list cuts away, which `nb_frames` counts. The packets and their last time
+    are compared with what the header declares, where it does.
     """
     entries = [(entry.pos + entry.size, entry.is_discard) for entry in stream.index_entries]
     if container.format.name.startswith("mov") and entries and container.size > 0:
         end = max(end for end, _ in entries)
         if end > container.size:
-            raise MediaFault(
-                f"{name}: is truncated: its header lists frames up to byte {end}, it has {container.size}; copy the "
-                "file again"
-            )
-    if not stream.frames or stream.frames != len(entries):
-        return None
-    return sum(not discarded for _, discarded in entries)
+            fault = f"its header lists frames up to byte {end}, it has {container.size}"
+            raise MediaFault(f"{name}: is truncated: {fault}; copy the file again")
+    if stream.frames and stream.frames == len(entries):
+        return sum(not discarded for _, discarded in entries)
+    packets, seconds = list_packets(container, stream)
+    num_frames = sum(not packet.discarded for packet in packets)
+    if stream.frames and stream.frames != num_frames:
+        raise wrong_frame_count(name, stream.frames, num_frames)
+    declared = (container.duration or 0) / 1e6
+    if container.format.name.startswith("matroska") and seconds < 0.95 * declared - 0.5:
+        fault = f"its header declares {declared:.1f} seconds, its packets end at {seconds:.1f}"
+        raise MediaFault(f"{name}: is truncated: {fault}; copy the file again")
+    return num_frames
 
 
 def list_packets(container: "InputContainer", stream: "VideoStream") -> tuple[list[Packet], float]:
@@ -178,19 +167,6 @@ def list_packets(container: "InputContainer", stream: "VideoStream") -> tuple[li
     return packets, end
 
 
-def _check_complete(container: "InputContainer", stream: "VideoStream", counted: int, end: float, name: str) -> None:
-    """Compare the counted frames and the last time with what the header declares, where it does."""
-    if stream.frames and stream.frames != counted:
-        raise wrong_frame_count(name, stream.frames, counted)
-    declared = (container.duration or 0) / 1e6
-    if container.format.name.startswith("matroska") and end < 0.95 * declared - 0.5:
-        raise MediaFault(
-            f"{name}: is truncated: its header declares {declared:.1f} seconds, its packets end at {end:.1f}; copy the "
-            "file again"
-        )
-
-
 def wrong_frame_count(name: str, declared: int, found: int) -> MediaFault:
-    return MediaFault(
-        f"{name}: its header declares {declared} frames, {found} were found; it is truncated or damaged, write it again"
-    )
+    fault = f"its header declares {declared} frames, {found} were found"
+    return MediaFault(f"{name}: {fault}; it is truncated or damaged, write it again")
