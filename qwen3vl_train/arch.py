@@ -7,10 +7,11 @@ checkpoints' values, so a missing number is an error, never a default.
 
 import json
 import math
+from collections.abc import Iterator
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 
 @dataclass(frozen=True)
@@ -90,10 +91,7 @@ class Qwen3VLArch:
 
     @classmethod
     def from_dict(cls, config: dict[str, Any], where: str = "config") -> "Qwen3VLArch":
-        """Read a config in either dialect.
-
-        Raises ValueError for another architecture, missing or impossible numbers.
-        """
+        """Read a config in either dialect. Raises ValueError for another architecture and missing or wrong numbers."""
         model_type = config.get("model_type")
         if model_type == "qwen3_vl_moe":
             raise ValueError(
@@ -119,38 +117,18 @@ class Qwen3VLArch:
         if text.values.get("attention_bias"):
             faults.append("text_config.attention_bias is true; Qwen3-VL has none")
         arch = cls(
-            vision=VisionArch(
-                depth=vision.integer("depth"),
-                hidden_size=vision.integer("hidden_size"),
-                intermediate_size=vision.integer("intermediate_size"),
-                num_heads=vision.integer("num_heads"),
-                in_channels=vision.integer("in_channels"),
-                patch_size=vision.integer("patch_size"),
-                temporal_patch_size=vision.integer("temporal_patch_size"),
-                spatial_merge_size=vision.integer("spatial_merge_size"),
-                out_hidden_size=vision.integer("out_hidden_size"),
-                num_position_embeddings=vision.integer("num_position_embeddings"),
-                deepstack_visual_indexes=vision.integers("deepstack_visual_indexes"),
-            ),
-            text=TextArch(
-                vocab_size=text.integer("vocab_size"),
-                hidden_size=text.integer("hidden_size"),
-                intermediate_size=text.integer("intermediate_size"),
-                num_hidden_layers=text.integer("num_hidden_layers"),
-                num_attention_heads=text.integer("num_attention_heads"),
-                num_key_value_heads=text.integer("num_key_value_heads"),
-                head_dim=text.integer("head_dim"),
-                rms_norm_eps=text.number("rms_norm_eps"),
-                rope_theta=_Reader(rope or text.values, "text_config", faults).number("rope_theta"),
-                mrope_section=_Reader(scaling, "text_config.rope_scaling", faults).integers("mrope_section"),  # type: ignore[arg-type]
-                max_position_embeddings=text.integer("max_position_embeddings"),
+            vision=vision.read(VisionArch),
+            text=text.read(
+                TextArch,
+                rope_theta=_Reader(rope or text.values, "text_config", faults),
+                mrope_section=_Reader(scaling, "text_config.rope_scaling", faults),
             ),
             # The top level decides: files that transformers 5 saved again may carry a class default in text_config.
             tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
-            image_token_id=top.integer("image_token_id"),
-            video_token_id=top.integer("video_token_id"),
-            vision_start_token_id=top.integer("vision_start_token_id"),
-            vision_end_token_id=top.integer("vision_end_token_id"),
+            image_token_id=top.value("image_token_id", int),
+            video_token_id=top.value("video_token_id", int),
+            vision_start_token_id=top.value("vision_start_token_id", int),
+            vision_end_token_id=top.value("vision_end_token_id", int),
         )
         if not faults:
             faults += arch._contradictions()
@@ -158,39 +136,28 @@ class Qwen3VLArch:
             raise ValueError(f"{where}: {len(faults)} faults\n" + "\n".join(f"  - {fault}" for fault in faults))
         return arch
 
-    def _contradictions(self) -> list[str]:
+    def _contradictions(self) -> Iterator[str]:
         vision, text = self.vision, self.text
         section, half = text.mrope_section, text.head_dim // 2
         taps = vision.deepstack_visual_indexes
-        rules = [
-            (
-                vision.hidden_size % vision.num_heads == 0 and vision.head_dim % 4 == 0,
-                "vision hidden_size / num_heads must be a multiple of 4",
-            ),
-            (
-                vision.out_hidden_size == text.hidden_size,
-                f"vision out_hidden_size {vision.out_hidden_size} is not the text hidden_size {text.hidden_size}",
-            ),
-            (
-                vision.position_table_side**2 == vision.num_position_embeddings,
-                "num_position_embeddings is not a square",
-            ),
-            (
-                all(0 <= tap < vision.depth for tap in taps),
-                f"deepstack_visual_indexes {taps} leave the {vision.depth} vision blocks",
-            ),
-            (len(taps) <= text.num_hidden_layers, "more DeepStack features than decoder layers"),
-            (text.num_attention_heads % text.num_key_value_heads == 0, "attention heads do not divide by kv heads"),
-            (
-                len(section) == 3 and sum(section) == half,
-                f"mrope_section {section} does not sum to head_dim/2 = {half}",
-            ),
-        ]
-        return [message for holds, message in rules if not holds]
+        if vision.hidden_size % vision.num_heads or vision.head_dim % 4:
+            yield "vision hidden_size / num_heads must be a multiple of 4"
+        if vision.out_hidden_size != text.hidden_size:
+            yield f"vision out_hidden_size {vision.out_hidden_size} is not the text hidden_size {text.hidden_size}"
+        if vision.position_table_side**2 != vision.num_position_embeddings:
+            yield "num_position_embeddings is not a square"
+        if not all(0 <= tap < vision.depth for tap in taps):
+            yield f"deepstack_visual_indexes {taps} leave the {vision.depth} vision blocks"
+        if len(taps) > text.num_hidden_layers:
+            yield "more DeepStack features than decoder layers"
+        if text.num_attention_heads % text.num_key_value_heads:
+            yield "attention heads do not divide by kv heads"
+        if len(section) != 3 or sum(section) != half:
+            yield f"mrope_section {section} does not sum to head_dim/2 = {half}"
 
 
 class _Reader:
-    """Reads typed numbers from one section and collects faults instead of stopping at the first."""
+    """Read typed numbers from one section, and collect faults instead of stopping at the first."""
 
     def __init__(self, values: Any, section: str, faults: list[str]) -> None:
         self.section, self.faults = section, faults
@@ -198,35 +165,28 @@ class _Reader:
         if not isinstance(values, dict):
             faults.append(f"{section}: missing or not an object")
 
-    def _get(self, key: str, kinds: type | tuple[type, ...], fallback: Any) -> Any:
+    def read(self, arch: Any, **elsewhere: "_Reader") -> Any:
+        """Fill a dataclass from the keys named as its fields. elsewhere: readers of fields in other sections."""
+        return arch(**{one.name: elsewhere.get(one.name, self).value(one.name, one.type) for one in fields(arch)})
+
+    def value(self, key: str, kind: Any) -> Any:
+        """Return one value; a placeholder if it is a fault. kind: int, float or a type of tuples, written as lists."""
+        kind = get_origin(kind) or kind
         value = self.values.get(key)
-        if isinstance(value, kinds) and not isinstance(value, bool):
-            return value
+        if isinstance(value, {int: int, float: int | float, tuple: list | tuple}[kind]) and not isinstance(value, bool):
+            return kind(value)
         if self.values:
-            name = f"{self.section}.{key}".strip(".")
-            self.faults.append(
-                f"{name}: missing" if value is None else f"{name}: {value!r} is not a number of the right kind"
-            )
-        return fallback
-
-    def integer(self, key: str) -> int:
-        return self._get(key, int, 1)
-
-    def number(self, key: str) -> float:
-        return float(self._get(key, (int, float), 1.0))
-
-    def integers(self, key: str) -> tuple[int, ...]:
-        return tuple(self._get(key, (list, tuple), ()))
+            what = "missing" if value is None else f"{value!r} is not a number of the right kind"
+            self.faults.append(f"{self.section}.{key}".strip(".") + f": {what}")
+        return kind() if kind is tuple else kind(1)
 
 
 def read_config(model_path: str | Path) -> dict[str, Any]:
     """Read `model_path/config.json`. Raises ValueError that says what to give instead when there is none."""
-    folder = Path(model_path)
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: not a folder; give a local Qwen3-VL checkpoint in Hugging Face form")
-    file = folder / "config.json"
+    folder, file = Path(model_path), Path(model_path) / "config.json"
     if not file.is_file():
-        raise ValueError(f"{folder}: no config.json; give a local Qwen3-VL checkpoint in Hugging Face form")
+        what = "no config.json" if folder.is_dir() else "not a folder"
+        raise ValueError(f"{folder}: {what}; give a local Qwen3-VL checkpoint in Hugging Face form")
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -246,18 +206,14 @@ def published_config(config: dict[str, Any], *, dtype: str) -> dict[str, Any]:
     rope = text.pop("rope_parameters", None)
     if rope:
         text["rope_theta"] = rope["rope_theta"]
-        text["rope_scaling"] = {
-            "mrope_interleaved": rope["mrope_interleaved"],
-            "mrope_section": rope["mrope_section"],
-            "rope_type": rope.get("rope_type", "default"),
-        }
+        text["rope_scaling"] = {key: rope[key] for key in ("mrope_interleaved", "mrope_section")}
+        text["rope_scaling"]["rope_type"] = rope.get("rope_type", "default")
     vision.pop("rope_parameters", None)
     vision["model_type"] = "qwen3_vl"
     text["model_type"] = "qwen3_vl_text"
     text["tie_word_embeddings"] = out["tie_word_embeddings"] = bool(config.get("tie_word_embeddings", False))
-    out.pop("torch_dtype", None)
-    text.pop("torch_dtype", None)
-    vision.pop("torch_dtype", None)
+    for section in (out, text, vision):
+        section.pop("torch_dtype", None)
     vision.pop("dtype", None)
     out["dtype"] = text["dtype"] = dtype
     return out

@@ -7,7 +7,7 @@ tower. Every index that the model uses is computed here, on the host, in the wor
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -16,9 +16,7 @@ IGNORE_LABEL = -100
 
 
 class VisionSlice(NamedTuple):
-    """One image, or one frame pair of a clip, inside one sequence.
-
-    Tokens `offset .. offset+length` of the sequence take the merged rows `row .. row+length`.
+    """One image, or one frame pair of a clip: tokens offset .. offset+length of a sequence take rows row .. row+length.
 
     offset: first placeholder token, counted from the start of its own sequence.
     length: number of placeholder tokens (merged rows).
@@ -31,7 +29,26 @@ class VisionSlice(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Segments:
+class MovableTensors:
+    """A dataclass of tensors, of other such dataclasses, and of host values, which stay as they are."""
+
+    def _apply(self, move: Callable[[Tensor], Tensor]) -> Self:
+        moved = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor):
+                moved[field.name] = move(value)
+            elif isinstance(value, MovableTensors):
+                moved[field.name] = value._apply(move)
+        return replace(self, **moved)
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Self:
+        """Move every tensor; host integers stay host integers."""
+        return self._apply(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+
+@dataclass(frozen=True)
+class Segments(MovableTensors):
     """The segments of a packed row that attention never crosses, in the forms that attention kernels take.
 
     lengths: host integers.
@@ -50,12 +67,9 @@ class Segments:
         cu_seqlens[1:] = torch.tensor(lengths, dtype=torch.int64).cumsum(0)
         return cls(tuple(lengths), cu_seqlens, max(lengths, default=0))
 
-    def _apply(self, move: Callable[[Tensor], Tensor]) -> "Segments":
-        return replace(self, cu_seqlens=move(self.cu_seqlens))
-
 
 @dataclass(frozen=True)
-class VisionIndex:
+class VisionIndex(MovableTensors):
     """What the vision tower needs of `grid_thw`: positions and attention segments, computed from the grids alone.
 
     segments: F attention segments, one a frame (h*w patches each, t times a clip).
@@ -69,14 +83,6 @@ class VisionIndex:
     corner_index: Tensor
     corner_weight: Tensor
 
-    def _apply(self, move: Callable[[Tensor], Tensor]) -> "VisionIndex":
-        return VisionIndex(
-            self.segments._apply(move), move(self.patch_hw), move(self.corner_index), move(self.corner_weight)
-        )
-
-    def to(self, device: torch.device | str) -> "VisionIndex":
-        return self._apply(lambda tensor: tensor.to(device))
-
 
 @lru_cache(maxsize=4096)
 def _frame_index(height: int, width: int, side: int, merge: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -86,14 +92,7 @@ def _frame_index(height: int, width: int, side: int, merge: int) -> tuple[Tensor
     row0, col0 = rows.int(), cols.int()
     row1, col1 = (row0 + 1).clamp(max=side - 1), (col0 + 1).clamp(max=side - 1)
     row_frac, col_frac = (rows - row0)[:, None], (cols - col0)[None, :]
-    index = torch.stack(
-        [
-            row0[:, None] * side + col0,
-            row0[:, None] * side + col1,
-            row1[:, None] * side + col0,
-            row1[:, None] * side + col1,
-        ]
-    )
+    index = torch.stack([row[:, None] * side + col for row in (row0, row1) for col in (col0, col1)])
     weight = torch.stack(
         [(1 - row_frac) * (1 - col_frac), (1 - row_frac) * col_frac, row_frac * (1 - col_frac), row_frac * col_frac]
     )
@@ -172,7 +171,7 @@ def scatter_labels(label_rows: Tensor, values: Tensor, num_tokens: int, fill: fl
 
 
 @dataclass(frozen=True)
-class PackedBatch:
+class PackedBatch(MovableTensors):
     """All sequences of a pack in one row, all patches in another, with every index the model needs.
 
     Build it with `PackedBatch.from_samples`, which checks the fields against each other.
@@ -251,20 +250,6 @@ class PackedBatch:
             sample_ids=sample_ids,
         )
 
-    def _apply(self, move: Callable[[Tensor], Tensor]) -> "PackedBatch":
-        moved = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, Tensor):
-                moved[field.name] = move(value)
-            elif isinstance(value, Segments | VisionIndex):
-                moved[field.name] = value._apply(move)
-        return replace(self, **moved)
-
-    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "PackedBatch":
-        """Move every tensor; host integers stay host integers."""
-        return self._apply(lambda tensor: tensor.to(device, non_blocking=non_blocking))
-
     def pin_memory(self) -> "PackedBatch":
         """Copy every tensor to page-locked memory, so that `.to(device, non_blocking=True)` does not wait."""
         return self._apply(lambda tensor: tensor.pin_memory())
@@ -285,7 +270,7 @@ class PackedBatch:
     def num_visual_tokens(self) -> int:
         return self.visual_rows.numel()
 
-    # The same facts in the form of one value for each token or sequence, for readers outside of training.
+    # One value for each token or sequence, for readers outside of training.
 
     @property
     def sequence_lengths(self) -> Tensor:
@@ -315,7 +300,5 @@ def _check_labels(label_rows: Tensor, label_ids: Tensor, label_weights: Tensor, 
         raise ValueError(f"pack: label_rows, label_ids and label_weights have the shapes {shapes}; give one of each")
     if label_weights.dtype != torch.float32:
         raise ValueError(f"pack: label_weights are {label_weights.dtype}; give float32")
-    if label_rows.numel() and (
-        (label_rows.diff() < 0).any() or int(label_rows[0]) < 0 or int(label_rows[-1]) >= num_tokens
-    ):
+    if (label_rows.diff() < 0).any() or (label_rows < 0).any() or (label_rows >= num_tokens).any():
         raise ValueError(f"pack: label_rows must ascend within the {num_tokens} tokens")

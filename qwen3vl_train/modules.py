@@ -11,26 +11,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # recipes name groups too, and reading a recipe imports no torch
     from torch import nn
 
-GROUPS: tuple[str, ...] = (
-    "vision_attn",
-    "vision_mlp",
-    "vision_embed",
-    "merger",
-    "deepstack",
-    "text_attn",
-    "text_mlp",
-    "text_embed",
-    "lm_head",
-)
-
 VISION_GROUPS: tuple[str, ...] = ("vision_attn", "vision_mlp", "vision_embed")
-
-UNIONS: dict[str, tuple[str, ...]] = {
-    "vision": VISION_GROUPS,
-    "text": ("text_attn", "text_mlp", "text_embed", "lm_head"),
-    "all": GROUPS,
-}
-
+_TEXT_GROUPS: tuple[str, ...] = ("text_attn", "text_mlp", "text_embed", "lm_head")
+GROUPS: tuple[str, ...] = (*VISION_GROUPS, "merger", "deepstack", *_TEXT_GROUPS)
+UNIONS: dict[str, tuple[str, ...]] = {"vision": VISION_GROUPS, "text": _TEXT_GROUPS, "all": GROUPS}
 # Embeddings and the head take no LoRA here: adapters go on the linear layers of blocks and mergers.
 LORA_GROUPS: tuple[str, ...] = tuple(g for g in GROUPS if g not in ("vision_embed", "text_embed", "lm_head"))
 
@@ -79,8 +63,6 @@ _GROUP_OF_PATTERN = {
     r"language_model\.model\.layers\.\d+\.(post_attention_layernorm|mlp)": "text_mlp",
     r"language_model\.(model\.norm|lm_head)": "lm_head",
 }
-_ANY_GROUP = re.compile("|".join(f"(?P<g{i}>{pattern})" for i, pattern in enumerate(_GROUP_OF_PATTERN)))
-_GROUPS = list(_GROUP_OF_PATTERN.values())
 
 
 def group_of(name: str) -> str:
@@ -88,10 +70,9 @@ def group_of(name: str) -> str:
 
     A tied head is `text_embed`: it is the embedding's parameter.
     """
-    match = _ANY_GROUP.match(name)
-    assert match is not None, f"{name} belongs to no module group"
-    assert match.lastgroup is not None
-    return _GROUPS[int(match.lastgroup[1:])]
+    group = next((group for pattern, group in _GROUP_OF_PATTERN.items() if re.match(pattern, name)), None)
+    assert group is not None, f"{name} belongs to no module group"
+    return group
 
 
 def grouped_parameters(model: "nn.Module") -> "dict[str, list[tuple[str, nn.Parameter]]]":
@@ -103,10 +84,7 @@ def grouped_parameters(model: "nn.Module") -> "dict[str, list[tuple[str, nn.Para
 
 
 def train_only(model: "nn.Module", groups: set[str]) -> None:
-    """Let the parameters of these groups train and freeze all others.
-
-    Raises ValueError for a tied head named without its embedding.
-    """
+    """Let these groups train and freeze all others. Raises ValueError for a tied head named without its embedding."""
     present = grouped_parameters(model)
     tied = all(not name.endswith("lm_head.weight") for name, _ in present["lm_head"])
     if tied and ("lm_head" in groups) != ("text_embed" in groups):

@@ -94,6 +94,22 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return small_runs.write_task(tmp_path_factory.mktemp("task") / "task")
 
 
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of `engine_runs.write_small_checkpoint`. Read only."""
+    from tests.helpers import engine_runs
+
+    return engine_runs.write_small_checkpoint(tmp_path_factory.mktemp("small") / "model")
+
+
+@pytest.fixture(scope="session")
+def steps(small: Path) -> list:
+    """The packs of `engine_runs.make_steps`. Read only."""
+    from tests.helpers import engine_runs
+
+    return engine_runs.make_steps(small)
+
+
 @pytest.fixture(scope="module")
 def zero_at_ease() -> Iterator[None]:
     """Make hundreds of ZeRO steps bearable: import once for all ranks, and do not compare collectives.

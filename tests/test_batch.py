@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from qwen3vl_train.batch import PackedBatch, Segments, VisionSlice, slice_rows, vision_index
+from tests.helpers.messages import message_of
 
 
 def test_segments():
@@ -47,12 +48,7 @@ def test_corners_equal_transformers(grid):
 
     index = vision_index([grid], side=48, merge=2)
     corners, weights = get_vision_interpolation_indices_and_weights(
-        torch.tensor([grid]),
-        num_grid_per_side=48,
-        mode="bilinear",
-        align_corners=True,
-        spatial_merge_size=2,
-        kwargs={},
+        torch.tensor([grid]), num_grid_per_side=48, mode="bilinear", align_corners=True, spatial_merge_size=2, kwargs={}
     )
     # As a sum over a table, since corners of weight 0 may be named differently.
     table = torch.randn(48 * 48, generator=torch.Generator().manual_seed(0))
@@ -62,9 +58,7 @@ def test_corners_equal_transformers(grid):
 
 @pytest.mark.parametrize("grid", [(0, 2, 2), (1, 3, 2), (1, 2, 5), (1, 0, 2), (1, 2, -2)])
 def test_grids_that_cannot_be(grid):
-    with pytest.raises(ValueError) as caught:
-        vision_index([(1, 2, 2), grid], side=48, merge=2)
-    assert str(caught.value) == (
+    assert message_of(ValueError, vision_index, [(1, 2, 2), grid], side=48, merge=2) == (
         f"grid_thw: got {grid}; time must be at least 1, height and width positive multiples of 2"
     )
 
@@ -113,9 +107,8 @@ def test_everything_is_derived():
 
 
 def test_a_pack_without_images():
-    batch = PackedBatch.from_samples(
-        **primary(pixel_values=torch.zeros(0, 768), grid_thw=[], vision_slices_per_seq=[[], []])
-    )
+    nothing = {"pixel_values": torch.zeros(0, 768), "grid_thw": [], "vision_slices_per_seq": [[], []]}
+    batch = PackedBatch.from_samples(**primary(**nothing))
     assert batch.grid_thw.shape == (0, 3)
     assert not batch.visual_pos_mask.any()
     assert batch.vision.corner_index.shape == batch.vision.corner_weight.shape == (4, 0)
@@ -150,9 +143,7 @@ def test_a_pack_without_images():
     ],
 )
 def test_fields_that_disagree(changes, message):
-    with pytest.raises(ValueError) as caught:
-        PackedBatch.from_samples(**primary(**changes))
-    assert str(caught.value) == message
+    assert message_of(ValueError, PackedBatch.from_samples, **primary(**changes)) == message
 
 
 def tensors_of(value: Any) -> list[torch.Tensor]:

@@ -7,9 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "qwen3vl_train"
-DOCUMENTS = sorted(
-    file for file in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "benchmarks").glob("*.md")]
-)
+DOCUMENTS = sorted(file for pattern in ("*.md", "docs/*.md", "benchmarks/*.md") for file in ROOT.glob(pattern))
 
 
 def test_file_map_names_every_module_once():

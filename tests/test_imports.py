@@ -90,54 +90,30 @@ def test_no_part_imports_one_that_imports_it_back():
 
 
 @pytest.mark.parametrize(
-    ("file", "text", "expected"),
+    ("file", "text", "fault"),
     [
-        (
-            "data/packing/plan.py",
-            "import json\nfrom qwen3vl_train.train.loop import train\n",
-            "data/packing/plan.py:2: data may not import train",
-        ),
-        (
-            "data/packing/plan.py",
-            "def plan():\n    import qwen3vl_train.model.text\n",
-            "data/packing/plan.py:2: data may not import model",
-        ),
-        (
-            "model/costs.py",
-            "from qwen3vl_train.model.text import Rope\n",
-            "model/costs.py:1: model.costs may not import model",
-        ),
-        (
-            "model/loss.py",
-            "from qwen3vl_train import checkpoint\n",
-            "model/loss.py:1: model may not import checkpoint",
-        ),
-        ("arch.py", "from qwen3vl_train.batch import Segments\n", "arch.py:1: arch may not import batch"),
-        (
-            "train/loop.py",
-            "def f():\n    from transformers import AutoModel\n",
-            "train/loop.py:2: train may not import transformers",
-        ),
-        ("model/lora.py", "import peft\n", "model/lora.py:1: imports peft at the top; import it where it is used"),
-        ("checkpoint/writer.py", "import pickle\n", "checkpoint/writer.py:1: checkpoint may not import pickle"),
+        ("data/packing/plan.py", "\nfrom qwen3vl_train.train.loop import train", "2: data may not import train"),
+        ("data/packing/plan.py", "def f():\n    import qwen3vl_train.model.text", "2: data may not import model"),
+        ("model/costs.py", "from qwen3vl_train.model.text import Rope", "1: model.costs may not import model"),
+        ("model/loss.py", "from qwen3vl_train import checkpoint", "1: model may not import checkpoint"),
+        ("arch.py", "from qwen3vl_train.batch import Segments", "1: arch may not import batch"),
+        ("train/loop.py", "def f():\n    from transformers import AutoModel", "2: train may not import transformers"),
+        ("model/lora.py", "import peft", "1: imports peft at the top; import it where it is used"),
+        ("checkpoint/writer.py", "import pickle", "1: checkpoint may not import pickle"),
     ],
 )
-def test_faults_are_named(tmp_path, file, text, expected):
+def test_faults_are_named(tmp_path, file, text, fault):
     (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / file).write_text(text)
     (tmp_path / "batch.py").write_text("from dataclasses import dataclass\nimport torch\n")
-    assert faults(tmp_path) == [expected]
+    assert faults(tmp_path) == [f"{file}:{fault}"]
 
 
 def loaded_modules(code: str, *arguments: str) -> set[str]:
     """Run code in a fresh interpreter; return the names of the top-level modules that it had loaded at the end."""
-    command = [
-        sys.executable,
-        "-c",
-        f"{code}\nimport sys\nprint(*{{m.split('.')[0] for m in sys.modules}})",
-        *arguments,
-    ]
+    code += "\nimport sys\nprint(*{m.split('.')[0] for m in sys.modules})"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", code, *arguments]
     ran = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
     return set(ran.stdout.split())
 

@@ -4,12 +4,8 @@ from qwen3vl_train.modules import GROUPS, UNIONS, expand_groups
 
 
 def test_unions_expand_to_their_groups_once_and_in_order():
-    assert expand_groups(["text_attn", "vision", "vision_mlp"]) == (
-        "vision_attn",
-        "vision_mlp",
-        "vision_embed",
-        "text_attn",
-    )
+    expanded = expand_groups(["text_attn", "vision", "vision_mlp"])
+    assert expanded == ("vision_attn", "vision_mlp", "vision_embed", "text_attn")
     assert expand_groups(["all"]) == GROUPS
     assert expand_groups([]) == ()
 

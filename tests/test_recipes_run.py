@@ -5,8 +5,7 @@ from typing import Any
 
 import pytest
 
-from qwen3vl_train.config import Recipe, load_recipe, recipe_from_dict
-from qwen3vl_train.train.loop import train
+from qwen3vl_train.config import load_recipe, recipe_from_dict
 from tests.helpers import small_runs
 from tests.helpers.ranks import run_ranks
 
@@ -17,10 +16,6 @@ SHARDED = [path for path in RECIPES if load_recipe(str(path)).parallel.engine in
 def test_every_size_has_a_recipe_for_both_sharded_engines():
     shipped = {(path.stem.split("-")[1], load_recipe(str(path)).parallel.engine) for path in SHARDED}
     assert shipped == {(size, engine) for size in ("2b", "4b", "8b", "32b") for engine in ("fsdp2", "deepspeed")}
-
-
-def _train(rank: int, world_size: int, recipe: Recipe) -> str:
-    return str(train(recipe))
 
 
 @pytest.mark.usefixtures("zero_at_ease")
@@ -37,7 +32,7 @@ def test_recipe_runs_three_steps_on_two_ranks(path: Path, tiny_folder: Path, tas
     }
     values["train"] |= {"num_steps": 3, "packs_per_step": 2}
     values["track"]["wandb"] = "off"
-    run_ranks(_train, 2, recipe_from_dict(values))
+    run_ranks(small_runs.train_on_rank, 2, recipe_from_dict(values))
     losses = small_runs.losses(tmp_path / path.stem)
     assert len(losses) == 3
     # An untrained model of 512 tokens starts a little above ln 512 = 6.2, and three steps of warm-up hardly change it.

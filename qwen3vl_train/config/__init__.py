@@ -1,18 +1,13 @@
 """Load the recipe of a run, one YAML file, with `load_recipe`. Its fields are in `fields`."""
 
 from qwen3vl_train.config.fields import (
-    CheckpointSection,
     DataSection,
-    EvalSection,
     EvalSource,
     FullTune,
     LoraTune,
-    ModelSection,
     OptimSection,
     ParallelSection,
     Recipe,
-    TrackSection,
-    TrainSection,
     TrainSource,
 )
 from qwen3vl_train.config.loading import load_recipe, recipe_from_dict
@@ -20,19 +15,14 @@ from qwen3vl_train.config.rules import RecipeError, check_world_size
 from qwen3vl_train.config.saving import public_dict, recipe_differences, run_dir, save_recipe
 
 __all__ = [
-    "CheckpointSection",
     "DataSection",
-    "EvalSection",
     "EvalSource",
     "FullTune",
     "LoraTune",
-    "ModelSection",
     "OptimSection",
     "ParallelSection",
     "Recipe",
     "RecipeError",
-    "TrackSection",
-    "TrainSection",
     "TrainSource",
     "check_world_size",
     "load_recipe",

@@ -9,7 +9,6 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic.functional_validators import AfterValidator
-from pydantic_core import PydanticCustomError
 
 from qwen3vl_train.modules import (
     GROUPS,
@@ -23,14 +22,9 @@ from qwen3vl_train.modules import (
 )
 
 
-def _refuse(message: str) -> PydanticCustomError:
-    # The text is a context value, so that braces in a user's regular expression are not taken as a template.
-    return PydanticCustomError("recipe", "{text}", {"text": message})
-
-
 def _check_name(name: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
-        raise _refuse(
+        raise ValueError(
             f"got {name[:120]!r}; it becomes a folder: use up to 100 letters, digits, '.', '_' and '-', "
             "starting with a letter or digit"
         )
@@ -38,8 +32,7 @@ def _check_name(name: str) -> str:
 
 
 def _check_group(name: str) -> str:
-    if name not in GROUPS and name not in UNIONS:
-        raise _refuse(unknown_group(name, (*GROUPS, *UNIONS)))
+    expand_groups([name])
     return name
 
 
@@ -48,16 +41,15 @@ def _check_target(target: str) -> str:
     if target in LORA_GROUPS or target in UNIONS:
         return target
     if target in GROUPS:
-        raise _refuse(f"{target} takes no LoRA; leave it out, or train it with tune.method full")
+        raise ValueError(f"{target} takes no LoRA; leave it out, or train it with tune.method full")
     if re.fullmatch(r"\w+", target):
         expression = f"(a module name is given as a regular expression, such as '.*\\.{target}')"
-        raise _refuse(f"{unknown_group(target, (*LORA_GROUPS, *UNIONS))} {expression}")
+        raise ValueError(f"{unknown_group(target, (*LORA_GROUPS, *UNIONS))} {expression}")
     try:
         re.compile(target)
     except (re.error, OverflowError, RecursionError) as error:
-        raise _refuse(
-            f"got {target!r}, which is neither a group name nor a valid regular expression ({error})"
-        ) from None
+        what = f"got {target!r}, which is neither a group name nor a valid regular expression ({error})"
+        raise ValueError(what) from None
     return target
 
 
@@ -68,7 +60,7 @@ Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 class Section(BaseModel):
-    """Be frozen and strictly typed, and take no unknown keys, no NaN and no infinity: the base of all sections."""
+    """Take strict types, no unknown keys, no NaN and no infinity; be frozen: the base of all sections."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
@@ -111,10 +103,7 @@ class LoraTune(Section):
 
 
 class FullTune(Section):
-    """Train whole weights.
-
-    train: the groups or unions whose weights are trained; all others are frozen.
-    """
+    """Train whole weights. train: the groups or unions whose weights are trained; all others are frozen."""
 
     method: Literal["full"] = "full"
     train: list[Annotated[str, AfterValidator(_check_group)]] = Field(min_length=1)
@@ -127,8 +116,6 @@ class FullTune(Section):
 
 
 Tune = Annotated[LoraTune | FullTune, Field(discriminator="method")]
-
-
 Column = Literal["question", "answer", "system", "reasoning", "image", "video", "boxes", "points"]
 
 
@@ -158,7 +145,7 @@ class RowsSection(Section):
     @model_validator(mode="after")
     def _subset_of_split(self) -> "RowsSection":
         if self.subset is not None and self.split is None:
-            raise _refuse("subset without split, which says that `datasets` reads the path; add split: train")
+            raise ValueError("subset without split, which says that `datasets` reads the path; add split: train")
         return self
 
 
@@ -181,7 +168,7 @@ class TrainSource(RowsSection):
     @model_validator(mode="after")
     def _rows_of_stream(self) -> "TrainSource":
         if self.num_rows is not None and not self.streaming:
-            raise _refuse("num_rows without streaming: the rows of other sources are counted; take it out")
+            raise ValueError("num_rows without streaming: the rows of other sources are counted; take it out")
         return self
 
 
@@ -235,8 +222,7 @@ class OptimSection(Section):
     def lr_of(self, group: str) -> float:
         """Return the peak learning rate of a module group."""
         own = {"merger": self.merger_lr, "deepstack": self.deepstack_lr, **dict.fromkeys(VISION_GROUPS, self.vision_lr)}
-        rate = own.get(group)
-        return self.lr if rate is None else rate
+        return own.get(group) or self.lr
 
 
 Checkpointing = Literal["none", "full", "selective"]
@@ -251,11 +237,9 @@ class CheckpointingSection(Section):
     @model_validator(mode="before")
     @classmethod
     def _same_for_both(cls, value: Any) -> Any:
-        if not isinstance(value, str):
-            return value
-        if value not in get_args(Checkpointing):
-            raise _refuse(f"got {value!r}; use none, full or selective, or a section with vision and text")
-        return {"vision": value, "text": value}
+        if isinstance(value, str) and value not in get_args(Checkpointing):
+            raise ValueError(f"got {value!r}; use none, full or selective, or a section with vision and text")
+        return {"vision": value, "text": value} if isinstance(value, str) else value
 
 
 class TrainSection(Section):

@@ -11,8 +11,7 @@ from qwen3vl_train.config.fields import Recipe
 from qwen3vl_train.config.rules import RecipeError, field_conflicts
 from qwen3vl_train.config.yaml12 import format_value, read_yaml
 
-Fault = tuple[str, str]
-"""(dotted key, what is wrong with it)"""
+Fault = tuple[str, str]  # (dotted key, what is wrong with it)
 
 # Errors of pydantic -> what the field takes.
 _EXPECTED = {
@@ -21,6 +20,7 @@ _EXPECTED = {
     "float_type": "a number",
     "finite_number": "a finite number",
     "string_type": "text",
+    "string_too_short": "text",
     "bool_type": "true or false",
     "list_type": "a list",
     "tuple_type": "a list of two numbers",
@@ -155,14 +155,13 @@ def _apply(values: dict[str, Any], override: str) -> Fault | None:
 
 def _check(values: dict[str, Any], where: str, faults: list[Fault]) -> Recipe:
     """Validate all fields, then the rules between them. faults: what reading has found already."""
-    recipe = None
     try:
         recipe = Recipe.model_validate(values)
-        faults = faults + field_conflicts(recipe)
+        faults = [*faults, *field_conflicts(recipe)]
+        if not faults:
+            return recipe
     except ValidationError as error:
         faults = faults + [fault for detail in error.errors() for fault in _explain(detail, values)]
-    if recipe is not None and not faults:
-        return recipe
     order = list(Recipe.model_fields)
     faults.sort(key=lambda fault: order.index(top) if (top := fault[0].split(".")[0]) in order else len(order))
     raise RecipeError(where, list(dict.fromkeys(f"{key}: {message}" for key, message in faults)))
@@ -174,11 +173,11 @@ def _explain(detail: Any, values: dict[str, Any]) -> list[Fault]:
     loc = [part for part in detail["loc"] if part != "[key]"]
     if loc[:1] == ["tune"] and loc[1:2] in (["lora"], ["full"]):
         del loc[1]  # pydantic puts the method of `tune` into the path; the file does not
-    key = ".".join(str(part) for part in loc)
+    key = ".".join(map(str, loc))
     if code == "extra_forbidden":
         return _unknown(loc, got, values)
-    if code == "recipe":
-        message = context["text"]
+    if code == "value_error":  # of a validator of ours
+        message = str(context["error"])
     elif code == "missing":
         betas = loc[:2] == ["optim", "betas"]
         message = "a list of two numbers is needed" if betas else "missing; it has no default"
@@ -189,12 +188,9 @@ def _explain(detail: Any, values: dict[str, Any]) -> list[Fault]:
     elif code == "literal_error":
         choices = context["expected"].replace("'", "").replace("True", "true").replace("False", "false")
         message = f"got {format_value(got)}; use {choices}"
-    elif code == "too_short":
-        message = f"got {len(got)} entries, expected at least {context['min_length']}"
-    elif code == "too_long":
-        message = f"got {len(got)} entries, expected at most {context['max_length']}"
-    elif code == "string_too_short":
-        message = "got '', expected text"
+    elif code in ("too_short", "too_long"):
+        limit = f"least {context['min_length']}" if code == "too_short" else f"most {context['max_length']}"
+        message = f"got {len(got)} entries, expected at {limit}"
     elif code == "invalid_key":
         message = "unknown key; keys of a recipe are words"
     elif got is None and _EXPECTED[code] == "a section of keys":
@@ -206,8 +202,7 @@ def _explain(detail: Any, values: dict[str, Any]) -> list[Fault]:
 
 def _unknown(loc: list[Any], got: Any, values: dict[str, Any]) -> list[Fault]:
     """Explain an unknown key. The keys of an unknown section are looked up, since they say more than its own name."""
-    known = _known_keys(Recipe)
-    key = ".".join(str(part) for part in loc)
+    known, key = _known_keys(Recipe), ".".join(map(str, loc))
     if len(loc) == 2 and loc[0] == "tune" and key in known:
         method = values["tune"]["method"]
         other = "full" if method == "lora" else "lora"
@@ -220,12 +215,11 @@ def _known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
     """Return every dotted key of the recipe; `*` is the index of a list."""
     keys: list[str] = []
     for name, field in model.model_fields.items():
-        key = f"{prefix}{name}"
-        keys.append(key)
+        keys.append(f"{prefix}{name}")
+        inner = f"{prefix}{name}.*." if get_origin(field.annotation) is list else f"{prefix}{name}."
         for part in _models_in(field.annotation):
-            inner = f"{key}.*." if get_origin(field.annotation) is list else f"{key}."
-            keys += [found for found in _known_keys(part, inner) if found not in keys]
-    return keys
+            keys += _known_keys(part, inner)
+    return list(dict.fromkeys(keys))
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:
@@ -235,10 +229,7 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
 
 
 def _unknown_key_message(key: str, known: list[str]) -> str:
-    """Say that a dotted key is unknown, and which of `known` was probably meant.
-
-    known: every dotted key of the recipe, with `*` where `key` has the index of a list.
-    """
+    """Say which of `known` was probably meant, where `*` stands for the index of a list."""
     *sections, leaf = key.split(".")
     leaf = leaf.lower().replace("-", "_")
     if _SECRET.search(leaf):

@@ -1,13 +1,12 @@
 """Rules between the fields of a recipe, or between a recipe and the number of ranks; and the error they raise."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from qwen3vl_train.config.fields import DataSection, OptimSection, ParallelSection, Recipe
+from qwen3vl_train.config.fields import OptimSection, ParallelSection, Recipe
 from qwen3vl_train.modules import VISION_GROUPS
 
-Conflict = tuple[str, str]
-"""(dotted key, what contradicts it and what to do)"""
+Conflict = tuple[str, str]  # (dotted key, what contradicts it and what to do)
 
 # Fields of `parallel` that only some engines use, and the value of each that asks for nothing.
 _ENGINES_OF = {
@@ -32,91 +31,76 @@ _GROUPS_OF_RATE = {"vision_lr": VISION_GROUPS, "merger_lr": ("merger",), "deepst
 
 
 class RecipeError(ValueError):
-    """Every error of a recipe at once: a count, then one line each, `key: what we got; what to do`.
-
-    where: file or recipe that the lines are about.
-    errors: the lines without their bullets.
-    """
+    """Every error of a recipe at once: file or name and a count, then a line each, `key: what we got; what to do`."""
 
     def __init__(self, where: str, errors: list[str]) -> None:
         self.where, self.errors = where, errors
         count = "1 error" if len(errors) == 1 else f"{len(errors)} errors"
-        super().__init__("\n".join([f"{where}: {count}", *(f"  - {error}" for error in errors)]))
+        super().__init__("\n  - ".join([f"{where}: {count}", *errors]))
 
 
-def field_conflicts(recipe: Recipe) -> list[Conflict]:
-    """Return every contradiction between fields."""
+def field_conflicts(recipe: Recipe) -> Iterator[Conflict]:
+    """Yield every contradiction between fields."""
     data, train, tune = recipe.data, recipe.train, recipe.tune
-    conflicts = _limit_conflicts(data)
-    conflicts += learning_rate_conflicts(
+    for low, high in _RISING:
+        least, most = getattr(data, low), getattr(data, high)
+        if least is not None and most is not None and least > most:
+            yield f"data.{low}", f"{least} is more than data.{high} {most}; lower it"
+    yield from learning_rate_conflicts(
         recipe.optim,
         tune.trained_groups(),
         listed="tune.train" if tune.method == "full" else "tune.targets",
         all_groups_known=not tune.has_patterns(),
     )
     if train.num_steps is None and train.num_epochs is None:
-        conflicts.append(("train.num_steps", "missing, and train.num_epochs is null; give one of them"))
+        yield "train.num_steps", "missing, and train.num_epochs is null; give one of them"
     elif train.num_steps is None and any(source.streaming for source in data.train):
-        conflicts.append(("train.num_steps", "missing; a source with streaming does not say how long an epoch is"))
-    return conflicts + _engine_conflicts(recipe.parallel) + _keep_best_conflicts(recipe)
-
-
-def _limit_conflicts(data: DataSection) -> list[Conflict]:
-    conflicts = []
-    for low, high in _RISING:
-        least, most = getattr(data, low), getattr(data, high)
-        if least is not None and most is not None and least > most:
-            conflicts.append((f"data.{low}", f"{least} is more than data.{high} {most}; lower it"))
-    return conflicts
+        yield "train.num_steps", "missing; a source with streaming does not say how long an epoch is"
+    yield from _engine_conflicts(recipe.parallel)
+    yield from _keep_best_conflicts(recipe)
 
 
 def learning_rate_conflicts(
     optim: OptimSection, trained_groups: Collection[str], *, listed: str, all_groups_known: bool = True
-) -> list[Conflict]:
-    """Return the learning rates that contradict what trains.
+) -> Iterator[Conflict]:
+    """Yield the learning rates that contradict what trains.
 
-    trained_groups: module groups that train.
     listed: the field of the recipe that names them.
     all_groups_known: False while a regular expression may reach more groups, which only the model can tell.
     """
-    conflicts = []
     for field, groups in _GROUPS_OF_RATE.items():
         if getattr(optim, field) is not None and all_groups_known and not set(groups) & set(trained_groups):
             what = f"set, but {listed} trains no {' or '.join(groups)}; add one there or leave {field} out"
-            conflicts.append((f"optim.{field}", what))
+            yield f"optim.{field}", what
     if optim.merger_lr is not None and optim.deepstack_lr is None and "deepstack" in trained_groups:
         what = f"missing beside optim.merger_lr {optim.merger_lr:g}, which is for the main merger alone; give both"
-        conflicts.append(("optim.deepstack_lr", what))
-    return conflicts
+        yield "optim.deepstack_lr", what
 
 
-def _engine_conflicts(parallel: ParallelSection) -> list[Conflict]:
-    conflicts = []
+def _engine_conflicts(parallel: ParallelSection) -> Iterator[Conflict]:
     for field, (engines, nothing) in _ENGINES_OF.items():
         value = getattr(parallel, field)
         if parallel.engine not in engines and value != nothing:
             got = str(value).lower() if isinstance(value, bool) else value
             what = f"{got}, but parallel.engine is {parallel.engine}; it is for {' and '.join(engines)}, leave it out"
-            conflicts.append((f"parallel.{field}", what))
+            yield f"parallel.{field}", what
     if parallel.engine == "deepspeed" and parallel.offload_parameters and parallel.zero_stage < 3:
         what = f"true, but stage {parallel.zero_stage} does not shard parameters; set parallel.zero_stage to 3"
-        conflicts.append(("parallel.offload_parameters", what))
-    return conflicts
+        yield "parallel.offload_parameters", what
 
 
-def _keep_best_conflicts(recipe: Recipe) -> list[Conflict]:
+def _keep_best_conflicts(recipe: Recipe) -> Iterator[Conflict]:
     wanted = recipe.checkpoint.keep_best
     save_every, eval_every = recipe.checkpoint.every_steps, recipe.eval.every_steps
     if wanted is None:
-        return []
+        return
     names = [source.name or Path(source.path).stem for source in recipe.data.eval]
     if wanted not in names:
         known = f"use {' or '.join(names)}" if names else "name a held-out file in data.eval"
-        return [("checkpoint.keep_best", f"{wanted!r} is not a held-out set; {known}")]
-    if save_every and (eval_every is None or save_every % eval_every):
+        yield "checkpoint.keep_best", f"{wanted!r} is not a held-out set; {known}"
+    elif save_every and (eval_every is None or save_every % eval_every):
         what = f"checkpoints every {save_every} steps are not evaluated, with eval.every_steps {eval_every or 'null'}"
-        return [("checkpoint.keep_best", f"{what}; make checkpoint.every_steps a multiple of it")]
-    return []
+        yield "checkpoint.keep_best", f"{what}; make checkpoint.every_steps a multiple of it"
 
 
 def check_world_size(recipe: Recipe, world_size: int) -> None:

@@ -54,21 +54,17 @@ def save_recipe(recipe: Recipe, path: str | Path) -> None:
 def recipe_differences(there: Recipe, here: Recipe) -> list[str]:
     """Return the fields that change training and differ, as `optim.lr: 0.0001 there, 2e-05 here`.
 
-    there: the recipe that a run was started with.
-    here: the recipe of now. URLs are compared redacted, as a run folder keeps them.
+    there: the recipe that a run was started with. URLs are compared redacted, as its folder keeps them.
     """
     old, new = flatten(public_dict(there)), flatten(public_dict(here))
     lines = []
     for key in dict.fromkeys([*old, *new]):
         skipped = key.split(".")[0] in _NOT_TRAINING or key.startswith(_NOT_TRAINING_KEYS)
         if not skipped and old.get(key, "absent") != new.get(key, "absent"):
-            was, now = (_format(side.get(key, "absent")) for side in (old, new))
+            was, now = (side.get(key, "absent") for side in (old, new))
+            was, now = (value if isinstance(value, str) else format_value(value) for value in (was, now))
             lines.append(f"{key}: {was} there, {now} here")
     return lines
-
-
-def _format(value: Any) -> str:
-    return value if isinstance(value, str) else format_value(value)
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

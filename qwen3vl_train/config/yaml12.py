@@ -84,13 +84,11 @@ class Dumper(yaml.SafeDumper):
 
 def _int(loader: Loader, node: ScalarNode) -> int:
     text = loader.construct_scalar(node)
-    base = {"0o": 8, "0x": 16}.get(text[:2], 10)
-    return int(text, base)
+    return int(text, {"0o": 8, "0x": 16}.get(text[:2], 10))
 
 
 def _float(loader: Loader, node: ScalarNode) -> float:
-    text = loader.construct_scalar(node).lower()
-    return float(text.replace(".inf", "inf").replace(".nan", "nan"))
+    return float(loader.construct_scalar(node).lower().replace(".inf", "inf").replace(".nan", "nan"))
 
 
 def _text(loader: Loader, node: ScalarNode) -> str:

@@ -87,18 +87,13 @@ class RejectLedger:
     def check(self) -> None:
         """Raise ValueError where files hold nothing to learn from, or too many rows are rejected."""
         for files in self._indexed:
-            rejected = len(files.rejects)
             if not files.num_usable:
-                raise ValueError(
-                    f"{', '.join(files.names)}: nothing to learn from, none of {files.num_rows} rows can be used; fix "
-                    f"the rows{_lines(files.rejects)}"
-                )
-            if rejected > self._max_fraction * files.num_rows:
-                raise ValueError(self._too_many(f"{rejected} of {files.num_rows}", files.rejects))
+                raise ValueError(none_usable(files.names, files.num_rows, files.rejects))
+            if len(files.rejects) > self._max_fraction * files.num_rows:
+                raise ValueError(self._too_many(f"{len(files.rejects)} of {files.num_rows}", files.rejects))
         if self._num_streamed > self._max_fraction * self._num_seen:
-            raise ValueError(
-                self._too_many(f"{self._num_streamed} of the first {self._num_seen}", self._first_streamed)
-            )
+            count = f"{self._num_streamed} of the first {self._num_seen}"
+            raise ValueError(self._too_many(count, self._first_streamed))
 
     def _too_many(self, count: str, rejects: list[Reject]) -> str:
         return (
@@ -120,7 +115,12 @@ class RejectLedger:
         """
         # A kill can cut the last line short, so it counts only with its line feed.
         lines = self._path.read_bytes().split(b"\n")[:-1][:num_saved] if self._path.is_file() else []
-        saved = [_parse(line, f"{self._path}:{number}") for number, line in enumerate(lines, start=1)]
+        saved: list[Reject] = []
+        for line in lines:
+            try:
+                saved.append(Reject(**json.loads(line)))
+            except (ValueError, TypeError):
+                raise ValueError(f"{self._path}:{len(saved) + 1}: not a rejected row; remove the line") from None
         if saved:
             os.truncate(self._path, sum(len(line) + 1 for line in lines))
         else:
@@ -170,11 +170,10 @@ class _RowSet:
         return new
 
 
-def _parse(line: bytes, where: str) -> Reject:
-    try:
-        return Reject(**json.loads(line))
-    except (ValueError, TypeError):
-        raise ValueError(f"{where}: not a rejected row; remove the line") from None
+def none_usable(names: Iterable[str], num_rows: int, rejects: list[Reject]) -> str:
+    """Return the message about files of which no row can be used."""
+    found = f"{', '.join(names)}: nothing to learn from, none of {num_rows} rows can be used"
+    return f"{found}; fix the rows{_lines(rejects)}"
 
 
 def _lines(rejects: list[Reject]) -> str:

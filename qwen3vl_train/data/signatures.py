@@ -17,14 +17,10 @@ threads that share the interpreter make that three times as much."""
 
 
 class FileSignature(NamedTuple):
-    """Size and version of a file.
+    """Size and version of a file."""
 
-    size: in bytes.
-    version: time of the last change, in nanoseconds; of a remote file its content hash or time, as the server has it.
-    """
-
-    size: int
-    version: int | str
+    size: int  # in bytes
+    version: int | str  # nanoseconds of the last change; of a remote file its hash or time, as the server has it
 
     @classmethod
     def from_path(cls, path: str) -> "FileSignature":

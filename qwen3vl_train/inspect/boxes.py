@@ -37,7 +37,7 @@ class Box(NamedTuple):
 
 
 class Point(NamedTuple):
-    """Two numbers as they were written, and the label that follows them."""
+    """Two numbers as they were written, and their label."""
 
     x: float
     y: float
@@ -69,15 +69,8 @@ class Mark(NamedTuple):
     medium: int | None
 
 
-class ListedMarks(NamedTuple):
-    """A row that lists boxes or points.
-
-    unfilled: the sample with its `<box>` and `<point>` as they are.
-    entries: 'box' or 'point' -> the list that fills them.
-    """
-
-    unfilled: Sample
-    entries: Mapping[str, list[Any]]
+ListedMarks = tuple[Sample, Mapping[str, list[Any]]]
+"""A sample with its `<box>` and `<point>` as they are, and 'box' or 'point' -> the list that fills them."""
 
 
 def find_boxes(text: str) -> list[Box]:
@@ -95,7 +88,6 @@ def find_points(text: str) -> list[Point]:
 
 
 def _label_at(text: str, end: int) -> str:
-    """Return the JSON label of a box or point that ends at `end`, '' if it has none."""
     label = _LABEL.match(text, end)
     return label[1] if label else ""
 
@@ -130,8 +122,8 @@ def find_marks(sample: Sample, listed: ListedMarks | None) -> list[Mark]:
     marks: list[Mark] = []
     texts = _texts(sample)
     if listed is not None:
-        entries = {name: iter(values) for name, values in listed.entries.items()}
-        for number, unfilled in enumerate(_texts(listed.unfilled)):
+        entries = {name: iter(values) for name, values in listed[1].items()}
+        for number, unfilled in enumerate(_texts(listed[0])):
             for name, start, end in list(_filled_in(texts[number], unfilled)):
                 text, entry = texts[number], next(entries[name])
                 named = entry.get("image") if isinstance(entry, dict) else None

@@ -6,9 +6,7 @@ from typing import Any
 
 import numpy as np
 
-SHOWN_ROWS = 50
-"""Rows that are listed at the most; counts are always of all."""
-
+SHOWN_ROWS = 50  # that are listed at the most; counts are always of all
 _BINS = 24
 _LONG_TAIL = 16  # from a maximum of 16 medians on, even steps would put nearly all rows into the first bin
 _RATIO_EDGES = [2.0 ** (step / 4) for step in range(-13, 14, 2)]  # bins around 1:8, 1:5.7, 1:4 ... 1:1 ... 8:1
@@ -90,7 +88,6 @@ class SourceFacts:
     dropped: rows skipped by data.too_long.
     tokens, visual_tokens: of all usable rows.
     examined: usable rows whose text and media headers were read; the counts that follow it are of these.
-    examined_tokens: tokens of the rows examined.
     rows_with_boxes: of those that have an image.
     nothing_to_learn: the first rows in which no token is trained, rejected ones included.
     """
@@ -130,7 +127,7 @@ class SourceFacts:
 
 @dataclass(frozen=True)
 class PackFacts:
-    """The plan of the first epoch and what follows from it; all 0 if no row can be used.
+    """The plan of the first epoch; all 0 if no row can be used.
 
     streamed: the plan is of the first rows of each source, and the number of steps of an epoch is not known.
     mean_fill: tokens over the room of all packs, 0..1.

@@ -16,17 +16,12 @@ from qwen3vl_train.inspect.samples import choose_rows, pack_facts, view_pack, vi
 from qwen3vl_train.inspect.scan import Scan, scan_row, summarize
 from qwen3vl_train.inspect.training import Entry, name_entries, open_held_out, open_training
 
-Progress = Callable[[int, int], None]
-"""Is called with (rows done, number of rows)."""
+Progress = Callable[[int, int], None]  # (rows done, number of rows)
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """What was found.
-
-    facts: what `--json` writes.
-    samples, pack: what the page shows beside them, as plain values.
-    """
+    """The facts that `--json` writes, and the samples and pack that the page shows beside them, as plain values."""
 
     facts: Facts
     samples: list[dict[str, Any]]
@@ -51,24 +46,15 @@ def inspect_recipe(
         view_sample(entries[ref.entry], ref, scans[ref.entry].failed_checks.get(ref, frozenset()), collate)
         for ref in choose_rows(entries, scans, num_samples)
     ]
-    facts = Facts(
-        recipe.name,
-        _model_facts(recipe, collate),
-        [scan.facts for scan in scans],
-        packs,
-        _judge(scans, samples, packs, recipe),
-    )
-    return Inspection(facts, samples, view_pack(training, recipe) if num_samples else None)
-
-
-def _model_facts(recipe: Recipe, collate: MultimodalCollator) -> dict[str, Any]:
-    budgets = collate.budgets
-    return {
+    model = {
         "path": recipe.model.path,
         "template": collate.dialect,
-        "min_visual_tokens_per_image": budgets.min_pixels // FACTOR**2,
-        "max_visual_tokens_per_image": budgets.max_pixels // FACTOR**2,
+        "min_visual_tokens_per_image": collate.budgets.min_pixels // FACTOR**2,
+        "max_visual_tokens_per_image": collate.budgets.max_pixels // FACTOR**2,
     }
+    findings = _judge(scans, samples, packs, recipe)
+    facts = Facts(recipe.name, model, [scan.facts for scan in scans], packs, findings)
+    return Inspection(facts, samples, view_pack(training, recipe) if num_samples else None)
 
 
 def _scan_all(
@@ -98,13 +84,13 @@ def _scan_all(
 
 def _judge(scans: list[Scan], samples: list[dict[str, Any]], packs: PackFacts, recipe: Recipe) -> list[Finding]:
     """Return everything that looks wrong, the worst first."""
-    findings = recipe_findings([scan.facts for scan in scans], packs, recipe)
+    findings = list(recipe_findings([scan.facts for scan in scans], packs, recipe))
     for scan in scans:
         name = scan.facts.name
         shown = [sample for sample in samples if sample["source"] == name]
         broken = [sample["row"] for sample in shown if sample["fault"]]
         if broken:
             findings.append(make_finding("undecodable", name, len(broken), len(shown), broken))
-        findings += source_findings(scan.facts) + box_findings(scan.facts, scan.boxes)
+        findings += [*source_findings(scan.facts), *box_findings(scan.facts, scan.boxes)]
         findings += row_findings(scan.facts, scan.rows_by_check)
     return sorted(findings, key=lambda finding: ("error", "warning", "note").index(finding.level))

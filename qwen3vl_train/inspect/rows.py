@@ -76,23 +76,18 @@ def read_row(sample: Sample, visual_tokens: int, collate: MultimodalCollator) ->
 
 
 def _failed_text_checks(messages: tuple[Message, ...], dialect: str, trained_turns: int) -> set[str]:
-    failed = set()
     texts = [part.text for message in messages for part in message.content if isinstance(part, TextPart)]
-    if any(_SPECIAL.search(text) for text in texts):
-        failed.add("special_token")
-    if any(_PLACEHOLDER.search(text) for text in texts):
-        failed.add("media_mark")
     trained = [message for message in messages if message.loss_weight > 0]
-    if any(not message.text.strip() and not message.tool_calls for message in trained):
-        failed.add("empty_answer")
     thinks = [message.reasoning is not None or "</think>" in message.text for message in trained]
-    if dialect == "thinking" and trained and not any(thinks):
-        failed.add("no_reasoning")
-    if dialect == "instruct" and any(thinks):
-        failed.add("reasoning_on_instruct")
-    if trained_turns < len(trained):
-        failed.add("answers_left_out")
-    return failed
+    fails = {
+        "special_token": any(_SPECIAL.search(text) for text in texts),
+        "media_mark": any(_PLACEHOLDER.search(text) for text in texts),
+        "empty_answer": any(not message.text.strip() and not message.tool_calls for message in trained),
+        "no_reasoning": dialect == "thinking" and trained and not any(thinks),
+        "reasoning_on_instruct": dialect == "instruct" and any(thinks),
+        "answers_left_out": trained_turns < len(trained),
+    }
+    return {check for check in fails if fails[check]}
 
 
 def _key(sample: Sample, media: list[Size]) -> bytes:

@@ -45,10 +45,7 @@ def choose_rows(entries: Sequence[Entry], scans: Sequence[Scan], num_samples: in
 
 
 def view_sample(entry: Entry, ref: RowRef, checks: frozenset[str], collate: MultimodalCollator) -> dict[str, Any]:
-    """Encode one row as the loader will, and return what there is to show, or its fault if it cannot be encoded.
-
-    checks: those that the row fails.
-    """
+    """Encode one row as the loader will; return what there is to show, or its fault. checks: those that it fails."""
     name = f"{entry.name}:{entry.label(ref)}"
     view: dict[str, Any] = {"source": entry.name, "role": entry.role, "row": entry.label(ref), "fault": None}
     try:
@@ -179,8 +176,7 @@ def pack_facts(training: Training, recipe: Recipe) -> PackFacts:
 def view_pack(training: Training, recipe: Recipe) -> dict[str, Any] | None:
     """Build one planned pack, if possible of several samples, and return the positions of its samples.
 
-    The number of the pack counts from 1. Returns None if no row can be used, or all rows of the pack break when they
-    are decoded.
+    Returns None if no row can be used, or all rows of the pack break when they are decoded.
     """
     chosen = next((number for number, pack in enumerate(training.packs) if len(pack) > 1), 0)
     encoded = []

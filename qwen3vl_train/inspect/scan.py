@@ -10,15 +10,7 @@ import numpy as np
 from qwen3vl_train.data.encode.collator import MultimodalCollator
 from qwen3vl_train.data.errors import FaultKind, Reject, RowFault
 from qwen3vl_train.inspect.boxes import BoxEvidence
-from qwen3vl_train.inspect.facts import (
-    SHOWN_ROWS,
-    DuplicateFacts,
-    Histogram,
-    RejectGroup,
-    SourceFacts,
-    histogram,
-    ratio_histogram,
-)
+from qwen3vl_train.inspect.facts import SHOWN_ROWS, DuplicateFacts, RejectGroup, SourceFacts, histogram, ratio_histogram
 from qwen3vl_train.inspect.rows import RowFacts, read_row
 from qwen3vl_train.inspect.training import Entry, RowRef
 
@@ -89,22 +81,17 @@ def summarize(entry: Entry, read: Sequence[tuple[RowRef, RowFacts]], broken: Seq
         videos=sum(facts.videos for _, facts in read),
         nothing_to_learn=untrained[:SHOWN_ROWS],
         num_nothing_to_learn=len(untrained),
-        histograms=_histograms(tokens, visual_tokens, [facts for _, facts in read]),
+        histograms={
+            "text_tokens": histogram(tokens - visual_tokens),
+            "visual_tokens": histogram(visual_tokens),
+            "images": histogram(np.array([len(facts.sizes) for _, facts in read])),
+            "aspect_ratios": ratio_histogram(np.array([w / h for _, facts in read for h, w in facts.sizes])),
+            "turns": histogram(np.array([facts.turns for _, facts in read])),
+        },
         duplicates=DuplicateFacts(),
     )
     failed_checks = {ref: facts.failed_checks for ref, facts in read if facts.failed_checks}
     return Scan(facts, rows_by_check, failed_checks, boxes)
-
-
-def _histograms(tokens: np.ndarray, visual_tokens: np.ndarray, read: list[RowFacts]) -> dict[str, Histogram]:
-    ratios = [width / height for facts in read for height, width in facts.sizes]
-    return {
-        "text_tokens": histogram(tokens - visual_tokens),
-        "visual_tokens": histogram(visual_tokens),
-        "images": histogram(np.array([len(facts.sizes) for facts in read])),
-        "aspect_ratios": ratio_histogram(np.array(ratios)),
-        "turns": histogram(np.array([facts.turns for facts in read])),
-    }
 
 
 def _group_rejects(entry: Entry, rejects: Sequence[Reject]) -> list[RejectGroup]:

@@ -42,7 +42,7 @@ class Training:
 
     collate: MultimodalCollator
     index: Index
-    sources: list[Source]
+    sources: Sequence[Source]
     weights: list[float]
     packs: list[list[int]]
     num_steps: int
@@ -55,7 +55,7 @@ class Training:
 
 
 class RowRef(NamedTuple):
-    """One row: indices, all from 0, of an entry, a file of the entry, and a row of the file."""
+    """Indices, all from 0, of an entry, a file of the entry, and a row of the file."""
 
     entry: int
     file: int
@@ -64,11 +64,7 @@ class RowRef(NamedTuple):
 
 @dataclass(frozen=True)
 class IndexedFile:
-    """One file.
-
-    number: its index among the sources of `index`.
-    rejects: its rows that the index could not use.
-    """
+    """One file. number: its index among the sources of `index`. rejects: its rows that the index could not use."""
 
     source: Source
     index: Index
@@ -87,11 +83,7 @@ class IndexedFile:
 
 @dataclass
 class Entry:
-    """One entry under data.train or data.eval.
-
-    number: its index among all entries.
-    role: 'train' or 'eval'.
-    """
+    """One entry under data.train or data.eval. number: its index among all. role: 'train' or 'eval'."""
 
     number: int
     name: str
@@ -126,7 +118,7 @@ class Entry:
             return None
         without = {key: value for key, value in raw.row.items() if key not in {*columns.values(), "bbox"}}
         unfilled = replace(rules, boxes=NO_CONVENTION).sample(without, "unfilled", source.media_root, raw.resolve)
-        return ListedMarks(unfilled, entries)
+        return unfilled, entries
 
     def visual_tokens(self, ref: RowRef) -> int:
         file = self.files[ref.file]
@@ -179,9 +171,8 @@ def open_training(recipe: Recipe, collate: MultimodalCollator, max_rows: int | N
     if any(entry.streaming for entry in data.train):
         return _read_streams(recipe, collate, max_rows)
     weighted = [(file, entry.weight) for entry in data.train for file in open_sources(entry)]
-    sources: list[Source] = [file for file, _ in weighted]
-    weights = [weight for _, weight in weighted]
-    index = index_files(recipe, collate, [file for file, _ in weighted])
+    sources, weights = [file for file, _ in weighted], [weight for _, weight in weighted]
+    index = index_files(recipe, collate, sources)
     if not index.num_usable:
         return Training(collate, index, sources, weights, [], 0, streamed=False)
     loader = Loader(
@@ -251,8 +242,9 @@ def _plan(recipe: Recipe, index: Index) -> list[list[int]]:
 
 def name_entries(training: Training, held_out: list[tuple[Index, list[FileSource]]]) -> list[Entry]:
     """Return the entries of a recipe in order, the training ones first, each under a name of its own."""
-    entries = _group_by_entry("train", [(training.index, training.sources)], training.weights, 0)
-    entries += _group_by_entry("eval", held_out, [1.0], len(entries))
+    entries: list[Entry] = []
+    _group_by_entry(entries, "train", [(training.index, training.sources)], training.weights)
+    _group_by_entry(entries, "eval", held_out, [1.0])
     taken: dict[str, int] = {}
     for entry in entries:
         taken[entry.name] = taken.get(entry.name, 0) + 1
@@ -262,24 +254,18 @@ def name_entries(training: Training, held_out: list[tuple[Index, list[FileSource
 
 
 def _group_by_entry(
-    role: str, indexed: Iterable[tuple[Index, Sequence[Source]]], weights: list[float], first: int
-) -> list[Entry]:
-    """Group files by their entry; those of one entry share their rules.
-
-    weights: of each file, in order.
-    first: number of the first entry.
-    """
-    entries: list[Entry] = []
+    entries: list[Entry], role: str, indexed: Iterable[tuple[Index, Sequence[Source]]], weights: list[float]
+) -> None:
+    """Add files, grouped by their entry; those of one entry share their rules. weights: of each file of an index."""
     last = None
     for index, sources in indexed:
         rejects = _rejects_of(index, sources)
         for number, source in enumerate(sources):
             if source.rules is not last:
                 name = source.rules.label or source.name
-                entries.append(Entry(first + len(entries), name, role, weights[number]))
+                entries.append(Entry(len(entries), name, role, weights[number]))
                 last = source.rules
             entries[-1].files.append(IndexedFile(source, index, number, rejects[number]))
-    return entries
 
 
 def _rejects_of(index: Index, sources: Sequence[Source]) -> list[list[Reject]]:

@@ -4,7 +4,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -20,7 +20,7 @@ from qwen3vl_train.data.packing.index import Index, build_index
 from qwen3vl_train.data.packing.loader import Loader, StepPacks
 from qwen3vl_train.data.packing.mixture import InOrder, Part, Shuffled
 from qwen3vl_train.data.packing.packs import eval_packs
-from qwen3vl_train.data.packing.plan import PackLimits, plan_figures
+from qwen3vl_train.data.packing.plan import plan_figures
 from qwen3vl_train.data.packing.stream import StreamedWindows
 from qwen3vl_train.data.packing.windows import IndexedWindows, WindowProducer
 from qwen3vl_train.data.rejects import REJECTED_FILE, RejectLedger
@@ -40,34 +40,23 @@ EvalPass = Callable[[list[Reject]], Iterator[PackedBatch]]
 
 
 class TakenStep(NamedTuple):
-    """The packs of a step on this rank, what is true on any rank, and the seconds that this rank waited for the packs.
+    """The packs of a step on this rank, what is true on any rank, and the seconds that this rank waited for them."""
 
-    packs: `rejected` are the rows of all ranks.
-    """
-
-    packs: StepPacks
+    packs: StepPacks  # `rejected` are the rows of all ranks
     status: StepStatus
     wait_seconds: float
 
 
 @dataclass
 class TrainingData:
-    """The data of a run.
+    """The data of a run."""
 
-    loader: the training steps of this rank.
-    index: of the training files, without rows where they are streamed.
-    evals: starts a pass over held-out files, by name.
-    files: what was indexed, the training files first.
-    rejects: the ledger of rejected rows.
-    stream_shapes: number of rows of each shape among the first of each stream, by its name, as `shapes`.
-    """
-
-    loader: Loader
-    index: Index
-    evals: dict[str, EvalPass]
-    files: list[tuple[Index, list[FileSource]]]
+    loader: Loader  # the training steps of this rank
+    index: Index  # of the training files, without rows where they are streamed
+    evals: dict[str, EvalPass]  # by name of the held-out files
+    files: list[tuple[Index, list[FileSource]]]  # what was indexed, the training files first
     rejects: RejectLedger
-    stream_shapes: dict[str, Counter[str]] = field(default_factory=dict)
+    stream_shapes: dict[str, Counter[str]]  # rows of each shape among the first of each stream, by name, as `shapes`
 
     @property
     def is_streamed(self) -> bool:
@@ -110,7 +99,7 @@ class TrainingData:
         return TakenStep(packs, status, wait_seconds)
 
     def shapes(self) -> dict[str, Counter[str]]:
-        """How many rows of each data set have which shape, by its name; held-out ones as `eval NAME`."""
+        """Return how many rows of each data set have which shape, by its name; held-out ones as `eval NAME`."""
         counts: dict[str, Counter[str]] = {}
         for place, (index, sources) in enumerate(self.files):
             for number, source in enumerate(sources):
@@ -127,12 +116,9 @@ class TrainingData:
         index, loader = self.index, self.loader
         packs = loader.epoch_packs(loader.epoch)
         figures = plan_figures(
-            [pack.tokens for pack in packs],
-            [pack.work for pack in packs],
-            max_tokens=loader.limits.tokens,
-            packs_per_step=loader.packs_per_step,
-            world_size=loader.data_world_size,
-        )
+            [pack.tokens for pack in packs], [pack.work for pack in packs], max_tokens=loader.limits.tokens,
+            packs_per_step=loader.packs_per_step, world_size=loader.data_world_size,
+        )  # fmt: skip
         lines = [
             f"data: {index.num_usable:,} samples, {int(index.tokens.sum()):,} tokens of which "
             f"{int(index.visual_tokens.sum()):,} visual; {len(packs):,} packs in epoch {loader.epoch + 1}, "
@@ -181,27 +167,25 @@ def open_data(recipe: Recipe, ranks: Ranks, *, loader_state: dict[str, Any] | No
     def look_at(sources: Sequence[FileSource]) -> Index:
         return ranks.on_main(lambda: look_on_main(sources))
 
-    loader, index = _make_loader(recipe, ranks, opened, look_at)
+    train_files = [source for source, _ in opened.train if isinstance(source, FileSource)]
+    index = Index.from_sources([], []) if opened.streams else look_at(train_files)
+    loader = _make_loader(recipe, ranks, opened, index)
     if loader_state is not None:
         loader.load_state_dict(loader_state)
-    files = [] if opened.streams else [(index, opened.train_files())]
+    files = [] if opened.streams else [(index, train_files)]
     evals: dict[str, EvalPass] = {}
     for name, sources in opened.evals.items():
         looked_at = [(file, look_at([file])) for file in sources]
         files += [(eval_index, [file]) for file, eval_index in looked_at]
-        evals[name] = partial(_packs, looked_at, opened.collate, pack_limits(data), ranks, data.num_workers)
+        evals[name] = partial(_packs, recipe, ranks, opened.collate, looked_at)
     rejects = RejectLedger(run_dir(recipe) / REJECTED_FILE, data.max_rejected_fraction, writes=ranks.is_main)
-    for of_files, sources in files:
-        rejects.add_index(
-            [source.name for source in sources],
-            num_rows=of_files.num_rows,
-            num_usable=of_files.num_usable,
-            rejects=of_files.rejects,
-        )
-    opening = TrainingData(loader, index, evals, files, rejects)
+    for part, sources in files:
+        names = [source.name for source in sources]
+        rejects.add_index(names, num_rows=part.num_rows, num_usable=part.num_usable, rejects=part.rejects)
+    stream_shapes: dict[str, Counter[str]] = {}
     if isinstance(producer := loader.producer, StreamedWindows):
-        opening.stream_shapes = ranks.on_main(lambda: _first_shapes(producer.parts, recipe.train.seed))
-    return opening
+        stream_shapes = ranks.on_main(lambda: _first_shapes(producer.parts, recipe.train.seed))
+    return TrainingData(loader, index, evals, files, rejects, stream_shapes)
 
 
 def _first_shapes(parts: Sequence[Part], seed: int) -> dict[str, Counter[str]]:
@@ -225,9 +209,6 @@ class _Opened:
     @property
     def streams(self) -> bool:
         return any(entry.streaming for _, entry in self.train)
-
-    def train_files(self) -> list[FileSource]:
-        return [source for source, _ in self.train if isinstance(source, FileSource)]
 
     def contents(self) -> DataContents:
         """Return name and content of everything that must be equal on every rank, as JSON."""
@@ -260,71 +241,45 @@ def _open(recipe: Recipe) -> _Opened:
     return _Opened(collate, train, evals)
 
 
-def _make_loader(
-    recipe: Recipe, ranks: Ranks, opened: _Opened, look_at: Callable[[Sequence[FileSource]], Index]
-) -> tuple[Loader, Index]:
-    """Return the loader, and the index it plans from, which is empty where a source is a stream."""
-    data, train = recipe.data, recipe.train
-    index = Index.from_sources([], []) if opened.streams else look_at(opened.train_files())
-    producer = _make_producer(recipe, ranks, opened, index)
-    loader = Loader(
-        producer,
-        opened.collate,
-        packs_per_step=train.packs_per_step,
-        limits=pack_limits(data),
-        num_epochs=train.num_epochs if train.num_steps is None else None,
-        num_steps=train.num_steps,
-        data_rank=ranks.rank,
-        data_world_size=ranks.world_size,
-        num_workers=data.num_workers,
-        pin_memory=ranks.device.type == "cuda",
+def _make_loader(recipe: Recipe, ranks: Ranks, opened: _Opened, index: Index) -> Loader:
+    """Return the loader. index: of all training rows, unless a source is a stream."""
+    data, train, cost = recipe.data, recipe.train, cost_model(recipe)
+    if opened.streams:
+        parts = [
+            Part(Shuffled(source) if isinstance(source, FileSource) else InOrder(source, entry.num_rows), entry.weight)
+            for source, entry in opened.train
+        ]
+        producer: WindowProducer = StreamedWindows(
+            parts, opened.collate, length_rule(data), seed=train.seed, size=data.stream_window, cost_model=cost,
+            broadcast=StoreBroadcast(ranks) if ranks.world_size > 1 else None,
+            is_scanner=ranks.is_main, in_worker=data.num_workers > 0,
+        )  # fmt: skip
+    else:
+        weighted = [(source, entry.weight) for source, entry in opened.train if isinstance(source, FileSource)]
+        producer = IndexedWindows(weighted, index, seed=train.seed, cost_model=cost)
+    return Loader(
+        producer, opened.collate,
+        packs_per_step=train.packs_per_step, limits=pack_limits(data),
+        num_epochs=train.num_epochs if train.num_steps is None else None, num_steps=train.num_steps,
+        data_rank=ranks.rank, data_world_size=ranks.world_size,
+        num_workers=data.num_workers, pin_memory=ranks.device.type == "cuda",
         # Where it is made of the times of files, machines with copies of their own do not share it.
         fingerprint=ranks.on_main(producer.fingerprint),
-    )
-    return loader, index
-
-
-def _make_producer(recipe: Recipe, ranks: Ranks, opened: _Opened, index: Index) -> WindowProducer:
-    """Return what makes windows of the training rows. index: of all of them, unless a source is a stream."""
-    data, seed, cost = recipe.data, recipe.train.seed, cost_model(recipe)
-    if not opened.streams:
-        weighted = [(source, entry.weight) for source, entry in opened.train if isinstance(source, FileSource)]
-        return IndexedWindows(weighted, index, seed=seed, cost_model=cost)
-    parts = [
-        Part(Shuffled(source) if isinstance(source, FileSource) else InOrder(source, entry.num_rows), entry.weight)
-        for source, entry in opened.train
-    ]
-    return StreamedWindows(
-        parts,
-        opened.collate,
-        length_rule(data),
-        seed=seed,
-        size=data.stream_window,
-        cost_model=cost,
-        broadcast=StoreBroadcast(ranks) if ranks.world_size > 1 else None,
-        is_scanner=ranks.is_main,
-        in_worker=data.num_workers > 0,
-    )
+    )  # fmt: skip
 
 
 def _packs(
-    files: Sequence[tuple[FileSource, Index]],
-    collate: MultimodalCollator,
-    limits: PackLimits,
+    recipe: Recipe,
     ranks: Ranks,
-    num_workers: int,
+    collate: MultimodalCollator,
+    files: Sequence[tuple[FileSource, Index]],
     rejected: list[Reject],
 ) -> Iterator[PackedBatch]:
     for file, index in files:
         for result in eval_packs(
-            file,
-            collate,
-            index,
-            limits=limits,
-            data_rank=ranks.rank,
-            data_world_size=ranks.world_size,
-            num_workers=num_workers,
-        ):
+            file, collate, index, limits=pack_limits(recipe.data), num_workers=recipe.data.num_workers,
+            data_rank=ranks.rank, data_world_size=ranks.world_size,
+        ):  # fmt: skip
             rejected += result.rejected
             if result.pack is not None:
                 yield result.pack

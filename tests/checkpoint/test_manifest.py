@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from qwen3vl_train.checkpoint.manifest import (
     write_manifest,
 )
 from tests.helpers import faults, small_runs
+from tests.helpers.messages import message_of
 
 
 def _make(run: Path, step: int, **record: Any) -> Path:
@@ -71,12 +73,6 @@ def _altered(folder: Path) -> str:
     return f"{file}: its checksum is not the one it was written with; remove this checkpoint"
 
 
-def _no_json(folder: Path) -> str:
-    file = folder / "checkpoint.json"
-    file.write_text(file.read_text()[:50])
-    return f"{file}: unreadable (JSONDecodeError("
-
-
 def _no_loader(folder: Path) -> str:
     file = folder / "checkpoint.json"
     record = json.loads(file.read_text())
@@ -85,34 +81,34 @@ def _no_loader(folder: Path) -> str:
     return f"{file}: has no loader, rejects; remove this checkpoint"
 
 
-def _list(folder: Path) -> str:
-    (folder / "checkpoint.json").write_text("[]")
-    return f"{folder / 'checkpoint.json'}: unreadable (TypeError("
+def _unreadable(content: bytes, why: str) -> Callable[[Path], str]:
+    def damage(folder: Path) -> str:
+        (folder / "checkpoint.json").write_bytes(content)
+        return f"{folder / 'checkpoint.json'}: unreadable ({why}"
+
+    return damage
 
 
-def _no_files(folder: Path) -> str:
-    (folder / "checkpoint.json").write_text('{"step": 1}')
-    return f"{folder / 'checkpoint.json'}: unreadable (KeyError('files')); remove this checkpoint"
+DAMAGES = {
+    "missing": _missing,
+    "cut": _cut,
+    "altered": _altered,
+    "no loader": _no_loader,
+    "cut json": _unreadable(b'{"step"', "JSONDecodeError("),
+    "list": _unreadable(b"[]", "TypeError("),
+    "no files": _unreadable(b'{"step": 1}', "KeyError('files')); remove this checkpoint"),
+    "not utf-8": _unreadable(b"\xff", "UnicodeDecodeError("),
+}
 
 
-def _not_utf8(folder: Path) -> str:
-    (folder / "checkpoint.json").write_bytes(b"\xff")
-    return f"{folder / 'checkpoint.json'}: unreadable (UnicodeDecodeError("
-
-
-DAMAGES = [_missing, _cut, _altered, _no_json, _no_loader, _list, _no_files, _not_utf8]
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
 def test_a_damaged_checkpoint_is_skipped_with_the_reason(tmp_path, damage):
     _make(tmp_path, 2)
     good = _make(tmp_path, 4)
     message = damage(_make(tmp_path, 6))
     chosen, faults = choose_checkpoint(tmp_path)
     assert chosen == good
-    assert len(faults) == 1
-    assert faults[0].startswith(message)
-
+    assert [fault.startswith(message) for fault in faults] == [True]
     rename_damaged(tmp_path, chosen)
     names = sorted(folder.name for folder in (tmp_path / "checkpoints").iterdir())
     assert names == ["damaged-step-00000006", "step-00000002", "step-00000004"]
@@ -132,17 +128,16 @@ def test_an_unreadable_checkpoint_is_skipped(tmp_path):
     good, bad = _make(tmp_path, 2), _make(tmp_path, 4)
     faults.fail_checksums_of(bad)
     file = bad / "state" / "shard-1.safetensors"
-    assert choose_checkpoint(tmp_path) == (
-        good,
-        [f"{file}: cannot be read (Input/output error); remove this checkpoint"],
-    )
+    fault = f"{file}: cannot be read (Input/output error); remove this checkpoint"
+    assert choose_checkpoint(tmp_path) == (good, [fault])
 
 
 def test_all_reasons_are_given_where_none_is_complete(tmp_path):
     older, newer = _cut(_make(tmp_path, 2)), _missing(_make(tmp_path, 4))
-    with pytest.raises(ValueError) as fault:
-        choose_checkpoint(tmp_path)
-    assert str(fault.value) == f"{tmp_path}: none of 2 checkpoints is complete\n  - {newer}\n  - {older}"
+    assert (
+        message_of(ValueError, choose_checkpoint, tmp_path)
+        == f"{tmp_path}: none of 2 checkpoints is complete\n  - {newer}\n  - {older}"
+    )
 
 
 def test_a_partial_checkpoint_is_not_chosen(tmp_path):
@@ -181,15 +176,14 @@ def test_prune_keeps_what_the_policy_says(tmp_path, policy, kept):
         _make(tmp_path, step, eval={"held": losses[step], "exploded": exploded} if step in losses else {})
     prune(tmp_path, policy)
     assert _steps(tmp_path) == kept
-    assert sorted(folder.name for folder in (tmp_path / "checkpoints").iterdir()) == [
-        f"step-{step:08d}" for step in kept
-    ]
+    names = sorted(folder.name for folder in (tmp_path / "checkpoints").iterdir())
+    assert names == [f"step-{step:08d}" for step in kept]
 
 
 def test_a_damaged_checkpoint_is_not_the_best(tmp_path):
     for step, loss in ((1, 2.0), (2, 1.0), (3, 3.0)):
         _make(tmp_path, step, eval={"held": loss})
-    _no_json(checkpoint_folder(tmp_path, 2))
+    (checkpoint_folder(tmp_path, 2) / "checkpoint.json").write_text("{")
     prune(tmp_path, KeepPolicy(1, keep_best="held"))
     assert _steps(tmp_path) == [1, 3]
 
@@ -215,8 +209,5 @@ def test_a_kill_while_pruning_leaves_no_partial_checkpoint(tmp_path):
     assert _steps(tmp_path) == [2, 3]
     _make(tmp_path, 1)  # a run that starts again can save the step
     prune(tmp_path, KeepPolicy(9))
-    assert sorted(folder.name[-9:] for folder in (tmp_path / "checkpoints").iterdir()) == [
-        "-00000001",
-        "-00000002",
-        "-00000003",
-    ]
+    names = sorted(folder.name[-9:] for folder in (tmp_path / "checkpoints").iterdir())
+    assert names == ["-00000001", "-00000002", "-00000003"]

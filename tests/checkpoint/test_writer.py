@@ -19,11 +19,10 @@ from qwen3vl_train.checkpoint.manifest import KeepPolicy, checkpoint_folder, lat
 from qwen3vl_train.checkpoint.writer import CheckpointWriter, load_checkpoint, read_tensors
 from qwen3vl_train.config import Recipe
 from qwen3vl_train.dist.ranks import Ranks
-from qwen3vl_train.dist.tensors import full_tensor, shard_rows
-from qwen3vl_train.train.build import build_engine
-from qwen3vl_train.train.step import train_step
+from qwen3vl_train.dist.tensors import shard_rows
 from tests.helpers import engine_runs, faults, small_runs
-from tests.helpers.engine_runs import FULL, LORA, SHARES, Steps, engine_recipe
+from tests.helpers.engine_runs import FULL, LORA, Steps, engine_recipe
+from tests.helpers.messages import message_of
 from tests.helpers.ranks import run_ranks
 
 RECORD: dict[str, Any] = {"updates": 0, "loader": {}, "rejects": []}
@@ -43,35 +42,24 @@ def _save(run: Path, step: int, tensors: dict[str, Tensor], **options: Any) -> N
 # ---- engines and ranks
 
 
-def _take_a_step(model, optimizer, ranks: Ranks, steps: Steps, number: int) -> float:
-    mine = SHARES[ranks.world_size][number][ranks.rank]
-    packs = [steps[number][place] for place in mine]
-    options = small_runs.step_options(model, small_runs.sources_of(steps[number]), max_grad_norm=1.0)
-    return train_step(model, optimizer, packs, mine, ranks, options, step=number, lr_factor=1.0).loss
-
-
 def _pass_on(
     rank: int, world_size: int, recipes: list[Recipe], steps: Steps, run: Path, number: int
 ) -> list[tuple[dict[str, Tensor], float]]:
     """Load the last checkpoint, if any, save what was loaded as the next one, and give it with the loss of a step."""
     results = []
     for place, recipe in enumerate(recipes):
-        ranks = Ranks(rank, world_size, rank, torch.device("cpu"))
-        folder = run / str(place)
-        model, optimizer = build_engine(recipe, ranks)
-        model.train()
+        folder, trainee = run / str(place), engine_runs.Trainee(rank, world_size, recipe)
         if number == 0:
-            for step in range(2):
-                _take_a_step(model, optimizer, ranks, steps, step)
+            trainee.steps(steps, 0, 2)
         else:
-            load_checkpoint(checkpoint_folder(folder, number), state := optimizer.state_tensors())
-            optimizer.load_state_dict(state, num_updates=2)
-        state = optimizer.state_tensors()
-        with CheckpointWriter(folder, ranks, KEEP) as writer:
+            load_checkpoint(checkpoint_folder(folder, number), state := trainee.optimizer.state_tensors())
+            trainee.optimizer.load_state_dict(state, num_updates=2)
+        state = trainee.optimizer.state_tensors()
+        with CheckpointWriter(folder, trainee.ranks, KEEP) as writer:
             writer.start(number + 1, lambda state=state: state, {**RECORD, "world_size": world_size})
             writer.wait()
-        gathered = {name: full_tensor(tensor).clone() for name, tensor in state.items()}
-        loss = _take_a_step(model, optimizer, ranks, steps, 2)
+        gathered = trainee.state()
+        (loss,) = trainee.steps(steps, 2, 3)
         results.append((gathered if rank == 0 else {}, loss))
     return results
 
@@ -87,10 +75,8 @@ CHAIN = [
 ]
 
 
-def test_a_checkpoint_goes_from_engine_to_engine_bit_for_bit(tmp_path: Path):
+def test_a_checkpoint_goes_from_engine_to_engine_bit_for_bit(small: Path, steps: Steps, tmp_path: Path):
     """Each engine writes again what it has read: on 1, 2, 2 x 2, 2, 4, 2 ranks, and 1."""
-    small = engine_runs.write_small_checkpoint(tmp_path / "model")
-    steps = engine_runs.make_steps(small)[:3]
     first: list[tuple[dict[str, Tensor], float]] = []
     for number, (world_size, parallel) in enumerate(CHAIN):
         arguments = [engine_recipe(small, tune, **parallel) for tune in (FULL, LORA)], steps, tmp_path / "runs", number
@@ -113,9 +99,8 @@ def test_a_checkpoint_goes_from_engine_to_engine_bit_for_bit(tmp_path: Path):
 
 def test_the_weights_can_be_read_without_the_moments(tmp_path: Path):
     _save(tmp_path, 1, {"weight/a.b": torch.ones(2), "exp_avg/a.b": torch.zeros(2), "exp_avg_sq/a.b": torch.zeros(2)})
-    small_runs.assert_same_tensors(
-        read_tensors(checkpoint_folder(tmp_path, 1), "weight/"), {"weight/a.b": torch.ones(2)}
-    )
+    weights = read_tensors(checkpoint_folder(tmp_path, 1), "weight/")
+    small_runs.assert_same_tensors(weights, {"weight/a.b": torch.ones(2)})
 
 
 def test_tensors_and_record_come_back(tmp_path: Path):
@@ -151,10 +136,8 @@ def test_a_partial_checkpoint_is_replaced(tmp_path: Path):
 def test_another_set_of_tensors_is_refused(tmp_path: Path, wanted: dict[str, Tensor], named: str):
     _save(tmp_path, 1, _state())
     folder = checkpoint_folder(tmp_path, 1)
-    with pytest.raises(ValueError) as fault:
-        load_checkpoint(folder, wanted)
     message = f"{folder}: holds another set of trained tensors, e.g. {named}; was `tune` changed?"
-    assert str(fault.value) == message
+    assert message_of(ValueError, load_checkpoint, folder, wanted) == message
 
 
 # ---- while training goes on
@@ -251,10 +234,10 @@ def test_a_folder_without_rights_is_reported(tmp_path: Path):
 
 def test_a_first_save_that_fails_says_so(tmp_path: Path):
     (tmp_path / "checkpoints").write_text("a file where a folder should be")
-    with CheckpointWriter(tmp_path, small_runs.ALONE, KEEP) as writer, pytest.raises(RuntimeError) as fault:
-        writer.start(1, _state, RECORD)
-    assert str(fault.value).startswith(f"{checkpoint_folder(tmp_path, 1)}: could not be saved ([Errno ")
-    assert str(fault.value).endswith("; make room, then the run starts again, it has no checkpoint")
+    with CheckpointWriter(tmp_path, small_runs.ALONE, KEEP) as writer:
+        message = message_of(RuntimeError, writer.start, 1, _state, RECORD)
+    assert message.startswith(f"{checkpoint_folder(tmp_path, 1)}: could not be saved ([Errno ")
+    assert message.endswith("; make room, then the run starts again, it has no checkpoint")
 
 
 def test_an_old_checkpoint_that_stays_does_not_end_the_run(tmp_path: Path):
@@ -333,9 +316,7 @@ def _refused_after_the_start(rank: int, world_size: int, folder: Path, victim: i
         elif rank == victim:
             faults.fill_disk(5000)
         writer.start(1, lambda: tensors, RECORD)
-        with pytest.raises(RuntimeError) as fault:
-            writer.wait()
-        return [str(fault.value), writer.failed()]
+        return [message_of(RuntimeError, writer.wait), writer.failed()]
 
 
 @pytest.mark.parametrize(
@@ -345,8 +326,7 @@ def test_a_failed_write_is_raised_on_all_ranks(tmp_path: Path, victim: int, plac
     """Shards, the folder for them, or, on rank 0 alone, full tensors or what comes after all shards."""
     first, second = run_ranks(_refused_after_the_start, 2, tmp_path, victim, place)
     assert first == second
-    folder = checkpoint_folder(tmp_path, 1)
-    assert first[0].startswith(f"{folder}: could not be saved (")
+    assert first[0].startswith(f"{checkpoint_folder(tmp_path, 1)}: could not be saved (")
     assert not any((tmp_path / "checkpoints").iterdir())
 
 
@@ -373,9 +353,7 @@ def test_a_rank_that_writes_too_late_ends_the_save(tmp_path: Path):
 
 def _refused_on_ranks(rank: int, world_size: int, run: Path) -> str:
     with CheckpointWriter(run, Ranks(rank, world_size, rank, torch.device("cpu")), KEEP) as writer:
-        with pytest.raises(RuntimeError) as fault:
-            writer.start(1, _state, RECORD)
-        return str(fault.value)
+        return message_of(RuntimeError, writer.start, 1, _state, RECORD)
 
 
 def test_a_failed_folder_is_raised_on_all_ranks(tmp_path: Path):

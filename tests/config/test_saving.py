@@ -14,6 +14,7 @@ from qwen3vl_train.config import (
     save_recipe,
 )
 from qwen3vl_train.config.yaml12 import read_yaml, write_yaml
+from tests.helpers.messages import message_of
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 
@@ -31,9 +32,11 @@ def test_save_and_load_again(small, tmp_path):
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_shipped_recipes_survive_saving(path, tmp_path):
-    save_recipe(load_recipe(path), tmp_path / "recipe.yaml")
-    assert load_recipe(tmp_path / "recipe.yaml") == load_recipe(path)
+def test_shipped_recipes_are_named_like_files_and_survive_saving(path, tmp_path):
+    recipe = load_recipe(path)
+    assert recipe.name == path.stem
+    save_recipe(recipe, tmp_path / "recipe.yaml")
+    assert load_recipe(tmp_path / "recipe.yaml") == recipe
 
 
 def test_urls_lose_their_secrets_when_saved(small, tmp_path):
@@ -80,9 +83,7 @@ def test_differences_name_what_changes_training(small):
 def test_world_size(small):
     recipe = small(train={"packs_per_step": 3}, parallel={"engine": "single"})
     check_world_size(recipe, 1)
-    with pytest.raises(RecipeError) as caught:
-        check_world_size(recipe, 2)
-    assert str(caught.value) == (
+    assert message_of(RecipeError, check_world_size, recipe, 2) == (
         "recipe small: 2 errors\n"
         "  - train.packs_per_step: 3 does not divide by 2 ranks; use 2, 4 or 6\n"
         "  - parallel.engine: single, but 2 ranks were started; use ddp or start one process"

@@ -2,7 +2,6 @@
 
 import random
 import time
-from datetime import timedelta
 from pathlib import Path
 
 import numpy
@@ -11,7 +10,7 @@ import torch
 
 from qwen3vl_train.dist.ranks import Ranks, StoreBroadcast, seed_everything
 from qwen3vl_train.dist.rendezvous import start_ranks, stop_ranks
-from tests.helpers.ranks import run_ranks
+from tests.helpers.ranks import join_again, run_ranks
 
 CPU = torch.device("cpu")
 ALONE = Ranks(0, 1, 0, CPU)
@@ -88,14 +87,7 @@ def test_an_error_of_one_rank_is_raised_on_all_ranks():
 
 
 def _long_work(rank: int, world_size: int, folder: Path, sends_heartbeats: bool) -> str:
-    torch.distributed.destroy_process_group()  # the helper's timeout is too long; this one is tested
-    torch.distributed.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/rendezvous",
-        rank=rank,
-        world_size=world_size,
-        timeout=timedelta(seconds=2),
-    )
+    join_again(rank, world_size, folder, seconds=2)
     ranks = Ranks(rank, world_size, rank, CPU)
 
     def work() -> str:

@@ -18,14 +18,10 @@ from qwen3vl_train.dist.ranks import Ranks
 from qwen3vl_train.dist.stop import StopRequest, StopSignals
 from qwen3vl_train.train.cli import sft
 from qwen3vl_train.train.loop import train
-from tests.helpers import engine_runs, faults, small_runs
+from tests.helpers import faults, small_runs
+from tests.helpers.messages import message_of
 from tests.helpers.ranks import RankFailure, run_ranks
 from tests.helpers.small_runs import in_child, losses
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return engine_runs.write_small_checkpoint(tmp_path_factory.mktemp("small") / "model")
 
 
 def _within_step(number: int, act: Callable[[], None]) -> None:
@@ -130,9 +126,7 @@ def test_a_signal_in_the_last_step_changes_nothing(small: Path, task: Path, tmp_
 def _signalled_on_rank_one(rank: int, world_size: int, recipe: Recipe) -> str:
     if rank == 1:
         _within_step(2, _send(signal.SIGUSR1))
-    with pytest.raises(StopRequest) as stop:
-        train(recipe)
-    return str(stop.value)
+    return message_of(StopRequest, train, recipe)
 
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2"])

@@ -12,21 +12,13 @@ import torch
 from qwen3vl_train.dist.ranks import Ranks, wait_for_main
 from qwen3vl_train.dist.rendezvous import NCCL_SETTINGS, start_ranks, stop_ranks
 from qwen3vl_train.dist.watchdog import LateRankError, RankState, Watchdog, describe, locate
-from tests.helpers.ranks import run_ranks
+from tests.helpers.ranks import join_again, run_ranks
 
 CPU = torch.device("cpu")
 
 
 def _one_is_late(rank: int, world_size: int, late: int, folder: Path) -> str:
-    # The process group of the helper waits too long; the run's own timeout is tested.
-    torch.distributed.destroy_process_group()
-    torch.distributed.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/rendezvous",
-        rank=rank,
-        world_size=world_size,
-        timeout=timedelta(seconds=5),
-    )
+    join_again(rank, world_size, folder, seconds=5)
     ranks = Ranks(rank, world_size, rank, CPU)
     reports: list[str] = []
 

@@ -145,6 +145,10 @@ def run_engine(rank: int, world_size: int, recipe: Recipe, steps: Steps) -> Outc
     return Outcome([d.loss for d in done], [d.grad_norms for d in done], weights if rank == 0 else {})
 
 
+def run_engines(rank: int, world_size: int, recipes: list[Recipe], steps: Steps) -> list[Outcome]:
+    return [run_engine(rank, world_size, recipe, steps) for recipe in recipes]
+
+
 def poisoned(rank: int, world_size: int, recipes: list[Recipe], steps: Steps) -> list[tuple[str, list[float]]]:
     """Two good steps, one with a loss that is no number, two more good ones: its message, and the losses of the good.
 
@@ -190,6 +194,10 @@ class Difference:
     norm: float
     weight: float
 
+    @property
+    def largest(self) -> float:
+        return max(self.loss, self.norm, self.weight)
+
     def __str__(self) -> str:
         return f"loss {self.loss:.1e}, gradient norm {self.norm:.1e}, weights {self.weight:.1e}"
 
@@ -211,6 +219,11 @@ def difference(got: Outcome, expected: Outcome) -> Difference:
         norms = max([norms, *(_relative(of_got[group], of_expected[group]) for group in heard)])
     losses = max(_relative(one, other) for one, other in zip(got.losses, expected.losses, strict=True))
     return Difference(losses, norms, max(weights))
+
+
+def norm_of(tensors: dict[str, Tensor]) -> float:
+    """The norm of all tensors as one vector."""
+    return sum(tensor.square().sum().item() for tensor in tensors.values()) ** 0.5
 
 
 def _relative(got: float, expected: float) -> float:

@@ -33,6 +33,11 @@ def free_port() -> str:
         return str(listener.getsockname()[1])
 
 
+def torchrun(*arguments: str) -> list[str]:
+    """The command that starts two ranks of this host at a free port."""
+    return [*TORCHRUN, "--master-port", free_port(), *arguments]
+
+
 def write_recipe(file: Path, recipe: Recipe) -> Path:
     file.parent.mkdir(parents=True, exist_ok=True)
     save_recipe(recipe, file)
@@ -45,19 +50,21 @@ def short_recipe(model: Path, task: Path, out: Path, **overrides) -> Path:
     return write_recipe(out / "recipe.yaml", small_runs.make_recipe(model, task, out, **values))
 
 
-def start(command: list[str], *, output: int = subprocess.PIPE, **more: str) -> subprocess.Popen[str]:
+def start(command: list[str], *, output: int = subprocess.PIPE, cwd: Path = ROOT, **more: str) -> subprocess.Popen[str]:
     """Start in a session of its own. `end` must be called on it. output: where what it prints goes."""
     process = subprocess.Popen(
-        command, env=environment(**{_MARK: (mark := uuid.uuid4().hex)}, **more), cwd=ROOT, text=True,
+        command, env=environment(**{_MARK: (mark := uuid.uuid4().hex)}, **more), cwd=cwd, text=True,
         start_new_session=True, stdout=output, stderr=output,
     )  # fmt: skip
     _marks[process.pid] = mark
     return process
 
 
-def run(command: list[str], *, timeout: float = 1800, **more: str) -> subprocess.CompletedProcess[str]:
+def run(
+    command: list[str], *, timeout: float = 1800, cwd: Path = ROOT, **more: str
+) -> subprocess.CompletedProcess[str]:
     """Run in a session of its own and wait; nothing of it is left behind, whatever happens."""
-    process = start(command, **more)
+    process = start(command, cwd=cwd, **more)
     try:
         out, errors = process.communicate(timeout=timeout)
     finally:

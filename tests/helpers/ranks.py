@@ -21,6 +21,17 @@ class RankFailure(AssertionError):
     """A rank failed or did not end in time; the message holds the traceback of the rank that failed first."""
 
 
+def join_again(rank: int, world_size: int, folder: Path, seconds: int) -> None:
+    """Replace the process group of this rank by one with a timeout of its own, which `run_ranks` sets too high to wait.
+
+    The caller destroys it.
+    """
+    torch.distributed.destroy_process_group()
+    torch.distributed.init_process_group(
+        "gloo", f"file://{folder}/rendezvous", timedelta(seconds=seconds), world_size, rank
+    )
+
+
 def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 900) -> list[Any]:
     """Call fn(rank, world_size, *args) in forked processes joined by gloo; return their results in order of rank.
 

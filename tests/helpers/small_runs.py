@@ -27,6 +27,7 @@ from qwen3vl_train.parallel.ddp import Replicated
 from qwen3vl_train.parallel.optim import MasterAdamW
 from qwen3vl_train.tracking.metrics import StepTally, read_metrics
 from qwen3vl_train.train.build import build_model
+from qwen3vl_train.train.loop import train
 from qwen3vl_train.train.step import StepOptions, train_step
 
 ALONE = Ranks(0, 1, 0, torch.device("cpu"))
@@ -108,6 +109,11 @@ def recipe_values(model: Path, task: Path, out: Path, **overrides: Any) -> dict[
 
 def make_recipe(model: Path, task: Path, out: Path, **overrides: Any) -> Recipe:
     return recipe_from_dict(recipe_values(model, task, out, **overrides))
+
+
+def train_on_rank(rank: int, world_size: int, recipe: Recipe) -> Path:
+    """Train, as a function for `run_ranks`."""
+    return train(recipe)
 
 
 def sources_of(packs: list[PackedBatch], ranks: Ranks = ALONE) -> list[str]:

@@ -2,6 +2,7 @@
 
 import pytest
 
+from qwen3vl_train.data.encode.collator import MultimodalCollator
 from qwen3vl_train.inspect.recipe import inspect_recipe
 from tests.helpers.finding_rows import finding_rows_recipe, write_finding_rows
 
@@ -14,6 +15,12 @@ def data_folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def recipe(tiny_folder, data_folder):
     return finding_rows_recipe(tiny_folder, data_folder)
+
+
+@pytest.fixture(scope="session")
+def collate(tiny_folder):
+    limits = {"max_visual_tokens_per_image": 24, "min_visual_tokens_per_image": 4}
+    return MultimodalCollator.from_pretrained(tiny_folder, **limits)
 
 
 @pytest.fixture(scope="session")

@@ -34,12 +34,8 @@ def found(inspection, check):
 
 
 def clip_row(video, **more):
-    return {
-        "messages": [
-            {"role": "user", "content": [{"type": "video", "video": video, **more}]},
-            {"role": "assistant", "content": "A clip."},
-        ]
-    }
+    question = {"role": "user", "content": [{"type": "video", "video": video, **more}]}
+    return {"messages": [question, {"role": "assistant", "content": "A clip."}]}
 
 
 def test_clips_without_a_usable_rate_are_found(inspected, tmp_path):

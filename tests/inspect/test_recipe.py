@@ -128,10 +128,9 @@ def write_boxes(folder, box):
 
 
 def test_boxes_that_all_fit_small_images_are_suspected(tiny_folder, tmp_path):
-    data = write_boxes(tmp_path, "190, 95")
-    assert rows_of(inspect_recipe(finding_rows_recipe(tiny_folder, tmp_path, data=data)), "boxes_small_pixel") == []
-    data = write_boxes(tmp_path, "190, 900")
-    assert rows_of(inspect_recipe(finding_rows_recipe(tiny_folder, tmp_path, data=data)), "boxes_small_pixel") is None
+    for box, expected in (("190, 95", []), ("190, 900", None)):
+        changed = finding_rows_recipe(tiny_folder, tmp_path, data=write_boxes(tmp_path, box))
+        assert rows_of(inspect_recipe(changed), "boxes_small_pixel") == expected
 
 
 def test_thinking_checkpoint_on_data_without_reasoning(tiny_folder, data_folder, tmp_path):
@@ -140,9 +139,8 @@ def test_thinking_checkpoint_on_data_without_reasoning(tiny_folder, data_folder,
 
     model = shutil.copytree(tiny_folder, tmp_path / "thinking")
     tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
-    tiny_checkpoint.write_processor_files(
-        model, tokenizer, min_pixels=64 * 64, max_pixels=512 * 512, template="thinking"
-    )
+    limits = {"min_pixels": 64 * 64, "max_pixels": 512 * 512}
+    tiny_checkpoint.write_processor_files(model, tokenizer, template="thinking", **limits)
     data = {"train": [{"path": str(data_folder / "text.jsonl")}], "num_workers": 0}
     found = inspect_recipe(finding_rows_recipe(model, data_folder, data=data), num_samples=0)
     assert found.facts.model["template"] == "thinking"

@@ -4,18 +4,10 @@ from dataclasses import replace
 
 import pytest
 
-from qwen3vl_train.data.encode.collator import MultimodalCollator
 from qwen3vl_train.data.rows.messages import parse_sample
 from qwen3vl_train.inspect.boxes import BoxEvidence
 from qwen3vl_train.inspect.rows import read_row
 from tests.helpers.small_runs import picture, row
-
-
-@pytest.fixture(scope="module")
-def collate(tiny_folder):
-    return MultimodalCollator.from_pretrained(
-        tiny_folder, max_visual_tokens_per_image=24, min_visual_tokens_per_image=4
-    )
 
 
 @pytest.fixture(scope="module")

@@ -8,19 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
-from qwen3vl_train.data.encode.collator import MultimodalCollator
 from qwen3vl_train.data.media.image import load_rgb, resize_to_patches
 from qwen3vl_train.data.sources import JsonlSource
 from qwen3vl_train.inspect.samples import token_texts, unpatch
 from tests.helpers import finding_rows as rows
 from tests.helpers.small_runs import picture
-
-
-@pytest.fixture(scope="module")
-def collate(tiny_folder):
-    return MultimodalCollator.from_pretrained(
-        tiny_folder, max_visual_tokens_per_image=24, min_visual_tokens_per_image=4
-    )
 
 
 def sample_of(inspection, line, source="train.jsonl"):
@@ -117,10 +109,7 @@ def test_shown_pack_holds_several_samples_end_to_end(inspection):
     assert 1 <= pack["number"] <= inspection.facts.packs.packs
     assert pack["max_tokens"] == 512
     assert len(pack["sequences"]) > 1
-    start = 0
-    by_id = {}
-    for sample in inspection.samples:
-        by_id.setdefault(sample["id"], sample)
+    start, by_id = 0, {sample["id"]: sample for sample in reversed(inspection.samples)}  # the first of an id
     for sequence in pack["sequences"]:
         assert sequence["start"] == start
         start += sequence["length"]
@@ -162,10 +151,8 @@ def test_clip_is_shown_pair_by_pair_beside_a_still(collate, tmp_path):
     )
     frames = view_frames(encoded)
     pairs = encoded.grids[0][0]
-    assert [(one["medium"], one["frame"], one["frames"]) for one in frames] == [
-        *((0, pair, pairs) for pair in range(pairs)),
-        (1, 0, 1),
-    ]
+    order = [*((0, pair, pairs) for pair in range(pairs)), (1, 0, 1)]
+    assert [(one["medium"], one["frame"], one["frames"]) for one in frames] == order
     shown = view_tokens(encoded, collate.tokenizer)
     assert [one["offset"] for one in frames] == [offset for offset, _ in shown["visual"]]
     assert [one["rows"] * one["cols"] for one in frames] == [length for _, length in shown["visual"]]

@@ -84,23 +84,18 @@ def test_the_skypilot_file_fits_its_schema():
 
 
 @pytest.mark.parametrize(
-    ("name", "schema", "change"),
+    ("name", "change"),
     [
-        ("jobset.yaml", cluster_schemas.JOBSET, lambda values: values["spec"].update(maxRestarts=3)),
-        (
-            "jobset.yaml",
-            cluster_schemas.JOBSET,
-            lambda values: values["spec"]["replicatedJobs"][0].update(name="Node_1"),
-        ),
-        ("sky.yaml", cluster_schemas.SKY, lambda values: values["resources"].update(accelerators="H100:8:2")),
-        ("sky.yaml", cluster_schemas.SKY, lambda values: values["envs"].update(OMP_NUM_THREADS=1)),
+        ("jobset", lambda values: values["spec"].update(maxRestarts=3)),
+        ("jobset", lambda values: values["spec"]["replicatedJobs"][0].update(name="Node_1")),
+        ("sky", lambda values: values["resources"].update(accelerators="H100:8:2")),
+        ("sky", lambda values: values["envs"].update(OMP_NUM_THREADS=1)),
     ],
 )
-def test_the_schemas_refuse_what_the_tools_refuse(name: str, schema: dict, change: Any):
-    values = read(name)
-    change(values)
+def test_the_schemas_refuse_what_the_tools_refuse(name: str, change: Any):
+    change(values := read(f"{name}.yaml"))
     with pytest.raises(jsonschema.ValidationError):
-        jsonschema.validate(values, schema)
+        jsonschema.validate(values, getattr(cluster_schemas, name.upper()))
 
 
 def test_the_ray_script_imports_ray_only_when_it_runs(tmp_path: Path):

@@ -34,23 +34,13 @@ def test_eval_gives_loss_and_answers_of_a_run(learnt, task, tmp_path, capsys):
     assert evaluate([str(learnt), "--data", str(data), "--out", str(out), "--json", str(summary)]) == 0
     said = capsys.readouterr().out.splitlines()
     got = json.loads(summary.read_text())
-    assert {key: got[key] for key in ("model", "data", "num_samples", "num_rejected", "exact_match")} == {
-        "model": str(learnt),
-        "data": str(data),
-        "num_samples": 4,
-        "num_rejected": 0,
-        "exact_match": 1.0,
-    }
+    assert (got["model"], got["data"]) == (str(learnt), str(data))
+    assert (got["num_samples"], got["num_rejected"], got["exact_match"]) == (4, 0, 1.0)
     at_the_end = json.loads((learnt / "eval.jsonl").read_text())
     assert got["loss"] == pytest.approx(at_the_end["loss"], abs=1e-5)
     assert got["label_tokens"] == at_the_end["label_tokens"]
     answers = [json.loads(line) for line in out.read_text().splitlines()]
-    assert answers[2] == {
-        "id": "eval.jsonl:3",
-        "expected": "No, it is not.",
-        "answer": "No, it is not.",
-        "match": True,
-    }
+    assert answers[2] == {"id": "eval.jsonl:3", "expected": "No, it is not.", "answer": "No, it is not.", "match": True}
     assert said[2] == "eval.jsonl:3: expected 'No, it is not.', got 'No, it is not.'"
     assert said[-1] == (
         f"4 samples: loss {got['loss']:.4f} over {got['label_tokens']} label tokens, exact match 100.0%"

@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 
 from qwen3vl_train.checkpoint.manifest import checkpoint_folder, latest_checkpoint
-from qwen3vl_train.config import Recipe, load_recipe
-from qwen3vl_train.train.loop import train
+from qwen3vl_train.config import load_recipe
 from tests.helpers import launchers, small_runs
 from tests.helpers.ranks import run_ranks
 
@@ -35,8 +34,7 @@ def by_torchrun(tiny_folder: Path, task: Path, tmp_path_factory: pytest.TempPath
     """The run folder of three steps by torchrun, and what was printed."""
     out = tmp_path_factory.mktemp("torchrun")
     recipe = launchers.short_recipe(tiny_folder, task, out)
-    command = [*launchers.TORCHRUN, "--master-port", launchers.free_port(), str(launchers.SFT), str(recipe)]
-    done = launchers.run(command)
+    done = launchers.run(launchers.torchrun(str(launchers.SFT), str(recipe)))
     assert done.returncode == 0, done.stderr
     return out / "run", done.stdout
 
@@ -95,8 +93,7 @@ if __name__ == "__main__":
 def test_a_late_rank_ends_the_run_with_its_name(tiny_folder: Path, task: Path, tmp_path: Path):
     (script := tmp_path / "late.py").write_text(LATE_RANK)
     recipe = launchers.short_recipe(tiny_folder, task, tmp_path, parallel={"timeout_seconds": 20})
-    command = [*launchers.TORCHRUN, "--master-port", launchers.free_port(), str(script), str(recipe)]
-    done = launchers.run([*command, str(tmp_path / "ended")])
+    done = launchers.run(launchers.torchrun(str(script), str(recipe), str(tmp_path / "ended")))
     assert done.returncode == 1
     lines = done.stderr.splitlines()
     place = lines.index("[rank 0] error: step 3: rank 1 is late")
@@ -127,17 +124,12 @@ if __name__ == "__main__":
 """
 
 
-def _train(rank: int, world_size: int, recipe: Recipe) -> None:
-    train(recipe)
-
-
 def test_a_stop_under_torchrun_saves_and_resumes(tiny_folder: Path, task: Path, tmp_path: Path):
     """torchrun hands SIGTERM on to the process groups of its ranks, in which the loader's workers are too."""
     case = {"train__num_steps": 5, "data__num_workers": 2, "tune": small_runs.LORA}
     (script := tmp_path / "stoppable.py").write_text(STOPPABLE)
     recipe = launchers.short_recipe(tiny_folder, task, tmp_path, **case)
-    command = [*launchers.TORCHRUN, "--monitor-interval", "0.1", "--master-port", launchers.free_port()]
-    agent = launchers.start([*command, str(script), str(recipe), str(tmp_path)])
+    agent = launchers.start(launchers.torchrun("--monitor-interval", "0.1", str(script), str(recipe), str(tmp_path)))
     try:
         deadline = time.monotonic() + 900
         while not all((tmp_path / f"within-{rank}").exists() for rank in (0, 1)):
@@ -154,13 +146,12 @@ def test_a_stop_under_torchrun_saves_and_resumes(tiny_folder: Path, task: Path, 
     run = tmp_path / "run"
     assert f"{run}: asked to stop, saved after step 3; start it again to go on" in out
     assert latest_checkpoint(run) == checkpoint_folder(run, 3)
-    run_ranks(_train, 2, load_recipe(recipe))
-    run_ranks(_train, 2, load_recipe(launchers.short_recipe(tiny_folder, task, tmp_path / "straight", **case)))
+    for file in (recipe, launchers.short_recipe(tiny_folder, task, tmp_path / "straight", **case)):
+        run_ranks(small_runs.train_on_rank, 2, load_recipe(file))
     assert _rows(run) == [1, 2, 3, 4, 5]
     assert small_runs.losses(run) == small_runs.losses(tmp_path / "straight" / "run")
-    small_runs.assert_same_tensors(
-        small_runs.final_tensors(run), small_runs.final_tensors(tmp_path / "straight" / "run")
-    )
+    expected = small_runs.final_tensors(tmp_path / "straight" / "run")
+    small_runs.assert_same_tensors(small_runs.final_tensors(run), expected)
 
 
 def _agent(port: str, recipe: Path, script: Path) -> subprocess.Popen:
@@ -174,6 +165,13 @@ def _agent(port: str, recipe: Path, script: Path) -> subprocess.Popen:
     ]  # fmt: skip
     # As docs/scaling.md says: without this variable, torch 2.13 never lets a new agent take the place of a lost one.
     return launchers.start(command, output=subprocess.DEVNULL, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
+
+
+def _two_agents(slow_run: tuple[Path, Path]) -> tuple[str, list[subprocess.Popen]]:
+    port = launchers.free_port()
+    first = _agent(port, *slow_run)
+    time.sleep(3)  # the first agent hosts the rendezvous
+    return port, [first, _agent(port, *slow_run)]
 
 
 def _rows(run: Path) -> list[int]:
@@ -208,12 +206,8 @@ def slow_run(tiny_folder: Path, task: Path, tmp_path: Path) -> tuple[Path, Path]
 @pytest.mark.slow
 def test_a_new_machine_replaces_a_lost_one(tiny_folder: Path, task: Path, tmp_path: Path, slow_run: tuple[Path, Path]):
     straight = launchers.short_recipe(tiny_folder, task, tmp_path / "straight", train__num_steps=14)
-    command = [*launchers.TORCHRUN, "--master-port", launchers.free_port(), str(launchers.SFT), str(straight)]
-    assert launchers.run(command).returncode == 0
-    port = launchers.free_port()
-    agents = [_agent(port, *slow_run)]
-    time.sleep(3)  # the first agent hosts the rendezvous
-    agents.append(_agent(port, *slow_run))
+    assert launchers.run(launchers.torchrun(str(launchers.SFT), str(straight))).returncode == 0
+    port, agents = _two_agents(slow_run)
     try:
         _wait_for_rows(tmp_path / "run", 5, agents)
         _kill_machine(agents.pop())
@@ -230,10 +224,7 @@ def test_a_new_machine_replaces_a_lost_one(tiny_folder: Path, task: Path, tmp_pa
 
 @pytest.mark.slow
 def test_the_loss_of_the_rendezvous_machine_ends_the_run(tmp_path: Path, slow_run: tuple[Path, Path]):
-    port = launchers.free_port()
-    agents = [_agent(port, *slow_run)]
-    time.sleep(3)
-    agents.append(_agent(port, *slow_run))
+    _, agents = _two_agents(slow_run)
     try:
         _wait_for_rows(tmp_path / "run", 5, agents)
         _kill_machine(agents.pop(0))

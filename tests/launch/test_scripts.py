@@ -1,21 +1,17 @@
 """The scripts as a user starts them: in processes of their own."""
 
 import json
-import os
 import re
-import socket
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from qwen3vl_train.config import load_recipe
 from qwen3vl_train.tracking.metrics import read_metrics
-from tests.helpers import small_runs
+from tests.helpers import launchers, small_runs
 
-ROOT = Path(__file__).resolve().parents[2]
 METRICS = {
     "step", "epoch", "loss", "grad_norm", "lr", "tokens", "label_tokens", "visual_tokens", "patches",
     "tokens_per_second", "pack_efficiency", "data_wait_fraction", "mfu", "peak_memory_gib", "seconds", "rejected",
@@ -23,39 +19,18 @@ METRICS = {
 }  # fmt: skip
 
 
-def _start(*command: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    environment |= {"PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo", "WANDB_MODE": "offline"}
-    return subprocess.run(
-        [sys.executable, *command], cwd=cwd, env=environment, capture_output=True, text=True, timeout=1800, check=False
-    )
-
-
 def _script(name: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return _start(str(ROOT / "launch" / f"{name}.py"), *arguments, cwd=cwd)
+    return launchers.run([sys.executable, str(launchers.ROOT / "launch" / f"{name}.py"), *arguments], cwd=cwd)
 
 
 def _torchrun(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    script = str(ROOT / "launch" / "sft.py")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1")
-    return _start(*launcher, "--master-port", port, script, *arguments, cwd=cwd)
+    return launchers.run(launchers.torchrun(str(launchers.SFT), *arguments), cwd=cwd)
 
 
-def _recipe(folder: Path, model: Path, task: Path, **overrides: Any) -> Path:
-    values = small_runs.recipe_values(
-        model,
-        task,
-        folder / "runs",
-        tune=small_runs.LORA,
-        data__eval=[{"path": str(task / "eval.jsonl")}],
-        data__num_workers=1,
-        eval={"every_steps": 3},
-        track={"wandb": "offline", "project": "tests"},
-        **overrides,
-    )
+def _recipe(folder: Path, model: Path, task: Path) -> Path:
+    case = {"tune": small_runs.LORA, "track": {"wandb": "offline", "project": "tests"}, "data__num_workers": 1}
+    case |= {"data__eval": [{"path": str(task / "eval.jsonl")}], "eval": {"every_steps": 3}}
+    values = small_runs.recipe_values(model, task, folder / "runs", **case)
     (folder / "recipe.json").write_text(json.dumps(values, indent="\t"))
     return folder / "recipe.json"
 
@@ -133,24 +108,18 @@ def test_a_number_of_ranks_that_does_not_fit_is_an_error(tiny_folder, task, tmp_
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize("name", sorted(file.stem for file in (ROOT / "launch").glob("*.py")))
+@pytest.mark.parametrize("name", sorted(file.stem for file in (launchers.ROOT / "launch").glob("*.py")))
 def test_every_script_explains_itself(name, tmp_path):
-    said = _script(name, "--help", cwd=tmp_path)
-    assert said.returncode == 0
+    said, wrong = _script(name, "--help", cwd=tmp_path), _script(name, cwd=tmp_path)
+    assert (said.returncode, wrong.returncode) == (0, 2)
     assert said.stdout.startswith(f"usage: {name}.py [-h]")
-    wrong = _script(name, cwd=tmp_path)
-    assert wrong.returncode == 2
     assert "the following arguments are required" in wrong.stderr
 
 
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [
-        (
-            "sft",
-            ["a.json"],
-            "a.json: 1 error\n  - cannot be read (No such file or directory); give a recipe file",
-        ),
+        ("sft", ["a.json"], "a.json: 1 error\n  - cannot be read (No such file or directory); give a recipe file"),
         ("export", ["none", "--out", "out"], "none: not a run folder (no recipe.yaml); give runs/<name>"),
         (
             "eval",

@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from qwen3vl_train.batch import Segments
 from qwen3vl_train.model.attention import CachedAttention, PackedAttention
+from tests.helpers.dispatch import LargestTensor
 
 
 def masked_reference(q_TNH, k_TKH, v_TKH, lengths, causal):
@@ -43,18 +42,6 @@ def test_segments_equal_a_dense_mask(lengths, heads, kv_heads, causal):
 def test_no_segments_give_nothing():
     attention = PackedAttention(Segments.from_lengths([]), causal=False)
     assert attention.attend(0, *random_qkv(0, 4, 2)).shape == (0, 4, 8)
-
-
-class LargestTensor(TorchDispatchMode):
-    """Remembers the number of elements of the largest tensor that any operation returned."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        sizes = [leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
-        self.elements = max([self.elements, *sizes])
-        return result
 
 
 @pytest.mark.parametrize("lengths", [[256] * 8, [200, 300] * 4, [2048]], ids=["equal", "mixed", "one"])

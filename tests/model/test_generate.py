@@ -29,9 +29,7 @@ def pair(oracle_folder, ours) -> tuple[Any, Any]:
 
 def prompts_of(collate, kinds: list[str]) -> PackedBatch:
     questions = [{"messages": oracles.conversations()[kind]["messages"][:-1]} for kind in kinds]
-    samples = [collate.encode(question) for question in questions]
-    assert len(samples) == len(kinds)
-    return collate.pack(samples)
+    return collate.pack([collate.encode(question) for question in questions])
 
 
 def answer_of_transformers(stock, prompt: PackedBatch, stop_id: int) -> list[int]:
@@ -43,15 +41,9 @@ def answer_of_transformers(stock, prompt: PackedBatch, stop_id: int) -> list[int
         both_frames = pixels.view(-1, 3, 1, 256).expand(-1, -1, 2, -1)
         inputs |= {"pixel_values": both_frames.reshape(-1, 1536), "image_grid_thw": prompt.grid_thw}
     made = stock.generate(
-        **inputs,
-        max_new_tokens=NEW_TOKENS,
-        do_sample=False,
-        temperature=None,
-        top_p=None,
-        top_k=None,
-        eos_token_id=stop_id,
-        pad_token_id=0,
-    )
+        **inputs, max_new_tokens=NEW_TOKENS, eos_token_id=stop_id, pad_token_id=0,
+        do_sample=False, temperature=None, top_p=None, top_k=None,
+    )  # fmt: skip
     answer = made[0, prompt.num_tokens :].tolist()
     return answer[:-1] if answer[-1] == stop_id else answer
 
@@ -82,8 +74,7 @@ def test_prompts_side_by_side_equal_each_alone(pair, collate):
     # One that stops early leaves the others as they were.
     stop = alone[0][0]
     stopped = generate_greedy(ours, pack, max_new_tokens=NEW_TOKENS, stop_ids={stop})
-    cut = [answer[: answer.index(stop)] if stop in answer else answer for answer in together]
-    assert stopped == cut
+    assert stopped == [answer[: answer.index(stop)] if stop in answer else answer for answer in together]
     assert stopped[0] == []
 
 

@@ -36,23 +36,15 @@ def hugging_names(model: torch.nn.Module, *targets: str) -> list[str]:
 
 
 def test_targets_by_group(small):
-    block, layer = "model.visual.blocks.0", "model.language_model.layers.0"
-    assert [name for name in hugging_names(small, "vision_attn") if name.startswith(block)] == [
-        f"{block}.attn.qkv",
-        f"{block}.attn.proj",
-    ]
-    assert [name for name in hugging_names(small, "vision_mlp") if name.startswith(block)] == [
-        f"{block}.mlp.linear_fc1",
-        f"{block}.mlp.linear_fc2",
-    ]
-    assert hugging_names(small, "merger") == ["model.visual.merger.linear_fc1", "model.visual.merger.linear_fc2"]
-    deepstack = [f"model.visual.deepstack_merger_list.{k}.linear_fc{n}" for k in range(3) for n in (1, 2)]
-    assert hugging_names(small, "deepstack") == deepstack
-    attention = [f"{layer}.self_attn.{part}_proj" for part in "qkvo"]
-    assert [name for name in hugging_names(small, "text_attn") if name.startswith(layer)] == attention
-    mlp = [f"{layer}.mlp.{part}_proj" for part in ("gate", "up", "down")]
-    assert [name for name in hugging_names(small, "text_mlp") if name.startswith(layer)] == mlp
-    assert len(hugging_names(small, "text_attn")) == 4 * 4
+    visual, text, layers = "model.visual", "model.language_model.layers", range(4)
+    assert {group: hugging_names(small, group) for group in LORA_GROUPS} == {
+        "vision_attn": [f"{visual}.blocks.{k}.attn.{part}" for k in layers for part in ("qkv", "proj")],
+        "vision_mlp": [f"{visual}.blocks.{k}.mlp.linear_fc{n}" for k in layers for n in (1, 2)],
+        "merger": [f"{visual}.merger.linear_fc{n}" for n in (1, 2)],
+        "deepstack": [f"{visual}.deepstack_merger_list.{k}.linear_fc{n}" for k in range(3) for n in (1, 2)],
+        "text_attn": [f"{text}.{k}.self_attn.{part}_proj" for k in layers for part in "qkvo"],
+        "text_mlp": [f"{text}.{k}.mlp.{part}_proj" for k in layers for part in ("gate", "up", "down")],
+    }
     assert hugging_names(small, "vision_attn", "vision_mlp") == hugging_names(small, "vision")
 
 

@@ -2,13 +2,12 @@
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from qwen3vl_train.batch import VisionSlice
 from qwen3vl_train.model.loss import linear_cross_entropy_sum
 from qwen3vl_train.model.qwen3vl import Qwen3VLForConditionalGeneration, inject_vision, process_vision_slices
 from tests.helpers import oracles
+from tests.helpers.dispatch import LargestTensor, SeesTensors
 
 
 def weighted_samples() -> list[dict]:
@@ -90,14 +89,11 @@ def test_activation_checkpointing_changes_nothing(small, small_collate, trained,
     assert all(torch.equal(on[name], off[name]) for name in off)
 
 
-class StaysOnDevice(TorchDispatchMode):
+class StaysOnDevice(SeesTensors):
     """Refuses any operation that returns a tensor on another device than the model's."""
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            assert not isinstance(leaf, torch.Tensor) or leaf.device.type == "meta", f"{func} made a tensor on the host"
-        return result
+    def see(self, tensor: torch.Tensor) -> None:
+        assert tensor.device.type == "meta", "an operation made a tensor on the host"
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "full", "selective"])
@@ -114,16 +110,6 @@ def test_a_step_reads_nothing_back_from_the_device(small, small_collate, checkpo
     assert all(parameter.grad is not None for parameter in model.parameters())
     with pytest.raises(NotImplementedError):  # without the index the tower must read the grids back
         model.visual(batch.pixel_values, batch.grid_thw)
-
-
-class LargestTensor(TorchDispatchMode):
-    elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        sizes = [leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
-        self.elements = max([self.elements, *sizes])
-        return result
 
 
 def test_a_step_builds_neither_all_logits_nor_a_mask(small, small_collate):

@@ -43,8 +43,3 @@ def test_norms_compute_in_float32(small):
     x = (torch.randn(4, small.arch.text.hidden_size, generator=torch.Generator().manual_seed(0)) * 100).bfloat16()
     exact = x.double() / (x.double().square().mean(-1, keepdim=True) + norm.eps).sqrt()
     assert torch.equal(norm(x), norm.weight * exact.float().bfloat16())
-
-
-def test_a_tied_head_is_the_embedding_itself(ours):
-    text = ours.language_model
-    assert (text.lm_head.weight is text.model.embed_tokens.weight) == ours.arch.tie_word_embeddings

@@ -10,18 +10,10 @@ from qwen3vl_train.model.vision import Qwen3VLVisionModel
 
 # Vision tower of the 4B checkpoint.
 ARCH_4B = VisionArch(
-    depth=24,
-    hidden_size=1024,
-    intermediate_size=4096,
-    num_heads=16,
-    in_channels=3,
-    patch_size=16,
-    temporal_patch_size=2,
-    spatial_merge_size=2,
-    out_hidden_size=2560,
-    num_position_embeddings=48 * 48,
+    depth=24, hidden_size=1024, intermediate_size=4096, num_heads=16, in_channels=3, patch_size=16,
+    temporal_patch_size=2, spatial_merge_size=2, out_hidden_size=2560, num_position_embeddings=48 * 48,
     deepstack_visual_indexes=(5, 11, 17),
-)
+)  # fmt: skip
 
 
 def tower_of_4b() -> Qwen3VLVisionModel:

@@ -9,6 +9,7 @@ from qwen3vl_train.parallel import ddp
 from qwen3vl_train.train.data import open_data
 from qwen3vl_train.train.loop import train
 from tests.helpers import faults, small_runs
+from tests.helpers.messages import message_of
 from tests.helpers.ranks import run_ranks
 
 # Float32 sums of several packs come out in another order on two ranks: 2e-7 seen in losses, 1e-6 in weights.
@@ -47,10 +48,6 @@ def test_weights_that_differ_between_ranks_are_seen_by_all():
     assert run_ranks(_compare, 2) == [[True, False, False]] * 2
 
 
-def _train(rank: int, world_size: int, recipe: Recipe) -> None:
-    train(recipe)
-
-
 @pytest.mark.parametrize("tune", [small_runs.FULL, small_runs.LORA], ids=["full", "lora-dropout"])
 @pytest.mark.parametrize("packs_per_step", [2, 4])
 def test_two_ranks_equal_one_process(tiny_folder: Path, task: Path, tmp_path: Path, tune: dict, packs_per_step: int):
@@ -67,7 +64,7 @@ def test_two_ranks_equal_one_process(tiny_folder: Path, task: Path, tmp_path: Pa
         )
 
     one = train(recipe("one"))
-    run_ranks(_train, 2, recipe("two"))
+    run_ranks(small_runs.train_on_rank, 2, recipe("two"))
     two = tmp_path / "two" / "run"
     assert small_runs.losses(two) == pytest.approx(small_runs.losses(one), abs=TOLERANCE)
     weights = small_runs.final_tensors(one)
@@ -92,9 +89,7 @@ def test_the_ranks_of_that_run_have_uneven_work(tiny_folder: Path, task: Path, t
 
 
 def _train_from_other_adapters(rank: int, world_size: int, recipes: list[Recipe]) -> str:
-    with pytest.raises(RuntimeError) as failure:
-        train(recipes[rank])
-    return str(failure.value)
+    return message_of(RuntimeError, train, recipes[rank])
 
 
 def test_ranks_that_start_from_different_weights_are_stopped(tiny_folder: Path, task: Path, tmp_path: Path):

@@ -65,11 +65,14 @@ def test_weight_decay_acts_on_matrices_alone(tiny_folder):
         assert torch.allclose(weight, before[name] * kept, rtol=1e-6, atol=0), name
 
 
+def _bfloat16_norm(**optim) -> tuple[nn.Parameter, MasterAdamW]:
+    norm = nn.LayerNorm(4).bfloat16()
+    model = nn.ModuleDict({"language_model": nn.ModuleDict({"model": nn.ModuleDict({"norm": norm})})})
+    return norm.weight, MasterAdamW(model, OptimSection(**optim), Replicated(1))
+
+
 def test_an_update_too_small_for_bfloat16_is_not_lost():
-    model = nn.ModuleDict({"language_model": nn.ModuleDict({"model": nn.ModuleDict({"norm": nn.LayerNorm(4)})})})
-    model.bfloat16()
-    weight = model["language_model"]["model"]["norm"].weight
-    optimizer = MasterAdamW(model, OptimSection(lr=1e-4, eps=1e-12), Replicated(1))
+    weight, optimizer = _bfloat16_norm(lr=1e-4, eps=1e-12)
     master = next(item.master for item in optimizer.trained if item.parameter is weight)
     seen = []
     for _ in range(40):
@@ -85,16 +88,13 @@ def test_an_update_too_small_for_bfloat16_is_not_lost():
 
 
 def test_gradients_of_bfloat16_parameters_add_up_in_float32():
-    model = nn.ModuleDict({"language_model": nn.ModuleDict({"model": nn.ModuleDict({"norm": nn.LayerNorm(2)})})})
-    model.bfloat16()
-    weight = model["language_model"]["model"]["norm"].weight
-    optimizer = MasterAdamW(model, OptimSection(), Replicated(1))
+    weight, optimizer = _bfloat16_norm()
     for factor in (1.0, *[0.001] * 8):  # each of the small ones alone vanishes beside 1 in bfloat16
         (weight.float() * factor).sum().backward()
     assert weight.grad is None
     assert optimizer.trained[0].master.grad is not None
     small = torch.tensor(0.001).bfloat16().float().item()
-    assert optimizer.trained[0].master.grad.tolist() == pytest.approx([1 + 8 * small] * 2, abs=1e-6)
+    assert optimizer.trained[0].master.grad.tolist() == pytest.approx([1 + 8 * small] * 4, abs=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

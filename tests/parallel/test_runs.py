@@ -1,5 +1,6 @@
 """Whole runs of `train(recipe)` with sharded engines: stopped, gone on with by another engine, written for others."""
 
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -16,17 +17,12 @@ from qwen3vl_train.checkpoint.writer import read_tensors
 from qwen3vl_train.config import Recipe
 from qwen3vl_train.model.hf_names import to_huggingface
 from qwen3vl_train.train.loop import train
-from tests.helpers import engine_runs, launchers, small_runs
+from tests.helpers import launchers, small_runs
 from tests.helpers.ranks import run_ranks
 
 pytestmark = pytest.mark.usefixtures("zero_at_ease")
 TUNES = {"full": small_runs.FULL, "lora": small_runs.LORA}
 HSDP = {"engine": "fsdp2", "replicate": 2, "shard": 2}
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return engine_runs.write_small_checkpoint(tmp_path_factory.mktemp("small") / "model")
 
 
 def _recipe(small: Path, task: Path, out: Path, **overrides: Any) -> Recipe:
@@ -90,23 +86,28 @@ def test_a_recipe_of_a_sharded_engine_needs_no_launcher(small: Path, task: Path,
     assert small_runs.losses(run) == pytest.approx(straight, rel=1e-5)
 
 
-def _train(rank: int, world_size: int, recipe: Recipe) -> None:
-    train(recipe)
+EXPORTING = {
+    "single": (1, {"engine": "single"}),
+    "fsdp2": (2, {"engine": "fsdp2"}),
+    "zero3": (2, {"engine": "deepspeed", "zero_stage": 3}),
+    "hsdp": (4, HSDP),
+}
 
 
+@pytest.mark.parametrize("engine", EXPORTING)
 @pytest.mark.parametrize("tune", TUNES)
-@pytest.mark.parametrize(
-    ("world_size", "parallel"), [(2, {"engine": "deepspeed", "zero_stage": 3}), (4, HSDP)], ids=["zero3", "hsdp"]
-)
-def test_the_form_for_others_is_written_from_shards(
-    small: Path, task: Path, tmp_path: Path, tune: str, world_size: int, parallel: dict[str, Any]
-):
-    keep = {"every_steps": 2, "export_every_steps": 2}
-    train_section = {"num_steps": 2, "packs_per_step": 4}
-    recipe = _recipe(small, task, tmp_path, tune=TUNES[tune], parallel=parallel, checkpoint=keep, train=train_section)
-    run_ranks(_train, world_size, recipe)
-    written = tmp_path / "run" / "export" / "step-00000002"
-    stored = read_tensors(checkpoint_folder(tmp_path / "run", 2), "weight/")
+def test_an_export_is_written_while_training(small: Path, task: Path, tmp_path: Path, capfd, tune: str, engine: str):
+    world_size, parallel = EXPORTING[engine]
+    case = {"tune": TUNES[tune], "parallel": parallel, "train": {"num_steps": 3, "packs_per_step": 4}}
+    recipe = _recipe(small, task, tmp_path, checkpoint={"every_steps": 2, "export_every_steps": 2}, **case)
+    if world_size == 1:
+        train(recipe)
+    else:
+        run_ranks(small_runs.train_on_rank, world_size, recipe)
+    run = tmp_path / "run"
+    written = run / "export" / "step-00000002"
+    assert list((run / "export").iterdir()) == [written]
+    stored = read_tensors(checkpoint_folder(run, 2), "weight/")
     trained = {name.removeprefix("weight/"): weight for name, weight in stored.items()}
     if tune == "full":
         got = dict(load_qwen3_vl_model(written, dtype=torch.float32).named_parameters())
@@ -114,8 +115,9 @@ def test_the_form_for_others_is_written_from_shards(
         adapter = load_file(written / "adapter_model.safetensors")
         got = {name: adapter[_adapter_key(name)] for name in trained}
         assert len(adapter) == len(trained)
-    assert got.keys() == trained.keys()
-    assert all(torch.equal(weight, trained[name]) for name, weight in got.items())
+    small_runs.assert_same_tensors(got, trained)
+    assert (written / "tokenizer.json").is_file()
+    assert re.search(rf"^export step 2: written in \d+\.\d s, {written}$", capfd.readouterr().out, re.MULTILINE)
 
 
 def _adapter_key(name: str) -> str:

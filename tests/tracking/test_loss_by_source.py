@@ -48,10 +48,6 @@ def test_a_tally_has_the_mean_loss_of_each_data_set(tiny_folder: Path, task: Pat
     assert done.loss == pytest.approx(sum(sums.values()) / sum(labels.values()), abs=1e-5)
 
 
-def _train(rank: int, world_size: int, recipe: Recipe) -> None:
-    train(recipe)
-
-
 def test_curves_of_a_mixture_are_the_same_on_two_ranks(tiny_folder: Path, task: Path, tmp_path: Path):
     def recipe(name: str) -> Recipe:
         mixture = [_named(task, "often", 2.0), _named(task, "seldom", 0.5), {"path": str(task / "eval.jsonl")}]
@@ -61,7 +57,7 @@ def test_curves_of_a_mixture_are_the_same_on_two_ranks(tiny_folder: Path, task: 
 
     assert source_names(recipe("one")) == ["often", "seldom", "eval.jsonl"]
     one = read_metrics(train(recipe("one")) / "metrics.jsonl")
-    run_ranks(_train, 2, recipe("two"))
+    run_ranks(small_runs.train_on_rank, 2, recipe("two"))
     two = read_metrics(tmp_path / "two" / "run" / "metrics.jsonl")
     seen = dict.fromkeys(["often", "seldom", "eval.jsonl"], 0)
     for alone, shared in zip(one, two, strict=True):
@@ -77,8 +73,7 @@ def test_curves_of_a_mixture_are_the_same_on_two_ranks(tiny_folder: Path, task: 
     assert seen["eval.jsonl"] > 0
 
 
-def test_each_data_set_is_a_curve_of_the_tracker(tiny_folder: Path, task: Path, tmp_path: Path, monkeypatch):
-
+def test_each_data_set_is_a_curve_of_the_tracker(tiny_folder: Path, task: Path, tmp_path: Path):
     logged: list[dict] = []
 
     class Tracker:
@@ -96,9 +91,8 @@ def test_each_data_set_is_a_curve_of_the_tracker(tiny_folder: Path, task: Path, 
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     for curves, row in zip(logged, rows, strict=True):
         assert "sources" not in curves
-        assert {name: curves[f"loss/{name}"] for name in ("first", "second")} == {
-            name: row["sources"][name]["loss"] for name in ("first", "second")
-        }
+        for name in ("first", "second"):
+            assert curves[f"loss/{name}"] == row["sources"][name]["loss"]
 
 
 @pytest.mark.parametrize("tune", [small_runs.FULL, small_runs.LORA], ids=["full", "lora"])

@@ -16,7 +16,8 @@ from qwen3vl_train.tracking.metrics import read_metrics
 from qwen3vl_train.train.consistency import StepStatus, check_same_folder, check_same_weights
 from qwen3vl_train.train.data import open_data
 from qwen3vl_train.train.loop import train
-from tests.helpers import engine_runs, faults
+from tests.helpers import faults
+from tests.helpers.messages import message_of
 from tests.helpers.ranks import run_ranks
 from tests.helpers.small_runs import make_recipe, write_rows
 
@@ -61,24 +62,22 @@ def _check_weights(rank: int, world_size: int, models: list[Path]) -> str | None
         return str(error)
 
 
-def test_a_rank_with_other_weights_is_named_on_all_ranks(tmp_path: Path):
+def test_a_rank_with_other_weights_is_named_on_all_ranks(small: Path, tmp_path: Path):
     """Same names, shapes and sizes: only the numbers of one tensor differ."""
-    one = engine_runs.write_small_checkpoint(tmp_path / "one")
-    shutil.copytree(one, tmp_path / "same")
-    shutil.copytree(one, tmp_path / "other")
-    tensors = load_file(one / "model.safetensors")
+    shutil.copytree(small, tmp_path / "same")
+    shutil.copytree(small, tmp_path / "other")
+    tensors = load_file(small / "model.safetensors")
     tensors["model.visual.blocks.0.attn.proj.weight"] *= 1.01
     save_file(tensors, tmp_path / "other" / "model.safetensors", metadata={"format": "pt"})
     (tmp_path / "none").mkdir()
-    messages = run_ranks(_check_weights, 2, [one, tmp_path / "same"])
-    assert messages == [None, None]
-    messages = run_ranks(_check_weights, 3, [one, tmp_path / "other", one])
+    assert run_ranks(_check_weights, 2, [small, tmp_path / "same"]) == [None, None]
+    messages = run_ranks(_check_weights, 3, [small, tmp_path / "other", small])
     ending = (
         f"rank 1 on {HOST} has other weights there than rank 0 on {HOST}; copy one model folder to all machines, or "
         "share it"
     )
     assert [message.partition(": ")[2] for message in messages] == [ending] * 3
-    messages = run_ranks(_check_weights, 2, [one, tmp_path / "none"])
+    messages = run_ranks(_check_weights, 2, [small, tmp_path / "none"])
     assert messages[0] == messages[1]
     assert messages[0].startswith(f"rank 1 on {HOST}: {tmp_path / 'none'}: missing model.safetensors")
 
@@ -87,17 +86,14 @@ def _train_apart(rank: int, world_size: int, models: list[Path], out: Path, task
     faults.look_for_folder(1.0)
     if rank == blind:
         faults.see_no_files_of_others()  # its disk has the folder, and not what rank 0 writes
-    with pytest.raises(ValueError) as caught:
-        train(make_recipe(models[rank], task, out, parallel={"engine": "ddp"}))
-    return str(caught.value)
+    return message_of(ValueError, train, make_recipe(models[rank], task, out, parallel={"engine": "ddp"}))
 
 
-def test_a_run_starts_with_both_checks(tmp_path: Path, task: Path):
-    model, none = engine_runs.write_small_checkpoint(tmp_path / "model"), tmp_path / "none"
-    none.mkdir()
-    messages = run_ranks(_train_apart, 2, [model, model], tmp_path / "runs", task, 1)
+def test_a_run_starts_with_both_checks(small: Path, tmp_path: Path, task: Path):
+    (none := tmp_path / "none").mkdir()
+    messages = run_ranks(_train_apart, 2, [small, small], tmp_path / "runs", task, 1)
     assert all("is not seen by rank 1" in message for message in messages)
-    messages = run_ranks(_train_apart, 2, [model, none], tmp_path / "runs", task, None)
+    messages = run_ranks(_train_apart, 2, [small, none], tmp_path / "runs", task, None)
     assert all(message.startswith(f"rank 1 on {HOST}: {none}") for message in messages)
     assert not list((tmp_path / "runs").iterdir()), "nothing is written before"
 
@@ -125,23 +121,13 @@ def test_a_step_status_is_true_where_it_is_on_any_rank():
     ]  # fmt: skip
 
 
-def _use_machine(rank, folders):
-    """Give each rank a working directory of its own: the same relative paths are other files."""
-    os.chdir(folders[rank])
-
-
 def _open_error(rank, world_size, folders, recipe):
-    _use_machine(rank, folders)
-    with pytest.raises(ValueError) as caught:
-        open_data(recipe, Ranks(rank, world_size, rank, CPU))
-    return str(caught.value)
+    os.chdir(folders[rank])  # the same relative paths are other files
+    return message_of(ValueError, open_data, recipe, Ranks(rank, world_size, rank, CPU))
 
 
 def _machines(task, tmp_path, count=2):
-    folders = [tmp_path / f"machine-{number}" for number in range(count)]
-    for folder in folders:
-        shutil.copytree(task, folder)
-    return folders
+    return [shutil.copytree(task, tmp_path / f"machine-{number}") for number in range(count)]
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -165,7 +151,7 @@ def test_data_that_differs_is_named_on_all_ranks(tiny_folder, task, tmp_path, st
 
 
 def _open_saved(rank, world_size, folders, recipe):
-    _use_machine(rank, folders)
+    os.chdir(folders[rank])
     ranks = Ranks(rank, world_size, rank, CPU)
     first = open_data(recipe, ranks)
     step = first.take(iter(first.loader), ranks).packs
@@ -239,7 +225,7 @@ def test_a_step_is_taken_on_all_ranks_or_on_none(tiny_folder, task, tmp_path):
 
 
 def _train(rank, world_size, folders, recipe):
-    _use_machine(rank, folders)
+    os.chdir(folders[rank])
     return train(recipe)
 
 

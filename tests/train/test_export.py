@@ -145,15 +145,6 @@ def test_companions_and_the_pixel_limits_of_training_go_along(run, tiny_folder, 
     assert after == {**before, "fps": 2.0, "min_frames": 4, "max_frames": 768}
 
 
-def test_the_checkpoint_is_read_back_in_stock_form(run, tmp_path):
-    from transformers import AutoTokenizer, Qwen3VLConfig
-
-    out = export_run(run("full"), tmp_path / "out", merge=False).out
-    config = Qwen3VLConfig.from_pretrained(out)
-    assert config.text_config.rope_parameters["mrope_interleaved"] is True
-    assert AutoTokenizer.from_pretrained(out).convert_tokens_to_ids("<|image_pad|>") == config.image_token_id
-
-
 def test_what_exists_is_not_overwritten(run, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("kept")

@@ -16,14 +16,9 @@ from qwen3vl_train.checkpoint.manifest import checkpoint_folder, latest_checkpoi
 from qwen3vl_train.config import Recipe, run_dir, save_recipe
 from qwen3vl_train.tracking.metrics import read_metrics
 from qwen3vl_train.train.loop import train
-from tests.helpers import engine_runs, faults, launchers, small_runs
+from tests.helpers import faults, launchers, small_runs
 from tests.helpers.ranks import RankFailure, run_ranks
 from tests.helpers.small_runs import in_child, losses
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return engine_runs.write_small_checkpoint(tmp_path_factory.mktemp("small") / "model")
 
 
 @pytest.fixture(scope="module")
@@ -103,30 +98,6 @@ def test_a_worker_that_dies_ends_the_run_which_can_go_on(small: Path, task: Path
     assert losses(tmp_path / "run") == losses(straight)
 
 
-def test_a_damaged_checkpoint_is_announced_and_set_aside(
-    small: Path, task: Path, tmp_path: Path, straight: Path, capsys
-):
-    recipe = _recipe(small, task, tmp_path, checkpoint={"every_steps": 2, "keep_last": 2})
-    checkpoints = train(recipe) / "checkpoints"
-    damaged = next((checkpoints / "step-00000006" / "state").iterdir())
-    os.truncate(damaged, damaged.stat().st_size - 1)
-    size = damaged.stat().st_size
-    capsys.readouterr()
-    train(recipe)
-    lines = capsys.readouterr().out.splitlines()
-    assert any(
-        line.startswith("falling back to an earlier checkpoint: ") and f"{damaged}: {size} bytes, written with" in line
-        for line in lines
-    )
-    assert "resuming after step 4 of 6" in lines
-    assert losses(tmp_path / "run") == losses(straight)
-    assert sorted(left.name for left in checkpoints.iterdir()) == [
-        "damaged-step-00000006",
-        "step-00000004",
-        "step-00000006",
-    ]
-
-
 # ---- ranks
 
 DRIVER = """
@@ -155,16 +126,12 @@ sys.exit(sft([sys.argv[1]]))
 """
 
 
-def _train(rank: int, world_size: int, recipe: Recipe) -> None:
-    train(recipe)
-
-
 @pytest.fixture(scope="module")
 def straight_on_two(small: Path, many: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
     """Losses of two uninterrupted ranks, by engine."""
     out = tmp_path_factory.mktemp("straight")
     for engine in ("ddp", "fsdp2"):
-        run_ranks(_train, 2, _ranks_recipe(small, many, out / engine, engine))
+        run_ranks(small_runs.train_on_rank, 2, _ranks_recipe(small, many, out / engine, engine))
     return {engine: losses(out / engine / "run") for engine in ("ddp", "fsdp2")}
 
 
@@ -209,10 +176,7 @@ def _wait_for_checkpoint(recipe: Recipe, step: int) -> None:
         time.sleep(0.02)
 
 
-SHARDED = {
-    "fsdp2": (2, {"engine": "fsdp2"}),
-    "hsdp": (4, {"engine": "fsdp2", "replicate": 2}),
-}
+SHARDED = {"fsdp2": (2, {"engine": "fsdp2"}), "hsdp": (4, {"engine": "fsdp2", "replicate": 2})}
 
 
 def _dies_in_a_sharded_save(rank: int, world_size: int, recipe: Recipe, victim: int) -> None:
@@ -235,13 +199,13 @@ def test_a_rank_killed_within_a_sharded_save_changes_nothing(small: Path, many: 
     def recipe(out: str) -> Recipe:
         return _ranks_recipe(small, many, tmp_path / out, parallel=parallel)
 
-    run_ranks(_train, world_size, recipe("straight"))
+    run_ranks(small_runs.train_on_rank, world_size, recipe("straight"))
     with pytest.raises(RankFailure, match="rank 1 died without a word, exit code -9"):
         run_ranks(_dies_in_a_sharded_save, world_size, recipe("killed"), 1)
     killed = tmp_path / "killed" / "run"
     assert latest_checkpoint(killed) == checkpoint_folder(killed, 2)
     assert (killed / "checkpoints" / ".step-00000004.partial").is_dir()
-    run_ranks(_train, world_size, recipe("killed"))
+    run_ranks(small_runs.train_on_rank, world_size, recipe("killed"))
     assert losses(killed) == losses(tmp_path / "straight" / "run")
     expected = small_runs.final_tensors(tmp_path / "straight" / "run")
     small_runs.assert_same_tensors(small_runs.final_tensors(killed), expected)

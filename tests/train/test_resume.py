@@ -10,6 +10,7 @@ from qwen3vl_train.config import Recipe
 from qwen3vl_train.tracking.metrics import read_metrics
 from qwen3vl_train.train.loop import train
 from tests.helpers import faults, small_runs
+from tests.helpers.messages import message_of
 from tests.helpers.ranks import run_ranks
 from tests.helpers.small_runs import in_child, losses
 
@@ -58,16 +59,12 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(tiny_folder: Path
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 3
 
 
-def _go_on(rank: int, world_size: int, recipe: Recipe) -> None:
-    train(recipe)
-
-
 @pytest.mark.parametrize("tune", [small_runs.FULL, small_runs.LORA], ids=["full", "lora"])
 def test_a_run_of_one_rank_goes_on_with_two(tiny_folder: Path, task: Path, tmp_path: Path, tune: dict):
     straight = train(small_runs.make_recipe(tiny_folder, task, tmp_path / "straight", tune=tune))
     recipe = small_runs.make_recipe(tiny_folder, task, tmp_path / "killed", tune=tune)
     assert _killed_after(3, recipe) == -9
-    run_ranks(_go_on, 2, recipe)
+    run_ranks(small_runs.train_on_rank, 2, recipe)
     run = tmp_path / "killed" / "run"
     # Two packs a step: the sum of two gradients is the same in either order, so this too holds bit for bit.
     assert losses(run) == losses(straight)
@@ -84,13 +81,7 @@ def finished(tiny_folder: Path, task: Path, tmp_path_factory: pytest.TempPathFac
 
 @pytest.fixture
 def copied(finished: Path, tmp_path: Path) -> Path:
-    shutil.copytree(finished, tmp_path / "out")
-    return tmp_path / "out"
-
-
-def test_only_the_newest_checkpoints_are_kept(finished: Path):
-    kept = sorted(folder.name for folder in (finished / "run" / "checkpoints").iterdir())
-    assert kept == ["step-00000004", "step-00000006"]
+    return shutil.copytree(finished, tmp_path / "out")
 
 
 def test_a_finished_run_has_nothing_to_do(tiny_folder, task, copied, capsys):
@@ -112,22 +103,9 @@ def test_settings_that_do_not_change_training_may_change(tiny_folder, task, copi
     assert kept == ["step-00000006"]  # of those at 4, 5 and 6, as keep_last now says
 
 
-def test_another_run_in_the_folder_is_an_error(tiny_folder, task, copied):
-    recipe = small_runs.make_recipe(tiny_folder, task, copied, optim__lr=2e-3, train__seed=1, tune=small_runs.LORA)
-    with pytest.raises(ValueError) as fault:
-        train(recipe)
-    lines = str(fault.value).splitlines()
-    assert lines[0] == f"{copied / 'run'}: holds another run"
-    assert "  - optim.lr: 0.001 there, 0.002 here" in lines
-    assert "  - train.seed: 0 there, 1 here" in lines
-    assert "  - tune.method: full there, lora here" in lines
-    assert lines[-1] == "choose another name, or remove the folder"
-
-
 def test_resume_never_meets_a_started_run(tiny_folder, task, copied):
-    with pytest.raises(ValueError) as fault:
-        train(small_runs.make_recipe(tiny_folder, task, copied, checkpoint__resume="never"))
-    assert str(fault.value) == (
+    recipe = small_runs.make_recipe(tiny_folder, task, copied, checkpoint__resume="never")
+    assert message_of(ValueError, train, recipe) == (
         f"{copied / 'run'}: holds this run already; choose another name, or set checkpoint.resume: auto to go on"
     )
 
@@ -150,48 +128,22 @@ def test_a_folder_of_something_else_is_not_touched(tiny_folder, task, tmp_path):
     assert (tmp_path / "run").read_text() == "a file"
 
 
-def _cut(file: Path) -> str:
-    content = file.read_bytes()
-    file.write_bytes(content[:-100])
-    return f"{len(content) - 100} bytes, written with {len(content)}; remove this checkpoint"
-
-
-def _alter(file: Path) -> str:
-    content = file.read_bytes()
-    file.write_bytes(content[:-100] + bytes(10) + content[-90:])
-    return "its checksum is not the one it was written with; remove this checkpoint"
-
-
-def _lose(file: Path) -> str:
-    file.unlink()
-    return "missing; remove this checkpoint"
-
-
-@pytest.mark.parametrize("damage", [_cut, _alter, _lose], ids=lambda damage: damage.__name__[1:])
-def test_a_damaged_checkpoint_is_skipped(tiny_folder, task, copied, capsys, damage):
+def test_a_damaged_checkpoint_is_skipped(tiny_folder, task, copied, capsys):
     recipe = small_runs.make_recipe(tiny_folder, task, copied)
     expected, tensors = losses(copied / "run"), small_runs.final_tensors(copied / "run")
     checkpoint = copied / "run" / "checkpoints" / "step-00000006"
     (file,) = (checkpoint / "state").iterdir()
-    fault = damage(file)
+    content = file.read_bytes()
+    file.write_bytes(content[:-100] + bytes(10) + content[-90:])
     train(recipe)
     lines = capsys.readouterr().out.splitlines()
+    fault = "its checksum is not the one it was written with; remove this checkpoint"
     assert f"falling back to an earlier checkpoint: {file}: {fault}" in lines
     assert "resuming after step 4 of 6" in lines
     assert losses(copied / "run") == expected
     small_runs.assert_same_tensors(small_runs.final_tensors(copied / "run"), tensors)
     kept = sorted(folder.name for folder in (copied / "run" / "checkpoints").iterdir())
     assert kept == ["damaged-step-00000006", "step-00000004", "step-00000006"]
-
-
-def test_a_run_with_only_damaged_checkpoints_stops(tiny_folder, task, copied):
-    faults = []
-    for step in (6, 4):
-        (file,) = (copied / "run" / "checkpoints" / f"step-{step:08d}" / "state").iterdir()
-        faults.append(f"\n  - {file}: {_lose(file)}")
-    with pytest.raises(ValueError) as fault:
-        train(small_runs.make_recipe(tiny_folder, task, copied))
-    assert str(fault.value) == f"{copied / 'run'}: none of 2 checkpoints is complete{''.join(faults)}"
 
 
 def test_changed_data_stops_a_resume(tiny_folder, task, tmp_path):

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shutil
 import sys
 import time
@@ -11,30 +10,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
-from qwen3vl_train.checkpoint.hf import load_qwen3_vl_model
 from qwen3vl_train.checkpoint.manifest import checkpoint_folder, latest_checkpoint, read_manifest
-from qwen3vl_train.checkpoint.writer import CheckpointWriter, read_tensors
+from qwen3vl_train.checkpoint.writer import CheckpointWriter
 from qwen3vl_train.config import Recipe, run_dir
 from qwen3vl_train.dist.stop import StopRequest
-from qwen3vl_train.model.hf_names import to_huggingface
 from qwen3vl_train.tracking.metrics import read_metrics
 from qwen3vl_train.tracking.recorder import Recorder
 from qwen3vl_train.tracking.wandb import SilentTracker
 from qwen3vl_train.train.export import export_run
 from qwen3vl_train.train.loop import train
-from tests.helpers import engine_runs, faults, small_runs
+from tests.helpers import faults, small_runs
+from tests.helpers.messages import message_of
 from tests.helpers.ranks import run_ranks
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return engine_runs.write_small_checkpoint(tmp_path_factory.mktemp("small") / "model")
-
-
-def _train(rank: int, world_size: int, recipe: Recipe) -> None:
-    train(recipe)
 
 
 def test_a_checkpoint_stall_is_in_the_next_metrics(small: Path, task: Path, tmp_path: Path):
@@ -61,7 +49,7 @@ def test_an_evaluation_sends_a_heartbeat_for_every_pack(small: Path, task: Path,
 def test_the_manifest_holds_engine_ranks_versions_and_losses(small: Path, task: Path, tmp_path: Path):
     case = {"data__eval": [{"path": str(task / "eval.jsonl"), "name": "held"}], "eval__every_steps": 2}
     recipe = small_runs.make_recipe(small, task, tmp_path, parallel={"engine": "fsdp2"}, train__num_steps=3, **case)
-    run_ranks(_train, 2, recipe)
+    run_ranks(small_runs.train_on_rank, 2, recipe)
     run = tmp_path / "run"
     second, third = (read_manifest(checkpoint_folder(run, step), checksums=True) for step in (2, 3))
     assert (second["step"], second["engine"], second["world_size"]) == (2, "fsdp2", 2)
@@ -135,9 +123,7 @@ def _fills_up(rank: int, world_size: int, recipe: Recipe, victim: int) -> str:
     if rank == victim:
         faults.around_saves(before=lambda writer, step: writers.append(writer))
         faults.around_steps(before=fill)
-    with pytest.raises(RuntimeError) as fault:
-        train(recipe)
-    return str(fault.value)
+    return message_of(RuntimeError, train, recipe)
 
 
 @pytest.mark.parametrize(("engine", "victim", "num_steps"), [("ddp", 0, 8), ("ddp", 0, 4), ("fsdp2", 1, 8)], ids=str)
@@ -165,9 +151,7 @@ def _cannot_export(rank: int, world_size: int, recipe: Recipe) -> str:
 
     if rank == 0:
         faults.before_export_in_training(refuse)
-    with pytest.raises(RuntimeError) as fault:
-        train(recipe)
-    return str(fault.value)
+    return message_of(RuntimeError, train, recipe)
 
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
@@ -183,40 +167,6 @@ def test_all_ranks_end_when_an_export_fails(small: Path, task: Path, tmp_path: P
         "the same later"
     )
     assert out.parent.is_file() or not any(out.parent.iterdir())
-
-
-EXPORTS = {"full": small_runs.FULL, "lora": small_runs.LORA}
-
-
-@pytest.mark.parametrize("engine", ["single", "fsdp2"])
-@pytest.mark.parametrize("tune", EXPORTS)
-def test_an_export_is_written_while_training(
-    small: Path, task: Path, tmp_path: Path, capfd: pytest.CaptureFixture, engine: str, tune: str
-):
-    case = {"tune": EXPORTS[tune], "checkpoint": {"every_steps": 2, "export_every_steps": 2}, "train__num_steps": 3}
-    recipe = small_runs.make_recipe(small, task, tmp_path / "out", parallel={"engine": engine}, **case)
-    if engine == "single":
-        train(recipe)
-    else:
-        run_ranks(_train, 2, recipe)
-    run = tmp_path / "out" / "run"
-    assert [folder.name for folder in (run / "export").iterdir()] == ["step-00000002"]
-    written = run / "export" / "step-00000002"
-    stored = read_tensors(checkpoint_folder(run, 2), "weight/")
-    trained = {name.removeprefix("weight/"): weight for name, weight in stored.items()}
-    if tune == "full":
-        weights = dict(load_qwen3_vl_model(written, dtype=torch.float32).named_parameters())
-        assert weights.keys() == trained.keys()
-        assert all(torch.equal(weight, trained[name]) for name, weight in weights.items())
-    else:
-        adapter = load_file(written / "adapter_model.safetensors")
-        assert len(adapter) == len(trained)
-        for name, weight in trained.items():
-            module, _, part = name.partition(".lora_")
-            key = f"base_model.model.{to_huggingface(module)}.lora_{part.replace('.default', '')}"
-            assert torch.equal(adapter[key], weight)
-    assert (written / "tokenizer.json").is_file()
-    assert re.search(rf"^export step 2: written in \d+\.\d s, {written}$", capfd.readouterr().out, re.MULTILINE)
 
 
 def test_an_export_of_a_step_done_again_is_replaced(small: Path, task: Path, tmp_path: Path):

@@ -4,9 +4,10 @@ import hashlib
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -30,15 +31,13 @@ _WORTH_PROCESSES = 2000
 class LengthRule(NamedTuple):
     """What happens to a sample that is too long.
 
-    max_tokens: of a sample; field: of the recipe that sets it, for messages.
-    max_patches: of a pack.
     too_long: drop skips the sample, reject lists it as a fault of the data. shrink_media: the collator shrinks media;
         what is too long nevertheless is rejected.
     """
 
-    max_tokens: int
-    field: str = "data.max_tokens_per_pack"
-    max_patches: int | None = None
+    max_tokens: int  # of a sample
+    field: str = "data.max_tokens_per_pack"  # of the recipe, which sets max_tokens
+    max_patches: int | None = None  # of a pack
     too_long: Literal["drop", "reject", "shrink_media"] = "reject"
 
     def admit(self, sample: Sample, collator: MultimodalCollator) -> SampleCost | None:
@@ -59,14 +58,12 @@ class LengthRule(NamedTuple):
         if least > self.max_tokens:
             return self._too_long(f"at least {least} tokens of text is longer than {self.field} {self.max_tokens}")
         cost = collator.cost_of(pieces, sample.media_root)
-        too_many = self.max_patches is not None and cost.patches > self.max_patches
-        if cost.tokens <= self.max_tokens and not too_many:
-            return cost
         if cost.tokens > self.max_tokens:
-            what = f"{cost.tokens} tokens ({cost.visual_tokens} visual) is longer than {self.field} {self.max_tokens}"
-        else:
-            what = f"{cost.patches} patches is more than data.max_patches_per_pack {self.max_patches}"
-        return self._too_long(what)
+            visual = f"({cost.visual_tokens} visual)"
+            return self._too_long(f"{cost.tokens} tokens {visual} is longer than {self.field} {self.max_tokens}")
+        if self.max_patches is not None and cost.patches > self.max_patches:
+            return self._too_long(f"{cost.patches} patches is more than data.max_patches_per_pack {self.max_patches}")
+        return cost
 
     def _too_long(self, what: str) -> None:
         if self.too_long == "drop":
@@ -80,10 +77,6 @@ class Index:
     """The rows of all sources under consecutive numbers: source s has rows starts[s] .. starts[s+1]-1.
 
     tokens, visual_tokens, patches, patch_pairs, num_shrunk: int64 (rows,), all 0 where the row is not used.
-    signatures: int64 (rows,), a hash of the signatures of the row's media files.
-    shapes: int8 (rows,), see `SourceIndex`.
-    rejects: the rows that cannot be used.
-    num_dropped: rows dropped as too long.
     """
 
     starts: np.ndarray
@@ -92,18 +85,17 @@ class Index:
     patches: np.ndarray
     patch_pairs: np.ndarray
     num_shrunk: np.ndarray
-    signatures: np.ndarray
-    shapes: np.ndarray
-    rejects: list[Reject] = field(default_factory=list)
-    num_dropped: int = 0
+    signatures: np.ndarray  # int64 (rows,), a hash of the signatures of the row's media files
+    shapes: np.ndarray  # int8 (rows,), see `SourceIndex`
+    rejects: list[Reject]
+    num_dropped: int  # as too long
 
     @classmethod
     def from_sources(cls, names: Sequence[str], parts: Sequence[SourceIndex]) -> "Index":
         """Concatenate the indexes of all sources. names: of the sources."""
-        lengths = np.array([part.num_rows for part in parts], dtype=np.int64)
-        joined = SourceIndex.join(parts, num_costs=len(SampleCost._fields))
+        joined = SourceIndex.join(parts)
         return cls(
-            np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+            np.cumsum([0, *(part.num_rows for part in parts)], dtype=np.int64),
             *joined.costs,
             signatures=joined.row_signatures(),
             shapes=joined.shapes,
@@ -163,7 +155,18 @@ def build_index(
         read from there, and only rows whose media files changed, or whose fault was transient, are scanned again.
     progress: called with (rows scanned, rows to scan).
     """
-    keys = [_cache_key(source, collator, rule) for source in sources]
+    # All that the costs of a source follow from, except its media files.
+    keys = [
+        {
+            "rows": source.fingerprint(),
+            "media_root": source.media_root,
+            "rules": repr(source.rules),
+            "encoder": collator.fingerprint(),
+            "length": list(rule),
+            "name": source.name,
+        }
+        for source in sources
+    ]
     parts = [
         load_index(cache_folder, key, len(source)) if cache_folder else None
         for source, key in zip(sources, keys, strict=True)
@@ -172,82 +175,55 @@ def build_index(
         np.arange(len(source)) if part is None else part.rows_to_scan()
         for source, part in zip(sources, parts, strict=True)
     ]
-    scanned = _scan(_RowScanner(sources, collator, rule), wanted, num_workers, progress)
+    chunks = [
+        (number, rows[start : start + _ROWS_PER_CHUNK])
+        for number, rows in enumerate(wanted)
+        for start in range(0, len(rows), _ROWS_PER_CHUNK)
+    ]
+    done, total = 0, sum(map(len, wanted))
+    scan = partial(_scan_rows, sources, collator, rule)
+    scanned: list[list[SourceIndex]] = [[] for _ in sources]
+    results = in_workers(scan, chunks, num_workers if total >= _WORTH_PROCESSES else 0)
+    for (number, rows), found in zip(chunks, results, strict=True):
+        scanned[number].append(found)
+        done += len(rows)
+        if progress is not None:
+            progress(done, total)
     for number, (part, rows) in enumerate(zip(parts, wanted, strict=True)):
         if part is None or len(rows):
-            fresh = SourceIndex.join(scanned[number], num_costs=len(SampleCost._fields))
+            fresh = SourceIndex.join(scanned[number])
             parts[number] = fresh = fresh if part is None else part.with_rows(rows, fresh)
             if cache_folder:
                 save_index(cache_folder, keys[number], fresh)
     return Index.from_sources([source.name for source in sources], [part for part in parts if part is not None])
 
 
-def _scan(
-    scanner: "_RowScanner", wanted: Sequence[np.ndarray], num_workers: int, progress: Callable[[int, int], None] | None
-) -> list[list[SourceIndex]]:
-    """Scan some rows of each source, chunk by chunk. wanted: the rows, of each source."""
-    total, done = sum(map(len, wanted)), 0
-    chunks = [
-        (number, rows[start : start + _ROWS_PER_CHUNK])
-        for number, rows in enumerate(wanted)
-        for start in range(0, len(rows), _ROWS_PER_CHUNK)
-    ]
-    results = in_workers(scanner, chunks, num_workers if total >= _WORTH_PROCESSES else 0)
-    scanned: list[list[SourceIndex]] = [[] for _ in wanted]
-    for (number, rows), found in zip(chunks, results, strict=True):
-        scanned[number].append(found)
-        done += len(rows)
-        if progress is not None:
-            progress(done, total)
-    return scanned
-
-
-class _RowScanner:
-    """Scans a chunk of rows of one source; sent to worker processes."""
-
-    def __init__(self, sources: Sequence[Source], collator: MultimodalCollator, rule: LengthRule) -> None:
-        self.sources, self.collator, self.rule = sources, collator, rule
-
-    def __call__(self, chunk: tuple[int, np.ndarray]) -> SourceIndex:
-        number, rows = chunk
-        source = self.sources[number]
-        costs = np.zeros((len(SampleCost._fields), len(rows)), dtype=np.int64)
-        dropped = np.zeros(len(rows), dtype=bool)
-        shapes = np.full(len(rows), -1, dtype=np.int8)
-        rejects: list[RowReject] = []
-        files: list[list[str]] = []
-        for at, row in enumerate(rows.tolist()):
-            sample = None
-            try:
-                sample = source.sample(row)
-                cost = self.rule.admit(sample, self.collator)
-            except RowFault as fault:
-                sample = sample or fault.sample
-                # A server may send a page of errors today and the image tomorrow.
-                transient = fault.transient or (
-                    isinstance(fault, MediaFault) and sample is not None and is_fetched(sample)
-                )
-                rejects.append(RowReject(at, source.row_number(row), str(fault), fault.kind, transient))
-            else:
-                if cost is None:
-                    dropped[at] = True
-                else:
-                    costs[:, at] = cost
-            files.append([] if sample is None else local_files(sample))
-            if sample is not None:
-                shapes[at] = FORMATS.index(sample.row_format)
-        paths = [path for of_row in files for path in of_row]
-        num_files = np.array([len(of_row) for of_row in files], dtype=np.int64)
-        return SourceIndex(costs, dropped, shapes, rejects, paths, num_files, read_signatures(paths))
-
-
-def _cache_key(source: Source, collator: MultimodalCollator, rule: LengthRule) -> dict[str, Any]:
-    """Return everything that the costs of a source follow from, except its media files."""
-    return {
-        "rows": source.fingerprint(),
-        "media_root": source.media_root,
-        "rules": repr(source.rules),
-        "encoder": collator.fingerprint(),
-        "length": list(rule),
-        "name": source.name,
-    }
+def _scan_rows(
+    sources: Sequence[Source], collator: MultimodalCollator, rule: LengthRule, chunk: tuple[int, np.ndarray]
+) -> SourceIndex:
+    """Scan some rows of one source. chunk: the index of the source, and the rows."""
+    source, rows = sources[chunk[0]], chunk[1]
+    costs = np.zeros((len(SampleCost._fields), len(rows)), dtype=np.int64)
+    dropped = np.zeros(len(rows), dtype=bool)
+    shapes = np.full(len(rows), -1, dtype=np.int8)
+    num_files = np.zeros(len(rows), dtype=np.int64)
+    files: list[str] = []
+    rejects: list[RowReject] = []
+    for at, row in enumerate(rows.tolist()):
+        sample = None
+        try:
+            sample = source.sample(row)
+            cost = rule.admit(sample, collator)
+            dropped[at] = cost is None
+            costs[:, at] = 0 if cost is None else cost
+        except RowFault as fault:
+            sample = sample or fault.sample
+            # A server may send a page of errors today and the image tomorrow.
+            fetched = isinstance(fault, MediaFault) and sample is not None and is_fetched(sample)
+            rejects.append(RowReject(at, source.row_number(row), str(fault), fault.kind, fault.transient or fetched))
+        if sample is not None:
+            shapes[at] = FORMATS.index(sample.row_format)
+            of_row = local_files(sample)
+            num_files[at] = len(of_row)
+            files += of_row
+    return SourceIndex(costs, dropped, shapes, rejects, files, num_files, read_signatures(files))

@@ -13,49 +13,40 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from qwen3vl_train.data.encode.encoder import SampleCost
 from qwen3vl_train.data.errors import FaultKind
 from qwen3vl_train.data.signatures import hash_rows, read_signatures
 
 _VERSION = 5
 """Of the files written here; increase it with every change of their content or of how costs are found."""
+_ARRAYS = ("costs", "dropped", "shapes", "num_files", "signatures")
+"""Of a SourceIndex: these are kept as arrays, the rest as JSON."""
+_NUM_COSTS = len(SampleCost._fields)
 _DAMAGE = (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile, zlib.error)
 """What reading a truncated or altered file raises: every part of it carries a checksum."""
 
 
 class RowReject(NamedTuple):
-    """A row that cannot be used.
+    """A row that cannot be used."""
 
-    row: 0..n-1.
-    number: by which a person finds it.
-    transient: a retry may succeed.
-    """
-
-    row: int
-    number: int
+    row: int  # 0..n-1
+    number: int  # by which a person finds it
     reason: str
     kind: FaultKind
-    transient: bool = False
+    transient: bool  # a retry may succeed
 
 
 @dataclass
 class SourceIndex:
-    """The n rows of one source.
+    """The n rows of one source."""
 
-    costs: int64 (fields of SampleCost, n), 0 where a row is not used.
-    dropped: bool (n,), whether the row is dropped as too long.
-    shapes: int8 (n,), index of the row's format in FORMATS, -1 where it could not be read.
-    rejects: the rows that cannot be used.
-    files: media files of all rows, row after row; num_files: int64 (n,), of each row.
-    signatures: of the files, see `read_signatures`.
-    """
-
-    costs: np.ndarray
-    dropped: np.ndarray
-    shapes: np.ndarray
+    costs: np.ndarray  # int64 (fields of SampleCost, n), 0 where a row is not used
+    dropped: np.ndarray  # bool (n,), whether the row is dropped as too long
+    shapes: np.ndarray  # int8 (n,), index of the row's format in FORMATS, -1 where it could not be read
     rejects: list[RowReject]
-    files: list[str]
-    num_files: np.ndarray
-    signatures: np.ndarray
+    files: list[str]  # media files of all rows, row after row
+    num_files: np.ndarray  # int64 (n,), of each row
+    signatures: np.ndarray  # of the files, see `read_signatures`
 
     @property
     def num_rows(self) -> int:
@@ -75,14 +66,14 @@ class SourceIndex:
         return np.union1d(np.repeat(np.arange(self.num_rows), self.num_files)[changed], transient)
 
     @classmethod
-    def join(cls, parts: Sequence["SourceIndex"], *, num_costs: int) -> "SourceIndex":
+    def join(cls, parts: Sequence["SourceIndex"]) -> "SourceIndex":
         """Concatenate chunks of rows."""
         rejects, start = [], 0
         for part in parts:
             rejects += [reject._replace(row=start + reject.row) for reject in part.rejects]
             start += part.num_rows
         return cls(
-            np.concatenate([np.zeros((num_costs, 0), dtype=np.int64), *(part.costs for part in parts)], axis=1),
+            np.concatenate([np.zeros((_NUM_COSTS, 0), dtype=np.int64), *(part.costs for part in parts)], axis=1),
             np.concatenate([np.zeros(0, dtype=bool), *(part.dropped for part in parts)]),
             np.concatenate([np.zeros(0, dtype=np.int8), *(part.shapes for part in parts)]),
             rejects,
@@ -92,28 +83,21 @@ class SourceIndex:
         )
 
     def with_rows(self, rows: np.ndarray, fresh: "SourceIndex") -> "SourceIndex":
-        """Return the index with some rows, given ascending, replaced by those of a new scan."""
-        chunks: list[SourceIndex] = []
-        ends = np.concatenate([[0], np.cumsum(self.num_files)])
-        fresh_ends = np.concatenate([[0], np.cumsum(fresh.num_files)])
-        start = 0
-        for at, row in enumerate([*rows.tolist(), self.num_rows]):
-            chunks.append(self._chunk(start, row, ends))
-            if at < len(rows):
-                chunks.append(fresh._chunk(at, at + 1, fresh_ends))
-            start = row + 1
-        return SourceIndex.join(chunks, num_costs=len(self.costs))
-
-    def _chunk(self, start: int, end: int, ends: np.ndarray) -> "SourceIndex":
-        first, last = int(ends[start]), int(ends[end])
+        """Return the index with some rows replaced by those of a new scan."""
+        both = SourceIndex.join([self, fresh])
+        order = np.arange(self.num_rows)
+        order[rows] = self.num_rows + np.arange(len(rows))
+        rejects = {reject.row: reject for reject in both.rejects}
+        last = np.cumsum(both.num_files)
+        files = [file for row in order for file in range(last[row] - both.num_files[row], last[row])]
         return SourceIndex(
-            self.costs[:, start:end],
-            self.dropped[start:end],
-            self.shapes[start:end],
-            [reject._replace(row=reject.row - start) for reject in self.rejects if start <= reject.row < end],
-            self.files[first:last],
-            self.num_files[start:end],
-            self.signatures[first:last],
+            both.costs[:, order],
+            both.dropped[order],
+            both.shapes[order],
+            [rejects[row]._replace(row=at) for at, row in enumerate(order.tolist()) if row in rejects],
+            [both.files[file] for file in files],
+            both.num_files[order],
+            both.signatures[files],
         )
 
 
@@ -130,15 +114,8 @@ def save_index(folder: Path, key: dict[str, Any], index: SourceIndex) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as out:
-            np.savez(
-                out,
-                costs=index.costs,
-                dropped=index.dropped,
-                shapes=index.shapes,
-                num_files=index.num_files,
-                signatures=index.signatures,
-                words=np.frombuffer(words.encode(errors="surrogateescape"), dtype=np.uint8),
-            )
+            arrays = {name: getattr(index, name) for name in _ARRAYS}
+            np.savez(out, words=np.frombuffer(words.encode(errors="surrogateescape"), dtype=np.uint8), **arrays)
         os.replace(temporary, file)
     except OSError as error:
         raise ValueError(
@@ -155,15 +132,8 @@ def load_index(folder: Path, key: dict[str, Any], num_rows: int) -> SourceIndex 
     try:
         with np.load(_cache_file(folder, key), allow_pickle=False) as arrays:
             words = json.loads(arrays["words"].tobytes().decode(errors="surrogateescape"))
-            index = SourceIndex(
-                arrays["costs"],
-                arrays["dropped"],
-                arrays["shapes"],
-                [RowReject(*reject) for reject in words["rejects"]],
-                words["files"],
-                arrays["num_files"],
-                arrays["signatures"],
-            )
+            rejects = [RowReject(*reject) for reject in words["rejects"]]
+            index = SourceIndex(rejects=rejects, files=words["files"], **{name: arrays[name] for name in _ARRAYS})
     except _DAMAGE:
         return None
     fits = index.num_rows == num_rows and len(index.files) == len(index.signatures) == index.num_files.sum()

@@ -38,30 +38,23 @@ class StepPacks:
     """The packs of one step that this rank trains on.
 
     packs: may be empty: a short last step has fewer packs than ranks, or all rows of a pack were broken.
-    pack_numbers: index of each pack among the packs of the step over all ranks.
-    num_packs: planned packs of the step over all ranks.
-    epoch: counted from 0.
     rejected: rows of this rank that broke when they were decoded and, on rank 0, rows of a stream that cannot be used.
     state: the loader's position AFTER this step, as JSON, the same on every rank; save it with what the step trained.
-    balance: planned work of the busiest rank, over the mean of all ranks.
-    plan_hash: the same on every rank, or they have not planned the same.
-    num_shrunk: media in the step, over all ranks, that a budget made smaller.
-    num_seen, num_dropped: rows scanned since the run began, and those of them dropped as too long.
 
     Which source a sample is of is in its name: `rows.parse.dataset_of(name)` for each of `PackedBatch.sample_ids`.
     """
 
     packs: list[PackedBatch]
-    pack_numbers: list[int]
-    num_packs: int
-    epoch: int
+    pack_numbers: list[int]  # index of each pack among the packs of the step over all ranks
+    num_packs: int  # planned, over all ranks
+    epoch: int  # counted from 0
     rejected: list[Reject]
     state: dict[str, Any]
-    balance: float
-    plan_hash: PlanHash
-    num_shrunk: int
-    num_seen: int
-    num_dropped: int
+    balance: float  # planned work of the busiest rank, over the mean of all ranks
+    plan_hash: PlanHash  # the same on every rank, or they have not planned the same
+    num_shrunk: int  # media in the step, over all ranks, that a budget made smaller
+    num_seen: int  # rows scanned since the run began
+    num_dropped: int  # of them, as too long
 
 
 class Position(NamedTuple):
@@ -108,7 +101,13 @@ class Loader:
         data_rank, data_world_size: which share of the packs is this rank's; ranks that share a pack have the same.
         fingerprint: of the producer, where not this rank's own.
         """
-        _check_run(packs_per_step, num_epochs, num_steps)
+        if packs_per_step < 1:
+            raise ValueError(f"train.packs_per_step: got {packs_per_step}; use at least 1")
+        ends = f"train: num_epochs is {num_epochs} and num_steps is {num_steps}"
+        if (num_epochs is None) == (num_steps is None):
+            raise ValueError(f"{ends}; give one of them")
+        if (num_epochs or num_steps or 0) < 1:
+            raise ValueError(f"{ends}; use at least 1")
         self.producer, self.collator, self.limits, self.packs_per_step = producer, collator, limits, packs_per_step
         self.num_epochs, self._num_steps = num_epochs, 0 if producer.num_usable == 0 else num_steps
         self.data_rank, self.data_world_size = data_rank, data_world_size
@@ -124,7 +123,7 @@ class Loader:
 
     @property
     def epoch(self) -> int:
-        """The epoch of the position, counted from 0."""
+        """Of the position, counted from 0."""
         return self._position.cursor["epoch"]
 
     @property
@@ -180,7 +179,14 @@ class Loader:
                 f"resume: the position in the data has no {', '.join(missing)}: the checkpoint is of an earlier "
                 "version of qwen3vl_train; go on with that version, or start a new run"
             )
-        _check_fingerprint(state["fingerprint"], self.fingerprint)
+        saved, current = state["fingerprint"], self.fingerprint
+        what = {"sources": "the data files", "costs": "the rows' token counts", "encoder": "the template or a budget"}
+        if changed := [key for key, value in current.items() if saved.get(key) != value]:
+            names = ", ".join(what.get(key, f"{key} ({saved.get(key)} then, {current[key]} now)") for key in changed)
+            raise ValueError(
+                f"resume: {names} changed since the checkpoint, so the run cannot go on exactly; put them back or "
+                "start a new run"
+            )
         self._epoch_lengths.update(enumerate(state["epoch_lengths"]))
         self._move_to(state)
 
@@ -194,42 +200,32 @@ class Loader:
         with fewer packs in a step builds empty packs in their place. So ranks that replay the scan of rank 0 ask for
         a step only when rank 0 is about to do so, too.
         """
-        planned: deque[tuple[StepPacks, list[int], list[list[int]]]] = deque()
+        planned: deque[StepPacks] = deque()
 
         def packs_to_build() -> Iterator[Families]:
             for step, packs in self._plan_steps(self._position):
-                work = [pack.work for pack in packs]
-                shares = share(work, self.data_world_size)
-                planned.append((step, work, shares))
-                own = [packs[number].families for number in shares[self.data_rank]]
+                planned.append(step)
+                own = [packs[number].families for number in step.pack_numbers]
                 del packs  # its rows are held no longer than they must be
-                yield from own + [()] * (_largest(shares) - len(own))
+                yield from own + [()] * (self._most_packs(step) - len(own))
 
         build = PackBuilder(self.producer.read_row, self.collator)
         results = build_packs(build, packs_to_build(), self.num_workers, pin_memory=self.pin_memory)
         for first in results:
-            step, work, shares = planned.popleft()
-            step = self._finish(step, work, shares, [first, *islice(results, _largest(shares) - 1)])
+            step = planned.popleft()
+            step = _finish(step, [first, *islice(results, self._most_packs(step) - 1)])
             self._move_to(step.state)
             yield step
 
-    def _finish(
-        self, step: StepPacks, work: list[int], shares: list[list[int]], results: list[PackResult]
-    ) -> StepPacks:
-        """Put what was built into a planned step. work: of each pack of the step. shares: of the ranks."""
-        own = list(zip(shares[self.data_rank], results, strict=False))
-        built = [(number, result.pack) for number, result in own if result.pack is not None]
-        loads = rank_loads(work, shares)
-        return replace(
-            step,
-            packs=[pack for _, pack in built],
-            pack_numbers=[number for number, _ in built],
-            rejected=[reject for _, result in own for reject in result.rejected] + step.rejected,
-            balance=max(loads) * self.data_world_size / sum(loads),
-        )
+    def _most_packs(self, step: StepPacks) -> int:
+        """Return how many packs of a step a rank has at most, see `share`."""
+        return math.ceil(step.num_packs / self.data_world_size)
 
     def _plan_steps(self, position: Position) -> Iterator[tuple[StepPacks, list[PlannedPack]]]:
-        """Yield the steps from a position to the end of the run, without packs, and what is to be built for each."""
+        """Yield the steps from a position to the end of the run, without packs, and all packs to be built for each.
+
+        `StepPacks.pack_numbers` are those that this rank is to build.
+        """
         begun: list[PlannedPack] = []
         rejected: list[Reject] = []
         if self._ends(position):
@@ -286,7 +282,6 @@ class Loader:
         if not window.families:
             return []
         costs = window.costs
-        found = plan_packs(costs, self.limits)
         packs = [
             PlannedPack(
                 [window.families[family] for family in pack],
@@ -294,26 +289,25 @@ class Loader:
                 int(costs.work[pack].sum()),
                 int(costs.num_shrunk[pack].sum()),
             )
-            for pack in found
+            for pack in plan_packs(costs, self.limits)
         ]
-        order = arrange(
-            [pack.work for pack in packs],
-            packs_per_step=self.packs_per_step,
-            carry_over=carry_over,
-            seed=window.order_seed,
-        )
+        work = [pack.work for pack in packs]
+        order = arrange(work, packs_per_step=self.packs_per_step, carry_over=carry_over, seed=window.order_seed)
         return [packs[number] for number in order]
 
     def _step(self, packs: list[PlannedPack], epoch: int, position: Position, rejected: list[Reject]) -> StepPacks:
         keys = [[self.producer.row_key(row) for row in pack.rows] for pack in packs]
+        work = [pack.work for pack in packs]
+        shares = share(work, self.data_world_size)
+        loads = rank_loads(work, shares)
         return StepPacks(
             packs=[],
-            pack_numbers=[],
+            pack_numbers=shares[self.data_rank],
             num_packs=len(packs),
             epoch=epoch,
             rejected=rejected,
             state=self._state(position),
-            balance=1.0,
+            balance=max(loads) * self.data_world_size / sum(loads),
             plan_hash=PlanHash.from_plan(position._asdict(), keys),
             num_shrunk=sum(pack.num_shrunk for pack in packs),
             num_seen=position.num_seen,
@@ -321,30 +315,15 @@ class Loader:
         )
 
 
-def _largest(shares: Sequence[Sequence[int]]) -> int:
-    return max(map(len, shares))
-
-
-def _check_run(packs_per_step: int, num_epochs: int | None, num_steps: int | None) -> None:
-    """Raise ValueError where the length of a step or of the run is out of range."""
-    if packs_per_step < 1:
-        raise ValueError(f"train.packs_per_step: got {packs_per_step}; use at least 1")
-    if (num_epochs is None) == (num_steps is None):
-        raise ValueError(f"train: num_epochs is {num_epochs} and num_steps is {num_steps}; give one of them")
-    if (num_epochs or num_steps or 0) < 1:
-        raise ValueError(f"train: num_epochs is {num_epochs} and num_steps is {num_steps}; use at least 1")
-
-
-def _check_fingerprint(saved: dict[str, Any], current: dict[str, Any]) -> None:
-    """Raise ValueError that names what of the data or the plan is not as it was when a state was saved."""
-    changed = [key for key, value in current.items() if saved.get(key) != value]
-    if changed:
-        what = {"sources": "the data files", "costs": "the rows' token counts", "encoder": "the template or a budget"}
-        names = ", ".join(what.get(key, f"{key} ({saved.get(key)} then, {current[key]} now)") for key in changed)
-        raise ValueError(
-            f"resume: {names} changed since the checkpoint, so the run cannot go on exactly; put them back or start a "
-            "new run"
-        )
+def _finish(step: StepPacks, results: list[PackResult]) -> StepPacks:
+    """Put what was built into a planned step."""
+    built = [(number, pack) for number, (pack, _) in zip(step.pack_numbers, results, strict=False) if pack]
+    return replace(
+        step,
+        packs=[pack for _, pack in built],
+        pack_numbers=[number for number, _ in built],
+        rejected=[reject for result in results for reject in result.rejected] + step.rejected,
+    )
 
 
 def _check_same_window(window: Window, position: Position) -> None:

@@ -18,11 +18,10 @@ class InOrder:
     """A stream, read in its own order."""
 
     def __init__(self, source: StreamSource, num_rows: int | None = None) -> None:
-        """num_rows: as far as known."""
-        self.source, self.num_rows = source, num_rows
+        self.source, self.num_rows = source, num_rows  # None: not known
 
     def rows(self, state: dict[str, Any] | None, seed: tuple[int, ...]) -> Iterator[StreamRow]:
-        """Yield the rows behind a state; seed is not asked."""
+        """Yield the rows behind a state, in the order of the source whatever the seed."""
         return self.source.rows(state)
 
 
@@ -76,9 +75,8 @@ class Mixture:
     def __init__(self, parts: Sequence[Part], seed: int) -> None:
         self.parts, self.seed = parts, seed
         known = [part.reader.num_rows for part in parts]
-        self.paces = [
-            part.weight * (1 if None in known else (rows or 1)) for part, rows in zip(parts, known, strict=True)
-        ]
+        rows = [1] * len(parts) if None in known else [number or 1 for number in known]
+        self.paces = [part.weight * number for part, number in zip(parts, rows, strict=True)]
 
     def start(self, epoch: int = 0) -> Cursor:
         """Return the cursor of the first row of an epoch."""
@@ -87,19 +85,16 @@ class Mixture:
     def rows(self, cursor: Cursor) -> Iterator[tuple[Cursor, StreamRow]]:
         """Yield (cursor behind the row, row) to the end of the cursor's epoch."""
         epoch, places = cursor["epoch"], list(cursor["parts"])
-        draws = {
-            number: part.draw(places[number], (self.seed, epoch, number)) for number, part in enumerate(self.parts)
-        }
+        draws = {at: part.draw(places[at], (self.seed, epoch, at)) for at, part in enumerate(self.parts)}
         while draws:
             # The part that is furthest behind its pace; whether it has ended shows when it is asked.
-            number = min(draws, key=lambda number: ((places[number]["drawn"] + 1) / self.paces[number], number))
-            drawn = next(draws[number], None)
+            at = min(draws, key=lambda at: ((places[at]["drawn"] + 1) / self.paces[at], at))
+            drawn = next(draws[at], None)
             if drawn is None:
-                del draws[number]
-                continue
-            place, row = drawn
-            places[number] = {**place, "drawn": places[number]["drawn"] + 1}
-            yield {"epoch": epoch, "parts": list(places)}, row
+                del draws[at]
+            else:
+                places[at] = {**drawn[0], "drawn": places[at]["drawn"] + 1}
+                yield {"epoch": epoch, "parts": list(places)}, drawn[1]
 
 
 def _chance(parts: tuple[int, ...]) -> float:

@@ -1,6 +1,7 @@
 """Build packs from the rows that a plan puts into them, in worker processes or in this one."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -20,19 +21,13 @@ from qwen3vl_train.data.sources import Source
 
 
 class ScannedRow(NamedTuple):
-    """A row, and what the scan found of it.
-
-    sample: the row, or why it cannot be used.
-    file, number: by which a person finds it.
-    tokens: its length; 0 where this rank did not scan it.
-    signature: that of its media files, see `media_signature`.
-    """
+    """A row, and what the scan found of it."""
 
     sample: Sample | RowFault
     file: str
-    number: int
-    tokens: int
-    signature: int
+    number: int  # by which a person finds it
+    tokens: int  # 0 where this rank did not scan it
+    signature: int  # see `media_signature`
 
 
 class PackResult(NamedTuple):
@@ -63,12 +58,11 @@ Families = Sequence[Sequence[Any]]
 """The rows of each family of a pack, in the form that the producer of the plan gave them."""
 
 
-class PackBuilder:
+class PackBuilder(NamedTuple):
     """Builds packs from the families of a plan; sent to worker processes."""
 
-    def __init__(self, read_row: Callable[[Any], ScannedRow], collator: MultimodalCollator) -> None:
-        """read_row: see `WindowProducer.read_row`."""
-        self.read_row, self.collator = read_row, collator
+    read_row: Callable[[Any], ScannedRow]  # see `WindowProducer.read_row`
+    collator: MultimodalCollator
 
     def __call__(self, families: Families) -> PackResult:
         encoded: list[EncodedSample] = []
@@ -93,10 +87,10 @@ class PackBuilder:
                 kind="changed",
             )
         encoded = self.collator.encode(row.sample)
-        if encoded.input_ids.numel() != row.tokens:
+        if (found := encoded.input_ids.numel()) != row.tokens:
             raise RowFault(
-                f"sample has {encoded.input_ids.numel()} tokens but had {row.tokens} when it was scanned; its row or "
-                "its media changed since, start again",
+                f"sample has {found} tokens but had {row.tokens} when it was scanned; its row or its media changed "
+                "since, start again",
                 kind="changed",
             )
         return encoded
@@ -110,19 +104,13 @@ def build_packs(
         for result in map(build, planned):
             yield result._replace(pack=result.pack.pin_memory()) if pin_memory and result.pack else result
         return
-    for shared, rejected in in_workers(_BuildShared(build), planned, num_workers, pin_memory=pin_memory):
+    for shared, rejected in in_workers(partial(_build_shared, build), planned, num_workers, pin_memory=pin_memory):
         yield PackResult(shared.unpack() if shared else None, rejected)
 
 
-class _BuildShared:
-    """Builds packs in shared memory, for the way out of a worker process."""
-
-    def __init__(self, build: PackBuilder) -> None:
-        self.build = build
-
-    def __call__(self, families: Families) -> tuple[SharedMemoryPack | None, list[Reject]]:
-        pack, rejected = self.build(families)
-        return SharedMemoryPack.from_pack(pack) if pack else None, rejected
+def _build_shared(build: PackBuilder, families: Families) -> tuple[SharedMemoryPack | None, list[Reject]]:
+    pack, rejected = build(families)
+    return SharedMemoryPack.from_pack(pack) if pack else None, rejected
 
 
 def eval_packs(

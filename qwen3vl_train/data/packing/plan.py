@@ -24,16 +24,12 @@ class CostModel:
     """Estimated work of a sample, in units of one text token through the linear layers of the decoder.
 
     The defaults are FLOP ratios of Qwen3-VL 4B.
-
-    token_pair: of each pair of tokens in causal attention, of which there are the squares of sequence lengths.
-    patch: of each vision patch.
-    patch_pair: of each pair of patches of a frame, of which there are the squares of frame sizes.
     """
 
     token: float = 1.0
-    token_pair: float = 3.7e-5
+    token_pair: float = 3.7e-5  # in causal attention: as many as the squares of sequence lengths
     patch: float = 0.095
-    patch_pair: float = 1.2e-5
+    patch_pair: float = 1.2e-5  # of one frame: as many as the squares of frame sizes
 
     @classmethod
     def from_arch(cls, arch: Qwen3VLArch, *, text_passes: int = 3, vision_passes: int = 3) -> "CostModel":
@@ -43,13 +39,8 @@ class CostModel:
     def work(self, tokens: np.ndarray, patches: np.ndarray, patch_pairs: np.ndarray) -> np.ndarray:
         """Return the work of each sample, int64. That of a pack is the sum: attention never crosses samples."""
         lengths = tokens.astype(np.float64)
-        exact = (
-            self.token * lengths
-            + self.token_pair * lengths * lengths
-            + self.patch * patches
-            + self.patch_pair * patch_pairs
-        )
-        return np.rint(exact).astype(np.int64)
+        text = self.token * lengths + self.token_pair * lengths * lengths
+        return np.rint(text + self.patch * patches + self.patch_pair * patch_pairs).astype(np.int64)
 
 
 class FamilyCosts(NamedTuple):
@@ -63,8 +54,7 @@ class FamilyCosts(NamedTuple):
     patches: np.ndarray
     work: np.ndarray
     num_sequences: np.ndarray
-    num_shrunk: np.ndarray
-    """Media that a budget made smaller. Only counted: no plan depends on them."""
+    num_shrunk: np.ndarray  # media that a budget made smaller; only counted: no plan depends on them
 
     @classmethod
     def from_rows(
@@ -85,17 +75,9 @@ class PackLimits:
 
     def sizes(self, costs: FamilyCosts) -> tuple[np.ndarray, np.ndarray]:
         """Return (sizes (n, L), capacities (L,)) of the L limits that are set, both int64."""
-        columns = [
-            (column, capacity)
-            for column, capacity in (
-                (costs.tokens, self.tokens),
-                (costs.patches, self.patches),
-                (costs.num_sequences, self.sequences),
-            )
-            if capacity is not None
-        ]
-        sizes = np.stack([column for column, _ in columns], axis=1).astype(np.int64)
-        return sizes, np.array([capacity for _, capacity in columns], dtype=np.int64)
+        limits = [(costs.tokens, self.tokens), (costs.patches, self.patches), (costs.num_sequences, self.sequences)]
+        columns, capacities = zip(*(limit for limit in limits if limit[1] is not None), strict=True)
+        return np.stack(columns, axis=1).astype(np.int64), np.array(capacities, dtype=np.int64)
 
 
 def plan_packs(costs: FamilyCosts, limits: PackLimits) -> list[list[int]]:
@@ -221,50 +203,42 @@ def share(work: Sequence[int], world_size: int) -> list[list[int]]:
 
 
 def rank_loads(work: Sequence[int], shares: Sequence[Sequence[int]]) -> list[int]:
-    """Return the work of each rank. work: of each pack of a step. shares: as `share` deals them."""
+    """Return the work of each rank. work: of each pack of a step."""
     return [sum(work[number] for number in numbers) for numbers in shares]
 
 
 class PlanFigures(NamedTuple):
     """How good a plan is.
 
-    fill: tokens in the packs / tokens they could hold.
     balance: (work of the busiest rank) / (mean of all ranks) over full steps, weighted by work: how much longer they
         take than with even ranks.
-    worst_balance: that of the worst step.
     """
 
-    fill: float
+    fill: float  # tokens in the packs / tokens they could hold
     balance: float
-    worst_balance: float
+    worst_balance: float  # that of the worst step
 
 
 def plan_figures(
     tokens: Sequence[int], work: Sequence[int], *, max_tokens: int, packs_per_step: int, world_size: int
 ) -> PlanFigures:
     """Return how good a plan is. tokens, work: of each pack, in the order of the steps."""
-    busiest, mean = [], []
-    for first in range(0, len(work) - packs_per_step + 1, packs_per_step):
-        step_work = work[first : first + packs_per_step]
-        loads = rank_loads(step_work, share(step_work, world_size))
-        busiest.append(max(loads))
-        mean.append(sum(loads) / world_size)
+    full_steps = range(0, len(work) - packs_per_step + 1, packs_per_step)
+    steps = [work[first : first + packs_per_step] for first in full_steps]
     fill = sum(tokens) / (max_tokens * len(tokens)) if tokens else 0.0
-    if not mean:
+    if not steps:
         return PlanFigures(fill, 1.0, 1.0)
+    busiest = [max(rank_loads(step, share(step, world_size))) for step in steps]
+    mean = [sum(step) / world_size for step in steps]
     worst = max(most / usual for most, usual in zip(busiest, mean, strict=True))
     return PlanFigures(fill, sum(busiest) / sum(mean), worst)
 
 
 class PlanHash(NamedTuple):
-    """What ranks compare to find that they hold the same plan of a step: 48 bits of a hash each, exact as a float.
+    """What ranks compare to find that they hold the same plan of a step: 48 bits of a hash each, exact as a float."""
 
-    position: of the loader's position after the step.
-    packs: of the rows of all packs of all ranks.
-    """
-
-    position: int
-    packs: int
+    position: int  # of the loader after the step
+    packs: int  # the rows of all packs of all ranks
 
     @classmethod
     def from_plan(cls, position: dict[str, Any], packs: Any) -> "PlanHash":

@@ -5,9 +5,7 @@ Tensor by tensor, a pack would hold fifteen file descriptors open here for as lo
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,29 +32,21 @@ class SharedMemoryPack:
             return tensor.to("meta")
 
         form = pack._apply(emptied)
-        size = sum(_room(tensor) for tensor in tensors)
+        size = sum(map(_room, tensors))
         block = torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(size))  # type: ignore[call-overload]
-        shipment = cls(block, form)
-        views: list[Tensor] = []
-        shipment._views(views.append)
-        for view, tensor in zip(views, tensors, strict=True):
-            view.copy_(tensor)
-        return shipment
+        shared, contents = cls(block, form), iter(tensors)
+        shared.unpack()._apply(lambda view: view.copy_(next(contents)))
+        return shared
 
     def unpack(self) -> PackedBatch:
         """Return the pack. Its tensors are views of the block: nothing is copied."""
-        return self._views(lambda view: None)
-
-    def _views(self, note: Callable[[Tensor], Any]) -> PackedBatch:
         start = 0
 
         def view(empty: Tensor) -> Tensor:
             nonlocal start
-            end = start + empty.numel() * empty.element_size()
-            found = self.block[start:end].view(empty.dtype).view(empty.shape)
+            content = self.block[start : start + empty.numel() * empty.element_size()]
             start += _room(empty)
-            note(found)
-            return found
+            return content.view(empty.dtype).view(empty.shape)
 
         return self.form._apply(view)
 

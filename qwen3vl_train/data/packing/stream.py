@@ -21,9 +21,10 @@ from qwen3vl_train.data.packing.mixture import Cursor, Mixture, Part
 from qwen3vl_train.data.packing.packs import ScannedRow
 from qwen3vl_train.data.packing.plan import CostModel, FamilyCosts, hash_48
 from qwen3vl_train.data.packing.windows import Window, check_weights
-from qwen3vl_train.data.packing.workers import from_worker
-from qwen3vl_train.data.rows.media_files import media_signature
-from qwen3vl_train.data.rows.sample import Sample, TextPart
+from qwen3vl_train.data.packing.workers import from_worker, unchanged
+from qwen3vl_train.data.rejects import none_usable
+from qwen3vl_train.data.rows.media_files import media_of, media_signature
+from qwen3vl_train.data.rows.sample import Sample
 from qwen3vl_train.data.sources import StreamRow
 
 _MAX_BYTES = 512 << 20
@@ -44,21 +45,15 @@ class Broadcast(Protocol):
 
 @dataclass
 class ScanResult:
-    """What rank 0 found in the rows of one window: all that its plan follows from, as JSON.
+    """What rank 0 found in the rows of one window: all that its plan follows from, as JSON."""
 
-    next_cursor: of the first row after the window, in the next epoch where ends_epoch.
-    names: file (without its folder) and number of every row.
-    positions: of the usable rows among them, and costs: of each.
-    skipped: positions of the rows that cannot be used, and rejects: why, of those that were not skipped unread.
-    """
-
-    next_cursor: Cursor
+    next_cursor: Cursor  # of the first row after the window, in the next epoch where ends_epoch
     ends_epoch: bool = False
-    names: list[tuple[str, int]] = field(default_factory=list)
-    positions: list[int] = field(default_factory=list)
-    costs: list[SampleCost] = field(default_factory=list)
-    skipped: list[int] = field(default_factory=list)
-    rejects: list[Reject] = field(default_factory=list)
+    names: list[tuple[str, int]] = field(default_factory=list)  # file (without its folder) and number of every row
+    positions: list[int] = field(default_factory=list)  # of the usable rows
+    costs: list[SampleCost] = field(default_factory=list)  # of the usable rows
+    skipped: list[int] = field(default_factory=list)  # positions of the rows that cannot be used
+    rejects: list[Reject] = field(default_factory=list)  # why, of those that were not skipped unread
     num_dropped: int = 0
 
     @property
@@ -91,9 +86,8 @@ class StreamReader:
         where an epoch holds no usable row.
         """
         cursor, skipped = start
-        num_usable, from_start = 0, cursor == self.mixture.start(cursor["epoch"])
+        num_usable, num_rows, from_start = 0, 0, cursor == self.mixture.start(cursor["epoch"])
         first_rejects: list[Reject] = []
-        num_rows = 0
         while True:
             result, rows = self._scan_window(cursor, skipped)
             num_usable += len(rows)
@@ -101,19 +95,15 @@ class StreamReader:
             first_rejects = (first_rejects + result.rejects)[:3]
             if result.ends_epoch:
                 if from_start and not num_usable:
-                    names = ", ".join(part.name for part in self.mixture.parts)
-                    shown = "".join(f"\n  - {reject}" for reject in first_rejects)
-                    raise ValueError(
-                        f"{names}: nothing to learn from, none of {num_rows} rows can be used; fix the rows{shown}"
-                    )
+                    names = [part.name for part in self.mixture.parts]
+                    raise ValueError(none_usable(names, num_rows, first_rejects))
                 num_usable, num_rows, from_start = 0, 0, True
             yield result, rows
             cursor, skipped = result.next_cursor, ()
 
     def _scan_window(self, cursor: Cursor, skipped: Sequence[int]) -> Scan:
         result, rows = ScanResult(cursor, skipped=list(skipped)), []
-        known = set(skipped)
-        num_bytes = 0
+        known, num_bytes = set(skipped), 0
         for next_cursor, row in self.mixture.rows(cursor):
             result.next_cursor = next_cursor
             position = result.num_rows
@@ -142,10 +132,9 @@ class StreamReader:
 
     def read(self, cursor: Cursor) -> Iterator[list[ScannedRow | None]]:
         """Yield the rows unscanned, in chunks; None follows the last row of an epoch."""
-        epoch = cursor["epoch"]
-        chunk: list[ScannedRow | None] = []
-        num_bytes = 0
         while True:
+            chunk: list[ScannedRow | None] = []
+            num_bytes = 0
             for _, row in self.mixture.rows(cursor):
                 chunk.append(_as_scanned(row, 0))
                 num_bytes += 0 if isinstance(row.sample, RowFault) else _inline_bytes(row.sample)
@@ -153,8 +142,7 @@ class StreamReader:
                     yield chunk
                     chunk, num_bytes = [], 0
             yield [*chunk, None]
-            chunk, num_bytes, epoch = [], 0, epoch + 1
-            cursor = self.mixture.start(epoch)
+            cursor = self.mixture.start(cursor["epoch"] + 1)
 
 
 class StreamedWindows:
@@ -188,17 +176,16 @@ class StreamedWindows:
         check_weights([(part, part.weight) for part in parts])
         self.parts, self.seed, self.size = parts, seed, size
         self.cost_model = cost_model or CostModel()
-        self.read_row: Callable[[Any], ScannedRow] = _unchanged
+        self.read_row: Callable[[Any], ScannedRow] = unchanged
         self._encoder = [collator.fingerprint(), list(rule)]
         self._reader = StreamReader(Mixture(parts, seed), collator, rule, size)
         self._broadcast, self._is_scanner, self._in_process, self._num_rounds = broadcast, is_scanner, not in_worker, 0
 
     def start(self, epoch: int = 0) -> Cursor:
-        """See `WindowProducer.start`."""
         return self._reader.mixture.start(epoch)
 
     def windows(self, cursor: Cursor, skipped: Sequence[int] = ()) -> Iterator[Window]:
-        """See `WindowProducer.windows`. Raises ValueError where the stream cannot be read on, on every rank."""
+        """Yield the windows. Raises ValueError where the stream cannot be read on, on every rank."""
         for result, rows in self._scans(cursor, skipped):
             tokens, _, patches, patch_pairs, num_shrunk = np.array(result.costs, dtype=np.int64).reshape(-1, 5).T
             work = self.cost_model.work(tokens, patches, patch_pairs)
@@ -223,16 +210,14 @@ class StreamedWindows:
         keys = (f"{self._num_rounds}/{number}" for number in count())
         if self._broadcast is not None and not self._is_scanner:
             chunks = from_worker(self._reader.read, cursor, in_process=self._in_process, ahead=_CHUNKS_AHEAD)
-            return replay(_received(self._broadcast, keys), chunks)
+            return _received(self._broadcast, keys, chunks)
         scans = from_worker(self._reader.scan, (cursor, skipped), in_process=self._in_process)
         return scans if self._broadcast is None else _sent(scans, self._broadcast, keys)
 
     def row_key(self, row: ScannedRow) -> tuple[str, int, int]:
-        """Return file without its folder, number and tokens."""
         return os.path.basename(row.file), row.number, row.tokens
 
     def fingerprint(self) -> dict[str, Any]:
-        """See `WindowProducer.fingerprint`."""
         return {
             "sources": [part.reader.source.fingerprint() for part in self.parts],
             "weights": [part.weight for part in self.parts],
@@ -243,17 +228,18 @@ class StreamedWindows:
         }
 
 
-def _unchanged(row: ScannedRow) -> ScannedRow:
-    return row
+def _received(broadcast: Broadcast, keys: Iterator[str], chunks: Iterator[list[ScannedRow | None]]) -> Iterator[Scan]:
+    """Replay the scans that rank 0 sent, with the rows as this rank reads them.
 
-
-def replay(results: Iterator[ScanResult], chunks: Iterator[list[ScannedRow | None]]) -> Iterator[Scan]:
-    """Yield the scans of another rank, with the rows as this one reads them.
-
-    A row that cannot be read here keeps its position, as its fault. Raises ValueError where the rows are other ones.
+    A row that cannot be read here keeps its position, as its fault. Raises ValueError where the rows are other ones,
+    ValueError or RuntimeError where rank 0 met an error.
     """
     rows = chain.from_iterable(chunks)
-    for result in results:
+    for key in keys:
+        message = broadcast.receive(key)
+        if "error" in message:
+            raise (ValueError if message["is_value_error"] else RuntimeError)(message["error"])
+        result = ScanResult.from_json(message)
         found: list[ScannedRow] = []
         while len(found) < result.num_rows and (row := next(rows)) is not None:
             found.append(row)
@@ -286,15 +272,6 @@ def _sent(scans: Iterator[Scan], broadcast: Broadcast, keys: Iterator[str]) -> I
         yield result, rows
 
 
-def _received(broadcast: Broadcast, keys: Iterator[str]) -> Iterator[ScanResult]:
-    """Yield what rank 0 sent. Raises ValueError or RuntimeError where it met an error."""
-    for key in keys:
-        message = broadcast.receive(key)
-        if "error" in message:
-            raise (ValueError if message["is_value_error"] else RuntimeError)(message["error"])
-        yield ScanResult.from_json(message)
-
-
 def _as_scanned(row: StreamRow, tokens: int) -> ScannedRow:
     signature = 0 if isinstance(row.sample, RowFault) else media_signature(row.sample)
     return ScannedRow(row.sample, row.file, row.row_number, tokens, signature)
@@ -302,13 +279,10 @@ def _as_scanned(row: StreamRow, tokens: int) -> ScannedRow:
 
 def _inline_bytes(sample: Sample) -> int:
     """Return how much memory the media take that lie inside a row."""
-    parts = [part for message in sample.messages for part in message.content if not isinstance(part, TextPart)]
-    return sum(_num_bytes(getattr(part, "image", None) or getattr(part, "video", None)) for part in parts)
-
-
-def _num_bytes(medium: Any) -> int:
-    if isinstance(medium, bytes | str):
-        return len(medium)
-    if isinstance(medium, list | tuple):
-        return sum(_num_bytes(item) for item in medium)
-    return 3 * medium.width * medium.height if hasattr(medium, "width") else 0
+    num_bytes = 0
+    for medium in media_of(sample):
+        if isinstance(medium, bytes | str):
+            num_bytes += len(medium)
+        elif hasattr(medium, "width"):
+            num_bytes += 3 * medium.width * medium.height
+    return num_bytes

@@ -22,29 +22,19 @@ Cursor = dict[str, Any]
 
 @dataclass
 class Window:
-    """Neighbouring families that are planned together.
+    """Neighbouring families that are planned together."""
 
-    epoch: counted from 0. ends_epoch: no window of this epoch follows.
-    next_cursor: where the next window begins, in the next epoch where this one ends it.
-    order_seed: from which the order of the steps is drawn; other windows have others.
-    families: the rows of each family, in the form that the producer's `read_row` takes.
-    costs: of each family.
-    num_rows, num_dropped: rows that were scanned for this window, and those of them dropped as too long.
-    rejects, skipped: rows that cannot be used, and their positions in the window.
-    content_hash: of what the plan follows from, where reading the rows again might find something else; else 0.
-    """
-
-    epoch: int
-    ends_epoch: bool
-    next_cursor: Cursor
-    order_seed: tuple[int, ...]
-    families: Families
+    epoch: int  # counted from 0
+    ends_epoch: bool  # no window of this epoch follows
+    next_cursor: Cursor  # of the next window, in the next epoch where this one ends it
+    order_seed: tuple[int, ...]  # from which the order of the steps is drawn; other windows have others
+    families: Families  # the rows of each, in the form that the producer's `read_row` takes
     costs: FamilyCosts
-    num_rows: int = 0
-    num_dropped: int = 0
-    rejects: list[Reject] = field(default_factory=list)
-    skipped: list[int] = field(default_factory=list)
-    content_hash: int = 0
+    num_rows: int = 0  # scanned for this window
+    num_dropped: int = 0  # of them, as too long
+    rejects: list[Reject] = field(default_factory=list)  # rows that cannot be used
+    skipped: list[int] = field(default_factory=list)  # their positions in the window
+    content_hash: int = 0  # of what the plan follows from, where reading the rows again might find something else
 
 
 class WindowProducer(Protocol):
@@ -110,16 +100,16 @@ class IndexedWindows:
         self.index, self.seed, self.size = index, seed, size
         self.cost_model = cost_model or CostModel()
         self.work = self.cost_model.work(index.tokens, index.patches, index.patch_pairs)
+        self.costs = FamilyCosts.from_rows(index.tokens, index.patches, self.work, index.num_shrunk)
         self.num_usable: int | None = index.num_usable
         self.counts: tuple[int, int] = (index.num_rows, index.num_dropped)
         self.read_row: Callable[[Any], ScannedRow] = ReadIndexedRow(self.sources, index)
 
     def start(self, epoch: int = 0) -> Cursor:
-        """See `WindowProducer.start`. window: number of the window in its epoch."""
         return {"epoch": epoch, "window": 0}
 
     def windows(self, cursor: Cursor, skipped: Sequence[int] = ()) -> Iterator[Window]:
-        """See `WindowProducer.windows`. Of an index without a usable row, every epoch is one empty window."""
+        """Yield the windows. Of an index without a usable row, every epoch is one empty window."""
         epoch, first = cursor["epoch"], cursor["window"]
         while True:
             order = self._epoch_order(epoch)
@@ -128,16 +118,9 @@ class IndexedWindows:
                 rows = order[number * self.size : (number + 1) * self.size]
                 ends_epoch = number == count - 1
                 following = self.start(epoch + 1) if ends_epoch else {"epoch": epoch, "window": number + 1}
-                yield Window(
-                    epoch,
-                    ends_epoch,
-                    following,
-                    (self.seed, epoch, 1, number),
-                    [(row,) for row in rows.tolist()],
-                    FamilyCosts.from_rows(
-                        self.index.tokens[rows], self.index.patches[rows], self.work[rows], self.index.num_shrunk[rows]
-                    ),
-                )
+                families = [(row,) for row in rows.tolist()]
+                costs = FamilyCosts(*(column[rows] for column in self.costs))
+                yield Window(epoch, ends_epoch, following, (self.seed, epoch, 1, number), families, costs)
             epoch, first = epoch + 1, 0
 
     def _epoch_order(self, epoch: int) -> np.ndarray:
@@ -153,11 +136,9 @@ class IndexedWindows:
         return order[stream.permutation(len(order))]
 
     def row_key(self, row: int) -> int:
-        """Return the number of the row in the index."""
         return row
 
     def fingerprint(self) -> dict[str, Any]:
-        """See `WindowProducer.fingerprint`."""
         return {
             "sources": [source.fingerprint() for source in self.sources],
             "weights": self.weights,

@@ -23,17 +23,7 @@ def in_workers(
     """
     if not num_workers:
         return map(work, items)
-    loader = DataLoader(
-        _Apply(work),
-        batch_size=None,
-        sampler=_Items(items),  # type: ignore[arg-type]  (any iterable will do)
-        num_workers=num_workers,
-        collate_fn=_as_is,
-        worker_init_fn=_start_worker,
-        pin_memory=pin_memory,
-        generator=torch.Generator(),  # else the loader draws from, and moves, torch's global stream
-    )
-    return _unwrapped(loader)
+    return _results(_Apply(work), sampler=items, num_workers=num_workers, pin_memory=pin_memory)
 
 
 def from_worker(
@@ -45,16 +35,7 @@ def from_worker(
     """
     if in_process:
         return make(argument)
-    loader = DataLoader(
-        _Make(make, argument),
-        batch_size=None,
-        num_workers=1,
-        prefetch_factor=ahead,
-        collate_fn=_as_is,
-        worker_init_fn=_start_worker,
-        generator=torch.Generator(),
-    )
-    return _unwrapped(loader)
+    return _results(_Make(make, argument), num_workers=1, prefetch_factor=ahead)
 
 
 class _Failed:
@@ -64,14 +45,19 @@ class _Failed:
         self.message = message
 
 
-def _unwrapped(results: Iterable[Any]) -> Iterator[Any]:
+def _results(dataset: Dataset, **options: Any) -> Iterator[Any]:
+    # A generator of its own: else the loader draws from, and moves, torch's global stream.
+    generator = torch.Generator()
+    loader = DataLoader(
+        dataset, batch_size=None, collate_fn=unchanged, worker_init_fn=_start_worker, generator=generator, **options
+    )
     # Workers begin with the signals blocked, or one that comes while they start would still reach them.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)
     try:
-        coming = iter(results)  # starts them
+        results = iter(loader)  # starts them
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    for result in coming:
+    for result in results:
         if isinstance(result, _Failed):
             raise ValueError(result.message)
         yield result
@@ -99,15 +85,8 @@ class _Make(IterableDataset):
             yield _Failed(str(error))
 
 
-class _Items:
-    def __init__(self, items: Iterable[Any]) -> None:
-        self.items = items
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self.items)
-
-
-def _as_is(result: Any) -> Any:
+def unchanged(result: Any) -> Any:
+    """Return the argument: worker processes cannot take a lambda."""
     return result
 
 

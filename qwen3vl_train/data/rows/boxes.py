@@ -10,7 +10,6 @@ shown, with its EXIF rotation applied. Where a row has several images, an entry 
 counted from 0: {"box": [64, 48, 320, 240], "image": 1}.
 """
 
-import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -18,9 +17,10 @@ from typing import Any, NamedTuple
 
 from qwen3vl_train.data.errors import MediaFault, RowFault
 from qwen3vl_train.data.media.image import image_size
+from qwen3vl_train.data.rows.messages import is_number
 from qwen3vl_train.data.rows.sample import ImagePart, Part, Sample, TextPart
 
-UNITS = ("pixel", "unit", "per_mille")
+UNITS = ("pixel", "unit", "per_mille")  # unit: 0 to 1; per_mille: 0 to 1000
 LAYOUTS = ("xyxy", "xywh")
 _PLACEHOLDER = re.compile(r"<(box|point)>")
 _PLURAL = {"box": "boxes", "point": "points"}
@@ -31,11 +31,7 @@ class _BoxFault(RowFault):
 
 
 class Convention(NamedTuple):
-    """How boxes are given.
-
-    unit: pixel, unit (0 to 1) or per_mille (0 to 1000); None: not stated.
-    layout: of boxes, one of LAYOUTS.
-    """
+    """How boxes are given. unit: one of UNITS, or None: not stated. layout: one of LAYOUTS."""
 
     unit: str | None = None
     layout: str = "xyxy"
@@ -58,9 +54,8 @@ def fill_boxes(sample: Sample, row: Mapping[str, Any], columns: Mapping[str, str
     convention = Convention(unit or default.unit, layout or default.layout)
     if convention.unit is None:
         if found and any(values is not None for values in columns_of.values()):
-            raise _BoxFault(
-                f"boxes without a stated convention; set bbox to {', '.join(UNITS)} in the row or the recipe"
-            )
+            fault = f"boxes without a stated convention; set bbox to {', '.join(UNITS)} in the row or the recipe"
+            raise _BoxFault(fault)
         return sample
     size_of = _image_sizes(sample)
     texts = {}
@@ -100,9 +95,8 @@ def _image_sizes(sample: Sample) -> Callable[[Any, str], tuple[float, float]]:
 
     def size_of(index: Any, where: str) -> tuple[float, float]:
         if index is None and len(images) != 1:
-            raise _BoxFault(
-                f'{where}: in pixels of one of {len(images)} images; say which: {{"box": [...], "image": 0}}'
-            )
+            fault = f'{where}: in pixels of one of {len(images)} images; say which: {{"box": [...], "image": 0}}'
+            raise _BoxFault(fault)
         index = 0 if index is None else index
         if type(index) is not int or not 0 <= index < len(images):
             raise _BoxFault(f"{where}: image is {str(index)[:20]} of {len(images)}; images count from 0")
@@ -137,19 +131,15 @@ def _format(entry: Any, kind: str, where: str, convention: Convention, size_of: 
         bounds = f"0 to {width:g}"
     scaled = [1000 * value / (height if axis % 2 else width) for axis, value in enumerate(values)]
     if not all(-0.5 <= value <= 1000.5 for value in scaled):
-        raise _BoxFault(
-            f"{shown} read as {convention.unit}, {convention.layout} leaves {bounds}; check bbox and bbox_layout"
-        )
+        read_as = f"{convention.unit}, {convention.layout}"
+        raise _BoxFault(f"{shown} read as {read_as} leaves {bounds}; check bbox and bbox_layout")
     return str([round(value) for value in scaled])
 
 
 def _numbers(entry: Any, length: int, where: str) -> list[float]:
     if not isinstance(entry, list | tuple) or len(entry) != length:
         raise _BoxFault(f"{where} is not a list of {length} numbers; write [{', '.join(['x', 'y'] * (length // 2))}]")
-    try:
-        values = [float(value) for value in entry if isinstance(value, int | float) and not isinstance(value, bool)]
-    except OverflowError:
-        values = []
-    if len(values) != length or not all(math.isfinite(value) for value in values):
+    values = [float(value) for value in entry if is_number(value)]
+    if len(values) != length:
         raise _BoxFault(f"{where} is {str(entry)[:80]}, not {length} finite numbers; fix the box")
     return values

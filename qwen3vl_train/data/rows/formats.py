@@ -9,15 +9,13 @@ columns     {"question", "answer", "image"}, or whatever the recipe's `columns` 
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from qwen3vl_train.data.errors import RowFault
 
 Row = dict[str, Any]
 FORMATS = ("openai", "sharegpt", "columns")
-COLUMNS = ("question", "answer", "system", "reasoning", "image", "video", "boxes", "points")
-"""What `columns` can name a column for."""
 READ_COLUMNS = (
     "messages", "conversations", "conversation", "tools", "system", "image", "images", "video", "videos", "data_path",
     "question", "answer", "reasoning", "boxes", "points", "bbox", "bbox_layout",
@@ -76,9 +74,8 @@ def _sharegpt_messages(row: Row) -> Any:
     turns = next((row[key] for key in ("conversations", "conversation", "messages") if row.get(key) is not None), None)
     if not isinstance(turns, list):
         raise RowFault("conversations is not a list; write a list of {from, value}", kind="wrong_type")
-    system = row.get("system")
-    messages: list[Any] = [{"role": "system", "content": system}] if system else []
-    return messages + [_sharegpt_message(turn, f"conversations[{index}]") for index, turn in enumerate(turns)]
+    messages = [_sharegpt_message(turn, f"conversations[{index}]") for index, turn in enumerate(turns)]
+    return [{"role": "system", "content": row["system"]}, *messages] if row.get("system") else messages
 
 
 def _sharegpt_message(turn: Any, where: str) -> Row:
@@ -132,6 +129,8 @@ class _ListedMedia:
         self.values = {
             kind: [_join_folder(folder, value) for value in _listed(row, kind, columns)] for kind in ("image", "video")
         }
+        self.num_wanted = {"image": 0, "video": 0}  # placeholders, and parts without their medium
+        self.num_empty = self.num_own = 0  # parts without and with their medium
 
     def take_all(self) -> list[Row]:
         """Return all media as parts, and forget them."""
@@ -144,39 +143,83 @@ class _ListedMedia:
 
         In a row with typed parts and no listed media, placeholders are plain text: there the parts name the media.
         """
-        placeholders, empty_parts, typed, num_own = _count_placeholders(messages)
-        wanted = {kind: placeholders[kind] + empty_parts[kind] for kind in self.values}
-        if not any(self.values.values()) and (not any(wanted.values()) or (typed and not any(empty_parts.values()))):
+        filled = [self._fill(message) if _is_question(message) else message for message in messages]
+        typed = any(_is_question(message) and isinstance(message.get("content"), list) for message in messages)
+        if not any(self.values.values()) and (not any(self.num_wanted.values()) or (typed and not self.num_empty)):
             return messages
         for kind, values in self.values.items():
-            if len(values) != wanted[kind]:
-                raise RowFault(_mismatch(kind, len(values), wanted[kind], num_own), kind="media_mismatch")
-        pools = {kind: iter(values) for kind, values in self.values.items()}
-        return [_insert_media(message, pools) if _is_question(message) else message for message in messages]
+            listed, wanted = len(values), self.num_wanted[kind]
+            if listed == wanted:
+                continue
+            remedy = f"list one {kind} for each, or write typed parts, in which a text is a text"
+            if listed:
+                remedy = f"put one placeholder where each {kind} belongs"
+            if (own := self.num_own) > 0:
+                remedy = f"the parts contain {own} of their own: list no others, or leave parts without media for them"
+            given = f"{listed} {kind}{'s' * (listed != 1)}"
+            placeholders = f"{wanted} <{kind}> placeholder{'s' * (wanted != 1)} in the questions"
+            raise RowFault(f"{given} but {placeholders}; {remedy}", kind="media_mismatch")
+        return filled
 
+    def _next(self, kind: str) -> Any:
+        """Return the next medium of a kind; None after the last, which is a fault once all are counted."""
+        number = self.num_wanted[kind]
+        self.num_wanted[kind] += 1
+        return self.values[kind][number] if number < len(self.values[kind]) else None
 
-def _mismatch(kind: str, listed: int, wanted: int, num_own: int) -> str:
-    if num_own:
-        remedy = f"the parts contain {num_own} of their own: list no others, or leave parts without media for them"
-    elif listed:
-        remedy = f"put one placeholder where each {kind} belongs"
-    else:
-        remedy = f"list one {kind} for each, or write typed parts, in which a text is a text"
-    return (
-        f"{listed} {kind}{'s' * (listed != 1)} but {wanted} <{kind}> placeholder{'s' * (wanted != 1)} in the "
-        f"questions; {remedy}"
-    )
+    def _fill(self, message: Row) -> Row:
+        content = message.get("content")
+        if isinstance(content, str):
+            return {**message, "content": self._split(content)}
+        if not isinstance(content, list):
+            return message
+        parts: list[Any] = []
+        for part in content:
+            known = part if isinstance(part, dict) else {"text": part}
+            kind, text, has_medium = known.get("type"), known.get("text"), _has_medium(known)
+            if kind in ("image", "video") and not has_medium:
+                self.num_empty += 1
+                parts.append({**known, kind: self._next(kind)})
+            elif isinstance(text, str) and _PLACEHOLDER.search(text):
+                pieces = self._split(text)
+                parts += pieces if isinstance(part, dict) else [part]  # a bare string is a fault of its own
+            else:
+                self.num_own += has_medium and not isinstance(text, str)
+                parts.append(part)
+        return {**message, "content": parts}
+
+    def _split(self, text: str) -> list[Row]:
+        """Split a text at its placeholders. A line break next to one, and the blanks around it, are removed with it.
+
+        "<image>\\nWhat?" -> image, "What?"; "Is <image> red?" -> "Is ", image, " red?"
+        """
+        parts: list[Row] = []
+        pieces = _PLACEHOLDER.split(text)
+        for index, piece in enumerate(pieces):
+            if index % 2:
+                kind = piece[1:-1]
+                parts.append({"type": kind, kind: self._next(kind)})
+                continue
+            if index > 0:
+                piece = _BREAK_AFTER.sub("", piece)
+            if index + 1 < len(pieces):
+                piece = _BREAK_BEFORE.sub("", piece)
+            if piece:
+                parts.append({"type": "text", "text": piece})
+        return parts
 
 
 def names_media(row: Row) -> bool:
     """Return whether a row names media itself, in lists or in the parts of its messages."""
     if any(row.get(key) for key in ("image", "images", "video", "videos")):
         return True
-    lists = [row.get(key) for key in ("messages", "conversations", "conversation")]
-    messages = [message for found in lists if isinstance(found, list) for message in found if isinstance(message, dict)]
-    contents = [message.get(key) for message in messages for key in ("content", "value")]
-    parts = [part for content in contents if isinstance(content, list) for part in content if isinstance(part, dict)]
-    return any(_has_medium(part) for part in parts)
+    messages = _objects(row.get(key) for key in ("messages", "conversations", "conversation"))
+    parts = _objects(message.get(key) for message in messages for key in ("content", "value"))
+    return any(map(_has_medium, parts))
+
+
+def _objects(lists: Iterable[Any]) -> list[Row]:
+    return [item for found in lists if isinstance(found, list) for item in found if isinstance(item, dict)]
 
 
 def _listed(row: Row, kind: str, columns: Mapping[str, str]) -> list[Any]:
@@ -184,9 +227,7 @@ def _listed(row: Row, kind: str, columns: Mapping[str, str]) -> list[Any]:
     found = [key for key in ([name] if name else [kind, f"{kind}s"]) if row.get(key) not in (None, "", [])]
     if len(found) > 1:
         raise RowFault(f"{found[0]} and {found[1]} are both given; keep one of them", kind="conflicting_fields")
-    if not found:
-        return []
-    value = row[found[0]]
+    value = row[found[0]] if found else []
     return value if isinstance(value, list) else [value]
 
 
@@ -207,82 +248,5 @@ def _is_question(message: Any) -> bool:
     return isinstance(message, dict) and message.get("role") in ("user", "tool")
 
 
-def _count_placeholders(messages: list[Any]) -> tuple[dict[str, int], dict[str, int], bool, int]:
-    """Count what takes or names a medium in the questions.
-
-    Return the placeholders in texts and the parts without their medium, each by kind; whether any question has typed
-    parts; and the number of parts with a medium.
-    """
-    placeholders, empty_parts = {"image": 0, "video": 0}, {"image": 0, "video": 0}
-    num_own = 0
-    for text, part in _texts_and_parts(messages):
-        if text is not None:
-            for match in _PLACEHOLDER.findall(text):
-                placeholders[match[1:-1]] += 1
-        elif (kind := _kind_without_medium(part)) is not None:
-            empty_parts[kind] += 1
-        else:
-            num_own += _has_medium(part)
-    typed = any(_is_question(message) and isinstance(message.get("content"), list) for message in messages)
-    return placeholders, empty_parts, typed, num_own
-
-
-def _texts_and_parts(messages: list[Any]) -> Iterator[tuple[str | None, Any]]:
-    """Yield (text, None) for each text of a question and (None, part) for each other part."""
-    for message in messages:
-        content = message.get("content") if _is_question(message) else None
-        for part in [content] if isinstance(content, str) else content if isinstance(content, list) else []:
-            text = part.get("text") if isinstance(part, dict) else part
-            if isinstance(text, str):
-                yield text, None
-            elif isinstance(part, dict):
-                yield None, part
-
-
-def _kind_without_medium(part: Row) -> str | None:
-    """Return 'image' or 'video' for a part like {"type": "image"}, which does not say which one."""
-    kind = part.get("type")
-    return kind if kind in ("image", "video") and not _has_medium(part) else None
-
-
 def _has_medium(part: Row) -> bool:
     return any(part.get(key) is not None for key in ("image", "image_url", "video", "video_url"))
-
-
-def _insert_media(message: Row, pools: dict[str, Iterator[Any]]) -> Row:
-    content = message.get("content")
-    if isinstance(content, str):
-        return {**message, "content": _split(content, pools)}
-    if not isinstance(content, list):
-        return message
-    parts: list[Any] = []
-    for part in content:
-        kind = _kind_without_medium(part) if isinstance(part, dict) else None
-        if kind is not None:
-            parts.append({**part, kind: next(pools[kind])})
-        elif isinstance(part, dict) and isinstance(part.get("text"), str) and _PLACEHOLDER.search(part["text"]):
-            parts += _split(part["text"], pools)
-        else:
-            parts.append(part)
-    return {**message, "content": parts}
-
-
-def _split(text: str, pools: dict[str, Iterator[Any]]) -> list[Row]:
-    """Split a text at its placeholders. A line break next to one, and the blanks around it, are removed with it.
-
-    "<image>\\nWhat?" -> image, "What?"; "Is <image> red?" -> "Is ", image, " red?"
-    """
-    parts: list[Row] = []
-    pieces = _PLACEHOLDER.split(text)
-    for index, piece in enumerate(pieces):
-        if index % 2:
-            kind = piece[1:-1]
-            parts.append({"type": kind, kind: next(pools[kind])})
-            continue
-        if index > 0:
-            piece = _BREAK_AFTER.sub("", piece)
-        if index + 1 < len(pieces):
-            piece = _BREAK_BEFORE.sub("", piece)
-        if piece:
-            parts.append({"type": "text", "text": piece})
-    return parts

@@ -1,7 +1,7 @@
 """Check the OpenAI messages of one row and return them as a `Sample`."""
 
 import json
-import math
+import sys
 from typing import Any
 
 from PIL import Image
@@ -11,9 +11,7 @@ from qwen3vl_train.data.media.clips import MAX_FPS
 from qwen3vl_train.data.media.paths import ImageInput
 from qwen3vl_train.data.rows.sample import ROLES, ImagePart, Message, Part, Sample, TextPart, ToolCall, VideoPart
 
-_MESSAGE_KEYS = {
-    "role", "content", "loss", "loss_weight", "name", "tool_calls", "tool_call_id", "reasoning_content",
-}  # fmt: skip
+_KEYS = {"role", "content", "loss", "loss_weight", "name", "tool_calls", "tool_call_id", "reasoning_content"}
 _MAX_NESTING = 64  # far above any tool description, far below Python's recursion limit
 _PART_TYPES = ("text", "image", "image_url", "video")
 _TIME_KEYS = ("fps", "sample_fps", "timestamps")
@@ -44,6 +42,11 @@ def parse_sample(
     return Sample(parsed, tuple(tools), sample_id, media_root, row_format)
 
 
+def is_number(value: Any) -> bool:
+    """Return whether a value of a row is a finite number that a float can hold."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
 def to_json(value: Any) -> str:
     """Write tools and the arguments of calls as the chat template does."""
     return json.dumps(value, ensure_ascii=False)
@@ -67,9 +70,10 @@ def _check_text(text: Any, where: str) -> str:
 
 def _check_json(value: Any, where: str) -> None:
     """Reject what the template cannot write as JSON: dates or bytes of typed columns, deeply nested brackets."""
-    level, depth = [value], 0
-    while level and depth < _MAX_NESTING:
-        level, depth = [inner for item in level for inner in _children(item)], depth + 1
+    level = [value]
+    for _ in range(_MAX_NESTING):
+        brackets = [item for item in level if isinstance(item, dict | list)]
+        level = [inner for item in brackets for inner in (item.values() if isinstance(item, dict) else item)]
     if level:
         raise RowFault(f"{where} is nested more than {_MAX_NESTING} deep; flatten it")
     try:
@@ -80,17 +84,13 @@ def _check_json(value: Any, where: str) -> None:
     _check_text(text, where)
 
 
-def _children(value: Any) -> list[Any]:
-    return list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else []
-
-
 def _message(message: Any, where: str) -> Message:
     if not isinstance(message, dict):
         raise _wrong_type(where, message, ", not an object; write role and content")
     message = {key: value for key, value in message.items() if value is not None}
-    unknown = sorted(str(key) for key in message.keys() - _MESSAGE_KEYS)
+    unknown = sorted(str(key) for key in message.keys() - _KEYS)
     if unknown:
-        fault = f"{where}: unknown key {', '.join(unknown)}; known are {', '.join(sorted(_MESSAGE_KEYS))}"
+        fault = f"{where}: unknown key {', '.join(unknown)}; known are {', '.join(sorted(_KEYS))}"
         raise RowFault(fault, kind="unknown_field")
     role = message.get("role")
     if role is None:
@@ -121,16 +121,14 @@ def _loss_weight(message: dict[str, Any], role: str, where: str) -> float:
     if weight is not None:
         if isinstance(weight, bool) or not isinstance(weight, int | float):
             raise _wrong_type(f"{where}.loss_weight", weight, "; write a number of at least 0")
-        if not (math.isfinite(weight) and weight >= 0):
+        if not is_number(weight) or weight < 0:
             raise RowFault(f"{where}.loss_weight is {weight}; write a finite number of at least 0")
-    if role != "assistant":
-        if loss or weight:
-            raise RowFault(f"{where}: loss on a {role} message; only assistant messages are trained")
-        return 0.0
-    if loss is False:
-        if weight:
-            fault = f"{where}: loss is false but loss_weight is {weight}; remove one of them"
-            raise RowFault(fault, kind="conflicting_fields")
+    if role != "assistant" and (loss or weight):
+        raise RowFault(f"{where}: loss on a {role} message; only assistant messages are trained")
+    if loss is False and weight:
+        fault = f"{where}: loss is false but loss_weight is {weight}; remove one of them"
+        raise RowFault(fault, kind="conflicting_fields")
+    if role != "assistant" or loss is False:
         return 0.0
     return 1.0 if weight is None else float(weight)
 
@@ -149,12 +147,8 @@ def _tool_calls(calls: Any, role: str, where: str) -> tuple[ToolCall, ...]:
         if not isinstance(call, dict) or "name" not in call or "arguments" not in call:
             fault = f'{here}: no name and arguments; write {{"name": ..., "arguments": {{...}}}}'
             raise RowFault(fault, kind="missing_field")
-        arguments = call["arguments"]
-        if isinstance(arguments, str):
-            _check_text(arguments, here)
-        else:
-            _check_json(arguments, here)
-        parsed.append(ToolCall(_check_text(call["name"], f"{here}.name"), arguments))
+        _check_json(call["arguments"], here)
+        parsed.append(ToolCall(_check_text(call["name"], f"{here}.name"), call["arguments"]))
     return tuple(parsed)
 
 
@@ -171,17 +165,13 @@ def _part(part: Any, where: str) -> Part:
     if not isinstance(part, dict):
         raise _wrong_type(where, part, ', not an object; write {"type": "text", "text": ...}')
     part = {key: value for key, value in part.items() if value is not None}
-    part_type = part.pop("type", None)
-    if part_type is None:
-        part_type = next((key for key in _PART_TYPES if key in part), None)
+    part_type = part.pop("type", next((key for key in _PART_TYPES if key in part), None))
     if part_type not in _PART_TYPES:
         what = "no type" if part_type is None else f"unknown content type {part_type!r}"
         raise RowFault(f"{where}: {what}; use text, image or video")
     if part_type not in part:
-        fault = (
-            f'{where}: no key {part_type!r} for type {part_type!r}; write {{"type": "{part_type}", "{part_type}": ...}}'
-        )
-        raise RowFault(fault, kind="missing_field")
+        example = f'{{"type": "{part_type}", "{part_type}": ...}}'
+        raise RowFault(f"{where}: no key {part_type!r} for type {part_type!r}; write {example}", kind="missing_field")
     value = part.pop(part_type)
     if part_type == "video" and isinstance(value, dict) and "frames" in value:
         value, part = _unpack_frames(value, part, where)
@@ -244,7 +234,7 @@ def _video(value: Any, times: dict[str, Any], where: str) -> VideoPart:
     ((key, given),) = times.items()
     if key == "timestamps":
         return VideoPart(frames, timestamps=_timestamps(given, len(frames), f"{where}.timestamps"))
-    if isinstance(given, bool) or not isinstance(given, int | float) or not 0 < given <= MAX_FPS:
+    if not is_number(given) or not 0 < given <= MAX_FPS:
         fault = f"{where}.{key} is {given!r}; write a number of frames per second, above 0 and at most {MAX_FPS}"
         raise RowFault(fault, kind="no_frame_rate")
     if key == "fps":
@@ -259,11 +249,10 @@ def _timestamps(times: Any, num_frames: int, where: str) -> tuple[float, ...]:
         raise RowFault(f"{where}: {len(times)} times for {num_frames} frames; give one for each frame")
     last = 0.0
     for index, time in enumerate(times):
-        is_number = not isinstance(time, bool) and isinstance(time, int | float)
-        if not is_number or not (math.isfinite(time) and time >= last):
+        if not is_number(time) or time < last:
             raise RowFault(f"{where}[{index}] is {time!r}; write seconds, at least 0, that never decrease")
         last = float(time)
-    return tuple(float(time) for time in times)
+    return tuple(map(float, times))
 
 
 def _bytes_or_path(value: Any) -> Any:

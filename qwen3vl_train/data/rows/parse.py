@@ -10,7 +10,7 @@ from qwen3vl_train.data.media.remote import Remote, is_web_address
 from qwen3vl_train.data.rows.boxes import NO_CONVENTION, Convention, fill_boxes
 from qwen3vl_train.data.rows.formats import FORMATS, READ_COLUMNS, detect_format, to_messages
 from qwen3vl_train.data.rows.messages import parse_sample, to_json
-from qwen3vl_train.data.rows.sample import ImagePart, Message, Part, Sample, TextPart, VideoPart
+from qwen3vl_train.data.rows.sample import ImagePart, Part, Sample, TextPart, VideoPart
 
 MAX_ROW_BYTES = 256 << 20
 """Of one row in a file, media inside included: several copies of it are in memory while it is read."""
@@ -31,7 +31,7 @@ class RowRules:
     label: name of the data set in sample ids, and so of its own loss curve; None: the file's name.
     format: a member of FORMATS, or auto.
     columns: our name -> theirs.
-    train_on: all answers, or only the last of each row.
+    train_on: all answers of a row, or only the last.
     boxes: the convention of boxes where a row states none.
     allow_urls: media at web addresses are downloaded, when the row is indexed and again whenever it is trained on.
     """
@@ -55,13 +55,13 @@ class RowRules:
     def sample(
         self, row: Any, sample_id: str, media_root: str | None = None, resolve: ResolveMedium | None = None
     ) -> Sample:
-        """Return the row as a Sample that trains something. Raise RowFault.
-
-        media_root: the folder or fsspec URL of its media.
-        resolve: finds media that are not under media_root.
-        """
+        """Return the row as a Sample that trains something. media_root: a folder or an fsspec URL. Raise RowFault."""
+        if isinstance(row, list) and row and all(isinstance(item, dict) for item in row):
+            fault = "row is a list of rows that another tool packed; give the rows themselves, packing is done here"
+            raise RowFault(fault, kind="wrong_type")
         if not isinstance(row, dict):
-            raise RowFault(_not_an_object(row), kind="wrong_type")
+            what = {list: "a list", str: "a string", type(None): "null"}.get(type(row), "a value")
+            raise RowFault(f'row is {what}, not an object; write {{"messages": [...]}}', kind="wrong_type")
         row_format = detect_format(row, self.columns) if self.format == "auto" else self.format
         sample = parse_sample(to_messages(row, row_format, self.columns), sample_id, media_root, row_format)
         _check_size(sample)
@@ -72,7 +72,9 @@ class RowRules:
             fault.sample = sample  # what is wrong with a box may be its image
             raise
         if self.train_on == "last":
-            sample = replace(sample, messages=_train_last_only(sample.messages))
+            last = next((message for message in reversed(sample.messages) if message.role == "assistant"), None)
+            weighted = (turn if turn is last else replace(turn, loss_weight=0.0) for turn in sample.messages)
+            sample = replace(sample, messages=tuple(weighted))
         if not any(message.loss_weight > 0 for message in sample.messages):
             fault = "nothing to learn: no assistant message is trained; add an answer or remove loss: false"
             raise RowFault(fault, kind="nothing_to_learn")
@@ -85,7 +87,7 @@ class RowRules:
 
         def resolved(medium: Any) -> Any:
             if isinstance(medium, tuple):
-                return tuple(resolved(frame) for frame in medium)
+                return tuple(map(resolved, medium))
             if not isinstance(medium, str) or medium.startswith("data:"):
                 return medium
             if self.allow_urls and is_web_address(medium):
@@ -132,31 +134,15 @@ def format_counts(name: str, counts: Mapping[str, int]) -> str:
     return f"{name}: {sum(counts.values()):,} rows, {found or 'of no known format'}"
 
 
-def _not_an_object(row: Any) -> str:
-    if isinstance(row, list) and row and all(isinstance(item, dict) for item in row):
-        return "row is a list of rows that another tool packed; give the rows themselves, packing is done here"
-    what = {list: "a list", str: "a string", type(None): "null"}.get(type(row), "a value")
-    return f'row is {what}, not an object; write {{"messages": [...]}}'
-
-
 def _check_size(sample: Sample) -> None:
-    characters = sum(len(part.text) for part in sample.parts if isinstance(part, TextPart))
-    characters += sum(len(message.reasoning or "") for message in sample.messages)
-    characters += sum(len(to_json(tool)) for tool in sample.tools)
+    texts = [part.text for part in sample.parts if isinstance(part, TextPart)]
+    texts += [message.reasoning or "" for message in sample.messages] + [to_json(tool) for tool in sample.tools]
     for call in (call for message in sample.messages for call in message.tool_calls):
-        arguments = call.arguments if isinstance(call.arguments, str) else to_json(call.arguments)
-        characters += len(call.name) + len(arguments)
-    if characters > MAX_TEXT_CHARACTERS:
+        texts += [call.name, call.arguments if isinstance(call.arguments, str) else to_json(call.arguments)]
+    if (characters := sum(map(len, texts))) > MAX_TEXT_CHARACTERS:
         limit = f"{MAX_TEXT_CHARACTERS:,}, far beyond any pack; split it"
         raise RowFault(f"{characters:,} characters of text are more than {limit}", kind="too_long")
     num_media = sum(not isinstance(part, TextPart) for part in sample.parts)
     if num_media > MAX_MEDIA:
         limit = f"{MAX_MEDIA:,}, beyond the model's context; split the row"
         raise RowFault(f"{num_media:,} images and videos are more than {limit}", kind="too_long")
-
-
-def _train_last_only(messages: tuple[Message, ...]) -> tuple[Message, ...]:
-    last = max((index for index, message in enumerate(messages) if message.role == "assistant"), default=-1)
-    return tuple(
-        message if index == last else replace(message, loss_weight=0.0) for index, message in enumerate(messages)
-    )

@@ -24,7 +24,6 @@ class VideoPart:
 
     fps: frame rate of the list of frames, which are then sampled like those of a video file.
     timestamps: seconds of frames that are sampled already; all of them are used.
-    Both are None for a file, whose header has its rate.
     """
 
     video: VideoInput | tuple[ImageInput, ...]

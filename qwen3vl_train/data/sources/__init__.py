@@ -5,12 +5,5 @@ from qwen3vl_train.data.sources.jsonl import JsonlSource
 from qwen3vl_train.data.sources.open import entry_rules, open_sources, open_stream
 
 __all__ = [
-    "FileSource",
-    "JsonlSource",
-    "Source",
-    "StreamRow",
-    "StreamSource",
-    "entry_rules",
-    "open_sources",
-    "open_stream",
-]
+    "FileSource", "JsonlSource", "Source", "StreamRow", "StreamSource", "entry_rules", "open_sources", "open_stream",
+]  # fmt: skip

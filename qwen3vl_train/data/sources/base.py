@@ -13,8 +13,10 @@ from qwen3vl_train.data.rows.sample import Sample
 from qwen3vl_train.data.signatures import FileSignature
 from qwen3vl_train.data.sources.files import file_signature, is_compressed, is_url, naming_file, unpack
 
+StrPath = str | os.PathLike[str]
 Position = dict[str, int]
 """Where to continue reading a file, as JSON."""
+BEGINNING: Position = {"byte": 0, "row": 0}
 
 
 class Source(Protocol):
@@ -39,16 +41,12 @@ class Source(Protocol):
         ...
 
     def fingerprint(self) -> dict[str, Any]:
-        """Return what changes when the content changes, as JSON."""
+        """Return what changes when the content changes, as JSON; the path is not in it, so a file may move."""
         ...
 
 
 class StreamRow(NamedTuple):
-    """One row of a stream.
-
-    state: JSON; passed to `StreamSource.rows`, it continues after this row.
-    row_number, file: for messages.
-    """
+    """One row of a stream. state: JSON; passed to `StreamSource.rows`, it continues after this row."""
 
     state: dict[str, Any]
     sample: Sample | RowFault
@@ -57,10 +55,7 @@ class StreamRow(NamedTuple):
 
 
 class StreamSource(Protocol):
-    """The rows of all files of one entry of the recipe, one after the other. It must pickle, as a `Source`.
-
-    name: the path or pattern, as the recipe has it.
-    """
+    """The rows of all files of one entry of the recipe (name: its path or pattern), in order. It must pickle."""
 
     name: str
 
@@ -77,12 +72,7 @@ class StreamSource(Protocol):
 
 
 class RawRow(NamedTuple):
-    """A row as a file has it, or its fault.
-
-    number: for messages.
-    position: where the file continues after it.
-    resolve: finds its media, in an archive or a data set.
-    """
+    """A row as a file has it, or its fault. position: where the file continues after it. number: for messages."""
 
     row: Any
     number: int
@@ -93,16 +83,8 @@ class RawRow(NamedTuple):
 class FileSource(ABC):
     """A `Source` over one file."""
 
-    def __init__(
-        self,
-        path: str | os.PathLike[str],
-        media_root: str | os.PathLike[str] | None = None,
-        rules: RowRules | None = None,
-    ) -> None:
-        """Open and scan the file. Raise ValueError when it is damaged or media_root does not exist.
-
-        media_root: a folder or an fsspec URL.
-        """
+    def __init__(self, path: StrPath, media_root: StrPath | None = None, rules: RowRules | None = None) -> None:
+        """Open and scan the file. Raise ValueError when it is damaged or media_root (folder or URL) does not exist."""
         self.name = os.fspath(path)
         self.media_root = None if media_root is None else os.fspath(media_root)
         self.rules = rules or RowRules()
@@ -123,15 +105,12 @@ class FileSource(ABC):
         """Return row 0..len-1 unchecked. Raise RowFault where it cannot be read or the file has changed."""
 
     def row_number(self, row: int) -> int:
-        """Return the number that messages give the row, counted from 1."""
         return row + 1
 
     def fingerprint(self) -> dict[str, Any]:
-        """Return what changes when the content changes, as JSON; the path is not in it, so a file may move."""
         return dict(self._fingerprint)
 
     def sample(self, row: int) -> Sample:
-        """Return row 0..len-1 as a Sample, named like `train.jsonl:17`. Raise RowFault."""
         raw = self.raw(row)
         return self.rules.sample(raw.row, self.rules.sample_id(self.file, raw.number), self.media_root, raw.resolve)
 
@@ -150,7 +129,6 @@ class FileSource(ABC):
         return self._signatures[path].size
 
     def _check_unchanged(self) -> None:
-        """Raise RowFault when a recorded file has changed."""
         for path, recorded in self._signatures.items():
             check_unchanged(path, recorded)
 
@@ -158,20 +136,15 @@ class FileSource(ABC):
 def check_media_root(name: str, media_root: str | None, rules: RowRules) -> None:
     """Raise ValueError for a folder that does not exist, and for a web address unless the rules allow those."""
     if media_root is not None and uses_web(media_root) and not rules.allow_urls:
-        raise ValueError(
-            f"{name}: media_root {Remote(media_root)} is a web address, and nothing is downloaded; set allow_urls: "
-            "true, or media_root to a folder"
-        )
+        fault = "is a web address, and nothing is downloaded; set allow_urls: true, or media_root to a folder"
+        raise ValueError(f"{name}: media_root {Remote(media_root)} {fault}")
     if media_root is not None and not is_url(media_root) and not os.path.isdir(media_root):
         raise ValueError(f"{name}: media_root {media_root} is not a folder; check the paths under data")
 
 
-def check_unchanged(path: str, recorded: FileSignature, when: str = "indexed") -> None:
-    """Raise RowFault when a file's signature has changed, so that positions in it are no longer valid.
-
-    Remote files are not checked: it would double the number of requests.
-    """
-    if is_url(path):
+def check_unchanged(path: str, recorded: FileSignature | None, when: str = "indexed") -> None:
+    """Raise RowFault when a file's signature has changed, so that positions in it are no longer valid."""
+    if recorded is None or is_url(path):  # checking remote files would double the number of requests
         return
     try:
         now = file_signature(path)

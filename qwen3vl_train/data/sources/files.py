@@ -29,9 +29,7 @@ def suffix_of(path: str) -> str:
     name = path.rstrip("/").rpartition("/")[2].lower()
     for suffix in COMPRESSED:
         name = name.removesuffix(suffix)
-    if name.endswith(".tgz"):
-        return ".tar"
-    return os.path.splitext(name)[1]
+    return ".tar" if name.endswith(".tgz") else os.path.splitext(name)[1]
 
 
 def is_compressed(path: str) -> bool:
@@ -136,13 +134,9 @@ def open_compressed(path: str) -> IO[bytes]:
     return pyarrow.CompressedInputStream(pyarrow.PythonFile(file, mode="r"), "zstd")
 
 
-def seek_forward(file: IO[bytes], offset: int) -> None:
-    """Go to an offset of a file just opened; the stream of a compressed file is read up to there."""
-    if file.seekable():
-        file.seek(offset)
-        return
-    while offset > 0 and (block := file.read(min(_BLOCK, offset))):
-        offset -= len(block)
+def open_plain(path: str) -> IO[bytes]:
+    """Open a file, compressed or not, as the stream of its content."""
+    return open_compressed(path) if is_compressed(path) else open_file(path)
 
 
 def cache_folder() -> Path:
@@ -157,10 +151,9 @@ def cache_folder() -> Path:
 def cached_copy(path: str, key: Any, write: Callable[[Path], None], suffix: str) -> Path:
     """Return the copy of a file that `write` makes, made at the first call for the file's present signature.
 
+    key: all that the copy depends on besides the file, as JSON.
     Processes that ask at the same time wait for the one that writes; a copy is complete or absent. Raise what `write`
     raises, and ValueError for a full disk.
-
-    key: all that the copy depends on besides the file, as JSON.
     """
     with naming_file(path):
         signature = file_signature(path)
@@ -184,10 +177,8 @@ def cached_copy(path: str, key: Any, write: Callable[[Path], None], suffix: str)
                 finally:
                     temporary.unlink(missing_ok=True)
     except OSError as error:
-        raise ValueError(
-            f"{path}: cannot be unpacked to {folder} ({error.strerror or error}); free space, set "
-            "QWEN3VL_TRAIN_CACHE to another folder, or set streaming: true"
-        ) from None
+        remedy = "free space, set QWEN3VL_TRAIN_CACHE to another folder, or set streaming: true"
+        raise ValueError(f"{path}: cannot be unpacked to {folder} ({error.strerror or error}); {remedy}") from None
     return copy
 
 

@@ -1,7 +1,6 @@
 """Data sets of Hugging Face `datasets`: saved on disk, in a folder it can read, or by their name on the hub."""
 
 import os
-from collections.abc import Iterator
 from typing import Any
 
 from qwen3vl_train.data.media.remote import Remote
@@ -51,15 +50,7 @@ def load_rows(path: str, split: str | None, subset: str | None, *, streaming: bo
 class HubSource(FileSource):
     """A map-style data set: memory-mapped Arrow files. Pictures stay encoded, as bytes or paths."""
 
-    def __init__(
-        self,
-        path: str,
-        media_root: str | None = None,
-        rules: RowRules | None = None,
-        *,
-        split: str | None = None,
-        subset: str | None = None,
-    ) -> None:
+    def __init__(self, path: str, media_root: str, rules: RowRules, split: str | None, subset: str | None) -> None:
         self.split, self.subset = split, subset
         super().__init__(path, media_root, rules)
 
@@ -74,13 +65,4 @@ class HubSource(FileSource):
         return len(self._rows)
 
     def raw(self, row: int) -> RawRow:
-        """Return row 0..len-1 unchecked. Raise RowFault for values that Python cannot represent."""
         return RawRow(row_to_python(self._rows[row]), row + 1, {}, resolve_hub_path)
-
-
-def stream_hub(rows: Any, state: dict[str, Any] | None) -> Iterator[tuple[Any, dict[str, Any]]]:
-    """Yield (row, state after it) of an iterable data set; the state is its own, as JSON."""
-    if state is not None:
-        rows.load_state_dict(state)
-    for row in rows:
-        yield row, rows.state_dict()

@@ -2,38 +2,26 @@
 
 import codecs
 import hashlib
+import io
 import json
 from array import array
 from collections.abc import Callable, Iterator
-from typing import IO, Any, NamedTuple
+from typing import IO, Any
 
 import numpy as np
 
 from qwen3vl_train.data.errors import RowFault
 from qwen3vl_train.data.rows.parse import MAX_ROW_BYTES, decode_row
-from qwen3vl_train.data.sources.base import FileSource, Position, RawRow
-from qwen3vl_train.data.sources.files import (
-    DAMAGE,
-    damaged,
-    is_compressed,
-    naming_file,
-    open_compressed,
-    open_file,
-    read_range,
-    seek_forward,
-    suffix_of,
-)
+from qwen3vl_train.data.sources.base import BEGINNING, FileSource, Position, RawRow
+from qwen3vl_train.data.sources.files import DAMAGE, damaged, naming_file, open_file, open_plain, read_range, suffix_of
 
 _BLOCK = 1 << 20
 _SPACE = " \t\r\n"
+_DECODER = json.JSONDecoder()
 
-
-class Span(NamedTuple):
-    """The bytes of one row in its file. number: of its line, or of its element in the array, counted from 1."""
-
-    start: int
-    length: int
-    number: int
+Span = tuple[int, int, int, bytes]
+"""Of one row in its file: start and length in bytes; number of its line, or of its element in the array, from 1 on; its
+text, unless that is too long to be held."""
 
 
 class JsonlSource(FileSource):
@@ -44,46 +32,40 @@ class JsonlSource(FileSource):
 
     def _open(self) -> dict[str, Any]:
         self.uncompressed = self._uncompressed_path()
-        starts, lengths, numbers = array("q"), array("q"), array("q")
-        digest = hashlib.sha256()
+        spans, digest = array("q"), hashlib.sha256()
         read_spans = _span_reader(self.uncompressed)
         with open_file(self.uncompressed) as file, naming_file(self.name):
             size = self._record_signature(self.uncompressed)
-            for (start, length, number), _ in read_spans(_HashingReader(file, digest), self.name, None):
-                starts.append(start)
-                lengths.append(length)
-                numbers.append(number)
-        self._starts, self._lengths, self._numbers = map(np.asarray, (starts, lengths, numbers))
+            for *span, _ in read_spans(_HashingReader(file, digest), self.name, BEGINNING):
+                spans.extend(span)
+        self._spans = np.asarray(spans).reshape(-1, 3)
         return {"size": size, "sha256": digest.hexdigest()}
 
     def __len__(self) -> int:
-        return len(self._starts)
+        return len(self._spans)
 
     def raw(self, row: int) -> RawRow:
-        """Return row 0..len-1 unchecked. Raise RowFault when it is not JSON, too long, or the file has changed."""
         self._check_unchanged()
-        start, length = int(self._starts[row]), int(self._lengths[row])
+        start, length, number = self._spans[row].tolist()
         _check_length(length)
         try:
             text = read_range(self.uncompressed, start, length)
         except OSError as error:
             fault = f"{self.name}: cannot be read ({error}); check the disk or the address"
             raise RowFault(fault, kind="read_error", transient=True) from None
-        return RawRow(decode_row(text, first=start == 0), self.row_number(row), {})
+        return RawRow(decode_row(text, first=start == 0), number, {})
 
     def row_number(self, row: int) -> int:
-        return int(self._numbers[row])
+        return int(self._spans[row, 2])
 
 
-def stream_json(path: str, position: Position | None) -> Iterator[RawRow]:
+def stream_json(path: str, position: Position) -> Iterator[RawRow]:
     """Yield the rows of a JSON file, plain or compressed, from a position on. Raise ValueError where it is damaged."""
-    last = position["row"] if position else 0
-    read_spans = _span_reader(path)
-    with naming_file(path), _open_plain(path) as file:
+    last, read_spans = position["row"], _span_reader(path)
+    with naming_file(path), open_plain(path) as file:
         try:
-            if position:
-                seek_forward(file, position["byte"])
-            for (start, length, last), text in read_spans(file, path, position):
+            _seek_forward(file, position["byte"])
+            for start, length, last, text in read_spans(file, path, position):
                 try:
                     _check_length(length)
                     row = decode_row(text, first=start == 0)
@@ -94,8 +76,13 @@ def stream_json(path: str, position: Position | None) -> Iterator[RawRow]:
             raise damaged(path, last, error) from None
 
 
-def _open_plain(path: str) -> IO[bytes]:
-    return open_compressed(path) if is_compressed(path) else open_file(path)
+def _seek_forward(file: IO[bytes], offset: int) -> None:
+    """Go to an offset of a file just opened; the stream of a compressed file is read up to there."""
+    if file.seekable():
+        file.seek(offset)
+        return
+    while offset > 0 and (block := file.read(min(_BLOCK, offset))):
+        offset -= len(block)
 
 
 def _check_length(length: int) -> None:
@@ -116,12 +103,12 @@ class _HashingReader:
         return block
 
 
-def _span_reader(path: str) -> Callable[..., Iterator[tuple[Span, bytes]]]:
+def _span_reader(path: str) -> Callable[..., Iterator[Span]]:
     """Choose between lines and an array, by the first character of a file that ends in .json."""
     if suffix_of(path) != ".json":
         return _line_spans
     first = b""
-    with _open_plain(path) as file:
+    with open_plain(path) as file:
         try:
             while not first and (block := file.read(_BLOCK)):
                 first = block.removeprefix(codecs.BOM_UTF8).lstrip()[:1]
@@ -130,13 +117,13 @@ def _span_reader(path: str) -> Callable[..., Iterator[tuple[Span, bytes]]]:
     return _array_spans if first == b"[" else _line_spans
 
 
-def _line_spans(file: Any, path: str, position: Position | None) -> Iterator[tuple[Span, bytes]]:
-    """Yield every line that is not blank: its span, and its text unless that is too long to be held."""
-    start, number = (position["byte"], position["row"]) if position else (0, 0)
+def _line_spans(file: Any, path: str, position: Position) -> Iterator[Span]:
+    """Yield every line that is not blank."""
+    start, number = position["byte"], position["row"]
     held: list[bytes] = []  # the current line, up to about MAX_ROW_BYTES
     length = 0
     while block := file.read(_BLOCK):
-        for piece in _split_lines(block):
+        for piece in io.BytesIO(block):  # lines end at line feeds; `splitlines` would split at carriage returns too
             if length <= MAX_ROW_BYTES:
                 held.append(piece)
             length += len(piece)
@@ -144,18 +131,11 @@ def _line_spans(file: Any, path: str, position: Position | None) -> Iterator[tup
                 number += 1
                 text = b"".join(held)
                 if text.strip():
-                    yield Span(start, length, number), text
+                    yield start, length, number, text
                 start, length, held = start + length, 0, []
     text = b"".join(held)
     if text.strip():
-        yield Span(start, length, number + 1), text
-
-
-def _split_lines(block: bytes) -> list[bytes]:
-    """Split after line feeds; `splitlines` would split at carriage returns too."""
-    pieces = [piece + b"\n" for piece in block.split(b"\n")]
-    pieces[-1] = pieces[-1][:-1]
-    return pieces if pieces[-1] else pieces[:-1]
+        yield start, length, number + 1, text
 
 
 class _TextBuffer:
@@ -192,10 +172,9 @@ class _TextBuffer:
                 return ""
 
 
-def _array_spans(file: Any, path: str, position: Position | None) -> Iterator[tuple[Span, bytes]]:
+def _array_spans(file: Any, path: str, position: Position) -> Iterator[Span]:
     """Yield every element of an array. Raise ValueError where it is not JSON: what follows cannot be found."""
-    start, number = (position["byte"], position["row"]) if position else (0, 0)
-    buffer, decode = _TextBuffer(file, start), json.JSONDecoder().raw_decode
+    buffer, number = _TextBuffer(file, position["byte"]), position["row"]
     try:
         if not number and buffer.peek() == "[":
             buffer.skip(1)
@@ -205,14 +184,14 @@ def _array_spans(file: Any, path: str, position: Position | None) -> Iterator[tu
                     raise _broken(path, number, "no comma after it" if character else "the file ends after it")
                 buffer.skip(1)
                 buffer.peek()
-            end, fault = _element_end(buffer, decode)
+            end, fault = _element_end(buffer)
             if fault:
                 raise _broken(path, number, fault)
             number += 1
             text = buffer.text[buffer.at : end].encode()
-            span = Span(buffer.offset, len(text), number)
+            start = buffer.offset
             buffer.skip(end - buffer.at)
-            yield span, text
+            yield start, len(text), number, text
         buffer.skip(1)
         if buffer.peek():
             raise _broken(path, number, "there is more after the closing bracket")
@@ -220,11 +199,11 @@ def _array_spans(file: Any, path: str, position: Position | None) -> Iterator[tu
         raise _broken(path, number, "not UTF-8") from None
 
 
-def _element_end(buffer: _TextBuffer, decode: Any) -> tuple[int, str]:
+def _element_end(buffer: _TextBuffer) -> tuple[int, str]:
     """Return where the next element ends in the buffer's text, or why it has no end."""
     while True:
         try:
-            _, end = decode(buffer.text, buffer.at)
+            _, end = _DECODER.raw_decode(buffer.text, buffer.at)
             if end < len(buffer.text) or not buffer.read_more():
                 return end, ""
         except RecursionError:

@@ -39,31 +39,30 @@ def open_sources(entry: Entry) -> list[FileSource]:
     """
     rules = entry_rules(entry)
     if _is_dataset(entry):
-        return [HubSource(entry.path, _hub_root(entry), rules, split=entry.split, subset=entry.subset)]
-    _check_media_url(entry, rules)
-    return [_open(path, entry.media_root or _folder(path), rules) for path in find_files(entry.path, SUFFIXES)]
+        return [HubSource(entry.path, _hub_root(entry), rules, entry.split, entry.subset)]
+    return [_open(path, entry.media_root or _folder(path), rules) for path in _find_files(entry, rules)]
 
 
 def open_stream(entry: Entry) -> StreamSource:
     """Open an entry as a stream over all of its files. Raise ValueError for what cannot be read."""
     rules = entry_rules(entry)
     if _is_dataset(entry):
-        return HubStream(entry.path, _hub_root(entry), rules, split=entry.split, subset=entry.subset)
-    _check_media_url(entry, rules)
-    files = find_files(entry.path, SUFFIXES)
+        return HubStream(entry.path, _hub_root(entry), rules, entry.split, entry.subset)
+    files = _find_files(entry, rules)
     return FileStream(entry.path, files, entry.media_root or _folder(files[0]), rules)
 
 
 def _open(path: str, media_root: str, rules: RowRules) -> FileSource:
-    kinds = {".parquet": ParquetSource, ".tar": TarSource}
-    return kinds.get(suffix_of(path), JsonlSource)(path, media_root, rules)
+    if suffix_of(path) == ".tar":
+        return TarSource(path, None, rules)  # the media of a shard are in it
+    return (ParquetSource if suffix_of(path) == ".parquet" else JsonlSource)(path, media_root, rules)
 
 
-def _check_media_url(entry: Entry, rules: RowRules) -> None:
-    """Reject media on the web that the recipe does not allow, before any file of the entry is requested."""
+def _find_files(entry: Entry, rules: RowRules) -> list[str]:
     root = entry.media_root or _folder(entry.path)
     if is_url(root) and suffix_of(entry.path) != ".tar":
-        check_media_root(entry.path, root, rules)
+        check_media_root(entry.path, root, rules)  # before any file of the entry is requested
+    return find_files(entry.path, SUFFIXES)
 
 
 def _is_dataset(entry: Entry) -> bool:

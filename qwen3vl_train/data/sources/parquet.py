@@ -61,7 +61,6 @@ class ParquetSource(FileSource):
         return ends[-1] if ends else 0
 
     def raw(self, row: int) -> RawRow:
-        """Return row 0..len-1 unchecked. Raise RowFault, also for values that Python cannot represent."""
         import pyarrow as pa
 
         self._check_unchanged()
@@ -75,9 +74,9 @@ class ParquetSource(FileSource):
         return RawRow(row_to_python(batch.slice(row - (ends[number] - batch.num_rows), 1)), row + 1, {})
 
 
-def stream_parquet(path: str, rules: RowRules, position: Position | None) -> Iterator[RawRow]:
+def stream_parquet(path: str, rules: RowRules, position: Position) -> Iterator[RawRow]:
     """Yield the rows of a Parquet file from a position on. Raise ValueError where it is damaged."""
-    done = position["row"] if position else 0
+    done = position["row"]
     with _opened(path) as file:
         names = known_columns(file.schema_arrow.names, rules, path)
         for batch in _batches(file, names, done, path):
@@ -107,10 +106,8 @@ def known_columns(names: Sequence[str], rules: RowRules, path: str) -> list[str]
     """Return the columns that rows are made from. Raise ValueError when there are none."""
     known = [name for name in names if name in rules.columns_read()]
     if not known:
-        raise ValueError(
-            f"{path}: has the columns {', '.join(names[:20])}, and none that rows are made from; "
-            "name them under columns"
-        )
+        found = ", ".join(names[:20])
+        raise ValueError(f"{path}: has the columns {found}, and none that rows are made from; name them under columns")
     return known
 
 

@@ -9,9 +9,9 @@ from typing import Any
 from qwen3vl_train.data.errors import RowFault
 from qwen3vl_train.data.rows.parse import RowRules
 from qwen3vl_train.data.signatures import FileSignature
-from qwen3vl_train.data.sources.base import Position, RawRow, StreamRow, check_media_root, check_unchanged
+from qwen3vl_train.data.sources.base import BEGINNING, Position, RawRow, StreamRow, check_media_root, check_unchanged
 from qwen3vl_train.data.sources.files import file_signature, is_url, naming_file, suffix_of
-from qwen3vl_train.data.sources.hub import load_rows, resolve_hub_path, stream_hub
+from qwen3vl_train.data.sources.hub import load_rows, resolve_hub_path
 from qwen3vl_train.data.sources.jsonl import stream_json
 from qwen3vl_train.data.sources.parquet import stream_parquet
 from qwen3vl_train.data.sources.tar import stream_tar
@@ -27,20 +27,16 @@ class FileStream:
         self._signatures: dict[str, FileSignature] = {}
 
     def rows(self, state: dict[str, Any] | None = None) -> Iterator[StreamRow]:
-        """See `StreamSource.rows`. Raise ValueError, too, where a local file has changed since `fingerprint`, or since
-        it was opened: positions in it are no longer valid.
-        """
-        first, position = (state["file"], state["position"]) if state else (0, None)
-        for number in range(first, len(self.files)):
-            path = self.files[number]
+        # Positions in a local file are invalid once it has changed since `fingerprint`, or since it was opened.
+        first, position = (state["file"], state["position"]) if state else (0, BEGINNING)
+        for number, path in enumerate(self.files[first:], start=first):
             signature = None if is_url(path) else self._signature(path)
             root = None if suffix_of(path) == ".tar" else self.media_root
-            for raw in _stream(path, self.rules, position if number == first else None):
-                if signature is not None:
-                    check_unchanged(path, signature, "opened")
-                yield _parse(raw, self.rules, path, root, {"file": number, "position": raw.position})
-            if signature is not None:  # a file that was truncated at the end of a row would otherwise just be shorter
+            for raw in _stream(path, self.rules, position if number == first else BEGINNING):
                 check_unchanged(path, signature, "opened")
+                yield _parse(raw, self.rules, path, root, {"file": number, "position": raw.position})
+            # A file that was truncated at the end of a row would otherwise just be shorter.
+            check_unchanged(path, signature, "opened")
 
     def fingerprint(self) -> dict[str, Any]:
         """Return sizes of the files, times of the local ones, and a hash of their names without their folders."""
@@ -61,41 +57,35 @@ class FileStream:
 class HubStream:
     """A `StreamSource` over an iterable data set of `datasets`. Its state is the data set's own, and the row number."""
 
-    def __init__(
-        self, name: str, media_root: str | None, rules: RowRules, *, split: str | None, subset: str | None
-    ) -> None:
-        self.name, self.media_root, self.rules = name, media_root, rules
-        self.split, self.subset = split, subset
+    def __init__(self, name: str, media_root: str, rules: RowRules, split: str | None, subset: str | None) -> None:
+        self.name, self.media_root, self.rules, self.split, self.subset = name, media_root, rules, split, subset
         check_media_root(name, media_root, rules)
 
     def rows(self, state: dict[str, Any] | None = None) -> Iterator[StreamRow]:
-        """See `StreamSource.rows`."""
         # Not decoded: pictures stay bytes or paths, so that their size is read from their header alone.
         rows = load_rows(self.name, self.split, self.subset, streaming=True).decode(False)
-        done, position = (state["row"], state["position"]) if state else (0, None)
-        for number, (row, next_position) in enumerate(stream_hub(rows, position), start=done + 1):
+        if state:
+            rows.load_state_dict(state["position"])
+        for number, row in enumerate(rows, start=state["row"] + 1 if state else 1):
             raw = RawRow(row, number, {}, resolve_hub_path)
-            yield _parse(raw, self.rules, self.name, self.media_root, {"row": number, "position": next_position})
+            yield _parse(raw, self.rules, self.name, self.media_root, {"row": number, "position": rows.state_dict()})
 
     def fingerprint(self) -> dict[str, Any]:
         """Return the name of the data set. A change of its content on the hub is not noticed."""
         return {"name": self.name, "split": self.split, "subset": self.subset}
 
 
-def _stream(path: str, rules: RowRules, position: Position | None) -> Iterator[RawRow]:
+def _stream(path: str, rules: RowRules, position: Position) -> Iterator[RawRow]:
     if suffix_of(path) == ".parquet":
         return stream_parquet(path, rules, position)
-    if suffix_of(path) == ".tar":
-        return stream_tar(path, position)
-    return stream_json(path, position)
+    return stream_tar(path, position) if suffix_of(path) == ".tar" else stream_json(path, position)
 
 
 def _parse(raw: RawRow, rules: RowRules, path: str, media_root: str | None, state: dict[str, Any]) -> StreamRow:
-    sample = raw.row
+    sample, sample_id = raw.row, rules.sample_id(os.path.basename(path), raw.number)
     if not isinstance(sample, RowFault):
         try:
-            sample_id = rules.sample_id(os.path.basename(path), raw.number)
-            sample = rules.sample(raw.row, sample_id, media_root, raw.resolve)
+            sample = rules.sample(sample, sample_id, media_root, raw.resolve)
         except RowFault as fault:
             sample = fault
     return StreamRow(state, sample, raw.number, path)

@@ -6,7 +6,6 @@ files by their extensions: {"jpg": ..., "txt": "A cat"}, for `columns: {image: j
 """
 
 import hashlib
-import os
 import tarfile
 from array import array
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ import numpy as np
 from qwen3vl_train.data.errors import MediaFault, RowFault
 from qwen3vl_train.data.media.remote import MAX_BYTES
 from qwen3vl_train.data.rows.formats import names_media
-from qwen3vl_train.data.rows.parse import MAX_ROW_BYTES, RowRules, decode_row
+from qwen3vl_train.data.rows.parse import MAX_ROW_BYTES, decode_row
 from qwen3vl_train.data.sources.base import FileSource, Position, RawRow
 from qwen3vl_train.data.sources.files import damaged, is_compressed, naming_file, open_file, read_range, unpack
 
@@ -49,18 +48,6 @@ class _Group(NamedTuple):
 class TarSource(FileSource):
     """One shard, plain or compressed. Its index is the offset of each row; headers are read again with the row."""
 
-    def __init__(
-        self,
-        path: str | os.PathLike[str],
-        media_root: str | os.PathLike[str] | None = None,
-        rules: RowRules | None = None,
-    ) -> None:
-        """Read all headers once. Raise ValueError for a damaged archive, and for links and devices in it.
-
-        media_root is not used: the media of a shard are in it.
-        """
-        super().__init__(path, None, rules)
-
     def _open(self) -> dict[str, Any]:
         self.uncompressed = self._uncompressed_path()
         starts, digest = array("q"), hashlib.sha256()
@@ -77,7 +64,6 @@ class TarSource(FileSource):
         return len(self._starts)
 
     def raw(self, row: int) -> RawRow:
-        """Return row 0..len-1 unchecked. Raise RowFault."""
         self._check_unchanged()
         try:
             with open_file(self.uncompressed) as file:
@@ -91,13 +77,12 @@ class TarSource(FileSource):
         return _make_row(group, self.uncompressed, row + 1)
 
 
-def stream_tar(path: str, position: Position | None) -> Iterator[RawRow]:
+def stream_tar(path: str, position: Position) -> Iterator[RawRow]:
     """Yield the rows of a shard from a position on. Raise ValueError where it is damaged."""
     uncompressed = str(unpack(path)) if is_compressed(path) else path
-    done = position["row"] if position else 0
     with open_file(uncompressed) as file:
-        file.seek(position["byte"] if position else 0)
-        for number, group in enumerate(_groups(file, path, done), start=done + 1):
+        file.seek(position["byte"])
+        for number, group in enumerate(_groups(file, path, position["row"]), start=position["row"] + 1):
             try:
                 yield _make_row(group, uncompressed, number)
             except RowFault as fault:
@@ -118,41 +103,28 @@ def _groups(file: IO[bytes], path: str, rows: int) -> Iterator[_Group]:
                 if info.isdir():
                     continue
                 if not info.isreg() or info.issparse():
-                    raise ValueError(
-                        f"{path}: {info.name[:200]!r} is a link, a device or sparse; pack only plain files"
-                    )
-                next_key, extension = _split_name(info.name)
-                if next_key != key:
+                    fault = "is a link, a device or sparse; pack only plain files"
+                    raise ValueError(f"{path}: {info.name[:200]!r} {fault}")
+                folder, _, base = info.name.rpartition("/")
+                stem, _, extension = base.partition(".")  # `a/0001.seg.png`: key `a/0001`, extension `seg.png`
+                if (next_key := f"{folder}/{stem}") != key:
                     if key is not None:
                         yield _Group(key, members, start, info.offset)
                         done += 1
                     key, members, start = next_key, [], info.offset
                 if len(members) <= _MAX_MEMBERS:
-                    members.append(_Member(info.name, extension, info.offset_data, info.size))
+                    members.append(_Member(info.name, extension.lower(), info.offset_data, info.size))
             if key is not None:
                 yield _Group(key, members, start, tar.offset)
                 done += 1
-            _check_end(file, tar.offset)
+            file.seek(tar.offset)
+            if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # it takes an unreadable header for the end
+                raise tarfile.ReadError("no end-of-archive block")
     except (tarfile.TarError, EOFError, OverflowError) as error:
         raise damaged(path, done, error) from None
 
 
-def _check_end(file: IO[bytes], offset: int) -> None:
-    """Reject an archive without an end: tarfile treats a header that it cannot read as the end."""
-    file.seek(offset)
-    if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-        raise tarfile.ReadError("no end-of-archive block")
-
-
-def _split_name(name: str) -> tuple[str, str]:
-    """Return key and extension: `a/0001.seg.png` -> `a/0001`, `seg.png`."""
-    folder, _, base = name.rpartition("/")
-    stem, _, extension = base.partition(".")
-    return f"{folder}/{stem}", extension.lower()
-
-
 def _make_row(group: _Group, path: str, number: int) -> RawRow:
-    """Make a row from the files of one key. Raise RowFault."""
     if len(group.members) > _MAX_MEMBERS:
         fault = f"more than {_MAX_MEMBERS:,} files of the key {group.key[:100]!r}; split the row"
         raise RowFault(fault, kind="too_long")
@@ -162,7 +134,11 @@ def _make_row(group: _Group, path: str, number: int) -> RawRow:
         if member.extension == "json":
             row = decode_row(_content(member, path, MAX_ROW_BYTES))
         elif member.extension in _TEXTS:
-            found[member.extension] = _text(_content(member, path, MAX_ROW_BYTES), member.name)
+            try:
+                found[member.extension] = _content(member, path, MAX_ROW_BYTES).decode()
+            except UnicodeDecodeError as error:
+                fault = f"{member.name[:200]}: not UTF-8 (byte {error.start}); save it as UTF-8"
+                raise RowFault(fault, kind="invalid_json") from None
         else:
             found[member.extension] = member.name
     media = {
@@ -198,11 +174,3 @@ def _content(member: _Member, path: str, limit: int) -> bytes:
     if len(content) != member.size:
         raise MediaFault(f"{name}: the shard ends in it; copy the shard again", kind="read_error")
     return content
-
-
-def _text(content: bytes, name: str) -> str:
-    try:
-        return content.decode()
-    except UnicodeDecodeError as error:
-        fault = f"{name[:200]}: not UTF-8 (byte {error.start}); save it as UTF-8"
-        raise RowFault(fault, kind="invalid_json") from None

@@ -181,6 +181,8 @@ FAULTS = [
      f"2 videos but 0 <video> placeholders in the questions; {OWN}"),
     ({**asked([{"type": "image", "image": "mine"}, {"type": "image"}]), "images": ["a", "b"]},
      f"2 images but 1 <image> placeholder in the questions; {OWN}"),
+    ({**asked([{"type": "image", "text": "x"}, {"type": "image"}]), "images": ["a"]},
+     f"1 image but 2 <image> {PUT_ONE}"),
     ({"image": "a", "images": ["b"], "conversations": WHAT}, "image and images are both given; keep one of them"),
     ({"conversations": "hi"}, "conversations is not a list; write a list of {from, value}"),
     ({"conversations": [7]}, "conversations[0] is not an object; write from and value"),

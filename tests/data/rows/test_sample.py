@@ -94,6 +94,8 @@ MESSAGE_FAULTS = [
     ({**ANSWER, "loss_weight": -0.5}, "messages[1].loss_weight is -0.5; write a finite number of at least 0"),
     ({**ANSWER, "loss_weight": float("nan")}, "messages[1].loss_weight is nan; write a finite number of at least 0"),
     ({**ANSWER, "loss_weight": float("inf")}, "messages[1].loss_weight is inf; write a finite number of at least 0"),
+    ({**ANSWER, "loss_weight": 10**400},
+     f"messages[1].loss_weight is {10**400}; write a finite number of at least 0"),
     ({**ANSWER, "loss": False, "loss_weight": 2},
      "messages[1]: loss is false but loss_weight is 2; remove one of them"),
     ({**ASK, "tool_calls": [{}]}, "messages[1]: tool_calls in a user message; only assistant messages call tools"),
@@ -191,6 +193,7 @@ CLIP_FAULTS = [
     ({"video": ["a", "b"], "timestamps": [1, 0.5]}, f".timestamps[1] is 0.5; {SECONDS}"),
     ({"video": ["a", "b"], "timestamps": [-1, 0]}, f".timestamps[0] is -1; {SECONDS}"),
     ({"video": ["a", "b"], "timestamps": [0, float("inf")]}, f".timestamps[1] is inf; {SECONDS}"),
+    ({"video": ["a", "b"], "timestamps": [0, 10**400]}, f".timestamps[1] is {10**400}; {SECONDS}"),
 ]  # fmt: skip
 
 
