@@ -26,10 +26,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
 
 
 def start_partial(folder: Path) -> Path:
-    """Make the folder in which `folder` is written until it is complete.
-
-    Raises ValueError where `folder` exists already.
-    """
+    """Make the folder in which `folder` is written until complete. Raises ValueError where `folder` exists already."""
     if folder.exists():
         raise ValueError(f"{folder}: exists already; choose another folder or remove it")
     partial = folder.with_name(f".{folder.name}.partial")

@@ -13,7 +13,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from qwen3vl_train.arch import Qwen3VLArch, published_config, read_config
-from qwen3vl_train.checkpoint.atomic import atomic_folder
 from qwen3vl_train.dist.tensors import local_slice, to_local
 from qwen3vl_train.model.hf_names import from_huggingface, to_huggingface
 from qwen3vl_train.model.lora import base_name, is_adapter
@@ -21,19 +20,10 @@ from qwen3vl_train.model.qwen3vl import Qwen3VLForConditionalGeneration
 
 # What serving needs beside the weights; copied where present.
 COMPANION_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.json",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.json",
-    "chat_template.jinja",
-    "preprocessor_config.json",
-    "video_preprocessor_config.json",
-    "processor_config.json",
-    "generation_config.json",
-)
+    "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json",
+    "added_tokens.json", "chat_template.json", "chat_template.jinja", "preprocessor_config.json",
+    "video_preprocessor_config.json", "processor_config.json", "generation_config.json",
+)  # fmt: skip
 MAX_SHARD_BYTES = 5 * 10**9
 _SAMPLED_BYTES = 1024
 
@@ -61,9 +51,7 @@ class WeightFiles:
                     self._files_of[name] = (file, key)
                     self.shapes[name] = tuple(handle.get_slice(key).get_shape())
         if unknown:
-            raise ValueError(
-                f"{self.folder}: {_count(unknown, 'unexpected weight')}: {_some(unknown)}; not a Qwen3-VL checkpoint?"
-            )
+            raise ValueError(f"{self.folder}: {_listed('unexpected weight', unknown)}; not a Qwen3-VL checkpoint?")
 
     def _files(self) -> list[Path]:
         index, single = self.folder / "model.safetensors.index.json", self.folder / "model.safetensors"
@@ -117,22 +105,17 @@ def _open(file: Path) -> Any:
     try:
         return safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:
-        size = file.stat().st_size
-        raise ValueError(
-            f"{file}: not a complete safetensors file ({size} bytes; {error}); download it again"
-        ) from None
+        what = f"not a complete safetensors file ({file.stat().st_size} bytes; {error})"
+        raise ValueError(f"{file}: {what}; download it again") from None
 
 
-def _count(items: list[str], noun: str) -> str:
-    return f"{len(items)} {noun}{'' if len(items) == 1 else 's'}"
-
-
-def _some(names: list[str], limit: int = 5) -> str:
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+def _listed(noun: str, names: list[str], limit: int = 5) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return f"{len(names)} {noun}{'' if len(names) == 1 else 's'}: {', '.join(names[:limit])}{more}"
 
 
 def check_weights(model: nn.Module, files: WeightFiles) -> None:
-    """Compare the names and shapes on disk with those of the model, which may be on the meta device.
+    """Compare names and shapes on disk with the model's, which may be on the meta device.
 
     Raises ValueError that names every kind of difference: missing, unexpected, wrong shape.
     """
@@ -147,17 +130,10 @@ def check_weights(model: nn.Module, files: WeightFiles) -> None:
         for name, shape in wanted.items()
         if files.shapes.get(name, shape) != shape
     ]
-    faults = []
-    if missing:
-        faults.append(f"{_count(missing, 'missing weight')}: {_some(missing)}")
-    if extra:
-        faults.append(f"{_count(extra, 'unexpected weight')}: {_some(extra)}")
-    if misshapen:
-        faults.append(f"{_count(misshapen, 'wrong shape')}: {_some(misshapen)}")
-    if faults:
-        raise ValueError(
-            f"{files.folder}: weights do not fit config.json\n" + "\n".join(f"  - {fault}" for fault in faults)
-        )
+    faults = {"missing weight": missing, "unexpected weight": extra, "wrong shape": misshapen}
+    lines = "".join(f"\n  - {_listed(noun, names)}" for noun, names in faults.items() if names)
+    if lines:
+        raise ValueError(f"{files.folder}: weights do not fit config.json{lines}")
 
 
 def materialize(model: nn.Module, device: torch.device | str) -> None:
@@ -182,18 +158,15 @@ def load_qwen3_vl_model(
     dtype: torch.dtype = torch.bfloat16,
     device: torch.device | str = "cpu",
 ) -> Qwen3VLForConditionalGeneration:
-    """Read a Hugging Face folder (one or many safetensors files) into our model, tensor by tensor.
+    """Read a Hugging Face folder (one or many safetensors files) into our model; no second copy of it is ever held.
 
-    config: use this instead of the folder's config.json. No second copy of the weights is held.
-    Raises ValueError that names missing, unexpected and wrongly shaped weights, truncated files, and other
-    architectures.
+    config: use this instead of the folder's config.json.
+    Raises ValueError that names missing, unexpected and wrongly shaped weights, truncated files, other architectures.
     """
-    if isinstance(config, Qwen3VLArch):
-        arch = config
-    else:
-        arch = Qwen3VLArch.from_dict(config) if config is not None else Qwen3VLArch.from_pretrained(model_path)
+    if not isinstance(config, Qwen3VLArch):
+        config = Qwen3VLArch.from_pretrained(model_path) if config is None else Qwen3VLArch.from_dict(config)
     with torch.device("meta"):
-        model = Qwen3VLForConditionalGeneration(arch)
+        model = Qwen3VLForConditionalGeneration(config)
     files = WeightFiles(model_path)
     check_weights(model, files)
     materialize(model.to(dtype), device)
@@ -213,11 +186,9 @@ def read_weights(model: nn.Module, files: WeightFiles) -> None:
         if not is_adapter(name)
     }
     seen: set[nn.Parameter] = set()
-    for name, values in files.read(
-        {name: local_slice(parameters[name]) for name in parameters if name in files.shapes}
-    ):
-        parameter = parameters[name]
-        target = to_local(parameter)
+    slices = {name: local_slice(parameter) for name, parameter in parameters.items() if name in files.shapes}
+    for name, values in files.read(slices):
+        parameter, target = parameters[name], to_local(parameters[name])
         if parameter in seen and not torch.equal(target, values.to(target)):
             raise _not_tied(files)
         seen.add(parameter)
@@ -244,28 +215,6 @@ def _not_tied(files: WeightFiles) -> ValueError:
     )
 
 
-def save_huggingface(
-    weights: Mapping[str, Tensor],
-    out: str | Path,
-    *,
-    source: str | Path,
-    dtype: torch.dtype,
-    pixel_limits: tuple[int, int] | None = None,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
-) -> None:
-    """Call `write_huggingface` on a folder that appears complete or not at all. Raises ValueError when `out` exists."""
-    with atomic_folder(Path(out)) as folder:
-        write_huggingface(
-            weights.items(),
-            {name: tensor.numel() for name, tensor in weights.items()},
-            folder,
-            source=source,
-            dtype=dtype,
-            pixel_limits=pixel_limits,
-            max_shard_bytes=max_shard_bytes,
-        )
-
-
 def write_huggingface(
     weights: Iterable[tuple[str, Tensor]],
     sizes: Mapping[str, int],
@@ -281,8 +230,7 @@ def write_huggingface(
 
     weights: by our names; a tied head once, as the embedding. An iterator works: only one file's are held at a time.
     sizes: their numbers of elements, in the same order.
-    source: the folder whose config and tokenizer files are copied.
-    pixel_limits, clip_settings: what was used in training, see `copy_companions`.
+    source: the folder whose config and tokenizer files are copied, see `copy_companions`.
     """
     shards = _shards(sizes, dtype, max_shard_bytes)
     weight_map: dict[str, str] = {}
@@ -307,12 +255,11 @@ def _shards(sizes: Mapping[str, int], dtype: torch.dtype, max_bytes: int) -> lis
     shards: list[list[str]] = [[]]
     filled = 0
     for name, elements in sizes.items():
-        size = elements * dtype.itemsize
-        if shards[-1] and filled + size > max_bytes:
+        filled += elements * dtype.itemsize
+        if shards[-1] and filled > max_bytes:
             shards.append([])
-            filled = 0
+            filled = elements * dtype.itemsize
         shards[-1].append(name)
-        filled += size
     return shards
 
 
@@ -324,8 +271,7 @@ def copy_companions(
 ) -> None:
     """Copy tokenizer, template, preprocessor and generation files; write into them what was used in training.
 
-    pixel_limits: (min, max) pixels of an image.
-    clip_settings: keys of the video preprocessor, `size` among them.
+    That is (min, max) pixels of an image, and for clips keys of the video preprocessor, `size` among them.
     """
     for name in COMPANION_FILES:
         if (file := Path(source) / name).is_file():

@@ -43,12 +43,10 @@ def complete_checkpoints(run_dir: Path) -> list[Path]:
 
 def latest_checkpoint(run_dir: Path) -> Path | None:
     """Return the newest complete checkpoint of a run, or None. Does not check its files."""
-    folders = complete_checkpoints(run_dir)
-    return folders[-1] if folders else None
+    return next(reversed(complete_checkpoints(run_dir)), None)
 
 
-FileEntries = dict[str, dict[str, int]]
-"""Files by name within their checkpoint: `bytes`, and `crc32` of their content."""
+FileEntries = dict[str, dict[str, int]]  # by name within the checkpoint: `bytes`, and `crc32` of the content
 
 
 def checksum_files(folder: Path, files: Iterable[Path]) -> FileEntries:
@@ -59,11 +57,7 @@ def checksum_files(folder: Path, files: Iterable[Path]) -> FileEntries:
 
 
 def write_manifest(folder: Path, record: dict[str, Any], entries: FileEntries) -> None:
-    """Write the manifest of a folder whose other files are complete and flushed.
-
-    record: what it holds besides the files.
-    entries: all of these files.
-    """
+    """Write the manifest of a folder: a record, and the entries of its other files, which are complete and flushed."""
     content = json.dumps({**record, "files": dict(sorted(entries.items()))}, indent=1)
     (folder / MANIFEST).write_text(content, encoding="utf-8")
     flush(folder / MANIFEST)
@@ -145,8 +139,7 @@ def prune(run_dir: Path, policy: KeepPolicy) -> None:
     if policy.keep_every:
         kept |= {folder for folder in folders if int(folder.name.removeprefix("step-")) % policy.keep_every == 0}
     if policy.keep_best:
-        losses = {folder: _loss(folder, policy.keep_best) for folder in folders}
-        known = {folder: loss for folder, loss in losses.items() if loss is not None}
+        known = {folder: loss for folder in folders if (loss := _loss(folder, policy.keep_best)) is not None}
         if known:
             kept.add(min(known, key=lambda folder: known[folder]))
     for folder in folders:

@@ -13,8 +13,7 @@ import torch
 import torch.distributed as torch_dist
 
 T = TypeVar("T")
-HEARTBEATS = "main/heartbeats"
-"""Key in the store that counts the heartbeats of rank 0."""
+HEARTBEATS = "main/heartbeats"  # key in the store that counts the heartbeats of rank 0
 _ERROR_TYPES: dict[str, type[Exception]] = {"ValueError": ValueError, "RuntimeError": RuntimeError, "OSError": OSError}
 
 
@@ -24,14 +23,11 @@ class Ranks:
 
     Every rank must call each method, except `heartbeat`, in the same order. A single process has no process group:
     what it would exchange is its own value.
-
-    rank: 0..world_size-1.
-    local_rank: number of this process on its machine.
     """
 
     rank: int
     world_size: int
-    local_rank: int
+    local_rank: int  # number of this process on its machine
     device: torch.device
 
     @property
@@ -80,10 +76,8 @@ class Ranks:
         else:
             wait_for_main(store, done)
         torch_dist.broadcast_object_list(result, src=0)
-        if error is not None:
-            raise error
         if result[1] is not None:
-            raise rebuild_error(*result[1])
+            raise error or rebuild_error(*result[1])
         return result[0]
 
     def on_all(self, work: Callable[[], T]) -> T:
@@ -106,10 +100,9 @@ class Ranks:
         errors = self.gather(None if error is None else serialize_error(error))
         if error is not None:
             raise error
-        failed = [(rank, serialized) for rank, serialized in enumerate(errors) if serialized is not None]
-        rank, (name, message) = failed[0]
-        others = f" and {len(failed) - 1} more" if len(failed) > 1 else ""
-        raise rebuild_error(name, f"rank {rank}{others}: {message}")
+        (rank, (name, message)), *others = [(other, found) for other, found in enumerate(errors) if found is not None]
+        more = f" and {len(others)} more" if others else ""
+        raise rebuild_error(name, f"rank {rank}{more}: {message}")
 
     def heartbeat(self) -> None:
         """Report from rank 0, within work that the other ranks wait for, that the work goes on."""

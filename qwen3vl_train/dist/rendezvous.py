@@ -4,6 +4,7 @@ import os
 import time
 import uuid
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as torch_dist
@@ -23,8 +24,6 @@ NCCL_SETTINGS = {
 def start_ranks(*, timeout_seconds: float = 1800.0, nccl_trace_prefix: str | None = None) -> Ranks:
     """Read what the launcher put into the environment and join the other ranks; without it this is one process.
 
-    CPU tensors use gloo, GPU tensors NCCL.
-
     timeout_seconds: how long a collective waits for the last rank.
     nccl_trace_prefix: of the files that NCCL's flight recorder writes on a timeout.
     """
@@ -43,16 +42,12 @@ def start_ranks(*, timeout_seconds: float = 1800.0, nccl_trace_prefix: str | Non
         device, backend = torch.device("cpu"), "gloo"
     if world_size > 1 and not torch_dist.is_initialized():
         timeout = timedelta(seconds=timeout_seconds)
-        store = _store_of_this_start(rank, world_size, timeout) if _has_store_of_torchrun() else None
-        if store is None:
-            torch_dist.init_process_group(backend, timeout=timeout)
-        else:
-            torch_dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+        place: dict[str, Any] = {}  # torch reads it from the environment
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # set by torchrun
+            store = _store_of_this_start(rank, world_size, timeout)
+            place = {"store": store, "rank": rank, "world_size": world_size}
+        torch_dist.init_process_group(backend, timeout=timeout, **place)
     return Ranks(rank, world_size, local_rank, device)
-
-
-def _has_store_of_torchrun() -> bool:
-    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def _store_of_this_start(rank: int, world_size: int, timeout: timedelta) -> Store:

@@ -6,9 +6,7 @@ import socket
 import threading
 from types import FrameType
 
-STOPPED = 75
-"""Exit code of a run that was asked to stop, saved, and can be started again (EX_TEMPFAIL)."""
-
+STOPPED = 75  # exit code of a run that was asked to stop, saved, and can be started again (EX_TEMPFAIL)
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 

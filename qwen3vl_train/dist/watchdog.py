@@ -1,8 +1,7 @@
 """Name the late rank: the last step of every rank, kept where all can read it and reported when a collective times out.
 
-A rank that hangs cannot report it, and the ranks that wait for it know only that they wait. So a thread of every rank
-writes its step, and the line that the training thread is at, to the rendezvous store; a rank that times out reads what
-all have written.
+A rank that hangs cannot report it, and the others know only that they wait. So a thread of every rank writes its step,
+and the line that the training thread is at, to the rendezvous store; a rank that times out reads what all have written.
 """
 
 import json
@@ -13,7 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 import torch.distributed as torch_dist
@@ -36,19 +35,13 @@ class LateRankError(RuntimeError):
 
 @dataclass(frozen=True)
 class RankState:
-    """What a rank last reported.
-
-    step: the last step that it finished.
-    location: the line that its training thread was at.
-    waits: the training thread was inside a collective.
-    silent_seconds: time since it should have reported again.
-    """
+    """What a rank last reported."""
 
     rank: int
-    step: int
-    location: str
-    waits: bool
-    silent_seconds: float
+    step: int  # the last one that it finished
+    location: str  # the line that its training thread was at
+    waits: bool  # the training thread was inside a collective
+    silent_seconds: float  # since it should have reported again
 
 
 class Watchdog:
@@ -60,7 +53,8 @@ class Watchdog:
     """
 
     def __init__(self, ranks: Ranks, timeout_seconds: float, report: Callable[[str], None] | None = None) -> None:
-        self._ranks, self._timeout, self._report = ranks, timeout_seconds, report or _to_stderr
+        self._ranks, self._timeout = ranks, timeout_seconds
+        self._report = report or (lambda text: print(text, file=sys.stderr, flush=True))
         self._interval = min(10.0, timeout_seconds / 10)
         self._thread_id = threading.get_ident()  # of the training thread, which need not be the main one (Ray)
         self._step, self._since, self._reported = 0, time.monotonic(), False
@@ -81,17 +75,13 @@ class Watchdog:
             self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if self._thread is None:
             return
         self._done.set()
         self._thread.join()
-        failed = isinstance(error, torch_dist.DistError) or (
-            isinstance(error, RuntimeError) and _NO_ANSWER.search(str(error)) is not None
-        )
-        if failed:
+        is_unanswered = isinstance(error, RuntimeError) and _NO_ANSWER.search(str(error))
+        if isinstance(error, torch_dist.DistError) or is_unanswered:
             first_line = str(error).strip().splitlines()[0]
             problem = "gone or late" if "connection" in first_line.lower() else "late"
             late = LateRankError(f"{self._describe(problem)}\n  {first_line}")
@@ -104,9 +94,8 @@ class Watchdog:
         try:
             states = self._states()
         except RuntimeError:
-            return (
-                f"step {self._step + 1}: a collective failed, and rank 0, which keeps the steps of all ranks, is gone"
-            )
+            step = self._step + 1
+            return f"step {step}: a collective failed, and rank 0, which keeps the steps of all ranks, is gone"
         return describe(states, self._ranks.world_size, self._timeout, problem)
 
     def _states(self) -> list[RankState]:
@@ -151,8 +140,7 @@ def locate(frame: FrameType | None) -> tuple[str, bool]:
     location, waits = "", False
     while frame is not None:
         code = frame.f_code
-        if "/torch/distributed/" in code.co_filename or code is wait_for_main.__code__:
-            waits = True
+        waits = waits or "/torch/distributed/" in code.co_filename or code is wait_for_main.__code__
         file = Path(code.co_filename)
         if not location and file.is_relative_to(_PACKAGE) and file != _RANKS:
             location = f"{file.relative_to(_PACKAGE)}:{frame.f_lineno} {code.co_name}"
@@ -166,28 +154,24 @@ def describe(states: list[RankState], world_size: int, timeout_seconds: float, p
     Late are ranks that have stopped reporting, or else those at the lowest step that wait for nobody. Where that would
     be all ranks, none is named: they wait for each other, in different collectives.
     """
-    unknown = [rank for rank in range(world_size) if rank not in {state.rank for state in states}]
+    unknown = sorted(set(range(world_size)) - {state.rank for state in states})
     silent = [state.rank for state in states if state.silent_seconds > timeout_seconds / 3]
     lowest = min(state.step for state in states)
-    last = [state.rank for state in states if state.step == lowest and not state.waits]
-    if not last:
-        last = [state.rank for state in states if state.step == lowest]
-    late = [*unknown, *silent] or last
-    step = lowest + 1
+    last = [state for state in states if state.step == lowest]
+    late = [*unknown, *silent] or [state.rank for state in last if not state.waits] or [state.rank for state in last]
+    what = f"{_named(late)} {'is' if len(late) == 1 else 'are'} {problem}"
     if len(late) == world_size:
-        lines = [f"step {step}: no rank is later than the others; do they run the same code on the same recipe?"]
-    else:
-        lines = [f"step {step}: {_named(late)} {'is' if len(late) == 1 else 'are'} {problem}"]
-    lines += [f"  {_named(unknown)}: never reported"] if unknown else []
+        what = "no rank is later than the others; do they run the same code on the same recipe?"
+    lines = [f"step {lowest + 1}: {what}"]
+    if unknown:
+        lines.append(f"  {_named(unknown)}: never reported")
     groups: dict[tuple, list[RankState]] = {}
     for state in states:
         groups.setdefault((state.step, state.location, state.waits, state.rank in silent), []).append(state)
     for (last_step, location, waits, is_silent), members in groups.items():
-        at = (
-            f", {'waiting for the others in' if waits else 'at'} {location}" if location else ", waiting for the others"
-        )
+        at = f"{'waiting for the others in' if waits else 'at'} {location}" if location else "waiting for the others"
         silence = f", silent for {max(state.silent_seconds for state in members):.0f} s" if is_silent else ""
-        lines.append(f"  {_named([state.rank for state in members])}: last step {last_step}{at}{silence}")
+        lines.append(f"  {_named([state.rank for state in members])}: last step {last_step}, {at}{silence}")
     return "\n".join(lines)
 
 
@@ -201,7 +185,3 @@ def _named(ranks: list[int]) -> str:
             runs.append([rank])
     named = ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
     return f"rank {named}" if len(ranks) == 1 else f"ranks {named}"
-
-
-def _to_stderr(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

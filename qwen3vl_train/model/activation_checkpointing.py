@@ -36,7 +36,5 @@ def run_block(mode: Checkpointing, block: Callable[..., Tensor], *inputs: Any) -
     """Call `block(*inputs)`, checkpointed where a graph is being built. Dropout repeats the same random numbers."""
     if mode == "none" or not torch.is_grad_enabled():
         return block(*inputs)
-    if mode == "full":
-        return checkpoint(block, *inputs, use_reentrant=False)  # type: ignore[return-value]
-    contexts = partial(create_selective_checkpoint_contexts, _keep)
-    return checkpoint(block, *inputs, use_reentrant=False, context_fn=contexts)  # type: ignore[return-value]
+    options = {} if mode == "full" else {"context_fn": partial(create_selective_checkpoint_contexts, _keep)}
+    return checkpoint(block, *inputs, use_reentrant=False, **options)  # type: ignore[return-value]

@@ -21,10 +21,7 @@ class Attention(Protocol):
     """What a block knows of the rows that attend to each other: nothing but this call."""
 
     def attend(self, layer: int, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> Tensor:
-        """Return (T, N, H), scaled by head_dim**-0.5. K may divide N (grouped-query attention).
-
-        layer: the number of the block that calls, for implementations that keep something of each.
-        """
+        """Return (T, N, H), scaled by head_dim**-0.5. K may divide N; layer is the number of the block that calls."""
         ...
 
 
@@ -36,7 +33,6 @@ class PackedAttention:
     causal: bool
 
     def attend(self, layer: int, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> Tensor:
-        """See `Attention`; all layers do the same."""
         if q_TNH.is_cuda and q_TNH.dtype in (torch.bfloat16, torch.float16):
             return _attend_varlen(q_TNH, k_TKH, v_TKH, self.segments, self.causal)
         return _attend_by_length(q_TNH, k_TKH, v_TKH, self.segments, self.causal)
@@ -56,11 +52,16 @@ class CachedAttention:
         self.cache: dict[int, tuple[Tensor, Tensor]] = {}
 
     def attend(self, layer: int, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> Tensor:
-        """See `Attention`; T is the number of prompt tokens in the first pass and of sequences in the others."""
         if layer not in self.cache:
             self.cache[layer] = self._padded(k_TKH), self._padded(v_TKH)
             return self.prompts.attend(layer, q_TNH, k_TKH, v_TKH)
-        return self._attend_to_cache(q_TNH, k_TKH, v_TKH, *self.cache[layer])
+        keys, values = self.cache[layer]  # T is the number of sequences from here on
+        rows, slots = (torch.arange(length, device=keys.device) for length in keys.shape[:2])
+        keys[rows, self.lengths], values[rows, self.lengths] = k_TKH, v_TKH
+        mask = (slots <= self.lengths[:, None])[:, None, None]
+        q, k, v = q_TNH[:, :, None], keys.transpose(1, 2), values.transpose(1, 2)
+        gqa = q.shape[1] != k.shape[1]
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=gqa).squeeze(2)
 
     def advance(self) -> None:
         """Count the token that every sequence got in the last pass."""
@@ -72,19 +73,6 @@ class CachedAttention:
         for row, of_sequence in enumerate(x_TKH.split(lengths)):
             padded[row, : of_sequence.shape[0]] = of_sequence
         return padded
-
-    def _attend_to_cache(self, q_SNH: Tensor, k_SKH: Tensor, v_SKH: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        rows = torch.arange(keys.shape[0], device=keys.device)
-        keys[rows, self.lengths], values[rows, self.lengths] = k_SKH, v_SKH
-        is_past = torch.arange(self.capacity, device=keys.device)[None, :] <= self.lengths[:, None]
-        out = F.scaled_dot_product_attention(
-            q_SNH[:, :, None],
-            keys.transpose(1, 2),
-            values.transpose(1, 2),
-            attn_mask=is_past[:, None, None],
-            enable_gqa=q_SNH.shape[1] != k_SKH.shape[1],
-        )
-        return out.squeeze(2)
 
 
 def _attend_by_length(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, segments: Segments, causal: bool) -> Tensor:

@@ -8,6 +8,7 @@ This module imports nothing else of `model`, so that the planner of `data` may u
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -22,8 +23,8 @@ MERGER_GROUPS, DECODER_GROUPS = ("merger", "deepstack"), ("text_attn", "text_mlp
 
 
 @dataclass(frozen=True)
-class ForwardCosts:
-    """Multiply-adds of one forward pass.
+class FlopsCounter:
+    """Multiply-adds of a forward pass or of training steps. Built once.
 
     linear: by module group, for each row: a patch below the mergers, a merged row in them, a token in the decoder, a
         label in the head.
@@ -36,8 +37,8 @@ class ForwardCosts:
     token_pair: int
 
     @classmethod
-    def from_arch(cls, arch: Qwen3VLArch) -> "ForwardCosts":
-        """Multiply out the shapes of all weights."""
+    def from_arch(cls, arch: Qwen3VLArch) -> "FlopsCounter":
+        """Count one forward pass: multiply out the shapes of all weights."""
         vision, text = arch.vision, arch.text
         merger = vision.merged_size * (vision.merged_size + vision.out_hidden_size)
         layers = text.num_hidden_layers
@@ -56,43 +57,11 @@ class ForwardCosts:
             token_pair=text.q_size * layers,
         )
 
-
-def work_ratios(arch: Qwen3VLArch, *, text_passes: int = 3, vision_passes: int = 3) -> tuple[float, float, float]:
-    """Return what a pair of tokens, a patch and a pair of patches cost, in units of a token in the decoder's layers.
-
-    passes: how often a training step pays the forward pass of the weights: 3 where they train, 2 where only a gradient
-        passes through, 1 where nothing below trains. Attention has no weights: 3 wherever a gradient passes.
-
-    The head, which runs on label rows only, is not counted.
-    """
-    costs = ForwardCosts.from_arch(arch)
-    token = sum(costs.linear[group] for group in DECODER_GROUPS) * text_passes
-    merged = sum(costs.linear[group] for group in MERGER_GROUPS) // arch.vision.spatial_merge_size**2
-    patch = (sum(costs.linear[group] for group in VISION_GROUPS) + merged) * vision_passes
-    token_pair = costs.token_pair * (3 if text_passes > 1 else 1)
-    patch_pair = costs.patch_pair * (3 if vision_passes > 1 else 1)
-    return token_pair / token, patch / token, patch_pair / token
-
-
-@dataclass(frozen=True)
-class FlopsCounter:
-    """FLOPs of training steps: how often a step pays the forward cost of each part, given what trains. Built once.
-
-    linear: by module group.
-    attention: of the vision tower and of the decoder.
-    adapters: number of adapter elements in the vision tower, the mergers and the decoder.
-    """
-
-    costs: ForwardCosts
-    linear: dict[str, int]
-    attention: tuple[int, int]
-    adapters: tuple[int, int, int]
-
     @classmethod
     def from_model(
         cls, model: nn.Module, arch: Qwen3VLArch, num_elements: Callable[[nn.Parameter], int] = nn.Parameter.numel
     ) -> "FlopsCounter":
-        """Read from requires_grad which parts train, and from the parameter names where adapters are.
+        """Count steps: read from requires_grad which parts train, and from the parameter names where adapters are.
 
         num_elements: of a full parameter, where the model holds shards that do not know it.
         """
@@ -103,13 +72,8 @@ class FlopsCounter:
             for group, members in groups.items()
         }
         weight["lm_head"] |= arch.tie_word_embeddings and weight["text_embed"]
-
-        def adapters(*names: str) -> int:
-            return sum(num_elements(p) for group in names for name, p in groups[group] if ".lora_" in name)
-
         tower = any(trains[group] for group in VISION_GROUPS)
-        mergers = any(trains[group] for group in MERGER_GROUPS)
-        decoder = tower or mergers or any(trains[group] for group in ("text_embed", *DECODER_GROUPS))
+        decoder = tower or any(trains[group] for group in ("text_embed", *MERGER_GROUPS, *DECODER_GROUPS))
         passes = {
             "vision_embed": False,  # pixels need no gradient
             **dict.fromkeys(("vision_attn", "vision_mlp"), tower),
@@ -117,32 +81,43 @@ class FlopsCounter:
             **dict.fromkeys(DECODER_GROUPS, decoder),
             "lm_head": decoder or trains["lm_head"],  # the final norm is of the head's group
         }
-        return cls(
-            costs=ForwardCosts.from_arch(arch),
-            linear={group: 1 + below + weight[group] for group, below in passes.items()},
-            attention=(3 if tower else 1, 3 if decoder else 1),
-            adapters=(adapters(*VISION_GROUPS), adapters(*MERGER_GROUPS), adapters(*DECODER_GROUPS)),
-        )
+        forward = cls.from_arch(arch)
+        linear = {group: forward.linear[group] * (1 + below + weight[group]) for group, below in passes.items()}
+        for group in linear:
+            linear[group] += sum(3 * num_elements(p) for name, p in groups[group] if ".lora_" in name)
+        return cls(linear, forward.patch_pair * (3 if tower else 1), forward.token_pair * (3 if decoder else 1))
 
     def step(self, batch: PackedBatch) -> float:
         """Return the FLOPs of forward and backward over one pack."""
-        patches, merged, tokens = batch.num_patches, batch.num_visual_tokens, batch.num_tokens
         rows = {
-            **dict.fromkeys(VISION_GROUPS, patches),
-            **dict.fromkeys(MERGER_GROUPS, merged),
-            **dict.fromkeys(DECODER_GROUPS, tokens),
+            **dict.fromkeys(VISION_GROUPS, batch.num_patches),
+            **dict.fromkeys(MERGER_GROUPS, batch.num_visual_tokens),
+            **dict.fromkeys(DECODER_GROUPS, batch.num_tokens),
             "lm_head": batch.num_labels,
         }
-        patch_pairs = sum(length**2 for length in batch.vision.segments.lengths)
-        token_pairs = sum(length**2 for length in batch.segments.lengths)
-        adapter_rows = zip((patches, merged, tokens), self.adapters, strict=True)
         multiply_adds = (
-            sum(rows[group] * cost * self.linear[group] for group, cost in self.costs.linear.items())
-            + self.costs.patch_pair * patch_pairs * self.attention[0]
-            + self.costs.token_pair * token_pairs * self.attention[1]
-            + sum(3 * count * elements for count, elements in adapter_rows)
+            sum(rows[group] * cost for group, cost in self.linear.items())
+            + self.patch_pair * sum(length**2 for length in batch.vision.segments.lengths)
+            + self.token_pair * sum(length**2 for length in batch.segments.lengths)
         )
         return float(2 * multiply_adds)
+
+
+def work_ratios(arch: Qwen3VLArch, *, text_passes: int, vision_passes: int) -> tuple[float, float, float]:
+    """Return what a pair of tokens, a patch and a pair of patches cost, in units of a token in the decoder's layers.
+
+    passes: how often a training step pays the forward pass of the weights: 3 where they train, 2 where only a gradient
+        passes through, 1 where nothing below trains. Attention has no weights: 3 wherever a gradient passes.
+
+    The head, which runs on label rows only, is not counted.
+    """
+    costs = FlopsCounter.from_arch(arch)
+    token = sum(costs.linear[group] for group in DECODER_GROUPS) * text_passes
+    merged = sum(costs.linear[group] for group in MERGER_GROUPS) // arch.vision.spatial_merge_size**2
+    patch = (sum(costs.linear[group] for group in VISION_GROUPS) + merged) * vision_passes
+    token_pair = costs.token_pair * (3 if text_passes > 1 else 1)
+    patch_pair = costs.patch_pair * (3 if vision_passes > 1 else 1)
+    return token_pair / token, patch / token, patch_pair / token
 
 
 # Memory and traffic of one rank in a bfloat16 run, computed from the shapes of a model that may be on the meta device.
@@ -208,94 +183,56 @@ def rank_memory(model: nn.Module, layout: Layout, index: int = 0) -> RankMemory:
     index: of the rank within its replica.
 
     Sends are counted for a ring, in bytes out of one rank. Backward passes gather a unit again only where a gradient
-    passes through it.
+    passes through it. ddp holds, beside float32 masters of what trains, all weights in bfloat16.
     """
-    if layout.engine == "ddp":
-        return _replicated(model, layout.num_ranks)
     held = {True: 0, False: 0}
-    for parameter in model.parameters():
-        rows = rows_of_shard(parameter.shape[0], layout.shard, index)
-        held[parameter.requires_grad] += rows * parameter[0].numel()
-    units = _units(model, layout.shard)
-    sent = sum(
-        # Forward; backward again (not the root, which stays gathered); the gradients of what trains, in float32.
-        HALF * unit.padded * (1 + (unit.backward and unit.name != "")) + FULL * unit.padded_trained
-        for unit in units
-    )
-    ring = (layout.shard - 1) / layout.shard
-    across = 2 * (layout.replicate - 1) / layout.replicate * FULL * sum(u.padded_trained for u in units) / layout.shard
-    return RankMemory(
-        frozen=HALF * held[False],
-        trained=FULL * held[True],
-        moments=2 * FULL * held[True],
-        gradients=FULL * held[True],
-        gathered=_gathered(units),
-        sent_in_shard=int(ring * sent),
-        sent_between_replicas=int(across),
-        padding=1 - sum(parameter.numel() for parameter in model.parameters()) / sum(unit.padded for unit in units),
-    )
-
-
-def _replicated(model: nn.Module, num_ranks: int) -> RankMemory:
-    """Every rank holds all in bfloat16, and float32 masters of what trains; gradients are summed once a step."""
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    frozen = sum(parameter.numel() for parameter in model.parameters()) - trained
-    return RankMemory(
-        frozen=HALF * frozen,
-        trained=(HALF + FULL) * trained,
-        moments=2 * FULL * trained,
-        gradients=FULL * trained,
-        gathered=0,
-        sent_in_shard=0,
-        sent_between_replicas=int(2 * (num_ranks - 1) / num_ranks * FULL * trained),
-        padding=0.0,
-    )
-
-
-@dataclass
-class _Unit:
-    """An FSDP unit: its elements, padded to even shards. backward: a gradient passes through it."""
-
-    name: str
-    padded: int = 0
-    padded_trained: int = 0
-    backward: bool = False
-
-
-def _units(model: nn.Module, num_shards: int) -> list[_Unit]:
-    units: dict[str, _Unit] = {}
+    padded, trained = Counter[str](), Counter[str]()  # elements of each FSDP unit in even shards; those that train
     tower_trains = False
     for name, parameter in model.named_parameters():
-        unit = units.setdefault(fsdp_unit(name), _Unit(fsdp_unit(name)))
-        padded = math.ceil(parameter.shape[0] / num_shards) * num_shards * parameter[0].numel()
-        unit.padded += padded
-        unit.padded_trained += padded * parameter.requires_grad
-        tower_trains |= parameter.requires_grad and name.startswith("visual.vision.") and "merger" not in name
-    for unit in units.values():
+        unit, width, trains = fsdp_unit(name), parameter[0].numel(), parameter.requires_grad
+        held[trains] += rows_of_shard(parameter.shape[0], layout.shard, index) * width
+        elements = rows_of_shard(parameter.shape[0], layout.shard, 0) * layout.shard * width
+        padded[unit] += elements
+        trained[unit] += elements * trains
+        tower_trains |= trains and name.startswith("visual.vision.") and "merger" not in name
+    sent = 0
+    for unit in padded:
         # Gradients pass every decoder layer; a vision unit where it trains, or any part of the tower.
-        unit.backward = not unit.name.startswith("visual.") or unit.padded_trained > 0 or tower_trains
-    return list(units.values())
+        backward = not unit.startswith("visual.") or trained[unit] > 0 or tower_trains
+        # Forward; backward again (not the root, which stays gathered); the gradients of what trains, in float32.
+        sent += HALF * padded[unit] * (1 + (backward and unit != "")) + FULL * trained[unit]
+    ring = (layout.shard - 1) / layout.shard
+    across = 2 * (layout.replicate - 1) / layout.replicate * FULL * trained.total() / layout.shard
+    ddp = layout.engine == "ddp"
+    return RankMemory(
+        frozen=HALF * held[False],
+        trained=(FULL + HALF * ddp) * held[True],
+        moments=2 * FULL * held[True],
+        gradients=FULL * held[True],
+        gathered=0 if ddp else _gathered(padded, trained),
+        sent_in_shard=int(ring * sent),
+        sent_between_replicas=int(across),
+        padding=1 - sum(parameter.numel() for parameter in model.parameters()) / padded.total(),
+    )
 
 
-def _gathered(units: list[_Unit]) -> int:
+def _gathered(padded: Counter[str], trained: Counter[str]) -> int:
     """Return the most bytes that exist for a moment.
 
     The root is there all the time, and beside it two blocks (one computes, one is fetched) and one block's gradients;
     or, at the end of the backward pass, the root's own gradients. Gradients of a unit exist in bfloat16 and, to be
     summed, in float32.
     """
-    root = next(unit for unit in units if unit.name == "")
-    blocks = [unit for unit in units if unit.name != ""]
-    largest, largest_trained = max(unit.padded for unit in blocks), max(unit.padded_trained for unit in blocks)
-    during = HALF * root.padded_trained + 2 * HALF * largest + (HALF + FULL) * largest_trained
-    return HALF * root.padded + max(during, (HALF + FULL) * root.padded_trained)
+    blocks = [unit for unit in padded if unit != ""]
+    largest, largest_trained = max(padded[unit] for unit in blocks), max(trained[unit] for unit in blocks)
+    during = HALF * trained[""] + 2 * HALF * largest + (HALF + FULL) * largest_trained
+    return HALF * padded[""] + max(during, (HALF + FULL) * trained[""])
 
 
 def text_activation_bytes(text: TextArch, checkpointing: Literal["none", "full"]) -> float:
     """Return the bytes a token that all decoder layers keep for the backward pass; with full, their inputs alone."""
-    if checkpointing == "full":
-        return HALF * text.hidden_size * text.num_hidden_layers
-    return layer_activation_bytes(text) * text.num_hidden_layers
+    layer = HALF * text.hidden_size if checkpointing == "full" else layer_activation_bytes(text)
+    return layer * text.num_hidden_layers
 
 
 def layer_activation_bytes(text: TextArch) -> float:

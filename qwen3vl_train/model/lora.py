@@ -18,10 +18,9 @@ ADAPTER = "default"
 def lora_modules(model: nn.Module, targets: Sequence[str]) -> list[str]:
     """Return the names (ours) of the linear modules that the targets select.
 
-    targets: group names, or regular expressions matched in full against Hugging Face module names.
-
-    The patch embedding and the head are applied as plain products of their weights, so an adapter on them would never
-    be used: they are refused. Raises ValueError for a target that matches nothing, or something that takes no adapter.
+    Targets are group names, or regular expressions matched in full against Hugging Face module names. Raises ValueError
+    for one that matches nothing, or something that takes no adapter: an adapter on the patch embedding or the head,
+    which are applied as plain products of their weights, would never be used.
     """
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     eligible = [name for name in linears if group_of(name) in LORA_GROUPS]
@@ -38,8 +37,7 @@ def lora_modules(model: nn.Module, targets: Sequence[str]) -> list[str]:
             names = [to_huggingface(name) for name in eligible]
             near = difflib.get_close_matches(target, [*LORA_GROUPS, *names], n=3, cutoff=0.3)
             raise ValueError(f"tune.targets: {target!r} matches no module; near names: {', '.join(near) or names[0]}")
-        wrong = [to_huggingface(name) for name in hits if name not in eligible]
-        if wrong:
+        if wrong := [to_huggingface(name) for name in hits if name not in eligible]:
             raise ValueError(
                 f"tune.targets: {target!r} matches {wrong[0]}, which takes no adapter; "
                 f"only linear layers of {', '.join(LORA_GROUPS)} do"

@@ -16,11 +16,8 @@ CHUNK_ELEMENTS = 2**25  # 128 MiB of float32 logits: 220 rows of a 151,936-token
 
 
 class LossOutput(NamedTuple):
-    """The loss of one pack.
-
-    loss_sum: float32 scalar, the sum of all terms.
-    num_labels: what the sums of all packs are divided by; weights do not change it.
-    terms_R: (R,) float32, the terms of the sum, one for each label of the pack, without gradient.
+    """The loss of one pack: a float32 scalar; what the sums of all packs are divided by, which weights do not change;
+    and the terms of the sum, (R,) float32, one for each label, without gradient.
     """
 
     loss_sum: Tensor
@@ -44,11 +41,8 @@ def linear_cross_entropy_sum(
 ) -> tuple[Tensor, Tensor]:
     """Return the sum over rows of weight * cross-entropy(hidden @ head.T, label), and its terms without gradient.
 
-    labels_R: int64, each in 0..V-1; there is no ignored value.
-    weights_R: float32.
-
-    The sum is a float32 scalar, the terms are (R,) float32. Equals
-    `F.cross_entropy(logits.float(), labels, reduction="none") @ weights`, gradients included.
+    Equals `F.cross_entropy(logits.float(), labels, reduction="none") @ weights`, gradients included. Labels are in
+    0..V-1; there is no ignored value. Weights, sum and terms (R,) are float32.
     """
     if not torch.is_grad_enabled():
         hidden_RD, head_VD = hidden_RD.detach(), head_VD.detach()

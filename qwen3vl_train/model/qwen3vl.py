@@ -21,12 +21,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class VisionInjection(NamedTuple):
-    """What `process_vision_slices` returns.
-
-    inputs_embeds: (T, D), with the features filled in.
-    visual_pos_mask: (T,) bool, True at the tokens that features fill.
-    deepstack_layers: one (M, D) tensor for each DeepStack layer, in the order of the tokens.
-    """
+    """What `process_vision_slices` returns: (T, D), filled; (T,) bool, True at filled tokens; (M, D) of each layer."""
 
     inputs_embeds: Tensor
     visual_pos_mask: Tensor
@@ -43,11 +38,9 @@ def process_vision_slices(
 ) -> VisionInjection:
     """Put merged features and their DeepStack rows at the tokens that slices name, in any order of the rows.
 
-    inputs_embeds: (T, D).
-    features and each of deepstack_features: (rows, D).
-
-    Returns new tensors. Raises ValueError where slices overlap, leave their sequence or name features that do not
-    exist. Training does not call this: `PackedBatch` has checked its slices and its features lie in token order.
+    inputs_embeds is (T, D), features and each of deepstack_features are (rows, D). Returns new tensors. Raises
+    ValueError where slices overlap, leave their sequence or name features that do not exist. Training does not call
+    this: `PackedBatch` has checked its slices and its features lie in token order.
     """
     token_rows, feature_rows = slice_rows(sequence_lengths, vision_slices_per_seq, inputs_embeds.shape[0])
     if feature_rows.numel() and int(feature_rows.max()) >= features.shape[0]:
@@ -89,16 +82,10 @@ class _ZeroOf(torch.autograd.Function):
         return tuple(torch.zeros_like(tensor) for tensor in ctx.saved_tensors)
 
 
-def _sum_and_count(hidden_TD: Tensor, head_VD: Tensor, batch: PackedBatch) -> tuple[Tensor, int]:
-    output = cross_entropy_loss(hidden_TD, head_VD, batch)
-    return output.loss_sum, output.num_labels
-
-
 class Qwen3VLForConditionalGeneration(nn.Module):
     """Qwen3-VL: `model(batch)` for training, `model.logits(batch)` for looking at it. Knows nothing of ranks.
 
-    always_run_vision: set from outside; run the vision side also for a pack without images, without effect on the
-    result.
+    always_run_vision: set from outside; run the vision side also for packs without images, which changes no result.
     """
 
     def __init__(self, arch: Qwen3VLArch) -> None:
@@ -109,10 +96,7 @@ class Qwen3VLForConditionalGeneration(nn.Module):
         self.language_model = Qwen3VLTextForCausalLM(arch.text, tie_word_embeddings=arch.tie_word_embeddings)
 
     def hidden_states(self, batch: PackedBatch, attention: Attention | None = None) -> Tensor:
-        """Return the normed hidden states (T, D) of a pack.
-
-        attention: of the decoder; by default causal inside each sequence.
-        """
+        """Return the normed hidden states (T, D) of a pack; by default with causal attention inside each sequence."""
         text = self.language_model.model
         x_TD = text.embed_tokens(batch.input_ids)
         deepstack: list[Tensor] = []
@@ -134,22 +118,19 @@ class Qwen3VLForConditionalGeneration(nn.Module):
         merge = self.arch.vision.spatial_merge_size
         grid_thw = torch.tensor([[1, merge, merge]])
         pixels = torch.full((merge * merge, self.arch.vision.patch_dim), 127, dtype=torch.uint8, device=like.device)
-        devices = [like.device] if like.is_cuda else []
-        with torch.random.fork_rng(devices=devices):  # adapters' dropout here must not shift that of the pack
+        # Adapters' dropout here must not shift that of the pack.
+        with torch.random.fork_rng(devices=[like.device] if like.is_cuda else []):
             vision = self.visual(pixels, grid_thw)
         zero: Tensor = _ZeroOf.apply(vision.pooler_output, *vision.deepstack_features)  # type: ignore[assignment]
         return zero.to(like.dtype)
 
-    def forward(
-        self, batch: PackedBatch, loss_function: Callable[[Tensor, Tensor, PackedBatch], Any] = _sum_and_count
-    ) -> Any:
-        """Return (sum of the losses of all labels, float32 scalar; number of labels).
-
-        Weights of labels multiply the losses; they do not change the number of labels.
+    def forward(self, batch: PackedBatch, loss_function: Callable[..., Any] | None = None) -> Any:
+        """Return (sum of the losses of all labels, float32 scalar; number of labels), see `cross_entropy_loss`.
 
         loss_function: compute this instead, from (hidden_TD, head_VD, batch); its result is returned.
         """
-        return loss_function(self.hidden_states(batch), self.language_model.lm_head.weight, batch)
+        arguments = self.hidden_states(batch), self.language_model.lm_head.weight, batch
+        return loss_function(*arguments) if loss_function else cross_entropy_loss(*arguments)[:2]
 
     @torch.no_grad()
     def logits(self, batch: PackedBatch) -> Tensor:

@@ -62,10 +62,7 @@ class Qwen3VLTextMLP(nn.Module):
 
 
 class Qwen3VLTextDecoderLayer(nn.Module):
-    """One decoder layer.
-
-    checkpointing: activation checkpointing, set from outside. It runs inside the layer, so that sharding may wrap it.
-    """
+    """One layer. Its activation checkpointing, set from outside, runs inside of it, so that sharding may wrap it."""
 
     def __init__(self, arch: TextArch, layer: int) -> None:
         super().__init__()
@@ -102,12 +99,9 @@ class Qwen3VLTextModel(nn.Module):
         deepstack_visual_embeds: Sequence[Tensor] = (),
         visual_rows: Tensor | None = None,
     ) -> Tensor:
-        """Return the normed hidden states (T, D) of a packed row.
+        """Return the normed hidden states (T, D) of a packed row. inputs_embeds is (T, D), positions (3, T).
 
-        inputs_embeds: (T, D).
-        positions: (3, T).
-        deepstack_visual_embeds: (M, D) each; feature k is added after layer k to the tokens visual_rows.
-        visual_rows: (M,) int64.
+        deepstack_visual_embeds: (M, D) each; feature k is added after layer k to the tokens visual_rows, (M,) int64.
 
         Raises ValueError where DeepStack features do not fit visual_rows: visual tokens are never simply at the front.
         """

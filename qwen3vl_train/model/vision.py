@@ -17,12 +17,7 @@ from qwen3vl_train.model.rope import Rope, apply_rope, vision_angles
 
 
 class VisionOutput(NamedTuple):
-    """What the vision tower returns.
-
-    last_hidden_state: (P, C), in merge-block order.
-    pooler_output: (M, D), merged rows in token order.
-    deepstack_features: one (M, D) tensor for each tapped block, in the order of the taps.
-    """
+    """Patches (P, C) in merge-block order; merged rows (M, D) in token order; (M, D) of each tapped block, in order."""
 
     last_hidden_state: Tensor
     pooler_output: Tensor
@@ -99,10 +94,7 @@ class Qwen3VLVisionMLP(nn.Module):
 
 
 class Qwen3VLVisionBlock(nn.Module):
-    """One block of the tower.
-
-    checkpointing: activation checkpointing, set from outside. It runs inside the block, so that sharding may wrap it.
-    """
+    """One block. Its activation checkpointing, set from outside, runs inside of it, so that sharding may wrap it."""
 
     def __init__(self, arch: VisionArch, layer: int) -> None:
         super().__init__()
@@ -123,24 +115,18 @@ class Qwen3VLVisionBlock(nn.Module):
 class Qwen3VLVisionPatchMerger(nn.Module):
     """Join 2 x 2 neighbouring patches (4 successive rows) and project them to the text width.
 
-    The main merger normalises each patch before the join, the DeepStack mergers the joined row. The GELU is the exact
-    one (erf).
+    The main merger normalises each patch before the join, the DeepStack mergers the joined row. GELU is exact (erf).
     """
 
     def __init__(self, arch: VisionArch, *, norm_after_join: bool) -> None:
         super().__init__()
         self.joined = arch.merged_size
-        self.norm_after_join = norm_after_join
         self.norm = nn.LayerNorm(self.joined if norm_after_join else arch.hidden_size, eps=1e-6)
         self.linear_fc1 = nn.Linear(self.joined, self.joined, bias=True)
         self.linear_fc2 = nn.Linear(self.joined, arch.out_hidden_size, bias=True)
 
     def forward(self, x_PC: Tensor) -> Tensor:
-        """Return the merged rows, (M, D)."""
-        if self.norm_after_join:
-            x_MJ = self.norm(x_PC.view(-1, self.joined))
-        else:
-            x_MJ = self.norm(x_PC).view(-1, self.joined)
+        x_MJ = self.norm(x_PC.view(-1, *self.norm.normalized_shape)).view(-1, self.joined)
         return self.linear_fc2(F.gelu(self.linear_fc1(x_MJ)))
 
 
@@ -188,18 +174,16 @@ class Qwen3VLVisionModel(nn.Module):
         """Encode the patches (see Qwen3VLVisionPatchEmbed) of the media in grid_thw (N, 3).
 
         index: what the collator computed from the grids; without it they are read back from grid_thw.
-
-        Where nothing below the mergers trains, that part runs without a graph.
         """
         index = index or self.index(grid_thw)
+        # Where nothing below the mergers trains, that part runs without a graph.
         tower_trains = any(parameter.requires_grad for parameter in self.tower_parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and tower_trains):
             x_PC = self.patch_embed(pixel_values)
             if x_PC.shape[0] != index.patch_hw.shape[0]:
                 raise ValueError(f"vision: {x_PC.shape[0]} patches, but grid_thw counts {index.patch_hw.shape[0]}")
             x_PC = x_PC + self._interpolate(index)
-            angles = vision_angles(index.patch_hw, self.arch.head_dim)
-            angles = torch.cat((angles, angles), dim=-1)
+            angles = vision_angles(index.patch_hw, self.arch.head_dim).repeat(1, 2)
             rope = (angles.cos(), angles.sin())
             attention = PackedAttention(index.segments, causal=False)  # inside each frame, in both directions
             tapped: dict[int, Tensor] = {}
@@ -208,8 +192,4 @@ class Qwen3VLVisionModel(nn.Module):
                 if number in self.arch.deepstack_visual_indexes:
                     tapped[number] = x_PC
         mergers = zip(self.deepstack_merger_list, self.arch.deepstack_visual_indexes, strict=True)
-        return VisionOutput(
-            last_hidden_state=x_PC,
-            pooler_output=self.merger(x_PC),
-            deepstack_features=[merger(tapped[number]) for merger, number in mergers],
-        )
+        return VisionOutput(x_PC, self.merger(x_PC), [merger(tapped[number]) for merger, number in mergers])

@@ -15,12 +15,9 @@ BUCKET_ELEMENTS = 2**24  # 64 MiB of float32: large enough for full bandwidth, s
 
 
 class Replicated:
-    """Gradient sync of a replicated run: each rank holds all gradients, which are summed once a step.
+    """Gradient sync of a replicated run: each rank holds all gradients, which are summed once a step."""
 
-    lockstep: False, ranks may run different numbers of packs.
-    """
-
-    lockstep = False
+    lockstep = False  # ranks may run different numbers of packs
 
     def __init__(self, world_size: int) -> None:
         self.world_size = world_size

@@ -22,10 +22,9 @@ KEEP_GATHERED = 0.2
 def shard_model(
     model: Qwen3VLForConditionalGeneration, mesh: DeviceMesh, parallel: ParallelSection, dtype: torch.dtype
 ) -> None:
-    """Shard a model, in place; it may still be on the meta device.
+    """Shard a model, in place, from the inside out; it may be on the meta device. A unit is what is gathered at once.
 
-    The order is from the inside out; a unit is what is gathered at once. Raises ValueError for cpu_offload on a host
-    without a GPU.
+    Raises ValueError for cpu_offload on a host without a GPU.
     """
     if parallel.cpu_offload and not torch.cuda.is_available():
         raise ValueError("parallel.cpu_offload: true, but there is no GPU here, weights are on the CPU; leave it out")
@@ -66,10 +65,8 @@ def shard_model(
 def _prefetch(blocks: list[nn.Module], *, before: nn.Module | None) -> None:
     """Fetch the next block's weights while one computes, in both directions.
 
-    before: the unit whose backward pass follows that of the first block; None where the backward pass ends there.
-
-    By default torch would fetch what ran before, in vain where that is frozen; a block that names itself fetches
-    nothing.
+    before: the unit whose backward pass follows that of the first block; None where the backward pass ends there. By
+        default torch would fetch what ran before, in vain where that is frozen; a block that names itself fetches none.
     """
     for block, following in itertools.pairwise(blocks):
         block.set_modules_to_forward_prefetch([following])  # type: ignore[union-attr]

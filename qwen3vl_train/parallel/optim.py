@@ -3,6 +3,7 @@
 Reference: Loshchilov & Hutter, "Decoupled Weight Decay Regularization" (2019).
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -39,8 +40,7 @@ class GradientSync(Protocol):
 class TrainEngine(Protocol):
     """What the training step and the checkpoint need of an engine: its backward pass, its optimizer and its state.
 
-    params_with_grad: names of the parameters that got a gradient on this rank.
-    lockstep: see GradientSync.
+    params_with_grad: names of the parameters that got a gradient on this rank. lockstep: see GradientSync.
     """
 
     params_with_grad: set[str]
@@ -85,7 +85,7 @@ class MasterAdamW:
     """
 
     def __init__(self, model: nn.Module, optim: OptimSection, sync: GradientSync) -> None:
-        self.optim, self.sync, self.lockstep = optim, sync, sync.lockstep
+        self.sync, self.lockstep = sync, sync.lockstep
         self.trained: list[TrainedTensor] = []
         self.params_with_grad: set[str] = set()
         for name, parameter in model.named_parameters():
@@ -93,15 +93,8 @@ class MasterAdamW:
                 master = parameter if parameter.dtype == torch.float32 else nn.Parameter(parameter.detach().float())
                 self.trained.append(TrainedTensor(name, group_of(name), parameter, master))
                 parameter.register_post_accumulate_grad_hook(self._collector(name, master))
-        if not self.trained:
-            raise ValueError("tune: nothing trains; name at least one module group or LoRA target")
-        self.adamw = torch.optim.AdamW(self._groups(), lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
-        for item in self.trained:
-            # As AdamW would create it in its first step, so that a checkpoint can be read into it before.
-            self.adamw.state[item.master] = {
-                "step": torch.zeros((), dtype=torch.float32, device=item.master.device),
-                **{part: torch.zeros_like(item.master) for part in MOMENTS},
-            }
+        self.adamw = build_adamw([(item.group, item.master) for item in self.trained], optim)
+        create_state(self.adamw, [item.master for item in self.trained])
 
     def _collector(self, name: str, master: nn.Parameter):
         def collect(parameter: Tensor) -> None:
@@ -113,9 +106,6 @@ class MasterAdamW:
                 parameter.grad = None
 
         return collect
-
-    def _groups(self) -> list[dict]:
-        return parameter_groups([(item.group, item.master) for item in self.trained], self.optim)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         loss.backward()
@@ -171,13 +161,26 @@ class MasterAdamW:
         self._round_into_model()
 
 
-def parameter_groups(members: list[tuple[str, nn.Parameter]], optim: OptimSection) -> list[dict]:
-    """Return AdamW's groups for (module group, parameter) pairs, by group and decay; only matrices decay."""
+def build_adamw(members: list[tuple[str, nn.Parameter]], optim: OptimSection) -> torch.optim.AdamW:
+    """Return AdamW over (module group, parameter) pairs, in groups by module group and decay; only matrices decay.
+
+    Raises ValueError where nothing trains.
+    """
+    if not members:
+        raise ValueError("tune: nothing trains; name at least one module group or LoRA target")
     by_setting: dict[tuple[str, float], list[nn.Parameter]] = {}
     for group, parameter in members:
         decay = optim.weight_decay if len(global_shape(parameter)) >= 2 else 0.0
         by_setting.setdefault((group, decay), []).append(parameter)
-    return [
-        {"params": members, "group": group, "peak_lr": (lr := optim.lr_of(group)), "lr": lr, "weight_decay": decay}
-        for (group, decay), members in by_setting.items()
+    groups = [
+        {"params": params, "group": group, "peak_lr": (lr := optim.lr_of(group)), "lr": lr, "weight_decay": decay}
+        for (group, decay), params in by_setting.items()
     ]
+    return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
+
+
+def create_state(adamw: torch.optim.AdamW, masters: Iterable[Tensor]) -> None:
+    """Create the state as AdamW would in its first step, so that a checkpoint can be read into it before."""
+    for master in masters:
+        step = torch.zeros((), dtype=torch.float32, device=master.device)
+        adamw.state[master] = {"step": step, **{part: torch.zeros_like(master) for part in MOMENTS}}

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from types import TracebackType
 from typing import IO, Any
 
 from rich.console import Console as RichConsole
@@ -17,8 +16,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from qwen3vl_train.config import LoraTune, Recipe
 from qwen3vl_train.dist.ranks import Ranks
 
+# Least time between two lines of progress in a log.
 LOG_SECONDS = 5.0
-"""Least time between two lines of training progress in a log."""
 _INDEX_LOG_SECONDS = 30.0
 
 
@@ -79,9 +78,7 @@ class IndexProgress:
     def __enter__(self) -> "IndexProgress":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._task is not None:
             self._bar.stop()
 

@@ -28,7 +28,6 @@ class SourceTally:
     """Sum losses and labels by data set over this rank's packs of a step; waits for the device once, at the end."""
 
     def __init__(self, names: Sequence[str], device: torch.device) -> None:
-        """names: of all data sets, the same on every rank."""
         self._numbers = {name: number for number, name in enumerate(names)}
         self._labels = torch.zeros(len(names), dtype=torch.int64)
         self._losses = torch.zeros(len(names), dtype=torch.float64, device=device)
@@ -50,8 +49,7 @@ class SourceTally:
     def means(self, values: Sequence[float]) -> dict[str, SourceLoss]:
         """Return the mean losses by name. values: those of `values`, summed over all ranks."""
         count = len(self._numbers)
-        sums, labels = values[:count], values[count:]
         return {
-            name: SourceLoss(sums[number] / labels[number] if labels[number] else None, int(labels[number]))
-            for name, number in self._numbers.items()
+            name: SourceLoss(loss / labels if labels else None, int(labels))
+            for name, loss, labels in zip(self._numbers, values[:count], values[count:], strict=True)
         }

@@ -18,12 +18,9 @@ from qwen3vl_train.tracking.loss_by_source import SourceLoss
 _BF16_PEAKS: tuple[tuple[str, float], ...] = (
     (r"\bGB200\b", 2500e12),
     (r"\bB200\b", 2250e12),
-    (r"\bGH200\b", 989e12),
-    (r"\bH200 NVL\b", 835e12),
-    (r"\bH200\b", 989e12),
-    (r"\bH100 NVL\b", 835e12),
+    (r"\bH[12]00 NVL\b", 835e12),
     (r"\bH100 PCIe\b", 756e12),
-    (r"\bH[18]00\b", 989e12),
+    (r"\b(G?H200|H[18]00)\b", 989e12),
     (r"\bH20\b", 148e12),
     (r"\bA[18]00\b", 312e12),
     (r"\bA40\b", 150e12),
@@ -41,17 +38,12 @@ _BF16_PEAKS: tuple[tuple[str, float], ...] = (
 class StepTally:
     """What one optimizer step adds up to, over all packs of all ranks.
 
-    step: number of the step, counted from 1.
-    loss: mean over all label tokens.
-    lr: the learning rate of the step, without the factors of module groups.
-    flops: useful FLOPs of the step.
     grad_norms: by module group, and "all".
-    sources: loss and label tokens of each data set.
     """
 
-    step: int
-    loss: float
-    lr: float
+    step: int  # counted from 1
+    loss: float  # mean over all label tokens
+    lr: float  # without the factors of module groups
     tokens: int
     label_tokens: int
     visual_tokens: int
@@ -62,16 +54,11 @@ class StepTally:
 
 
 class StepTimes(NamedTuple):
-    """Seconds of one step on this rank.
+    """Seconds of one step on this rank."""
 
-    step: wall time of the whole step.
-    data_wait: the part of it spent waiting for packs.
-    checkpoint_stall: how long the step before this one was held up by its checkpoint.
-    """
-
-    step: float
-    data_wait: float
-    checkpoint_stall: float
+    step: float  # wall time of the whole step
+    data_wait: float  # the part of it spent waiting for packs
+    checkpoint_stall: float  # how long the step before this one was held up by its checkpoint
 
 
 def step_metrics(
@@ -88,8 +75,7 @@ def step_metrics(
     """Return one row of metrics.jsonl. A run has at most one row a step.
 
     num_rejected: rows rejected since the run began.
-    peak_flops: of one device, see `bf16_peak_flops`; mfu is null without it, and always against the dense bf16 peak.
-    peak_memory_gib: see `peak_memory_gib`.
+    peak_flops: dense bf16 of one device; mfu is null without it.
     """
     seconds = max(times.step, 1e-9)
     return {
@@ -118,7 +104,7 @@ def step_metrics(
 
 
 def bf16_peak_flops(device_name: str) -> float | None:
-    """Return dense bf16 FLOP/s by device name (`torch.cuda.get_device_name()`), None where it is not known."""
+    """Return dense bf16 FLOP/s by device name, None where it is not known."""
     return next((peak for pattern, peak in _BF16_PEAKS if re.search(pattern, device_name)), None)
 
 

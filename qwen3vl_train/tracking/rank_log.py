@@ -11,10 +11,6 @@ from typing import TextIO
 from qwen3vl_train.dist.ranks import Ranks
 
 
-def rank_log_path(folder: Path, rank: int) -> Path:
-    return folder / "logs" / f"rank-{rank}.log"
-
-
 @contextmanager
 def rank_log(folder: Path, ranks: Ranks) -> Iterator[TextIO]:
     """Redirect what this process and its libraries print to `folder/logs/rank-<n>.log`, and yield the file to print to.
@@ -26,7 +22,7 @@ def rank_log(folder: Path, ranks: Ranks) -> Iterator[TextIO]:
     if ranks.is_main:
         yield sys.stdout
         return
-    path = rank_log_path(folder, ranks.rank)
+    path = folder / "logs" / f"rank-{ranks.rank}.log"
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8", buffering=1) as file:
         started = time.strftime("%Y-%m-%d %H:%M:%S")

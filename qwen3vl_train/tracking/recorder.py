@@ -1,16 +1,10 @@
-"""What a run records: metrics.jsonl, eval.jsonl, the tracker and the terminal.
-
-Rank 0 writes these; other ranks print their lines to a log file of their own.
-"""
+"""What a run records: metrics.jsonl, eval.jsonl, the tracker and the terminal."""
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import TextIO
 
 from qwen3vl_train.config import Recipe
-from qwen3vl_train.data.errors import Reject
 from qwen3vl_train.data.packing.loader import StepPacks
 from qwen3vl_train.dist.ranks import Ranks
 from qwen3vl_train.dist.stop import STOPPED, StopRequest
@@ -27,12 +21,9 @@ from qwen3vl_train.tracking.wandb import open_tracker
 
 
 class Recorder:
-    """A context manager, opened once a run.
+    """A context manager, opened once a run. Rank 0 writes the files; every rank prints its lines to `out`.
 
     An exception that leaves the block marks the tracked run as failed, a StopRequest as one that will go on.
-
-    out: where lines for the terminal go.
-    wandb_run_id: from the checkpoint of a run that is resumed.
     """
 
     def __init__(
@@ -51,42 +42,29 @@ class Recorder:
         self._metrics = MetricsLog(folder / "metrics.jsonl") if ranks.is_main else None
         self._tracker = open_tracker(recipe, folder, ranks.rank, wandb_run_id)
         self._console = Console(num_steps, start_step=start_step, file=out)
+        self.line = self._console.line
 
     def __enter__(self) -> "Recorder":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self._console.close()
         if self._metrics:
             self._metrics.close()
-        if isinstance(error, StopRequest):
-            self._tracker.finish(STOPPED)
-        else:
-            self._tracker.finish(0 if error is None else 1)
+        self._tracker.finish(STOPPED if isinstance(error, StopRequest) else int(error is not None))
 
     @property
     def wandb_run_id(self) -> str | None:
-        """The id that a checkpoint keeps so that a resumed run is the same W&B run; None where there is none."""
+        """The id that a checkpoint keeps so that a resumed run is the same W&B run."""
         return self._tracker.run_id
-
-    def line(self, text: str) -> None:
-        """Print one line."""
-        self._console.line(text)
 
     def step(self, tally: StepTally, packs: StepPacks, times: StepTimes, *, num_rejected: int) -> None:
         """Record one step; the tracker also gets gradient norms by module group and the loss of each data set."""
         row = step_metrics(
-            tally,
-            packs,
-            times,
-            num_rejected=num_rejected,
-            max_tokens_per_pack=self._recipe.data.max_tokens_per_pack,
-            world_size=self._ranks.world_size,
-            peak_flops=self._peak_flops,
+            tally, packs, times, num_rejected=num_rejected, max_tokens_per_pack=self._recipe.data.max_tokens_per_pack,
+            world_size=self._ranks.world_size, peak_flops=self._peak_flops,
             peak_memory_gib=peak_memory_gib(self._ranks.device),
-        )
+        )  # fmt: skip
         if self._metrics:
             self._metrics.append(row)
         curves = {key: value for key, value in row.items() if key != "sources"}
@@ -104,8 +82,3 @@ class Recorder:
             file.write(json.dumps(row) + "\n")
         self._tracker.log({f"eval/{name}/loss": loss}, step)
         self.line(f"eval step {step}: {name} loss {loss:.4f} over {label_tokens} label tokens")
-
-    def rejects(self, rejects: Sequence[Reject]) -> None:
-        """Print rows that were rejected while training."""
-        for reject in rejects:
-            self.line(f"rejected: {reject}")

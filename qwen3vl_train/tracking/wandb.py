@@ -5,39 +5,22 @@ import os
 import secrets
 import subprocess
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 from urllib.parse import urlsplit
 
 from qwen3vl_train.config import Recipe, public_dict
 from qwen3vl_train.dist.stop import STOPPED
 
 
-class Tracker(Protocol):
-    run_id: str | None
-
-    def log(self, metrics: dict[str, Any], step: int) -> None:
-        """Record numbers of a step. Steps never decrease; several calls for one step are merged."""
-        ...
-
-    def finish(self, exit_code: int = 0) -> None:
-        """Close the run; an exit code other than 0 marks it as failed, STOPPED as one that will be resumed."""
-        ...
-
-
 class SilentTracker:
-    """A tracker that records nothing: of ranks other than 0, and of `track.wandb: off`.
-
-    run_id: kept for a later start that tracks again.
-    """
+    """A WandbTracker that records nothing, but keeps the run_id for a later start that tracks again."""
 
     def __init__(self, run_id: str | None = None) -> None:
         self.run_id = run_id
 
-    def log(self, metrics: dict[str, Any], step: int) -> None:
-        pass
+    def log(self, metrics: dict[str, Any], step: int) -> None: ...
 
-    def finish(self, exit_code: int = 0) -> None:
-        pass
+    def finish(self, exit_code: int = 0) -> None: ...
 
 
 class WandbTracker:
@@ -56,30 +39,24 @@ class WandbTracker:
         online = recipe.track.wandb == "online"
         if online and not _has_login(wandb.setup().settings.base_url):
             raise ValueError(_NO_LOGIN.format(what="no W&B login found"))
-        settings = wandb.Settings(
-            console="off",  # our terminal output is not captured
-            silent=not online,
-            disable_git=True,  # git state is in the config, without the remote's address, which may hold a password
-            save_code=False,
-        )
+        # Not W&B's git state but ours, in the config: without the remote's address, which may hold a password.
+        settings = wandb.Settings(console="off", silent=not online, disable_git=True, save_code=False)
         try:
             self._run = wandb.init(
-                mode="online" if online else "offline",
-                dir=str(run_dir),
-                id=self.run_id,
+                mode="online" if online else "offline", dir=str(run_dir), id=self.run_id,
                 resume="allow" if online else None,  # offline, the id alone joins the sessions
-                project=recipe.track.project,
-                name=recipe.name,
-                config={**public_dict(recipe), "git": git_state(Path.cwd())},
-                settings=settings,
-            )
+                project=recipe.track.project, name=recipe.name,
+                config={**public_dict(recipe), "git": git_state(Path.cwd())}, settings=settings,
+            )  # fmt: skip
         except WandbError as error:
             raise ValueError(_NO_LOGIN.format(what=f"W&B did not start ({error})")) from error
 
     def log(self, metrics: dict[str, Any], step: int) -> None:
+        """Record numbers of a step. Steps never decrease; several calls for one step are merged."""
         self._run.log({key: value for key, value in metrics.items() if value is not None and key != "step"}, step=step)
 
     def finish(self, exit_code: int = 0) -> None:
+        """Close the run; an exit code other than 0 marks it as failed, STOPPED as one that will be resumed."""
         if exit_code == STOPPED:
             self._run.mark_preempting()
         self._run.finish(exit_code=exit_code)
@@ -88,12 +65,10 @@ class WandbTracker:
 _NO_LOGIN = "track.wandb: online, but {what}; run `wandb login`, set WANDB_API_KEY, or use track.wandb=offline"
 
 
-def open_tracker(recipe: Recipe, run_dir: Path, rank: int, run_id: str | None = None) -> Tracker:
+def open_tracker(recipe: Recipe, run_dir: Path, rank: int, run_id: str | None = None) -> SilentTracker | WandbTracker:
     """Start tracking on rank 0; every other rank, and `track.wandb: off`, gets a SilentTracker.
 
     Raises ValueError, before any prompt, where `online` is asked for and no login is found, or W&B refuses to start.
-
-    run_id: of the W&B run to continue where `run_dir` has none.
     """
     if rank != 0 or recipe.track.wandb == "off":
         return SilentTracker(run_id)

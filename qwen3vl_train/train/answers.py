@@ -30,17 +30,12 @@ def open_model(path: Path, dtype: str | None) -> tuple[Qwen3VLForConditionalGene
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if is_run_folder(path):
-        from qwen3vl_train.config import load_recipe
-        from qwen3vl_train.train.run_folder import RECIPE_FILE
-
-        recipe = load_recipe(path / RECIPE_FILE)
-        run = restore_run(path, dtype=DTYPES[dtype or recipe.model.dtype], device=device)
-        return run.model, open_collator(recipe)
+        run = restore_run(path, dtype=DTYPES[dtype] if dtype else None, device=device)
+        return run.model, open_collator(run.recipe)
     config = read_config(path)
     stored = str(config.get("dtype") or config.get("torch_dtype") or config.get("text_config", {}).get("dtype"))
-    model = load_qwen3_vl_model(
-        path, dtype=DTYPES[dtype or ("float32" if stored == "float32" else "bfloat16")], device=device
-    )
+    dtype = dtype or ("float32" if stored == "float32" else "bfloat16")
+    model = load_qwen3_vl_model(path, dtype=DTYPES[dtype], device=device)
     return model.eval(), MultimodalCollator.from_pretrained(path)
 
 
@@ -50,11 +45,9 @@ def split_answer(sample: Sample) -> tuple[Sample, str]:
     Raises RowFault for a sample that does not end with an answer.
     """
     if sample.messages[-1].role != "assistant" or len(sample.messages) < 2:
-        raise RowFault(
-            "does not end with an answer to compare with; end it with an assistant message", kind="missing_field"
-        )
-    question = Sample(sample.messages[:-1], sample.tools, sample.sample_id, sample.media_root)
-    return question, sample.messages[-1].text
+        what = "does not end with an answer to compare with; end it with an assistant message"
+        raise RowFault(what, kind="missing_field")
+    return Sample(sample.messages[:-1], sample.tools, sample.sample_id, sample.media_root), sample.messages[-1].text
 
 
 def evaluate_answers(
@@ -67,9 +60,8 @@ def evaluate_answers(
     """
     model, collate = open_model(path, dtype)
     device = next(model.parameters()).device
-    root = None if media_root is None else str(media_root)
-    sources = open_sources(EvalSource(path=str(data), media_root=root))
-    stop_ids = {collate.tokenizer.special_ids["<|im_end|>"], collate.tokenizer.special_ids["<|endoftext|>"]}
+    sources = open_sources(EvalSource(path=str(data), media_root=None if media_root is None else str(media_root)))
+    stop_ids = {collate.tokenizer.special_ids[token] for token in ("<|im_end|>", "<|endoftext|>")}
     loss, labels = 0.0, 0
     answers: list[dict[str, Any]] = []
     rejected: list[str] = []
@@ -81,9 +73,8 @@ def evaluate_answers(
         generated = generate_greedy(model, prompts, max_new_tokens=max_new_tokens, stop_ids=stop_ids)
         for (sample, _, expected), ids in zip(group, generated, strict=True):
             answer = collate.decode(ids).strip()
-            answers.append(
-                {"id": sample.sample_id, "expected": expected, "answer": answer, "match": answer == expected.strip()}
-            )
+            found = {"answer": answer, "match": answer == expected.strip()}
+            answers.append({"id": sample.sample_id, "expected": expected, **found})
     if not answers:
         raise ValueError(f"{data}: no row can be used; the first: {rejected[0] if rejected else 'the file is empty'}")
     summary = {

@@ -2,6 +2,7 @@
 
 import os
 import zlib
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -12,7 +13,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from qwen3vl_train.arch import Qwen3VLArch
 from qwen3vl_train.checkpoint.hf import WeightFiles, check_tied, check_weights, materialize, read_weights
 from qwen3vl_train.config import Recipe
-from qwen3vl_train.config.fields import CheckpointingSection
 from qwen3vl_train.dist.ranks import Ranks
 from qwen3vl_train.dist.tensors import copy_local_shard, full_tensor, to_local
 from qwen3vl_train.model.lora import base_name, is_adapter
@@ -78,7 +78,6 @@ def build_model(
     """Build the recipe's model with its weights and fresh adapters, and apply parallelism to it.
 
     dtype: of the arithmetic, the recipe's by default.
-    mesh: shard the model over it.
     zero: DeepSpeed's settings, of a run that uses it.
 
     No rank holds more than its own weights and the tensor being read. Raises ValueError for what is wrong with the
@@ -91,7 +90,10 @@ def build_model(
     model = describe(Qwen3VLArch.from_pretrained(recipe.model.path), recipe)
     check_weights(model, files)
     # 2. Activation checkpointing. It runs inside the blocks, so that what follows wraps them with it.
-    set_checkpointing(model, recipe.train.activation_checkpointing)
+    for block in model.visual.vision.blocks:
+        block.checkpointing = recipe.train.activation_checkpointing.vision  # type: ignore[assignment]
+    for layer in model.language_model.model.layers:
+        layer.checkpointing = recipe.train.activation_checkpointing.text  # type: ignore[assignment]
     # 3. Compiling the blocks would come here: after 2, which it would trace, and before sharding hooks them.
     # 4. Sharding. It holds what trains in float32 (see parallel.fsdp); replicated runs keep float32 masters beside it.
     for parameter in model.parameters():
@@ -104,25 +106,12 @@ def build_model(
         check_tied(model, files)
         fill_partitioned(model, zero, partial(_first_values, files, recipe.train.seed), device)
     else:
-        fill(model, files, recipe.train.seed, "cpu" if mesh is not None and recipe.parallel.cpu_offload else device)
+        materialize(model, "cpu" if mesh is not None and recipe.parallel.cpu_offload else device)
+        read_weights(model, files)
+        init_adapters(model, recipe.train.seed)
         # Float32 masters start where those of the other engines do: at the weights in the recipe's dtype.
         as_trained(model, dtype)
     return model
-
-
-def set_checkpointing(model: Qwen3VLForConditionalGeneration, settings: CheckpointingSection) -> None:
-    """Switch on activation checkpointing of the vision blocks and the decoder layers, in place."""
-    for block in model.visual.vision.blocks:
-        block.checkpointing = settings.vision  # type: ignore[assignment]
-    for layer in model.language_model.model.layers:
-        layer.checkpointing = settings.text  # type: ignore[assignment]
-
-
-def fill(model: nn.Module, files: WeightFiles, seed: int, device: torch.device | str) -> None:
-    """Allocate a described model, read this rank's part of its weights, and give adapters their first values."""
-    materialize(model, device)
-    read_weights(model, files)
-    init_adapters(model, seed)
 
 
 @torch.no_grad()
@@ -146,13 +135,14 @@ def init_adapters(model: nn.Module, seed: int) -> None:
     parameters = dict(model.named_parameters())
     for name, parameter in parameters.items():
         if is_adapter(name):
-            base = full_tensor(parameters[_dora_base(name)]) if _is_magnitude(name) else None
-            copy_local_shard(parameter, _adapter_values(name, parameter, seed, base))
+            values = _adapter_values(name, parameter, seed, lambda base: full_tensor(parameters[base]))
+            copy_local_shard(parameter, values)
 
 
-def _adapter_values(name: str, parameter: nn.Parameter, seed: int, base: Tensor | None) -> Tensor:
-    """Return the full first values of an adapter's tensor. base: the adapted weight, for a DoRA magnitude."""
-    if base is not None:
+def _adapter_values(name: str, parameter: nn.Parameter, seed: int, read: Callable[[str], Tensor]) -> Tensor:
+    """Return the full first values of an adapter's tensor. read: returns a full base weight, by its name."""
+    if ".lora_magnitude_vector." in name:
+        base = read(name.partition(".lora_")[0] + ".base_layer.weight")
         return base.float().norm(dim=1).reshape(parameter.shape)
     if ".lora_B." in name:
         return torch.zeros(parameter.shape)
@@ -163,22 +153,14 @@ def _adapter_values(name: str, parameter: nn.Parameter, seed: int, base: Tensor 
     return torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator)
 
 
-def _is_magnitude(name: str) -> bool:
-    return ".lora_magnitude_vector." in name
-
-
-def _dora_base(name: str) -> str:
-    return name.partition(".lora_")[0] + ".base_layer.weight"
-
-
 def _first_values(files: WeightFiles, seed: int, name: str, parameter: nn.Parameter) -> Tensor:
     """Return the full first values of a parameter, read or computed without the model's own memory."""
-    if not is_adapter(name):
-        return _read(files, base_name(name))
-    base = _read(files, base_name(_dora_base(name))).to(parameter.dtype) if _is_magnitude(name) else None
-    return _adapter_values(name, parameter, seed, base)
 
+    def read(ours: str) -> Tensor:
+        stored = base_name(ours)
+        ((_, values),) = files.read({stored: tuple(map(slice, files.shapes[stored]))})
+        return values
 
-def _read(files: WeightFiles, name: str) -> Tensor:
-    ((_, values),) = files.read({name: tuple(map(slice, files.shapes[name]))})
-    return values
+    if is_adapter(name):
+        return _adapter_values(name, parameter, seed, lambda base: read(base).to(parameter.dtype))
+    return read(name)

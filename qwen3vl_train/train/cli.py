@@ -64,12 +64,9 @@ def evaluate(argv: list[str] | None = None) -> int:
         from qwen3vl_train.train.answers import evaluate_answers
 
         summary, answers = evaluate_answers(
-            arguments.model,
-            arguments.data,
-            media_root=arguments.media_root,
-            max_new_tokens=arguments.max_new_tokens,
-            dtype=arguments.dtype,
-        )
+            arguments.model, arguments.data, media_root=arguments.media_root,
+            max_new_tokens=arguments.max_new_tokens, dtype=arguments.dtype,
+        )  # fmt: skip
         if arguments.out:
             arguments.out.write_text("".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers))
         if arguments.json:

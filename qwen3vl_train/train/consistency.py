@@ -14,27 +14,17 @@ from typing import Any, NamedTuple
 from qwen3vl_train.checkpoint.hf import WeightFiles
 from qwen3vl_train.dist.ranks import Ranks
 
-_SHOWN = 3
-FOLDER_WAIT_SECONDS = 30.0
-"""NFS may show a folder as it was up to 30 s ago (its acdirmin)."""
-
+FOLDER_WAIT_SECONDS = 30.0  # NFS may show a folder as it was up to 30 s ago (its acdirmin)
 DataContents = list[tuple[str, dict[str, Any]]]
 """Names of what the data is made of, and what must be equal of each, as JSON."""
 
 
 class StepStatus(NamedTuple):
-    """What every rank must know before a step, each true where it is true on any rank.
+    """What every rank must know before a step, each true where it is true on any rank."""
 
-    failed: a rank could not get its packs.
-    plan_differs: the ranks have planned different packs.
-    has_rejects: rows of the step cannot be used.
-    stop_requested: a rank was asked to stop.
-    save_failed: a checkpoint could not be written.
-    """
-
-    failed: bool
+    failed: bool  # a rank could not get its packs
     plan_differs: bool
-    has_rejects: bool
+    has_rejects: bool  # rows of the step cannot be used
     stop_requested: bool
     save_failed: bool
 
@@ -46,10 +36,9 @@ class StepStatus(NamedTuple):
 
         plan_hash: of this rank's plan, exact as a float; None where the rank failed.
         """
-        failed = plan_hash is None
-        highest, lowest = (-math.inf, math.inf) if plan_hash is None else (plan_hash, plan_hash)
-        flags = [failed, has_rejects, stop_requested, save_failed]
-        *flags, highest, negated_lowest = ranks.reduce([*flags, highest, -lowest], "max")
+        hashes = [-math.inf, -math.inf] if plan_hash is None else [plan_hash, -plan_hash]
+        flags = [plan_hash is None, has_rejects, stop_requested, save_failed]
+        *flags, highest, negated_lowest = ranks.reduce([*flags, *hashes], "max")
         failed, has_rejects, stop_requested, save_failed = map(bool, flags)
         return cls(failed, highest != -negated_lowest, has_rejects, stop_requested, save_failed)
 
@@ -70,10 +59,7 @@ def plan_error(step: int, hashes: Sequence[Sequence[int]]) -> RuntimeError:
 
 
 def check_same_data(contents: DataContents, ranks: Ranks) -> None:
-    """Raise ValueError on every rank where the data differs, with the first difference of each rank.
-
-    Every rank must call it.
-    """
+    """Raise ValueError on every rank where the data differs, with the first differences. Every rank must call it."""
     digest = hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
     if len(set(ranks.gather(digest))) == 1:
         return
@@ -82,7 +68,7 @@ def check_same_data(contents: DataContents, ranks: Ranks) -> None:
     lines = [f"\n  - rank {rank}: {text}" for rank, text in enumerate(differences) if text is not None]
     raise ValueError(
         f"data: {len(lines)} of {ranks.world_size} ranks do not have the data of rank 0; give all machines the same "
-        "files" + "".join(lines[:_SHOWN])
+        "files" + "".join(lines[:3])
     )
 
 
@@ -99,8 +85,7 @@ def _difference(contents: DataContents, of_main: DataContents) -> str:
 def check_same_folder(folder: Path, ranks: Ranks) -> None:
     """Check that every rank sees what rank 0 writes next to the run folder. Every rank must call it.
 
-    Raises ValueError on all ranks, naming those that see another disk: each would save its own shards there. Leaves
-    nothing on the disk.
+    Raises ValueError on all ranks, naming those that see another disk: each would save its own shards there.
     """
     if ranks.world_size == 1:
         return
@@ -136,11 +121,10 @@ def check_same_weights(model_path: str, ranks: Ranks) -> None:
     """
     if ranks.world_size == 1:
         return
-    error, fingerprint = None, 0
     try:
-        fingerprint = WeightFiles(model_path).fingerprint()
+        fingerprint, error = WeightFiles(model_path).fingerprint(), None
     except (ValueError, OSError) as caught:
-        error = str(caught)
+        fingerprint, error = 0, str(caught)
     found = ranks.gather((error, fingerprint, socket.gethostname()))
     for rank, (message, _, host) in enumerate(found):
         if message:

@@ -35,7 +35,7 @@ def evaluate_loss(
     """
     was_training = model.training
     model.eval()
-    loss, labels = 0.0, 0
+    loss, labels = 0.0, 0.0
     remaining = iter(packs)
     while True:
         each()
@@ -44,8 +44,7 @@ def evaluate_loss(
         if not more:
             break
         loss_sum, num_labels = model((batch or empty_pack(model.arch)).to(ranks.device))
-        loss += loss_sum.item()
-        labels += num_labels
+        loss, labels = loss + loss_sum.item(), labels + num_labels
     model.train(was_training)
-    loss, num = ranks.reduce([loss, float(labels)])
-    return EvalLoss(loss / max(1.0, num), int(num))
+    loss, labels = ranks.reduce([loss, labels])
+    return EvalLoss(loss / max(1.0, labels), int(labels))

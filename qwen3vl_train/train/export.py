@@ -3,7 +3,7 @@
 import json
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,24 +24,20 @@ from qwen3vl_train.model.lora import adapter_tensors, merge_lora
 from qwen3vl_train.model.qwen3vl import DTYPES, Qwen3VLForConditionalGeneration
 from qwen3vl_train.train.build import as_trained
 from qwen3vl_train.train.load_run import RestoredRun, restore_run
-from qwen3vl_train.train.verify import LogitDifference, compare_with_transformers, probe_batches, probe_logits
+from qwen3vl_train.train.verify import LogitDifference, compare_with_transformers, probe_batches
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)
 class Exported:
-    """A finished export.
-
-    kind: 'adapter' or 'checkpoint'.
-    difference: between our model in memory and transformers with the written files.
-    """
+    """A finished export."""
 
     out: Path
-    kind: str
+    kind: str  # 'adapter' or 'checkpoint'
     step: int
     num_tensors: int
-    difference: LogitDifference
+    difference: LogitDifference  # between our model in memory and transformers with the written files
 
 
 def export_run(run: Path, out: Path, *, merge: bool) -> Exported:
@@ -65,7 +61,7 @@ def export_run(run: Path, out: Path, *, merge: bool) -> Exported:
             num_tensors = _write_adapter(recipe, adapter_tensors(model), folder, collate)
         else:
             num_tensors = _write_checkpoint(restored, folder, collate)
-        logits = probe_logits(model, batches)
+        logits = [model.logits(batch) for batch in batches]
         base = Path(recipe.model.path) if as_adapter else folder
         step, dtype = restored.step, DTYPES[recipe.model.dtype]
         del model, restored  # one model in memory at a time
@@ -87,17 +83,20 @@ def export_while_training(recipe: Recipe, model: Qwen3VLForConditionalGeneration
     on all ranks where it cannot be written.
     """
     started = time.perf_counter()
-    if isinstance(recipe.tune, LoraTune):
-        members = adapter_tensors(model)
-    else:
-        members = dict(model.named_parameters())
+    is_lora = isinstance(recipe.tune, LoraTune)
+    members = adapter_tensors(model) if is_lora else dict(model.named_parameters())
     gathered = ((name, full_tensor(tensor).detach()) for name, tensor in members.items())
     fault: Exception | None = None
     if ranks.is_main:
         try:
-            _write_gathered(
-                recipe, gathered, {name: global_shape(tensor).numel() for name, tensor in members.items()}, out
-            )
+            collate = open_collator(recipe)
+            shutil.rmtree(out, ignore_errors=True)
+            with atomic_folder(out) as folder:
+                if is_lora:
+                    _write_adapter(recipe, dict(gathered), folder, collate)
+                else:
+                    sizes = {name: global_shape(tensor).numel() for name, tensor in members.items()}
+                    _write_weights(recipe, gathered, sizes, folder, collate)
         except (OSError, SafetensorError, ValueError, RuntimeError) as error:
             fault = error
     for _ in gathered:  # the other ranks take part in every gather, and rank 0 in those that it did not reach
@@ -111,32 +110,21 @@ def export_while_training(recipe: Recipe, model: Qwen3VLForConditionalGeneration
     return time.perf_counter() - started
 
 
-def _write_gathered(recipe: Recipe, gathered: Iterator[tuple[str, Tensor]], sizes: dict[str, int], out: Path) -> None:
-    collate = open_collator(recipe)
-    shutil.rmtree(out, ignore_errors=True)
-    with atomic_folder(out) as folder:
-        if isinstance(recipe.tune, LoraTune):
-            _write_adapter(recipe, dict(gathered), folder, collate)
-        else:
-            limits, clips = _media_settings(collate)
-            path, dtype = recipe.model.path, DTYPES[recipe.model.dtype]
-            write_huggingface(
-                gathered, sizes, folder, source=path, dtype=dtype, pixel_limits=limits, clip_settings=clips
-            )
+def _write_weights(
+    recipe: Recipe, weights: Iterable[tuple[str, Tensor]], sizes: dict[str, int], out: Path, collate: MultimodalCollator
+) -> None:
+    source, dtype = recipe.model.path, DTYPES[recipe.model.dtype]
+    limits, clips = _media_settings(collate)
+    write_huggingface(weights, sizes, out, source=source, dtype=dtype, pixel_limits=limits, clip_settings=clips)
 
 
 def _write_checkpoint(restored: RestoredRun, folder: Path, collate: MultimodalCollator) -> int:
-    dtype = DTYPES[restored.recipe.model.dtype]
     merge_lora(restored.model)
     # The files hold no more than this, so that both sides of the comparison are the same function.
-    as_trained(restored.model, dtype)
+    as_trained(restored.model, DTYPES[restored.recipe.model.dtype])
     weights = dict(restored.model.named_parameters())
     sizes = {name: weight.numel() for name, weight in weights.items()}
-    limits, clips = _media_settings(collate)
-    source = restored.recipe.model.path
-    write_huggingface(
-        weights.items(), sizes, folder, source=source, dtype=dtype, pixel_limits=limits, clip_settings=clips
-    )
+    _write_weights(restored.recipe, weights.items(), sizes, folder, collate)
     files = WeightFiles(folder)
     for name, tensor in files.read({name: tuple(map(slice, shape)) for name, shape in files.shapes.items()}):
         _expect_equal(name, tensor.float(), weights[name])
@@ -151,30 +139,22 @@ def _write_adapter(recipe: Recipe, adapter: dict[str, Tensor], folder: Path, col
     tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in adapter.items()}
     save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
     config = LoraConfig(
-        base_model_name_or_path=recipe.model.path,
-        task_type="CAUSAL_LM",
-        inference_mode=True,
-        r=tune.rank,
-        lora_alpha=tune.alpha,
-        lora_dropout=tune.dropout,
-        target_modules=sorted(_adapted_modules(tensors)),
-        use_rslora=tune.rslora,
-        use_dora=tune.dora,
-        bias="none",
-    )
+        base_model_name_or_path=recipe.model.path, task_type="CAUSAL_LM", inference_mode=True,
+        r=tune.rank, lora_alpha=tune.alpha, lora_dropout=tune.dropout,
+        # Full names: suffixes such as 'proj' would match others too.
+        target_modules={name.removeprefix("base_model.model.").partition(".lora_")[0] for name in tensors},
+        use_rslora=tune.rslora, use_dora=tune.dora, bias="none",
+    )  # fmt: skip
     config.save_pretrained(str(folder))
-    _sort_targets(folder / "adapter_config.json")
+    # peft keeps the targets as a set: sorted, so that the same adapter gives the same file.
+    file = folder / "adapter_config.json"
+    stored = json.loads(file.read_text(encoding="utf-8"))
+    stored["target_modules"].sort()
+    file.write_text(json.dumps(stored, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     copy_companions(recipe.model.path, folder, *_media_settings(collate))
     for name, tensor in load_file(folder / ADAPTER_WEIGHTS).items():
         _expect_equal(name, tensor, tensors[name])
     return len(tensors)
-
-
-def _sort_targets(file: Path) -> None:
-    """Sort the targets, which peft keeps as a set, so that the same adapter gives the same file."""
-    config = json.loads(file.read_text(encoding="utf-8"))
-    config["target_modules"].sort()
-    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _media_settings(collate: MultimodalCollator) -> tuple[tuple[int, int], dict[str, Any] | None]:
@@ -186,11 +166,6 @@ def _media_settings(collate: MultimodalCollator) -> tuple[tuple[int, int], dict[
     size = {"shortest_edge": clips.min_pixels, "longest_edge": clips.max_pixels}
     sampling = {"fps": clips.fps, "min_frames": clips.min_frames, "max_frames": clips.max_frames}
     return (budgets.min_pixels, budgets.max_pixels), {"size": size, **sampling}
-
-
-def _adapted_modules(tensors: dict[str, Tensor]) -> set[str]:
-    """Return the full Hugging Face names of the adapted modules: suffixes such as 'proj' would match others too."""
-    return {name.removeprefix("base_model.model.").partition(".lora_")[0] for name in tensors}
 
 
 def _expect_equal(name: str, written: Tensor, expected: Tensor) -> None:

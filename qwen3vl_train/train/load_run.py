@@ -15,15 +15,11 @@ from qwen3vl_train.train.run_folder import RECIPE_FILE
 
 @dataclass(frozen=True)
 class RestoredRun:
-    """A run as a model.
+    """A run as a model."""
 
-    model: in eval mode; adapters are not merged.
-    step: of the checkpoint that was read.
-    """
-
-    model: Qwen3VLForConditionalGeneration
+    model: Qwen3VLForConditionalGeneration  # in eval mode; adapters are not merged
     recipe: Recipe
-    step: int
+    step: int  # of the checkpoint that was read
 
 
 def is_run_folder(path: Path) -> bool:
@@ -31,8 +27,8 @@ def is_run_folder(path: Path) -> bool:
 
 
 @torch.no_grad()
-def restore_run(folder: Path, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> RestoredRun:
-    """Load a run's newest checkpoint over its base model.
+def restore_run(folder: Path, *, dtype: torch.dtype | None, device: torch.device | str = "cpu") -> RestoredRun:
+    """Load a run's newest checkpoint over its base model. dtype: of the arithmetic, the recipe's by default.
 
     All weights are rounded to the dtype that the run computed with, see `as_trained`. Raises ValueError where the
     folder holds no run or no checkpoint, or the newest checkpoint is damaged.
@@ -50,9 +46,8 @@ def restore_run(folder: Path, *, dtype: torch.dtype, device: torch.device | str 
         if parameter.requires_grad:
             tensor = stored.pop(f"weight/{name}", None)
             if tensor is None or tensor.shape != parameter.shape:
-                raise ValueError(
-                    f"{checkpoint}: does not hold {name} in its shape; was the recipe in {folder} changed?"
-                )
+                what = f"does not hold {name} in its shape; was the recipe in {folder} changed?"
+                raise ValueError(f"{checkpoint}: {what}")
             parameter.copy_(tensor)
     if stored:
         raise ValueError(f"{checkpoint}: holds {next(iter(stored))}, which the recipe in {folder} does not train")

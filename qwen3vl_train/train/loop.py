@@ -1,12 +1,15 @@
 """`train(recipe)`: open a run, resume it, and loop: take, step, log, evaluate, save."""
 
+import platform
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from qwen3vl_train import __version__
 from qwen3vl_train.checkpoint.manifest import KeepPolicy, read_manifest
 from qwen3vl_train.checkpoint.writer import CheckpointWriter, load_checkpoint
 from qwen3vl_train.config import Recipe, check_world_size, run_dir
@@ -26,23 +29,18 @@ from qwen3vl_train.train.consistency import check_same_folder, check_same_weight
 from qwen3vl_train.train.data import TrainingData, gather_rejects, open_data
 from qwen3vl_train.train.evaluate import evaluate_loss
 from qwen3vl_train.train.export import export_while_training
-from qwen3vl_train.train.run_folder import claim_run_folder, open_run_folder, versions
+from qwen3vl_train.train.run_folder import claim_run_folder, open_run_folder
 from qwen3vl_train.train.step import StepOptions, lr_factor, train_step
 from qwen3vl_train.train.tune import GradientCheck, report_groups
 
 
 @dataclass
 class Progress:
-    """How far a run is.
+    """How far a run is."""
 
-    step: steps done.
-    updates: those of them that changed weights; a step without a label does not.
-    loader_state: position of the loader after these steps.
-    """
-
-    step: int = 0
-    updates: int = 0
-    loader_state: dict[str, Any] = field(default_factory=dict)
+    step: int  # steps done
+    updates: int  # those of them that changed weights; a step without a label does not
+    loader_state: dict[str, Any]  # position of the loader after these steps
 
     def advance(self, tally: StepTally, loader_state: dict[str, Any]) -> None:
         self.step = tally.step
@@ -52,18 +50,14 @@ class Progress:
 
 @dataclass
 class Run:
-    """A run before its next step.
-
-    manifest: of the checkpoint that it resumes from, {} where it starts.
-    damaged: what is wrong with newer checkpoints.
-    """
+    """A run before its next step."""
 
     recipe: Recipe
     ranks: Ranks
     watchdog: Watchdog
     folder: Path
-    manifest: dict[str, Any]
-    damaged: list[str]
+    manifest: dict[str, Any]  # of the checkpoint that it resumes from, {} where it starts
+    damaged: list[str]  # what is wrong with newer checkpoints
     data: TrainingData
     model: Qwen3VLForConditionalGeneration
     optimizer: TrainEngine
@@ -77,9 +71,9 @@ def train(recipe: Recipe) -> Path:
     folder), RuntimeError for what went wrong while training (non-finite numbers, a full disk), and StopRequest after a
     signal asked the run to stop and it has saved.
     """
-    nccl_trace_prefix = str(run_dir(recipe) / "logs" / "nccl_trace_rank_")
-    ranks = start_ranks(timeout_seconds=recipe.parallel.timeout_seconds, nccl_trace_prefix=nccl_trace_prefix)
-    with Watchdog(ranks, recipe.parallel.timeout_seconds) as watchdog:
+    timeout = recipe.parallel.timeout_seconds
+    ranks = start_ranks(timeout_seconds=timeout, nccl_trace_prefix=str(run_dir(recipe) / "logs" / "nccl_trace_rank_"))
+    with Watchdog(ranks, timeout) as watchdog:
         check_world_size(recipe, ranks.world_size)
         if recipe.train.deterministic != torch.are_deterministic_algorithms_enabled():
             torch.use_deterministic_algorithms(recipe.train.deterministic)  # imports torch's compiler: takes seconds
@@ -94,9 +88,7 @@ def train(recipe: Recipe) -> Path:
                 wandb_run_id=run.manifest.get("wandb_run_id"),
             ) as recorder,
             StopSignals() as stop,
-            CheckpointWriter(
-                run.folder, ranks, policy, timeout_seconds=recipe.parallel.timeout_seconds, report=recorder.line
-            ) as writer,
+            CheckpointWriter(run.folder, ranks, policy, timeout_seconds=timeout, report=recorder.line) as writer,
         ):  # fmt: skip
             _loop(run, recorder, stop, writer)
     return run.folder
@@ -129,11 +121,10 @@ def _loop(run: Run, recorder: Recorder, stop: StopSignals, writer: CheckpointWri
     """Train to the last step. Every rank must call it."""
     recipe, ranks, data, progress = run.recipe, run.ranks, run.data, run.progress
     optim, start_step, num_steps = recipe.optim, progress.step, data.num_steps
-    for line in [
-        *start_banner(recipe, ranks, run.folder, data.summary(), report_groups(run.model, recipe)),
-        *resume_lines(start_step, num_steps, run.damaged),
-    ]:
+    banner = start_banner(recipe, ranks, run.folder, data.summary(), report_groups(run.model, recipe))
+    for line in banner + resume_lines(start_step, num_steps, run.damaged):
         recorder.line(line)
+    factor_at = partial(lr_factor, num_steps=num_steps, warmup_steps=optim.warmup_steps, schedule=optim.schedule)
     steps, options = iter(data.loader), StepOptions.from_recipe(recipe, run.model)
     gradient_check = GradientCheck(run.model)
     while progress.step < num_steps:
@@ -142,17 +133,14 @@ def _loop(run: Run, recorder: Recorder, stop: StopSignals, writer: CheckpointWri
         if status.save_failed:
             writer.wait()  # raises on every rank
         if status.stop_requested and progress.step > start_step:
-            _stop(run, recorder, writer)
-        factor = lr_factor(progress.step, num_steps=num_steps, warmup_steps=optim.warmup_steps, schedule=optim.schedule)
-        tally = train_step(
-            run.model, run.optimizer, packs.packs, packs.pack_numbers, ranks, options,
-            step=progress.step, lr_factor=factor,
-        )  # fmt: skip
+            if writer.last_step != progress.step:
+                _save(run, recorder, writer, {})
+            writer.wait()
+            raise StopRequest(f"{run.folder}: asked to stop, saved after step {progress.step}; start it again to go on")
+        factor = factor_at(progress.step)
+        tally = train_step(run.model, run.optimizer, packs, ranks, options, step=progress.step, lr_factor=factor)
         progress.advance(tally, packs.state)
-        if checked := gradient_check.after_step(
-            progress.step, run.optimizer.params_with_grad,
-            with_labels=tally.label_tokens > 0, with_media=tally.visual_tokens > 0, ranks=ranks,
-        ):  # fmt: skip
+        if checked := gradient_check.after_step(tally, run.optimizer.params_with_grad, ranks):
             recorder.line(checked)
         rejects = data.rejects.add(packs.rejected, num_seen=packs.num_seen if data.is_streamed else None)
         times = StepTimes(time.perf_counter() - started, wait_seconds, writer.pop_stall_seconds())
@@ -163,7 +151,8 @@ def _loop(run: Run, recorder: Recorder, stop: StopSignals, writer: CheckpointWri
         if last or (_every(recipe.eval.every_steps, progress.step) and not ranks.any(stop.received)):
             losses, more_rejects = _evaluate(run, recorder)
             rejects += more_rejects
-        recorder.rejects(rejects)
+        for reject in rejects:
+            recorder.line(f"rejected: {reject}")
         if last or _every(recipe.checkpoint.every_steps, progress.step):
             _save(run, recorder, writer, losses)
         if _every(recipe.checkpoint.export_every_steps, progress.step) and (last or not ranks.any(stop.received)):
@@ -180,13 +169,12 @@ def _evaluate(run: Run, recorder: Recorder) -> tuple[dict[str, float], list[Reje
     ranks, step = run.ranks, run.progress.step
     losses: dict[str, float] = {}
     new_rejects: list[Reject] = []
+    heartbeat = partial(run.watchdog.heartbeat, step)
     for name, open_packs in run.data.evals.items():
         started = time.perf_counter()
         rejects: list[Reject] = []
-        result = evaluate_loss(
-            run.model, open_packs(rejects), ranks,
-            lockstep=run.optimizer.lockstep, each=lambda: run.watchdog.heartbeat(step),
-        )  # fmt: skip
+        packs = open_packs(rejects)
+        result = evaluate_loss(run.model, packs, ranks, lockstep=run.optimizer.lockstep, each=heartbeat)
         recorder.evaluation(step, name, result.loss, result.label_tokens, time.perf_counter() - started)
         if ranks.any(bool(rejects)):
             new_rejects += run.data.rejects.add(gather_rejects(rejects, ranks))
@@ -204,17 +192,9 @@ def _save(run: Run, recorder: Recorder, writer: CheckpointWriter, losses: dict[s
         "engine": run.recipe.parallel.engine,
         "world_size": run.ranks.world_size,
         "wandb_run_id": recorder.wandb_run_id,
-        "versions": versions(),
+        "versions": {"qwen3vl_train": __version__, "torch": torch.__version__, "python": platform.python_version()},
     }
     writer.start(run.progress.step, run.optimizer.state_tensors, manifest)
-
-
-def _stop(run: Run, recorder: Recorder, writer: CheckpointWriter) -> None:
-    """Save the last step, if it is not saved yet, and raise StopRequest."""
-    if writer.last_step != run.progress.step:
-        _save(run, recorder, writer, {})
-    writer.wait()
-    raise StopRequest(f"{run.folder}: asked to stop, saved after step {run.progress.step}; start it again to go on")
 
 
 def _every(steps: int | None, step: int) -> bool:

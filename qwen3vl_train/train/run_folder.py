@@ -1,11 +1,7 @@
 """The run folder: whether it is new, can be resumed, or belongs to another run."""
 
-import platform
 from pathlib import Path
 
-import torch
-
-import qwen3vl_train
 from qwen3vl_train.checkpoint.manifest import choose_checkpoint, rename_damaged
 from qwen3vl_train.config import Recipe, load_recipe, recipe_differences, run_dir, save_recipe
 from qwen3vl_train.data.rejects import REJECTED_FILE
@@ -50,8 +46,3 @@ def claim_run_folder(folder: Path, recipe: Recipe, checkpoint: Path | None) -> N
         save_recipe(recipe, folder / RECIPE_FILE)
     except OSError as error:
         raise ValueError(f"{folder}: cannot be written ({error.strerror}); choose another output_dir") from error
-
-
-def versions() -> dict[str, str]:
-    """Return the versions that produced a checkpoint."""
-    return {"qwen3vl_train": qwen3vl_train.__version__, "torch": torch.__version__, "python": platform.python_version()}

@@ -3,12 +3,14 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from qwen3vl_train.arch import Qwen3VLArch
 from qwen3vl_train.batch import PackedBatch
 from qwen3vl_train.config import Recipe
+from qwen3vl_train.data.packing.loader import StepPacks
 from qwen3vl_train.dist.ranks import Ranks, seed_everything
 from qwen3vl_train.dist.tensors import global_shape
 from qwen3vl_train.model.costs import FlopsCounter
@@ -21,22 +23,14 @@ from qwen3vl_train.tracking.metrics import StepTally
 
 @dataclass(frozen=True)
 class StepOptions:
-    """What does not change from step to step.
-
-    flops: counts the FLOPs of a pack.
-    sources: names of the data sets that samples are of.
-    seed: of the run; dropout follows from it.
-    lr: the peak learning rate, for the tally.
-    max_grad_norm: None where gradients are not clipped.
-    loss_function: of a pack; its sum is divided by the labels of all packs.
-    """
+    """What does not change from step to step."""
 
     flops: FlopsCounter
-    sources: Sequence[str]
-    seed: int
-    lr: float
-    max_grad_norm: float | None
-    loss_function: LossFunction = cross_entropy_loss
+    sources: Sequence[str]  # names of all data sets
+    seed: int  # of the run; dropout follows from it
+    lr: float  # the peak learning rate, for the tally
+    max_grad_norm: float | None  # None where gradients are not clipped
+    loss_function: LossFunction = cross_entropy_loss  # of a pack; its sum is divided by the labels of all packs
 
     @classmethod
     def from_recipe(cls, recipe: Recipe, model: Qwen3VLForConditionalGeneration) -> "StepOptions":
@@ -65,8 +59,7 @@ class NonFiniteError(RuntimeError):
 def train_step(
     model: Qwen3VLForConditionalGeneration,
     optimizer: TrainEngine,
-    packs: list[PackedBatch],
-    pack_numbers: list[int],
+    share: StepPacks,
     ranks: Ranks,
     options: StepOptions,
     *,
@@ -75,30 +68,30 @@ def train_step(
 ) -> StepTally:
     """Update the weights by the gradient of (sum of losses) / (number of labels), both over all packs of all ranks.
 
-    A step without a label changes nothing, not even by momentum. Raises NonFiniteError on every rank before any weight
-    has changed.
+    A step without a label changes nothing, not even by momentum. Dropout in a pack depends on (seed, step, its number
+    in the step) alone, so it does not change with the number of ranks. Raises NonFiniteError on every rank before any
+    weight has changed.
 
-    packs: this rank's share, possibly empty.
-    pack_numbers: position of each among all packs of the step. Dropout in a pack depends on (seed, step, position)
-        alone, so it does not change with the number of ranks.
+    share: this rank's packs, possibly none.
     step: steps done before this one.
     """
-    flops = options.flops
+    packs, flops = share.packs, options.flops
     counts = [[b.num_labels, b.num_tokens, b.num_visual_tokens, b.num_patches, flops.step(b)] for b in packs]
     totals = ranks.reduce([float(sum(column)) for column in zip(*counts, strict=True)] if counts else [0.0] * 5)
     num_labels = max(1.0, totals[0])
     # Ranks that share weights or gradients in every pass run equally many: one with fewer packs adds empty ones.
     # At least one, even where all packs of the step are broken: ZeRO has gradients only after a pass.
     num_passes = max(1, int(ranks.reduce([len(packs)], "max")[0])) if optimizer.lockstep else len(packs)
-    passes = [*packs, *[empty_pack(model.arch)] * (num_passes - len(packs))]
+    numbers = share.pack_numbers + [0] * (num_passes - len(packs))
+    passes = packs + [empty_pack(model.arch)] * (num_passes - len(packs))
 
     losses: list[torch.Tensor] = []
     by_source = SourceTally(options.sources, ranks.device)
-    for number, batch in enumerate(passes):
-        seed_everything(options.seed, step, pack_numbers[number] if number < len(packs) else 0)
+    for number, batch in zip(numbers, passes, strict=True):
+        seed_everything(options.seed, step, number)
         loss_sum, _, terms_R = model(batch.to(ranks.device, non_blocking=True), options.loss_function)
         if loss_sum.requires_grad:  # not where only the vision side trains and the pack holds no image
-            optimizer.backward(loss_sum / num_labels, last=number == num_passes - 1)
+            optimizer.backward(loss_sum / num_labels, last=len(losses) == num_passes - 1)
         losses.append(loss_sum.detach())
         by_source.add(batch, terms_R)
 
@@ -108,43 +101,29 @@ def train_step(
     if not (math.isfinite(loss) and math.isfinite(norms["all"])):
         optimizer.discard()
         _raise_non_finite(packs, [loss.item() for loss in losses[: len(packs)]], loss / num_labels, norms, step, ranks)
-    max_norm = options.max_grad_norm
-    clip = 1.0 if max_norm is None else min(1.0, max_norm / (norms["all"] + 1e-6))
-    labels, tokens, visual_tokens, patches = (int(total) for total in totals[:4])
+    labels, tokens, visual_tokens, patches = map(int, totals[:4])
     if labels:
-        optimizer.step(lr_factor, clip)
+        max_norm = options.max_grad_norm
+        optimizer.step(lr_factor, clip=1.0 if max_norm is None else min(1.0, max_norm / (norms["all"] + 1e-6)))
     else:
         optimizer.discard()
     return StepTally(
-        step=step + 1,
-        loss=loss / num_labels,
-        lr=options.lr * lr_factor,
-        tokens=tokens,
-        label_tokens=labels,
-        visual_tokens=visual_tokens,
-        patches=patches,
-        flops=totals[4],
-        grad_norms=norms,
+        step=step + 1, loss=loss / num_labels, lr=options.lr * lr_factor, tokens=tokens, label_tokens=labels,
+        visual_tokens=visual_tokens, patches=patches, flops=totals[4], grad_norms=norms,
         sources=by_source.means(of_sources),
-    )
+    )  # fmt: skip
 
 
 def empty_pack(arch: Qwen3VLArch) -> PackedBatch:
     """Return a pack of one token without a label or an image: its pass adds nothing."""
-    nothing = torch.zeros(0, arch.vision.patch_dim // arch.vision.temporal_patch_size, dtype=torch.uint8)
+    vision, zeros = arch.vision, partial(torch.zeros, dtype=torch.int64)
     return PackedBatch.from_samples(
-        input_ids=torch.zeros(1, dtype=torch.int64),
-        positions=torch.zeros(3, 1, dtype=torch.int64),
-        sequence_lengths=[1],
-        label_rows=torch.zeros(0, dtype=torch.int64),
-        label_ids=torch.zeros(0, dtype=torch.int64),
-        label_weights=torch.zeros(0),
-        pixel_values=nothing,
-        grid_thw=[],
-        vision_slices_per_seq=[[]],
-        position_table_side=arch.vision.position_table_side,
-        merge_size=arch.vision.spatial_merge_size,
-    )
+        input_ids=zeros(1), positions=zeros(3, 1), sequence_lengths=[1],
+        label_rows=zeros(0), label_ids=zeros(0), label_weights=torch.zeros(0),
+        pixel_values=torch.zeros(0, vision.patch_dim // vision.temporal_patch_size, dtype=torch.uint8),
+        grid_thw=[], vision_slices_per_seq=[[]],
+        position_table_side=vision.position_table_side, merge_size=vision.spatial_merge_size,
+    )  # fmt: skip
 
 
 def _raise_non_finite(
@@ -152,15 +131,14 @@ def _raise_non_finite(
 ) -> None:
     """Raise NonFiniteError with the packs whose loss is not finite, or all packs where only the gradient is not."""
     suspects = [pack for pack, value in zip(packs, losses, strict=True) if not math.isfinite(value)]
-    named = ranks.gather([list(pack.sample_ids) for pack in suspects])
+    named = ranks.gather([sample for pack in suspects for sample in pack.sample_ids])
     if not any(named):
-        named = ranks.gather([list(pack.sample_ids) for pack in packs])
-    samples = [sample for of_rank in named for of_pack in of_rank for sample in of_pack]
+        named = ranks.gather([sample for pack in packs for sample in pack.sample_ids])
+    samples = [sample for of_rank in named for sample in of_rank]
     groups = [group for group, norm in norms.items() if group != "all" and not math.isfinite(norm)]
+    where = f" (not finite in {', '.join(groups)})" if groups else ""
+    more = f" and {len(samples) - 20} more" if len(samples) > 20 else ""
     raise NonFiniteError(
-        f"step {step + 1}: loss {loss}, gradient norm {norms['all']}"
-        + (f" (not finite in {', '.join(groups)})" if groups else "")
-        + f"; no weight was changed. Samples: {', '.join(samples[:20])}"
-        + (f" and {len(samples) - 20} more" if len(samples) > 20 else "")
-        + ". Look at these rows, lower optim.lr, or start again from the last checkpoint"
+        f"step {step + 1}: loss {loss}, gradient norm {norms['all']}{where}; no weight was changed. Samples: "
+        f"{', '.join(samples[:20])}{more}. Look at these rows, lower optim.lr, or start again from the last checkpoint"
     )

@@ -10,6 +10,7 @@ from qwen3vl_train.model.lora import add_lora, lora_modules
 from qwen3vl_train.model.qwen3vl import Qwen3VLForConditionalGeneration
 from qwen3vl_train.modules import GROUPS, VISION_GROUPS, group_of, train_only
 from qwen3vl_train.tracking.console import GroupReport
+from qwen3vl_train.tracking.metrics import StepTally
 
 VISION_SIDE = {*VISION_GROUPS, "merger", "deepstack"}
 
@@ -37,28 +38,18 @@ def report_groups(model: nn.Module, recipe: Recipe) -> list[GroupReport]:
     for name, parameter in model.named_parameters():
         members.setdefault(group_of(name), []).append(parameter)
     reports = []
-    for group in GROUPS:
-        parameters = members.get(group, [])
-        trained = [parameter for parameter in parameters if parameter.requires_grad]
-        if parameters:
-            reports.append(
-                GroupReport(
-                    group=group,
-                    num_tensors=len(parameters),
-                    num_parameters=sum(global_shape(parameter).numel() for parameter in parameters),
-                    num_trained_tensors=len(trained),
-                    num_trained_parameters=sum(global_shape(parameter).numel() for parameter in trained),
-                    lr=recipe.optim.lr_of(group) if trained else 0.0,
-                )
-            )
+    for group in (group for group in GROUPS if group in members):
+        sizes = [global_shape(parameter).numel() for parameter in members[group]]
+        trained = [global_shape(parameter).numel() for parameter in members[group] if parameter.requires_grad]
+        lr = recipe.optim.lr_of(group) if trained else 0.0
+        reports.append(GroupReport(group, len(sizes), sum(sizes), len(trained), sum(trained), lr))
     return reports
 
 
 class GradientCheck:
     """Checks once, at the start, that exactly the parameters that should train get gradients.
 
-    The first step with labels is checked. Where it held no image, only the text side is, and all parameters at the
-    first step with an image.
+    The first step with labels is checked: its text side alone if it held no image, and all at the first with an image.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -67,34 +58,26 @@ class GradientCheck:
         self._got_gradient: set[str] = set()
         self._text_checked = self._done = False
 
-    def after_step(
-        self, step: int, params_with_grad: set[str], *, with_labels: bool, with_media: bool, ranks: Ranks
-    ) -> str | None:
+    def after_step(self, tally: StepTally, params_with_grad: set[str], ranks: Ranks) -> str | None:
         """Check the parameters that got a gradient on any rank. Returns a line for the user, if there is one.
 
-        params_with_grad: of this rank.
-        with_labels, with_media: whether the packs of any rank held some.
-
-        Raises RuntimeError that names the tensors at fault. Every rank must call it.
+        Raises RuntimeError that names the tensors at fault. Every rank must call it, with its own params_with_grad.
         """
-        if self._done or not with_labels or (self._text_checked and not with_media):
+        with_media = tally.visual_tokens > 0
+        if self._done or not tally.label_tokens or (self._text_checked and not with_media):
             return None
         # The optimizer has dropped the gradients of what trains: one that is left belongs to something frozen.
         left_over = {name for name, parameter in self._model.named_parameters() if parameter.grad is not None}
-        self._got_gradient.update(
-            name for names in ranks.gather(sorted(params_with_grad | left_over)) for name in names
-        )
+        self._got_gradient.update(*ranks.gather(params_with_grad | left_over))
         self._text_checked, self._done = True, with_media
         wanted = self._trained if with_media else {n for n in self._trained if group_of(n) not in VISION_SIDE}
         missing, unexpected = sorted(wanted - self._got_gradient), sorted(self._got_gradient - self._trained)
-        faults = []
+        check, faults = f"gradient check, step {tally.step}", []
         if missing:
             faults.append(f"{len(missing)} tensors that should train got no gradient: {', '.join(missing[:5])}")
         if unexpected:
             faults.append(f"{len(unexpected)} frozen tensors got one: {', '.join(unexpected[:5])}")
         if faults:
-            raise RuntimeError(
-                f"gradient check, step {step}: {'; '.join(faults)}; a fault of the model code, please report it"
-            )
+            raise RuntimeError(f"{check}: {'; '.join(faults)}; a fault of the model code, please report it")
         which = "trained tensors" if with_media else "trained text tensors (no image yet)"
-        return f"gradient check, step {step}: all {len(wanted)} {which} got a gradient, nothing else did"
+        return f"{check}: all {len(wanted)} {which} got a gradient, nothing else did"

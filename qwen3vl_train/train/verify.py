@@ -11,7 +11,6 @@ from torch import Tensor
 
 from qwen3vl_train.batch import PackedBatch
 from qwen3vl_train.data.encode.collator import MultimodalCollator
-from qwen3vl_train.model.qwen3vl import Qwen3VLForConditionalGeneration
 from qwen3vl_train.train.build import as_trained
 
 # Both sides compute in float32 from the same weights; what is left is the order of summation, 1e-5 on tiny models and
@@ -36,36 +35,21 @@ def probe_batches(collate: MultimodalCollator) -> list[PackedBatch]:
     ramp = torch.linspace(0, 255, 192)
     image = torch.stack([ramp.expand(160, -1), ramp.flip(0).expand(160, -1), ramp[:160, None].expand(-1, 192)], dim=-1)
     picture = Image.fromarray(image.to(torch.uint8).numpy())
-    question = {
-        "role": "user",
-        "content": [{"type": "image", "image": picture}, {"type": "text", "text": "What is shown?"}],
-    }
-    answer = {"role": "assistant", "content": "Three ramps of colour."}
+    shown = [{"type": "image", "image": picture}, {"type": "text", "text": "What is shown?"}]
+    turns: list[tuple[Any, str]] = [(shown, "Three ramps of colour."), ("Name a number.", "Seven.")]
     return [
-        collate([{"messages": [question, answer]}]),
-        collate(
-            [{"messages": [{"role": "user", "content": "Name a number."}, {"role": "assistant", "content": "Seven."}]}]
-        ),
+        collate([{"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]}])
+        for asked, answer in turns
     ]
-
-
-def probe_logits(model: Qwen3VLForConditionalGeneration, batches: list[PackedBatch]) -> list[Tensor]:
-    """Return our logits (T, V) for each probe, on the CPU."""
-    device = next(model.parameters()).device
-    return [model.logits(batch.to(device)).cpu() for batch in batches]
 
 
 @torch.no_grad()
 def compare_with_transformers(
-    logits: list[Tensor],
-    batches: list[PackedBatch],
-    *,
-    checkpoint: Path,
-    dtype: torch.dtype,
-    adapter: Path | None,
+    logits: list[Tensor], batches: list[PackedBatch], *, checkpoint: Path, dtype: torch.dtype, adapter: Path | None
 ) -> LogitDifference:
     """Load `checkpoint` into the stock class in float32, add the adapter if there is one, and compare logits.
 
+    logits: ours, (T, V) for each batch.
     dtype: what the run computed with; the base weights are rounded to it, as they were in training.
 
     Raises RuntimeError where transformers finds the files incomplete.

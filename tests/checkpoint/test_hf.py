@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from qwen3vl_train import MultimodalCollator, load_qwen3_vl_model
 from qwen3vl_train.arch import Qwen3VLArch
-from qwen3vl_train.checkpoint.hf import copy_companions, save_huggingface
+from qwen3vl_train.checkpoint.atomic import atomic_folder
+from qwen3vl_train.checkpoint.hf import copy_companions, write_huggingface
 from qwen3vl_train.model.hf_names import from_huggingface
 from tests.helpers import oracles
 from tests.helpers.messages import message_of
@@ -197,6 +198,11 @@ def test_an_index_that_is_none(folder, text):
 # Writing
 
 
+def save(weights: dict, out: Path, **settings: Any) -> None:
+    with atomic_folder(out) as folder:
+        write_huggingface(weights.items(), {name: w.numel() for name, w in weights.items()}, folder, **settings)
+
+
 def changed_model(folder: Path) -> Any:
     model = load_qwen3_vl_model(folder, dtype=torch.float32)
     oracles.randomise(model, seed=5)
@@ -209,7 +215,7 @@ def test_transformers_reads_what_we_write(oracle_folder, tmp_path, max_shard_byt
 
     model, out = changed_model(oracle_folder), tmp_path / "deep" / "out"
     weights = dict(model.named_parameters())
-    save_huggingface(weights, out, source=oracle_folder, dtype=torch.float32, max_shard_bytes=max_shard_bytes)
+    save(weights, out, source=oracle_folder, dtype=torch.float32, max_shard_bytes=max_shard_bytes)
     files = sorted(file.name for file in out.glob("*.safetensors*"))
     if max_shard_bytes == 10**6:
         assert len(files) > 3
@@ -238,7 +244,7 @@ def test_config_is_written_in_the_published_dialect(make_oracle, tmp_path):
     source, out = make_oracle(vision_depth=27, tie=False, dialect="saved"), tmp_path / "out"
     assert "rope_parameters" in json.loads((source / "config.json").read_text())["text_config"]
     model = load_qwen3_vl_model(source, dtype=torch.float32)
-    save_huggingface(dict(model.named_parameters()), out, source=source, dtype=torch.bfloat16)
+    save(dict(model.named_parameters()), out, source=source, dtype=torch.bfloat16)
     config = json.loads((out / "config.json").read_text())
     assert config["dtype"] == config["text_config"]["dtype"] == "bfloat16"
     assert config["text_config"]["rope_theta"] == 1_000_000
@@ -254,7 +260,7 @@ def test_companion_files_and_the_pixel_limits_that_were_used(folder, tmp_path):
     (folder / "secret.txt").write_text("not ours to copy")
     out, model = tmp_path / "out", load_qwen3_vl_model(folder, dtype=torch.float32)
     limits = (4096, 65536)
-    save_huggingface(dict(model.named_parameters()), out, source=folder, dtype=torch.float32, pixel_limits=limits)
+    save(dict(model.named_parameters()), out, source=folder, dtype=torch.float32, pixel_limits=limits)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.json", "generation_config.json"):
         assert (out / name).read_bytes() == (folder / name).read_bytes()
     size = {"shortest_edge": 4096, "longest_edge": 65536}
@@ -283,5 +289,5 @@ def test_nothing_is_left_where_writing_fails(folder, tmp_path):
     out = tmp_path / "out"
     weights = {"visual.vision.pos_embed.weight": torch.zeros(2), "nothing.of.ours": torch.zeros(2)}
     with pytest.raises(ValueError, match=r"nothing\.of\.ours: not part of the module tree"):
-        save_huggingface(weights, out, source=folder, dtype=torch.float32, max_shard_bytes=8)
+        save(weights, out, source=folder, dtype=torch.float32, max_shard_bytes=8)
     assert list(tmp_path.glob("*out*")) + list(tmp_path.glob(".*")) == []

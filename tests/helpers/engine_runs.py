@@ -111,8 +111,8 @@ class Trainee:
         options = small_runs.step_options(
             self.model, small_runs.sources_of(packs), seed=self.recipe.train.seed, max_grad_norm=1.0
         )
-        taken = [packs[place] for place in mine]
-        return train_step(self.model, self.optimizer, taken, mine, self.ranks, options, step=step, lr_factor=1.0)
+        taken = small_runs.step_packs([packs[place] for place in mine], mine)
+        return train_step(self.model, self.optimizer, taken, self.ranks, options, step=step, lr_factor=1.0)
 
     def steps(self, steps: Steps, first: int, last: int) -> list[float]:
         return [self.step(step, steps[step]).loss for step in range(first, last)]

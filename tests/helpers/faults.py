@@ -86,7 +86,7 @@ def around_steps(before: Callable[[int], Any] = _nothing, after: Callable[[int, 
         loop,
         "train_step",
         before=lambda *_, step, **__: before(step + 1),
-        after=lambda model, optimizer, packs, *_, step, **__: after(step + 1, packs),
+        after=lambda model, optimizer, share, *_, step, **__: after(step + 1, share.packs),
     )
 
 

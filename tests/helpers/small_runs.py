@@ -17,6 +17,8 @@ from qwen3vl_train.checkpoint.manifest import latest_checkpoint
 from qwen3vl_train.checkpoint.writer import read_tensors
 from qwen3vl_train.config import Recipe, recipe_from_dict
 from qwen3vl_train.data.encode.collator import MultimodalCollator
+from qwen3vl_train.data.packing.loader import StepPacks
+from qwen3vl_train.data.packing.plan import PlanHash
 from qwen3vl_train.data.rows.parse import dataset_of
 from qwen3vl_train.data.sources import JsonlSource
 from qwen3vl_train.dist.ranks import Ranks
@@ -122,6 +124,11 @@ def sources_of(packs: list[PackedBatch], ranks: Ranks = ALONE) -> list[str]:
     return sorted({name for names in ranks.gather(mine) for name in names})
 
 
+def step_packs(packs: list[PackedBatch], numbers: list[int]) -> StepPacks:
+    """The packs of a step as the loader yields them; the step reads nothing else of its plan."""
+    return StepPacks(packs, numbers, len(packs), 0, [], {}, 1.0, PlanHash(0, 0), 0, 0, 0)
+
+
 def step_options(model: Qwen3VLForConditionalGeneration, sources: list[str], **changes: Any) -> StepOptions:
     """Options of a step: seed 0, and gradients are not clipped."""
     flops = FlopsCounter.from_model(model, model.arch, lambda parameter: global_shape(parameter).numel())
@@ -145,7 +152,7 @@ class Trainee:
         when = {"step": options.pop("step", 0), "lr_factor": options.pop("lr_factor", 1.0)}
         numbers = list(range(len(packs))) if numbers is None else numbers
         constant = step_options(self.model, options.pop("sources", sources_of(packs, ranks)), **options)
-        return train_step(self.model, self.optimizer, packs, numbers, ranks, constant, **when)
+        return train_step(self.model, self.optimizer, step_packs(packs, numbers), ranks, constant, **when)
 
     def weights(self) -> dict[str, Tensor]:
         return {name: parameter.detach().clone() for name, parameter in self.model.named_parameters()}

@@ -3,6 +3,7 @@ import torch
 from torch import nn
 
 from qwen3vl_train.arch import Qwen3VLArch
+from qwen3vl_train.batch import PackedBatch
 from qwen3vl_train.train.build import describe
 from qwen3vl_train.train.tune import GradientCheck, report_groups
 from tests.helpers import small_runs
@@ -15,32 +16,29 @@ def pack(tiny_folder, task):
     return small_runs.packer(tiny_folder, task)
 
 
-def _check(check: GradientCheck, trainee: Trainee, step: int, *, media: bool, labels: bool = True) -> str | None:
-    return check.after_step(step, trainee.optimizer.params_with_grad, with_labels=labels, with_media=media, ranks=ALONE)
+def _step(check: GradientCheck, trainee: Trainee, packs: list[PackedBatch], step: int = 1) -> str | None:
+    """Train on the packs and check the step, counted from one."""
+    return check.after_step(trainee.step(packs, step=step - 1), trainee.optimizer.params_with_grad, ALONE)
 
 
 @pytest.mark.parametrize("tune", [small_runs.FULL, small_runs.LORA], ids=["full", "lora"])
 def test_a_first_step_with_an_image_is_checked_once(tiny_folder, pack, tune):
     trainee = Trainee(tiny_folder, tune=tune)
     check = GradientCheck(trainee.model)
-    trainee.step([pack(ONE_IMAGE)])
     number = 121 if tune is small_runs.FULL else 104
     expected = f"gradient check, step 1: all {number} trained tensors got a gradient, nothing else did"
-    assert _check(check, trainee, 1, media=True) == expected
-    assert _check(check, trainee, 2, media=True) is None
+    assert _step(check, trainee, [pack(ONE_IMAGE)]) == expected
+    assert _step(check, trainee, [pack(ONE_IMAGE)], 2) is None
 
 
 def test_a_text_only_start_is_checked_again_with_an_image(tiny_folder, pack):
     trainee = Trainee(tiny_folder)
     check = GradientCheck(trainee.model)
-    trainee.step([pack(TEXT_ONLY)])
-    assert _check(check, trainee, 1, media=False) == (
+    assert _step(check, trainee, [pack(TEXT_ONLY)]) == (
         "gradient check, step 1: all 46 trained text tensors (no image yet) got a gradient, nothing else did"
     )
-    trainee.step([pack(TEXT_ONLY)], step=1)
-    assert _check(check, trainee, 2, media=False) is None
-    trainee.step([pack(ONE_IMAGE)], step=2)
-    assert _check(check, trainee, 3, media=True) == (
+    assert _step(check, trainee, [pack(TEXT_ONLY)], 2) is None
+    assert _step(check, trainee, [pack(ONE_IMAGE)], 3) == (
         "gradient check, step 3: all 121 trained tensors got a gradient, nothing else did"
     )
 
@@ -48,10 +46,8 @@ def test_a_text_only_start_is_checked_again_with_an_image(tiny_folder, pack):
 def test_a_step_without_a_usable_row_is_not_checked(tiny_folder, pack):
     trainee = Trainee(tiny_folder)
     check = GradientCheck(trainee.model)
-    trainee.step([])
-    assert _check(check, trainee, 1, media=False, labels=False) is None
-    trainee.step([pack(TEXT_ONLY)], step=1)
-    assert "step 2: all 46 trained text tensors" in (_check(check, trainee, 2, media=False) or "")
+    assert _step(check, trainee, []) is None
+    assert "step 2: all 46 trained text tensors" in (_step(check, trainee, [pack(TEXT_ONLY)], 2) or "")
 
 
 @pytest.mark.parametrize("row", [ONE_IMAGE, TEXT_ONLY])
@@ -60,9 +56,8 @@ def test_a_trained_tensor_without_a_gradient_is_named(tiny_folder, pack, row):
     parent = trainee.model.language_model.model.layers[1].mlp
     parent.register_parameter("forgotten", nn.Parameter(torch.zeros(3)))
     check = GradientCheck(trainee.model)
-    trainee.step([pack(row)])
     with pytest.raises(RuntimeError) as fault:
-        _check(check, trainee, 1, media=row == ONE_IMAGE)
+        _step(check, trainee, [pack(row)])
     assert str(fault.value) == (
         "gradient check, step 1: 1 tensors that should train got no gradient: "
         "language_model.model.layers.1.mlp.forgotten; a fault of the model code, please report it"
@@ -73,20 +68,17 @@ def test_a_missing_vision_gradient_is_found_at_the_first_image(tiny_folder, pack
     trainee = Trainee(tiny_folder)
     trainee.model.visual.vision.merger.register_parameter("forgotten", nn.Parameter(torch.zeros(3)))
     check = GradientCheck(trainee.model)
-    trainee.step([pack(TEXT_ONLY)])
-    assert _check(check, trainee, 1, media=False)
-    trainee.step([pack(ONE_IMAGE)], step=1)
+    assert _step(check, trainee, [pack(TEXT_ONLY)])
     with pytest.raises(RuntimeError, match=r"step 2: 1 tensors .* no gradient: visual\.vision\.merger\.forgotten;"):
-        _check(check, trainee, 2, media=True)
+        _step(check, trainee, [pack(ONE_IMAGE)], 2)
 
 
 def test_a_frozen_tensor_with_a_gradient_is_named(tiny_folder, pack):
     trainee = Trainee(tiny_folder, tune={"method": "full", "train": ["merger"]})
     check = GradientCheck(trainee.model)
     trainee.model.visual.vision.pos_embed.weight.requires_grad_(True)
-    trainee.step([pack(ONE_IMAGE)])
     with pytest.raises(RuntimeError, match=r"step 1: 1 frozen tensors got one: visual\.vision\.pos_embed\.weight;"):
-        _check(check, trainee, 1, media=True)
+        _step(check, trainee, [pack(ONE_IMAGE)])
 
 
 def test_the_report_counts_what_trains_by_group(tiny_folder, task, tmp_path):

@@ -21,14 +21,11 @@ from qwen3vl_train.model.qwen3vl import Qwen3VLForConditionalGeneration
 from qwen3vl_train.modules import group_of
 from qwen3vl_train.parallel.deepspeed.internals import partitions_of
 from qwen3vl_train.parallel.mesh import ensure_group
-from qwen3vl_train.parallel.optim import MOMENTS, parameter_groups
+from qwen3vl_train.parallel.optim import MOMENTS, build_adamw, create_state
 
 
 def start_deepspeed(ranks: Ranks) -> None:
-    """Import DeepSpeed and let it run over the existing process group; one process gets a group of its own.
-
-    Raises ValueError where DeepSpeed is not installed.
-    """
+    """Import DeepSpeed, or raise ValueError, and let it run over the process group; one process gets its own group."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("LOCAL_RANK", str(ranks.local_rank))  # DeepSpeed reads its device from there
@@ -69,8 +66,7 @@ class ZeroAdamW:
     Gradients are sums over all ranks, in float32; their norms are computed and they are clipped before DeepSpeed's
     step, whose own averaging, loss scaling and clipping are off, so that updates are those of the other engines.
 
-    model: in stage 3 filled by `fill_partitioned`.
-    config: of `deepspeed_config`.
+    model: in stage 3 filled by `fill_partitioned`. config: of `deepspeed_config`.
     """
 
     lockstep = True
@@ -84,10 +80,7 @@ class ZeroAdamW:
         self.host_mesh = init_device_mesh("cpu", (ranks.world_size,))
         self.params_with_grad: set[str] = set()
         self.trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-        if not self.trained:
-            raise ValueError("tune: nothing trains; name at least one module group or LoRA target")
-        groups = parameter_groups([(group_of(name), parameter) for name, parameter in self.trained.items()], optim)
-        self.adamw = torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
+        self.adamw = build_adamw([(group_of(name), parameter) for name, parameter in self.trained.items()], optim)
         with redirect_stdout(StringIO()):  # the bfloat16 optimizer of stage 1 prints the memory in use, line after line
             self.engine = deepspeed.initialize(model=model, optimizer=self.adamw, config=config)[0]
         if config["zero_optimization"]["stage"] == 3:
@@ -96,12 +89,7 @@ class ZeroAdamW:
         self.partitions = partitions_of(self.zero)
         # Stage 3 divides the sum over ranks by their number, in float32.
         self.averaged_over = ranks.world_size if config["zero_optimization"]["stage"] == 3 else 1
-        for master in self.partitions.masters:
-            # As AdamW would create it in its first step, so that a checkpoint can be read into it before.
-            self.adamw.state[master] = {
-                "step": torch.zeros((), dtype=torch.float32, device=master.device),
-                **{part: torch.zeros_like(master) for part in MOMENTS},
-            }
+        create_state(self.adamw, self.partitions.masters)
         self.partitions.link_moments()
         for name, parameter in self.trained.items():
             parameter.register_post_accumulate_grad_hook(lambda _, name=name: self.params_with_grad.add(name))
