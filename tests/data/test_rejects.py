@@ -8,6 +8,7 @@ import pytest
 
 from qwen3vl_train.data.errors import Reject
 from qwen3vl_train.data.rejects import RejectLedger
+from tests.helpers.messages import message_of
 
 
 def reject(row, file="a.jsonl", reason="broken"):
@@ -52,10 +53,9 @@ def test_a_new_run_lists_what_its_index_found(tmp_path):
     path = tmp_path / "run" / "rejected.jsonl"
     resume(ledger_of(tmp_path))
     assert not path.exists()
-    resume(ledger_of(tmp_path, [reject(5), reject(1), reject(5)]))
-    assert lines(path) == [reject(5), reject(1)]
-    resume(ledger_of(tmp_path, [reject(7)]))
-    assert lines(path) == [reject(7)]
+    for found, listed in (([5, 1, 5], [5, 1]), ([7], [7])):
+        resume(ledger_of(tmp_path, [reject(row) for row in found]))
+        assert lines(path) == [reject(row) for row in listed]
     ledger_of(tmp_path).resume(None, lambda work: work())
     assert not path.exists()
 
@@ -80,9 +80,8 @@ def test_lines_that_were_removed_still_count(tmp_path):
     assert lines(path) == [reject(1)]
     assert ledger.state() == {"listed": 4, "of_streams": 0}
     path.write_text("[]\n")
-    with pytest.raises(ValueError) as caught:
-        resume(ledger_of(tmp_path), listed=1)
-    assert str(caught.value) == f"{path}:1: not a rejected row; remove the line"
+    fault = f"{path}:1: not a rejected row; remove the line"
+    assert message_of(ValueError, resume, ledger_of(tmp_path), listed=1) == fault
 
 
 def test_other_ranks_write_nothing(tmp_path):
@@ -92,9 +91,7 @@ def test_other_ranks_write_nothing(tmp_path):
 
 def test_too_many_rejected_rows_raise(tmp_path):
     ledger_of(tmp_path, [reject(2)], num_rows=4, limit=0.25).check()
-    with pytest.raises(ValueError) as caught:
-        ledger_of(tmp_path, [reject(2)], num_rows=4, limit=0.2).check()
-    assert str(caught.value) == (
+    assert message_of(ValueError, ledger_of(tmp_path, [reject(2)], num_rows=4, limit=0.2).check) == (
         "data: 1 of 4 rows cannot be used, more than data.max_rejected_fraction 0.2; fix them or raise it\n"
         "  - a.jsonl:2: broken"
     )
@@ -105,9 +102,7 @@ def test_files_without_a_usable_row_raise(tmp_path, num_rows):
     ledger = RejectLedger(tmp_path / "rejected.jsonl", 1.0, writes=True)
     found = [reject(row) for row in range(1, num_rows + 1)]
     ledger.add_index(["a.jsonl", "b.jsonl"], num_rows=num_rows, num_usable=0, rejects=found)
-    with pytest.raises(ValueError) as caught:
-        ledger.check()
-    assert str(caught.value) == (
+    assert message_of(ValueError, ledger.check) == (
         f"a.jsonl, b.jsonl: nothing to learn from, none of {num_rows} rows can be used; fix the rows"
         + "".join(f"\n  - a.jsonl:{row}: broken" for row in range(1, min(num_rows, 3) + 1))
     )
@@ -137,9 +132,7 @@ def test_a_row_of_a_stream_counts_as_often_as_it_is_met(tmp_path):
     assert resumed.state() == ledger.state()
     for again, shown in ((ledger, 3), (resumed, 2)):
         again.add([reject(5)], num_seen=11)
-        with pytest.raises(ValueError) as caught:
-            again.check()
-        assert str(caught.value) == (
+        assert message_of(ValueError, again.check) == (
             "data: 3 of the first 11 rows cannot be used, more than data.max_rejected_fraction 0.25; fix them or raise "
             "it" + shown * "\n  - a.jsonl:5: broken"
         )

@@ -11,6 +11,8 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from tests.helpers import small_runs
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -32,18 +34,8 @@ def answer_of(row: dict) -> str:
 
 
 def test_rows_are_conversations_about_images_that_exist(folder: Path):
-    assert rows(folder / "train.jsonl")[0] == {
-        "messages": [
-            {
-                "role": "user",
-                "content": [
-                    {"type": "image", "image": "images/0651.png"},
-                    {"type": "text", "text": "Which digit is this?"},
-                ],
-            },
-            {"role": "assistant", "content": "4"},
-        ]
-    }
+    expected = small_runs.row("Which digit is this?", "4", ["images/0651.png"])
+    assert rows(folder / "train.jsonl")[0] == expected
     for name, count in (("train", 1500), ("eval", 297), ("words-train", 1500), ("words-eval", 297)):
         table = rows(folder / f"{name}.jsonl")
         assert len(table) == count

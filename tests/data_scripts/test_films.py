@@ -33,9 +33,8 @@ def recipe_of(model: Path, folder: Path, out: Path):
 
 
 def test_second_run_writes_nothing(folder):
-    done = subprocess.run(
-        [sys.executable, ROOT / "data" / "films.py", "--out", folder], capture_output=True, text=True, check=True
-    )
+    command = [sys.executable, films.__file__, "--out", folder]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout == f"{folder}: complete, nothing to do\n"
 
 

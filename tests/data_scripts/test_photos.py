@@ -32,9 +32,8 @@ def recipe_of(name: str, model: Path, folder: Path, out: Path, *more: str):
 
 
 def test_second_run_writes_nothing(folder):
-    done = subprocess.run(
-        [sys.executable, ROOT / "data" / "photos.py", "--out", folder], capture_output=True, text=True, check=True
-    )
+    command = [sys.executable, photos.__file__, "--out", folder]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout == f"{folder}: complete, nothing to do\n"
 
 

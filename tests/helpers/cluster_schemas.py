@@ -60,10 +60,7 @@ JOBSET = strict(
         ["replicatedJobs"],
         failurePolicy=strict([], maxRestarts=COUNT),
         network=strict(
-            [],
-            enableDNSHostnames={"type": "boolean"},
-            publishNotReadyAddresses={"type": "boolean"},
-            subdomain=NAME,
+            [], enableDNSHostnames={"type": "boolean"}, publishNotReadyAddresses={"type": "boolean"}, subdomain=NAME
         ),
         replicatedJobs=listed(
             strict(["name", "template"], name=NAME, replicas=COUNT, template=strict(["spec"], spec=_JOB))

@@ -44,13 +44,7 @@ _PICTURES = [
 SHARES: dict[int, list[list[list[int]]]] = {
     1: [[[0, 1, 2, 3]], [[0, 1, 2]], [[0, 1]], [[0, 1]], [[0, 1]]],
     2: [[[0, 2], [1, 3]], [[0], [1, 2]], [[0], [1]], [[0], [1]], [[0, 1], []]],
-    4: [
-        [[0], [1], [2], [3]],
-        [[0, 1], [], [2], []],
-        [[0], [], [], [1]],
-        [[], [0], [1], []],
-        [[], [0], [], [1]],
-    ],
+    4: [[[0], [1], [2], [3]], [[0, 1], [], [2], []], [[0], [], [], [1]], [[], [0], [1], []], [[], [0], [], [1]]],
 }
 Steps = list[list[PackedBatch]]
 
@@ -89,19 +83,17 @@ def make_steps(checkpoint: Path) -> Steps:
 
 def engine_recipe(checkpoint: Path, tune: dict[str, Any], engine: str = "single", **overrides: Any) -> Recipe:
     """overrides: dtype, activation_checkpointing, optim, and fields of `parallel`."""
-    train = {"seed": 3, "activation_checkpointing": overrides.pop("activation_checkpointing", "none")}
-    return recipe_from_dict(
-        {
-            "name": "engines",
-            "model": {"path": str(checkpoint), "dtype": overrides.pop("dtype", "float32")},
-            "tune": tune,
-            "data": {"train": [{"path": "none.jsonl"}]},
-            # Where the true gradient is zero (key biases), Adam at 1e-8 would make whole steps of the rounding noise.
-            "optim": {"lr": 1e-3, "eps": 1e-6, "weight_decay": 0.1, **overrides.pop("optim", {})},
-            "train": train,
-            "parallel": {"engine": engine, **overrides},
-        }
-    )
+    values = {
+        "name": "engines",
+        "model": {"path": str(checkpoint), "dtype": overrides.pop("dtype", "float32")},
+        "tune": tune,
+        "data": {"train": [{"path": "none.jsonl"}]},
+        # Where the true gradient is zero (key biases), Adam at 1e-8 would make whole steps of the rounding noise.
+        "optim": {"lr": 1e-3, "eps": 1e-6, "weight_decay": 0.1, **overrides.pop("optim", {})},
+        "train": {"seed": 3, "activation_checkpointing": overrides.pop("activation_checkpointing", "none")},
+        "parallel": {"engine": engine, **overrides},
+    }
+    return recipe_from_dict(values)
 
 
 class Trainee:
@@ -116,17 +108,11 @@ class Trainee:
     def step(self, step: int, packs: list[PackedBatch]) -> StepTally:
         """Train on this rank's share of the packs of all; none at all leaves every rank without one."""
         mine = SHARES[self.ranks.world_size][step][self.ranks.rank] if packs else []
-        return train_step(
-            self.model,
-            self.optimizer,
-            small_runs.step_packs([packs[place] for place in mine], mine),
-            self.ranks,
-            small_runs.step_options(
-                self.model, small_runs.sources_of(packs), seed=self.recipe.train.seed, max_grad_norm=1.0
-            ),
-            step=step,
-            lr_factor=1.0,
+        options = small_runs.step_options(
+            self.model, small_runs.sources_of(packs), seed=self.recipe.train.seed, max_grad_norm=1.0
         )
+        taken = small_runs.step_packs([packs[place] for place in mine], mine)
+        return train_step(self.model, self.optimizer, taken, self.ranks, options, step=step, lr_factor=1.0)
 
     def steps(self, steps: Steps, first: int, last: int) -> list[float]:
         return [self.step(step, steps[step]).loss for step in range(first, last)]

@@ -42,19 +42,19 @@ def undo() -> None:
     _patches.undo()
 
 
-def _around(
-    owner: Any, name: str, before: Callable[..., Any] | None = None, after: Callable[..., Any] | None = None
-) -> None:
+def _nothing(*_: Any, **__: Any) -> None:
+    pass
+
+
+def _around(owner: Any, name: str, before: Callable[..., Any] = _nothing, after: Callable[..., Any] = _nothing) -> None:
     """Call before and after, with the arguments of the call, around every call of a function or method."""
     function = getattr(owner, name)
 
     @wraps(function)
     def wrapped(*arguments: Any, **options: Any) -> Any:
-        if before is not None:
-            before(*arguments, **options)
+        before(*arguments, **options)
         result = function(*arguments, **options)
-        if after is not None:
-            after(*arguments, **options)
+        after(*arguments, **options)
         return result
 
     _patches.setattr(owner, name, wrapped)
@@ -80,9 +80,7 @@ def _no_space(*_: Any, **__: Any) -> None:
 # ---- training steps
 
 
-def around_steps(
-    before: Callable[[int], Any] = lambda step: None, after: Callable[[int, list], Any] = lambda step, packs: None
-) -> None:
+def around_steps(before: Callable[[int], Any] = _nothing, after: Callable[[int, list], Any] = _nothing) -> None:
     """Call before(step) and after(step, packs of this rank) around every training step."""
     _around(
         loop,
@@ -135,16 +133,11 @@ def look_for_folder(seconds: float) -> None:
 
 
 def around_saves(
-    before: Callable[[CheckpointWriter, int], Any] = lambda writer, step: None,
-    after: Callable[[CheckpointWriter, int], Any] = lambda writer, step: None,
+    before: Callable[[CheckpointWriter, int], Any] = _nothing, after: Callable[[CheckpointWriter, int], Any] = _nothing
 ) -> None:
     """Call before(writer, step) and after(writer, step) around the start of every checkpoint."""
-    _around(
-        CheckpointWriter,
-        "start",
-        before=lambda writer, step, *_: before(writer, step),
-        after=lambda writer, step, *_: after(writer, step),
-    )
+    calls = [lambda writer, step, *_, act=act: act(writer, step) for act in (before, after)]
+    _around(CheckpointWriter, "start", *calls)
 
 
 def finish_saves(*steps: int) -> None:

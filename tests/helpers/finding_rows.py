@@ -50,12 +50,11 @@ BROKEN = [
 
 def write_finding_rows(folder: Path) -> Path:
     """Write 15 usable training rows and 4 broken ones, 8 of text, and 2 held out of which one is a training row."""
-    picture(128, 64, 1).save(folder / "wide.png")
-    picture(64, 64, 2).save(folder / "one.png")
-    picture(64, 64, 2).save(folder / "copy.png")
-    picture(64, 64, 3).save(folder / "other.png")
-    picture(640, 480, 4).save(folder / "large.png")
-    picture(12, 12, 5).save(folder / "small.png")
+    for name, size, seed in (
+        ("wide", (128, 64), 1), ("one", (64, 64), 2), ("copy", (64, 64), 2), ("other", (64, 64), 3),
+        ("large", (640, 480), 4), ("small", (12, 12), 5),
+    ):  # fmt: skip
+        picture(*size, seed).save(folder / f"{name}.png")
     rows = training_rows()
     write_rows(folder / "train.jsonl", rows + BROKEN)
     write_rows(folder / "text.jsonl", [row(f"Is {number} even?", "yes" if number % 2 else "no") for number in range(8)])

@@ -4,6 +4,8 @@ import json
 from collections import Counter
 from pathlib import Path
 
+import torch
+
 from qwen3vl_train.data.encode.collator import MultimodalCollator
 from qwen3vl_train.data.packing.index import Index, LengthRule, build_index
 from qwen3vl_train.data.packing.loader import Loader
@@ -117,3 +119,11 @@ def contents_of(steps) -> list[tuple]:
     steps = list(steps)
     packs = [(step.pack_numbers, [pack.sample_ids for pack in step.packs]) for step in steps]
     return list(zip(plan_of(steps), packs, strict=True))
+
+
+def assert_same_packs(steps, wanted):
+    for step, same in zip(steps, wanted, strict=True):
+        for pack, other in zip(step.packs, same.packs, strict=True):
+            for field in ("input_ids", "labels", "positions", "pixel_values", "grid_thw", "visual_pos_mask"):
+                assert torch.equal(getattr(pack, field), getattr(other, field)), field
+            assert pack.vision_slices_per_seq == other.vision_slices_per_seq

@@ -18,15 +18,7 @@ from torch.nn import functional as F
 ORACLE_TAPS = {24: (5, 11, 17), 27: (8, 16, 24)}
 
 
-def oracle_checkpoint(
-    folder: Path,
-    *,
-    vision_depth: int = 24,
-    tie: bool = True,
-    dialect: str = "published",
-    seed: int = 0,
-    text_layers: int = 4,
-) -> Path:
+def oracle_checkpoint(folder: Path, *, vision_depth: int = 24, tie: bool = True, dialect: str = "published") -> Path:
     """Write a random checkpoint in which every mistake shows, saved by stock transformers; return `folder`.
 
     vision_depth: 24 or 27, with the released DeepStack taps; 27 has a theta and an epsilon of its own. Widths all
@@ -42,7 +34,7 @@ def oracle_checkpoint(
     published = tiny_checkpoint.tiny_config(
         tokenizer,
         hidden_size=80,
-        num_layers=text_layers,
+        num_layers=4,
         num_heads=4,
         num_kv_heads=2,
         head_dim=32,
@@ -58,7 +50,7 @@ def oracle_checkpoint(
     file = folder / "config.json"
     file.write_text(json.dumps(published))
     model = Qwen3VLForConditionalGeneration(Qwen3VLConfig.from_pretrained(folder)).float()
-    randomise(model, seed)
+    randomise(model, seed=0)
     model.save_pretrained(folder)
     if dialect == "published":
         file.write_text(json.dumps(published, indent=2))
@@ -93,10 +85,8 @@ def oracle(folder: Path, *, attention: str = "sdpa") -> Any:
     """Load the folder as stock transformers does: float32, eval mode. attention: 'sdpa' or 'eager'."""
     from transformers import Qwen3VLForConditionalGeneration
 
-    model = Qwen3VLForConditionalGeneration.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation=attention, local_files_only=True
-    )
-    return model.eval()
+    options = {"dtype": torch.float32, "attn_implementation": attention, "local_files_only": True}
+    return Qwen3VLForConditionalGeneration.from_pretrained(folder, **options).eval()
 
 
 def oracle_pixels(folder: Path, image: Image.Image) -> tuple[Tensor, tuple[int, int, int]]:
@@ -110,13 +100,8 @@ def oracle_pixels(folder: Path, image: Image.Image) -> tuple[Tensor, tuple[int, 
 
     processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
     rgb_HWC = torch.from_numpy(np.array(processor.convert_to_rgb(image)))
-    size = smart_resize(
-        rgb_HWC.shape[0],
-        rgb_HWC.shape[1],
-        factor=processor.patch_size * processor.merge_size,
-        min_pixels=processor.size["shortest_edge"],
-        max_pixels=processor.size["longest_edge"],
-    )
+    limits = {"min_pixels": processor.size["shortest_edge"], "max_pixels": processor.size["longest_edge"]}
+    size = smart_resize(*rgb_HWC.shape[:2], factor=processor.patch_size * processor.merge_size, **limits)
     resized = F.interpolate(rgb_HWC.permute(2, 0, 1)[None], size=size, mode="bicubic", antialias=True)[0]
     out = processor(Image.fromarray(resized.permute(1, 2, 0).numpy()), do_resize=False, return_tensors="pt")
     frames, height, width = out["image_grid_thw"][0].tolist()
@@ -139,16 +124,15 @@ def oracle_inputs(folder: Path, messages: list[dict[str, Any]]) -> dict[str, Ten
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    pixels, grids = [], []
-    text = ""
+    pixels, grids, text = [], [], ""
     pieces = tokenizer.apply_chat_template(messages, tokenize=False).split("<|image_pad|>")
     for piece, image in zip(pieces[:-1], images_of(messages), strict=True):
-        patches, (frames, height, width) = oracle_pixels(folder, image)
+        patches, grid = oracle_pixels(folder, image)
         pixels.append(patches)
-        grids.append((frames, height, width))
-        text += piece + "<|image_pad|>" * (frames * height * width // 4)
-    inputs = dict(tokenizer(text + pieces[-1], return_tensors="pt"))
-    inputs = {key: inputs[key] for key in ("input_ids", "attention_mask")}
+        grids.append(grid)
+        text += piece + "<|image_pad|>" * (len(patches) // 4)
+    tokenized = tokenizer(text + pieces[-1], return_tensors="pt")
+    inputs = {key: tokenized[key] for key in ("input_ids", "attention_mask")}
     inputs["mm_token_type_ids"] = (inputs["input_ids"] == tokenizer.convert_tokens_to_ids("<|image_pad|>")).int()
     if pixels:
         inputs |= {"pixel_values": torch.cat(pixels), "image_grid_thw": torch.tensor(grids)}

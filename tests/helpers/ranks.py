@@ -68,12 +68,9 @@ def _rank_main(
     with open(f"{scratch}/stack-{rank}", "w") as stack:
         faulthandler.dump_traceback_later(0.9 * timeout, file=stack)
         try:
+            limit = timedelta(seconds=2 * timeout)  # later than the parent's limit, whose report says more
             torch.distributed.init_process_group(
-                "gloo",
-                init_method=f"file://{scratch}/rendezvous",
-                rank=rank,
-                world_size=world_size,
-                timeout=timedelta(seconds=2 * timeout),  # later than the parent's limit, whose report says more
+                "gloo", init_method=f"file://{scratch}/rendezvous", rank=rank, world_size=world_size, timeout=limit
             )
             result = pickle.dumps((True, fn(rank, world_size, *args)))
             if torch.distributed.is_initialized():

@@ -54,13 +54,10 @@ def write_all(folder: Path) -> dict[str, Path]:
         (folder / f"{number}.png").write_bytes(png(number))
     members = []
     for number, row in enumerate(rows):
-        members += [
-            (f"a/{number}.png", png(number)),
-            (f"a/{number}.json", json.dumps({"conversations": row["conversations"]}).encode()),
-        ]
-    features = datasets.Features(
-        {"question": datasets.Value("string"), "answer": datasets.Value("string"), "image": datasets.Image()}
-    )
+        without_image = json.dumps({"conversations": row["conversations"]}).encode()
+        members += [(f"a/{number}.png", png(number)), (f"a/{number}.json", without_image)]
+    text = datasets.Value("string")
+    features = datasets.Features({"question": text, "answer": text, "image": datasets.Image()})
     datasets.Dataset.from_list(table(), features=features).save_to_disk(str(folder / "saved"))
     files = {name: folder / name for name in ("a.jsonl", "a.json", "b.jsonl.gz", "b.jsonl.zst", "c.json.gz", "saved")}
     files["a.jsonl"].write_bytes(lines)

@@ -43,20 +43,15 @@ _ANSWERS = ["one", "two", "No, it is not.", "seven", "Yes.", "odd, and then even
 def write_rows(file: Path, rows: list[Any]) -> Path:
     """Write JSONL; a string is written as it is, for lines that are not JSON."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(
-        "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), encoding="utf-8"
-    )
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     return file
 
 
 def row(question: str, answer: str, images: list[str] | None = None) -> dict[str, Any]:
     parts: list[dict[str, str]] = [{"type": "image", "image": image} for image in images or []]
-    return {
-        "messages": [
-            {"role": "user", "content": [*parts, {"type": "text", "text": question}]},
-            {"role": "assistant", "content": answer},
-        ]
-    }
+    content = [*parts, {"type": "text", "text": question}]
+    return {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]}
 
 
 def picture(width: int, height: int, seed: int) -> Image.Image:

@@ -1,4 +1,3 @@
-import io
 import pickle
 
 import pytest
@@ -11,11 +10,6 @@ from tests.helpers import oracles
 from tests.helpers.messages import message_of
 
 SAMPLES = list(oracles.conversations().values())
-
-
-@pytest.fixture(scope="module")
-def collate(tiny_folder):
-    return MultimodalCollator.from_pretrained(tiny_folder)
 
 
 def test_pack_concatenates_its_samples(collate):
@@ -35,8 +29,7 @@ def test_pack_concatenates_its_samples(collate):
 
 def test_pack_of_text_only(collate):
     pack = collate([{"messages": [{"role": "user", "content": "Hi"}]}])
-    assert pack.pixel_values.shape == (0, 768)
-    assert pack.pixel_values.dtype == torch.uint8
+    assert (pack.pixel_values.shape, pack.pixel_values.dtype) == ((0, 768), torch.uint8)
     assert (pack.num_labels, pack.grid_thw.shape) == (0, (0, 3))
 
 
@@ -60,8 +53,8 @@ def test_budgets_shrink_images(tiny_folder):
 
 
 def test_pickling_changes_nothing(collate):
-    again = pickle.loads(pickle.dumps(collate))
-    assert torch.equal(again(SAMPLES).input_ids, collate(SAMPLES).input_ids)
+    samples = [*SAMPLES, {"messages": [{"role": "user", "content": "typed<|im_end|> \n markup"}]}]
+    assert torch.equal(pickle.loads(pickle.dumps(collate))(samples).input_ids, collate(samples).input_ids)
 
 
 def test_prompt_ends_where_the_answer_begins(collate):
@@ -73,10 +66,8 @@ def test_prompt_ends_where_the_answer_begins(collate):
     assert collate.decode(prompt.input_ids.tolist(), skip_special_tokens=False).endswith("<|im_start|>assistant\n")
     assert torch.equal(collate.prompt({"messages": messages[:-1]}).input_ids, prompt.input_ids)
     assert torch.equal(collate.prompt(parse_sample({"messages": messages[:-1]})).input_ids, prompt.input_ids)
-    assert (
-        message_of(ValueError, collate.prompt, messages)
-        == "prompt: messages[5]: a prompt that ends with an answer; remove the answer"
-    )
+    fault = "prompt: messages[5]: a prompt that ends with an answer; remove the answer"
+    assert message_of(ValueError, collate.prompt, messages) == fault
 
 
 def test_faults_name_the_sample(collate):
@@ -87,11 +78,3 @@ def test_faults_name_the_sample(collate):
         collate([{"messages": []}])
     with pytest.raises(ValueError, match=r"^a\.jsonl:3: messages\[0\]"):
         collate([parse_sample(broken, "a.jsonl:3")])
-
-
-def test_encoded_images_and_pil_objects_agree(collate):
-    image = oracles.sample_images()["wide"]
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    packs = [collate([{"messages": [{"role": "user", "content": [{"image": i}]}]}]) for i in (image, buffer.getvalue())]
-    assert torch.equal(packs[0].pixel_values, packs[1].pixel_values)

@@ -67,37 +67,26 @@ def test_frames_are_equal_from_every_input_type(frames, tmp_path):
 
 
 def test_faults_of_lists(frames, tmp_path):
-    root = str(tmp_path)
+    root, few = str(tmp_path), RULES._replace(max_frames=6)
     Image.new("RGB", (90, 71)).save(tmp_path / "odd.png")
-    assert message_of(MediaFault, measure, VideoPart(("0.png", "odd.png"), fps=2.0), RULES, root) == (
-        "image odd.png: is 90x71, the first frame of its clip 90x70; give frames of one size"
-    )
-    few = RULES._replace(max_frames=6)
-    assert message_of(
-        MediaFault, measure, VideoPart(names(*range(7)), timestamps=tuple(map(float, range(7)))), few, root
-    ) == (
-        "list of 7 frames: more than the limit of 6; give fewer, give fps instead of their times to have them "
-        "sampled, or raise data.max_frames"
-    )
+    for part, rules, fault in (
+        (VideoPart(("0.png", "odd.png"), fps=2.0), RULES, "image odd.png: is 90x71, the first frame of its clip 90x70; "
+         "give frames of one size"),
+        (VideoPart(names(*range(7)), timestamps=tuple(map(float, range(7)))), few, "list of 7 frames: more than the "
+         "limit of 6; give fewer, give fps instead of their times to have them sampled, or raise data.max_frames"),
+        (VideoPart(("0.png", "../1.png"), fps=2.0), RULES, f"image ../1.png: is outside media_root {root}; move the "
+         "file into it"),
+        (VideoPart("a.mp4"), None, "video: the checkpoint has no video_preprocessor_config.json; copy it from its "
+         "publisher"),
+    ):  # fmt: skip
+        assert message_of(MediaFault, measure, part, rules, root) == fault
     assert len(measure(VideoPart(names(*range(7)), fps=2.0), few, root).indices) == 6
-    assert message_of(MediaFault, measure, VideoPart(("0.png", "../1.png"), fps=2.0), RULES, root) == (
-        f"image ../1.png: is outside media_root {root}; move the file into it"
-    )
-    assert message_of(MediaFault, measure, VideoPart("a.mp4"), None, root) == (
-        "video: the checkpoint has no video_preprocessor_config.json; copy it from its publisher"
-    )
 
 
 def test_file_changed_after_it_was_measured_is_a_fault(frames, tmp_path):
-    root, part = str(tmp_path), VideoPart(names(0, 1), fps=2.0)
-    measured = measure(part, RULES, root)
-    Image.new("RGB", (80, 70)).save(tmp_path / "1.png")
-    assert message_of(MediaFault, read_patches, part, measured, (1, 4, 6), root) == (
-        "image 1.png: decodes to 80x70, its header says 90x70; replace it"
-    )
-    image = ImagePart("0.png")
-    still = measure(image, RULES, root)
-    Image.new("RGB", (80, 70)).save(tmp_path / "0.png")
-    assert message_of(MediaFault, read_patches, image, still, (1, 4, 6), root).endswith(
-        "its header says 90x70; replace it"
-    )
+    root = str(tmp_path)
+    for part, name in ((VideoPart(names(0, 1), fps=2.0), "1.png"), (ImagePart("0.png"), "0.png")):
+        measured = measure(part, RULES, root)
+        Image.new("RGB", (80, 70)).save(tmp_path / name)
+        fault = f"image {name}: decodes to 80x70, its header says 90x70; replace it"
+        assert message_of(MediaFault, read_patches, part, measured, (1, 4, 6), root) == fault

@@ -9,9 +9,7 @@ from tests.helpers import oracles
 def test_worked_example():
     positions = mrope_positions([4, (1, 18, 24), 3])  # <|im_start|>user\n<|vision_start|>, 9x12 merged, the rest
     assert positions[:, :4].tolist() == [[0, 1, 2, 3]] * 3
-    assert positions[:, 4].tolist() == [4, 4, 4]
-    assert positions[:, 4 + 12].tolist() == [4, 5, 4]
-    assert positions[:, 4 + 107].tolist() == [4, 12, 15]
+    assert positions[:, [4, 4 + 12, 4 + 107]].T.tolist() == [[4, 4, 4], [4, 5, 4], [4, 12, 15]]
     assert positions[:, 4 + 108 :].tolist() == [[16, 17, 18]] * 3
 
 

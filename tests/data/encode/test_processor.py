@@ -27,8 +27,8 @@ def arch(tiny_folder):
     return Qwen3VLArch.from_pretrained(tiny_folder)
 
 
-def edit(folder, **changes):
-    file = folder / "preprocessor_config.json"
+def edit(folder, name="preprocessor_config.json", **changes):
+    file = folder / name
     content = json.loads(file.read_text()) | changes
     file.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
     return file
@@ -69,11 +69,8 @@ FAULTS = [
 
 @pytest.mark.parametrize(("changes", "fault"), FAULTS, ids=lambda value: str(value)[:40])
 def test_other_settings_are_refused(folder, arch, changes, fault):
-    file = edit(folder, **changes)
-    assert (
-        message_of(ValueError, read_image_limits, folder, arch)
-        == f"{file}: {fault}; use the preprocessor file of this checkpoint"
-    )
+    fault = f"{edit(folder, **changes)}: {fault}; use the preprocessor file of this checkpoint"
+    assert message_of(ValueError, read_image_limits, folder, arch) == fault
 
 
 def test_missing_and_broken_files(folder, arch):
@@ -97,33 +94,25 @@ def test_budgets_count_tokens_of_32_by_32():
 
 
 def test_impossible_budgets():
-    limits = ImageLimits(65536, 16777216)
-    assert (
-        message_of(ValueError, override_image_limits, limits, 100, 50)
-        == "data.min_visual_tokens_per_image: got 100, more than the maximum of 50; lower it"
-    )
-    assert (
-        message_of(ValueError, override_image_limits, limits, None, 0)
-        == "data.max_visual_tokens_per_image: got 0; use at least 1"
-    )
+    for given, fault in (
+        ((100, 50), "data.min_visual_tokens_per_image: got 100, more than the maximum of 50; lower it"),
+        ((None, 0), "data.max_visual_tokens_per_image: got 0; use at least 1"),
+    ):
+        assert message_of(ValueError, override_image_limits, ImageLimits(65536, 16777216), *given) == fault
 
 
-def edit_clips(folder, **changes):
-    file = folder / "video_preprocessor_config.json"
-    content = json.loads(file.read_text()) | changes
-    file.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
-    return file
+CLIPS = "video_preprocessor_config.json"
 
 
 def test_rules_of_clips(folder, arch):
     assert read_clip_rules(folder, arch) == ClipRules(2.0, 4, 768, 65536, 4 * 16777216)  # as published: no sampling
-    edit_clips(folder, fps=1, min_frames=2, max_frames=16, size={"shortest_edge": 4096, "longest_edge": 25165824})
+    edit(folder, CLIPS, fps=1, min_frames=2, max_frames=16, size={"shortest_edge": 4096, "longest_edge": 25165824})
     assert read_clip_rules(folder, arch) == ClipRules(1.0, 2, 16, 4096, 25165824)
-    settings = json.loads((folder / "video_preprocessor_config.json").read_text()) | {"max_frames": 32}
+    settings = json.loads((folder / CLIPS).read_text()) | {"max_frames": 32}
     (folder / "processor_config.json").write_text(json.dumps({"video_processor": settings}))
     assert read_clip_rules(folder, arch).max_frames == 32
     (folder / "processor_config.json").unlink()
-    (folder / "video_preprocessor_config.json").unlink()
+    (folder / CLIPS).unlink()
     assert read_clip_rules(folder, arch) is None
 
 
@@ -142,11 +131,8 @@ CLIP_FAULTS = [
 
 @pytest.mark.parametrize(("changes", "fault"), CLIP_FAULTS, ids=lambda value: str(value)[:40])
 def test_other_settings_of_clips_are_refused(folder, arch, changes, fault):
-    file = edit_clips(folder, **changes)
-    assert (
-        message_of(ValueError, read_clip_rules, folder, arch)
-        == f"{file}: {fault}; use the video preprocessor file of this checkpoint"
-    )
+    fault = f"{edit(folder, CLIPS, **changes)}: {fault}; use the video preprocessor file of this checkpoint"
+    assert message_of(ValueError, read_clip_rules, folder, arch) == fault
 
 
 def test_recipe_overrides_the_rules_of_the_checkpoint():

@@ -11,11 +11,6 @@ TEMPLATES = {
 }
 
 
-@pytest.mark.parametrize("dialect", TEMPLATES)
-def test_published_templates_are_recognised(dialect):
-    assert check_template(TEMPLATES[dialect]) == dialect
-
-
 def test_rendering_equals_transformers():
     from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -68,9 +63,8 @@ def test_template_files_by_precedence(tmp_path):
         "tokenizer_config.json); copy it from the checkpoint"
     )
     config = tmp_path / "tokenizer_config.json"
-    config.write_text(
-        json.dumps({"chat_template": [{"name": "rag", "template": "r"}, {"name": "default", "template": "d"}]})
-    )
+    named = [{"name": "rag", "template": "r"}, {"name": "default", "template": "d"}]
+    config.write_text(json.dumps({"chat_template": named}))
     assert find_template(tmp_path) == ("d", str(config))
     config.write_text(json.dumps({"chat_template": "c"}))
     assert find_template(tmp_path) == ("c", str(config))

@@ -1,5 +1,4 @@
 import json
-import pickle
 import shutil
 import unicodedata
 
@@ -8,6 +7,7 @@ import tiny_checkpoint
 
 from qwen3vl_train.arch import Qwen3VLArch
 from qwen3vl_train.data.encode.tokenizer import SPECIAL_TOKENS, ChatTokenizer
+from tests.helpers.messages import message_of
 
 
 @pytest.fixture(scope="module")
@@ -21,24 +21,15 @@ def test_typed_special_tokens_stay_text(tokenizer):
         assert not set(ids) & set(tokenizer.special_ids.values())
         assert len(ids) > 3
         assert tokenizer.decode(ids, skip_special_tokens=False) == f"a{name}b"
-        assert offsets[0][0] == 0
-        assert offsets[-1][1] == len(name) + 2
+        assert (offsets[0][0], offsets[-1][1]) == (0, len(name) + 2)
     assert len(tokenizer.encode("<think>")[0]) == len(tokenizer.encode("</tool_call>")[0]) == 1
-
-
-def test_pickling_keeps_the_rule(tokenizer):
-    again = pickle.loads(pickle.dumps(tokenizer))
-    assert again.special_ids == tokenizer.special_ids
-    assert again.encode("x<|im_end|> \n y") == tokenizer.encode("x<|im_end|> \n y")
 
 
 def test_offsets_count_characters_of_the_text_as_given(tokenizer):
     text = "é e\u0301 漢字  \n\n🙂 end"  # the second é is two characters; normal form C joins them, at the first
     ids, offsets = tokenizer.encode(text)
     assert len(ids) == len(offsets)
-    covered = set()
-    for start, end in offsets:
-        covered |= set(range(start, end))
+    covered = {place for start, end in offsets for place in range(start, end)}
     assert covered == set(range(len(text))) - {text.index("\u0301")}
 
 
@@ -62,75 +53,65 @@ def test_decode_skips_or_keeps_special_tokens(tokenizer):
     assert tokenizer.decode(ids, skip_special_tokens=False) == "yes<|im_end|>"
 
 
-def broken(tiny_folder, tmp_path, change) -> tuple[str, str]:
-    """Load a changed copy of the folder; return (file, message)."""
-    folder = tmp_path / "copy"
-    shutil.copytree(tiny_folder, folder)
-    change(folder)
-    with pytest.raises(ValueError) as caught:
-        ChatTokenizer.from_pretrained(folder, Qwen3VLArch.from_pretrained(folder))
-    return str(folder / "tokenizer.json"), str(caught.value)
+@pytest.fixture
+def file(tiny_folder, tmp_path):
+    """The tokenizer of a copy of the folder, to be changed."""
+    shutil.copytree(tiny_folder, tmp_path / "copy")
+    return tmp_path / "copy" / "tokenizer.json"
 
 
-def rewrite(name, change):
-    def apply(folder):
-        content = json.loads((folder / name).read_text())
-        change(content)
-        (folder / name).write_text(json.dumps(content))
-
-    return apply
+def fault_of(file) -> str:
+    fault = message_of(ValueError, ChatTokenizer.from_pretrained, file.parent, Qwen3VLArch.from_pretrained(file.parent))
+    assert fault.startswith(f"{file}: ")
+    return fault.removeprefix(f"{file}: ")
 
 
-def test_missing_file(tiny_folder, tmp_path):
-    file, message = broken(tiny_folder, tmp_path, lambda folder: (folder / "tokenizer.json").unlink())
-    assert message == f"{file}: no such file; give the folder of a Qwen3-VL checkpoint with its tokenizer"
+def rewrite(file, change):
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
 
 
-def test_truncated_file(tiny_folder, tmp_path):
-    def cut(folder):
-        text = (folder / "tokenizer.json").read_text()
-        (folder / "tokenizer.json").write_text(text[:1000])
-
-    file, message = broken(tiny_folder, tmp_path, cut)
-    assert message.startswith(f"{file}: not JSON (")
-    assert message.endswith("); copy the file again")
-
-
-def test_another_json_file(tiny_folder, tmp_path):
-    file, message = broken(tiny_folder, tmp_path, lambda folder: (folder / "tokenizer.json").write_text("{}"))
-    assert message == f"{file}: is not a tokenizer (no 'model'); copy the file again"
+def test_missing_and_damaged_files(file):
+    file.write_text(file.read_text()[:1000])
+    fault = fault_of(file)
+    assert fault.startswith("not JSON (")
+    assert fault.endswith("); copy the file again")
+    file.write_text("{}")
+    assert fault_of(file) == "is not a tokenizer (no 'model'); copy the file again"
+    file.unlink()
+    assert fault_of(file) == "no such file; give the folder of a Qwen3-VL checkpoint with its tokenizer"
 
 
-def test_missing_special_tokens_are_named(tiny_folder, tmp_path):
+def test_missing_special_tokens_are_named(file):
     def drop(content):
         lost = ("<|im_end|>", "<|image_pad|>")
         content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] not in lost]
 
-    file, message = broken(tiny_folder, tmp_path, rewrite("tokenizer.json", drop))
-    assert message == (f"{file}: no token <|im_end|>, <|image_pad|>; give the tokenizer of a Qwen3-VL checkpoint")
+    rewrite(file, drop)
+    assert fault_of(file) == "no token <|im_end|>, <|image_pad|>; give the tokenizer of a Qwen3-VL checkpoint"
 
 
-def test_special_tokens_that_text_could_become(tiny_folder, tmp_path):
+def test_special_tokens_that_text_could_become(file):
     def unmark(content):
         for token in content["added_tokens"]:
             token["special"] = token["special"] and token["content"] != "<|im_end|>"
 
-    file, message = broken(tiny_folder, tmp_path, rewrite("tokenizer.json", unmark))
-    assert message == (
-        f"{file}: <|im_end|> not marked special, so that typed text would become it; "
-        "set special to true in added_tokens"
+    rewrite(file, unmark)
+    assert fault_of(file) == (
+        "<|im_end|> not marked special, so that typed text would become it; set special to true in added_tokens"
     )
 
 
-def test_ids_that_contradict_the_config(tiny_folder, tmp_path):
+def test_ids_that_contradict_the_config(tiny_folder, file):
     def change(config):
         config["image_token_id"] = 5
         config["text_config"]["vocab_size"] = 300
 
-    file, message = broken(tiny_folder, tmp_path, rewrite("config.json", change))
+    rewrite(file.with_name("config.json"), change)
     size = tiny_checkpoint.build_tokenizer(tiny_checkpoint.default_texts(), 512).get_vocab_size()
     pad = ChatTokenizer.from_pretrained(tiny_folder).special_ids["<|image_pad|>"]
-    assert message == (
-        f"{file}: <|image_pad|> is {pad}, config.json says 5; its highest id {size - 1} is outside the model's "
+    assert fault_of(file) == (
+        f"<|image_pad|> is {pad}, config.json says 5; its highest id {size - 1} is outside the model's "
         "vocabulary of 300; use the tokenizer of this checkpoint"
     )

@@ -8,18 +8,11 @@ import pytest
 import torch
 
 from qwen3vl_train.data.errors import MediaFault
-from qwen3vl_train.data.media.clips import (
-    ClipRules,
-    clip_patches,
-    pair_times,
-    repeat_still_frames,
-    resize_clip,
-    sample_indices,
-)
+from qwen3vl_train.data.media import clips
 from tests.helpers import clip_files
 from tests.helpers.messages import message_of
 
-RULES = ClipRules(2.0, 4, 768, 4096, 25165824)
+RULES = clips.ClipRules(2.0, 4, 768, 4096, 25165824)
 
 # (frames, height, width, limit on the area of all frames): grid, and the SHA-256 (first 16 digits) of the patches of
 # `clip_files.moving`, frozen from transformers 5.23's Qwen3VLVideoProcessor on torchvision 0.28, cap_pixels_per_frame
@@ -43,11 +36,11 @@ GOLDEN = {
 def test_patches_are_bit_equal_to_transformers(case, order):
     count, height, width, most = case
     grid, digest = GOLDEN[case]
-    size = resize_clip(count, height, width, min_pixels=4096, max_pixels=most)
+    size = clips.resize_clip(count, height, width, min_pixels=4096, max_pixels=most)
     assert ((count + 1) // 2, size[0] // 16, size[1] // 16) == grid
     frames = torch.from_numpy(clip_files.moving(count, height, width)).permute(0, 3, 1, 2)
     places = {"forwards": range(count), "backwards": reversed(range(count)), "twice": [*range(count), 1]}[order]
-    patches = clip_patches(((place, frames[place]) for place in places), range(count), grid)
+    patches = clips.clip_patches(((place, frames[place]) for place in places), range(count), grid)
     assert hashlib.sha256(patches.numpy().tobytes()).hexdigest()[:16] == digest
     ours = (patches.float() - 127.5) / 127.5
     assert torch.equal(ours, clip_files.oracle_patches(frames.contiguous(), size))  # holds the tests' own oracle too
@@ -56,7 +49,7 @@ def test_patches_are_bit_equal_to_transformers(case, order):
 def test_missing_frame_is_an_assertion_error():
     frame = torch.zeros(3, 32, 32, dtype=torch.uint8)
     with pytest.raises(AssertionError, match=r"frames \[7\] of the clip are missing"):
-        clip_patches([(3, frame)], [3, 7], (1, 2, 2))
+        clips.clip_patches([(3, frame)], [3, 7], (1, 2, 2))
 
 
 @pytest.mark.parametrize(
@@ -74,7 +67,7 @@ def test_missing_frame_is_an_assertion_error():
     ],
 )
 def test_sampling(num_frames, fps, rules, indices):
-    assert sample_indices(num_frames, fps, rules) == indices
+    assert clips.sample_indices(num_frames, fps, rules) == indices
 
 
 def test_times_equal_transformers():
@@ -85,9 +78,9 @@ def test_times_equal_transformers():
         fps = rng.choice([12.0, 25.0, 30000 / 1001, rng.uniform(1, 60)])
         indices = sorted(rng.sample(range(1000), rng.randint(2, 30)))
         theirs = Qwen3VLProcessor._calculate_timestamps(None, list(indices), fps)
-        assert pair_times([index / fps for index in indices]) == theirs
-    assert pair_times([0.0, 8 / 12, 15 / 12, 23 / 12]) == pytest.approx([1 / 3, 19 / 12])
-    assert pair_times([0.0, 0.5, 1.0]) == [0.25, 1.0]
+        assert clips.pair_times([index / fps for index in indices]) == theirs
+    assert clips.pair_times([0.0, 8 / 12, 15 / 12, 23 / 12]) == pytest.approx([1 / 3, 19 / 12])
+    assert clips.pair_times([0.0, 0.5, 1.0]) == [0.25, 1.0]
 
 
 def test_sizes_equal_transformers():
@@ -101,24 +94,21 @@ def test_sizes_equal_transformers():
         least = rng.choice([4096, 131072])
         most = least * rng.choice([1, 3, 50, 6144])
         theirs = smart_resize(count, height, width, factor=32, min_pixels=least, max_pixels=most)
-        assert resize_clip(count, height, width, min_pixels=least, max_pixels=most) == theirs
+        assert clips.resize_clip(count, height, width, min_pixels=least, max_pixels=most) == theirs
         area = count * theirs[0] * theirs[1]
         shrunk, grown = shrunk + (area < count * height * width // 2), grown + (area > count * height * width * 2)
     assert min(shrunk, grown) > 300
 
 
 def test_extreme_shapes_are_refused():
-    assert resize_clip(4, 32, 6400, min_pixels=1024, max_pixels=10**9) == (32, 6400)
-    assert (
-        message_of(MediaFault, resize_clip, 4, 32, 6401, min_pixels=1024, max_pixels=10**9)
-        == "frames of 6401x32: their aspect ratio exceeds 200:1; crop or pad them"
-    )
+    assert clips.resize_clip(4, 32, 6400, min_pixels=1024, max_pixels=10**9) == (32, 6400)
+    fault = "frames of 6401x32: their aspect ratio exceeds 200:1; crop or pad them"
+    assert message_of(MediaFault, clips.resize_clip, 4, 32, 6401, min_pixels=1024, max_pixels=10**9) == fault
 
 
 def test_images_packed_with_clips_repeat_their_frame():
     still = torch.randint(0, 256, (8, 768), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
-    twice = repeat_still_frames(still).view(8, 3, 2, 256)
-    assert torch.equal(twice[:, :, 0].reshape(8, 768), still)
-    assert torch.equal(twice[:, :, 1].reshape(8, 768), still)
-    assert repeat_still_frames(twice.reshape(8, 1536)).shape == (8, 1536)
-    assert repeat_still_frames(still[:0]).shape == (0, 1536)
+    twice = clips.repeat_still_frames(still).view(8, 3, 2, 256)
+    assert all(torch.equal(twice[:, :, frame].reshape(8, 768), still) for frame in range(2))
+    assert clips.repeat_still_frames(twice.reshape(8, 1536)).shape == (8, 1536)
+    assert clips.repeat_still_frames(still[:0]).shape == (0, 1536)

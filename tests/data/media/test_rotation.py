@@ -27,11 +27,8 @@ def test_rotation_from_matrix(degrees, scale):
 
 
 def test_other_angles_and_mirrors_are_not_rotations():
-    assert rotation_from_matrix(IDENTITY) == 0
-    assert rotation_from_matrix((0,) * 9) == 0
-    assert rotation_from_matrix(matrix(90.4)) == 1
-    assert rotation_from_matrix(matrix(45)) is None
-    assert rotation_from_matrix(matrix(2)) is None
+    for nine, turns in ((IDENTITY, 0), ((0,) * 9, 0), (matrix(90.4), 1), (matrix(45), None), (matrix(2), None)):
+        assert rotation_from_matrix(nine) == turns
     assert all(rotation_from_matrix(matrix(degrees, mirror=True)) is None for degrees in (0, 90, 180))
 
 

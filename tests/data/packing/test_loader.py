@@ -10,7 +10,6 @@ from itertools import islice
 
 import numpy as np
 import pytest
-import torch
 
 from qwen3vl_train.data.encode.collator import MultimodalCollator
 from qwen3vl_train.data.packing.index import LengthRule, build_index
@@ -19,56 +18,26 @@ from qwen3vl_train.data.packing.packs import eval_packs
 from qwen3vl_train.data.packing.plan import PackLimits, share
 from qwen3vl_train.data.packing.windows import IndexedWindows
 from qwen3vl_train.data.sources import JsonlSource
-from tests.helpers import faults
-from tests.helpers.loaders import (
-    EVERY_ROW,
-    KINDS,
-    MAX_TOKENS,
-    NUM_ROWS,
-    RULE,
-    contents_of,
-    make_loader,
-    names_of,
-    plan_of,
-    sources_of,
-    write_folder,
-)
+from tests.helpers import faults, loaders
+from tests.helpers.loaders import EVERY_ROW, NUM_ROWS, assert_same_packs, contents_of, make_loader, names_of, plan_of
+from tests.helpers.messages import message_of
 from tests.helpers.small_runs import row, write_rows
 
-LIMITS = PackLimits(MAX_TOKENS)
+LIMITS = PackLimits(loaders.MAX_TOKENS)
 
 
 @pytest.fixture(scope="module")
-def collator(tiny_folder):
-    return MultimodalCollator.from_pretrained(tiny_folder)
+def index(folder, collate):
+    return build_index(loaders.sources_of(folder), collate, loaders.RULE)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return write_folder(tmp_path_factory.mktemp("loader") / "rows")
-
-
-@pytest.fixture
-def copy(folder, tmp_path):
-    """A copy of the folder, to be spoilt."""
-    shutil.copytree(folder, tmp_path / "rows")
-    return tmp_path / "rows"
-
-
-@pytest.fixture(scope="module")
-def index(folder, collator):
-    return build_index(sources_of(folder), collator, RULE)
-
-
-@pytest.fixture(scope="module")
-def make(folder, collator, index):
+def make(folder, collate, index):
     """A function: kind of producer, and options of `make_loader` -> a loader of the unspoilt rows."""
-    return lambda kind, weights=(1.0, 1.0), **changes: make_loader(
-        kind, folder, collator, weights, index=index, **changes
-    )
+    return lambda kind, *weights, **changes: make_loader(kind, folder, collate, *weights, index=index, **changes)
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=loaders.KINDS)
 def kind(request):
     return request.param
 
@@ -89,9 +58,9 @@ def test_every_row_comes_once_an_epoch(make, kind, straight):
     for epoch in (0, 1):
         steps = [step for step in straight if step.epoch == epoch]
         assert Counter(names_of(steps)) == EVERY_ROW
-        sizes = [step.num_packs for step in steps]
-        assert set(sizes[:-1]) == {5}
-        assert 1 <= sizes[-1] <= 5
+        *sizes, last = [step.num_packs for step in steps]
+        assert set(sizes) == {5}
+        assert 1 <= last <= 5
     assert len({tuple(names_of(step for step in straight if step.epoch == epoch)) for epoch in (0, 1)}) == 2
     assert names_of(make(kind, seed=6)) != names_of(straight)
     num_rows = sum(NUM_ROWS.values())
@@ -103,14 +72,6 @@ def test_workers_change_nothing(make, kind, straight):
     steps = list(make(kind, num_workers=2))
     assert contents_of(steps) == contents_of(straight)
     assert_same_packs(steps, straight)
-
-
-def assert_same_packs(steps, wanted):
-    for step, same in zip(steps, wanted, strict=True):
-        for pack, other in zip(step.packs, same.packs, strict=True):
-            for field in ("input_ids", "labels", "positions", "pixel_values", "grid_thw", "visual_pos_mask"):
-                assert torch.equal(getattr(pack, field), getattr(other, field)), field
-            assert pack.vision_slices_per_seq == other.vision_slices_per_seq
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 7])
@@ -199,22 +160,21 @@ def test_short_last_step_leaves_some_ranks_without_packs(make, kind):
     total = sum(step.num_packs for step in make(kind, num_epochs=1, window=200))
     options = {"packs_per_step": total - 1, "num_epochs": 1, "window": 200, "world_size": total}
     steps = [list(make(kind, rank=rank, **options)) for rank in range(total)]
-    assert [rank[0].num_packs for rank in steps] == [total - 1] * total
-    assert [rank[1].num_packs for rank in steps] == [1] * total
+    assert [[step.num_packs for step in rank] for rank in steps] == [[total - 1, 1]] * total
     assert sorted(len(rank[1].packs) for rank in steps) == [0] * (total - 1) + [1]
     assert steps[0][1].balance == total
 
 
-def test_limits_of_a_pack_hold_in_training_and_evaluation(make, kind, folder, collator, index):
-    limits = PackLimits(MAX_TOKENS, patches=int(index.patches.max()) + 8, sequences=3)
+def test_limits_of_a_pack_hold_in_training_and_evaluation(make, kind, folder, collate, index):
+    limits = PackLimits(loaders.MAX_TOKENS, patches=int(index.patches.max()) + 8, sequences=3)
     packs = [pack for step in make(kind, limits=limits, num_epochs=1) for pack in step.packs]
-    source = sources_of(folder)[0]
-    own = build_index([source], collator, RULE)
-    packs += [result.pack for result in eval_packs(source, collator, own, limits=limits)]
+    source = loaders.sources_of(folder)[0]
+    own = build_index([source], collate, loaders.RULE)
+    packs += [result.pack for result in eval_packs(source, collate, own, limits=limits)]
     names = Counter(name for pack in packs for name in pack.sample_ids)
     assert names == EVERY_ROW + Counter(name for name in EVERY_ROW if name[0] == "s")
     for pack in packs:
-        assert pack.num_tokens <= MAX_TOKENS
+        assert pack.num_tokens <= loaders.MAX_TOKENS
         assert pack.num_patches <= index.patches.max() + 8
         assert len(pack.sample_ids) <= 3
 
@@ -223,7 +183,7 @@ def test_shrunk_and_dropped_media_are_counted(folder, kind, tiny_folder):
     few = {"max_visual_tokens_per_image": 1, "min_visual_tokens_per_image": 1}
     small = MultimodalCollator.from_pretrained(tiny_folder, **few)
     rule = LengthRule(50, too_long="drop")
-    index = build_index(sources_of(folder), small, rule)
+    index = build_index(loaders.sources_of(folder), small, rule)
     steps = list(make_loader(kind, folder, small, rule=rule, num_epochs=1))
     assert (steps[-1].num_seen, steps[-1].num_dropped) == (index.num_rows, index.num_dropped)
     assert sum(step.num_shrunk for step in steps) == index.num_shrunk.sum() > 0
@@ -235,15 +195,14 @@ def test_shrunk_and_dropped_media_are_counted(folder, kind, tiny_folder):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_media_that_break_or_change_are_rejected(copy, collator, kind, workers):
+def test_media_that_break_or_change_are_rejected(copy, collate, kind, workers):
     data = (copy / "2.png").read_bytes()
     (copy / "2.png").write_bytes(data[: len(data) // 2])  # its header is sound
-    train = make_loader(kind, copy, collator, num_epochs=1, num_workers=workers, window=200)
-    steps = iter(train)
-    first = next(steps) if kind == "streamed" else None  # by now all rows are scanned
+    steps = iter(make_loader(kind, copy, collate, num_epochs=1, num_workers=workers, window=200))
+    done = list(islice(steps, 1 if kind == "streamed" else 0))  # by now all rows are scanned
     os.utime(copy / "9.png", ns=(7, 7))
     (copy / "3.png").write_bytes((copy / "4.png").read_bytes())
-    done = list(steps) if first is None else [first, *steps]
+    done += steps
     rejected = {reject.row: reject for step in done for reject in step.rejected}
     lost = Counter(f"s.jsonl:{number}" for number in rejected)
     assert Counter(names_of(done)) == EVERY_ROW - lost
@@ -260,8 +219,8 @@ def test_media_that_break_or_change_are_rejected(copy, collator, kind, workers):
         )
 
 
-def test_changed_file_of_rows_gives_no_more_rows(copy, collator):
-    train = make_loader("indexed", copy, collator)
+def test_changed_file_of_rows_gives_no_more_rows(copy, collate):
+    train = make_loader("indexed", copy, collate)
     for name in NUM_ROWS:
         with (copy / name).open("a") as file:
             file.write("\n{}")
@@ -272,20 +231,20 @@ def test_changed_file_of_rows_gives_no_more_rows(copy, collator):
     assert reasons
 
 
-def test_pack_of_broken_rows_is_left_out(copy, collator):
+def test_pack_of_broken_rows_is_left_out(copy, collate):
     write_rows(copy / "two.jsonl", [row("a", "x", ["3.png"]), row("a", "x", ["4.png"])])
     shutil.copy(copy / "3.png", copy / "4.png")
     source = JsonlSource(copy / "two.jsonl", copy)
-    tokens = collator.cost(source.sample(0)).tokens
+    tokens = collate.cost(source.sample(0)).tokens
     data = (copy / "4.png").read_bytes()
     (copy / "4.png").write_bytes(data[: len(data) // 2])
-    index = build_index([source], collator, LengthRule(tokens))
+    index = build_index([source], collate, LengthRule(tokens))
     options = {"packs_per_step": 2, "limits": PackLimits(tokens), "num_epochs": 1}
-    (step,) = Loader(IndexedWindows([(source, 1.0)], index, seed=0), collator, **options)
+    (step,) = Loader(IndexedWindows([(source, 1.0)], index, seed=0), collate, **options)
     assert step.num_packs == 2
     assert [pack.sample_ids for pack in step.packs] == [("two.jsonl:1",)]
     assert len(step.pack_numbers) == len(step.rejected) == 1
-    results = list(eval_packs(source, collator, index, limits=PackLimits(tokens)))
+    results = list(eval_packs(source, collate, index, limits=PackLimits(tokens)))
     assert [result.pack is None for result in results] == [False, True]
     assert [len(result.rejected) for result in results] == [0, 1]
 
@@ -317,11 +276,10 @@ def test_killed_worker_raises(make, kind):
         process.join()
 
 
-def test_resume_with_other_settings_or_data_is_refused(make, kind, straight, copy, collator):
+def test_resume_with_other_settings_or_data_is_refused(make, kind, straight, copy, collate):
     fix = "put them back or start a new run"
-    with pytest.raises(ValueError) as caught:
-        make(kind, seed=6, window=33, packs_per_step=2).load_state_dict(straight[0].state)
-    assert str(caught.value) == (
+    other = make(kind, seed=6, window=33, packs_per_step=2)
+    assert message_of(ValueError, other.load_state_dict, straight[0].state) == (
         "resume: seed (5 then, 6 now), window (32 then, 33 now), packs_per_step (5 then, 2 now) changed since the "
         f"checkpoint, so the run cannot go on exactly; {fix}"
     )
@@ -329,14 +287,12 @@ def test_resume_with_other_settings_or_data_is_refused(make, kind, straight, cop
         file.write(json.dumps(row("one", "more")) + "\n")
     what = "the data files, the rows' token counts" if kind == "indexed" else "the data files"
     with pytest.raises(ValueError, match=f"^resume: {what} changed .* {fix}$"):
-        make_loader(kind, copy, collator).load_state_dict(straight[0].state)
+        make_loader(kind, copy, collate).load_state_dict(straight[0].state)
 
 
 def test_state_of_an_earlier_version_is_refused(make, kind):
     state = {"epoch": 0, "step_in_epoch": 3, "steps_done": 3, "epoch_lengths": [9], "fingerprint": {}}
-    with pytest.raises(ValueError) as caught:
-        make(kind).load_state_dict(state)
-    assert str(caught.value) == (
+    assert message_of(ValueError, make(kind).load_state_dict, state) == (
         "resume: the position in the data has no cursor, carry_over, taken, num_seen, num_dropped, skipped, "
         "content_hash: the checkpoint is of an earlier version of qwen3vl_train; go on with that version, or start a "
         "new run"
@@ -357,10 +313,8 @@ def test_state_of_an_earlier_version_is_refused(make, kind):
     ],
 )
 def test_faults_of_settings(make, kind, folder, changes, fault):
-    with pytest.raises(ValueError) as caught:
-        make(kind, **changes)
     names = {str(folder / name) for name in NUM_ROWS} | {"s"}
-    assert str(caught.value) in {fault, *(f"data.train: {name}: {fault}" for name in names)}
+    assert message_of(ValueError, make, kind, **changes) in {fault, *(f"data.train: {name}: {fault}" for name in names)}
 
 
 def test_plan_hashes_change_with_every_step(make, kind, straight):
@@ -441,26 +395,24 @@ def test_epoch_is_planned_window_by_window_as_it_is_trained(make):
 
 
 @pytest.mark.parametrize("ends", [{"num_epochs": 2}, {"num_steps": 4}])
-def test_index_without_a_usable_row_makes_a_run_of_no_steps(collator, tmp_path, ends):
+def test_index_without_a_usable_row_makes_a_run_of_no_steps(collate, tmp_path, ends):
     (tmp_path / "none.jsonl").write_text("{\n{}\n")
     source = JsonlSource(tmp_path / "none.jsonl", tmp_path)
-    index = build_index([source], collator, RULE)
+    index = build_index([source], collate, loaders.RULE)
     producer = IndexedWindows([(source, 0.5)], index, seed=5)
-    train = Loader(producer, collator, packs_per_step=3, limits=LIMITS, **ends)
+    train = Loader(producer, collate, packs_per_step=3, limits=LIMITS, **ends)
     assert (train.num_steps, train.epoch_packs(0), list(train)) == (0, [], [])
     train.load_state_dict(train.state())
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_evaluation_reads_the_file_in_order_and_shares_it_out(folder, collator, workers):
-    source = sources_of(folder)[0]
-    index = build_index([source], collator, RULE)
+def test_evaluation_reads_the_file_in_order_and_shares_it_out(folder, collate, workers):
+    source = loaders.sources_of(folder)[0]
+    index = build_index([source], collate, loaders.RULE)
 
     def names(rank, world_size):
-        results = eval_packs(
-            source, collator, index, limits=LIMITS, data_rank=rank, data_world_size=world_size, num_workers=workers
-        )
-        return [result.pack.sample_ids for result in results]
+        of_rank = {"data_rank": rank, "data_world_size": world_size, "num_workers": workers}
+        return [result.pack.sample_ids for result in eval_packs(source, collate, index, limits=LIMITS, **of_rank)]
 
     every = names(0, 1)
     assert [name for pack in every for name in pack] == [f"s.jsonl:{line}" for line in range(1, 71)]

@@ -26,27 +26,11 @@ from qwen3vl_train.data.sources import open_stream
 from qwen3vl_train.data.sources.streams import FileStream
 from qwen3vl_train.dist.ranks import Ranks, StoreBroadcast
 from tests.helpers import faults, loaders, row_files
-from tests.helpers.loaders import EVERY_ROW, NUM_ROWS, contents_of, make_loader, names_of, plan_of, write_folder
+from tests.helpers.loaders import EVERY_ROW, NUM_ROWS, assert_same_packs, contents_of, make_loader, names_of, plan_of
+from tests.helpers.messages import message_of
 from tests.helpers.ranks import run_ranks
 
 ROOT = Path(__file__).resolve().parents[3]
-
-
-@pytest.fixture(scope="module")
-def collator(tiny_folder):
-    return MultimodalCollator.from_pretrained(tiny_folder)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return write_folder(tmp_path_factory.mktemp("stream") / "rows")
-
-
-@pytest.fixture
-def copy(folder, tmp_path):
-    """Another machine's copy of the folder, to be spoilt."""
-    shutil.copytree(folder, tmp_path / "rows")
-    return tmp_path / "rows"
 
 
 @pytest.fixture
@@ -58,40 +42,37 @@ def faulty(copy):
     return copy
 
 
-def stream_loader(folder, collator, **changes):
-    return make_loader("streamed", folder, collator, **{"window": 16, **changes})
+def stream_loader(folder, collate, **changes):
+    return make_loader("streamed", folder, collate, **{"window": 16, **changes})
 
 
-def file_loader(path, collator, **changes):
+def file_loader(path, collate, **changes):
     """A loader of one stream."""
     part = Part(InOrder(open_stream(TrainSource(path=str(path), streaming=True))), 1.0)
-    in_worker = changes.get("num_workers", 0) > 0
-    producer = StreamedWindows(
-        [part], collator, LengthRule(160), seed=0, size=changes.pop("window"), in_worker=in_worker
-    )
-    return Loader(producer, collator, limits=PackLimits(160), **changes)
+    how = {"size": changes.pop("window"), "in_worker": changes.get("num_workers", 0) > 0}
+    producer = StreamedWindows([part], collate, LengthRule(160), seed=0, **how)
+    return Loader(producer, collate, limits=PackLimits(160), **changes)
 
 
-def steps_on_ranks(folders, collator, **options):
+def steps_on_ranks(folders, collate, **options):
     """Return the steps of every rank; each reads the files of its own folder."""
     broadcast = loaders.Broadcast()
     return [
-        list(stream_loader(folder, collator, rank=rank, world_size=len(folders), broadcast=broadcast, **options))
+        list(stream_loader(folder, collate, rank=rank, world_size=len(folders), broadcast=broadcast, **options))
         for rank, folder in enumerate(folders)
     ]
 
 
-def test_unusable_rows_are_reported_once_by_rank_0(faulty, collator):
+def test_unusable_rows_are_reported_once_by_rank_0(faulty, collate):
     def rejects(rank, state=None):
-        train = stream_loader(faulty, collator, rank=rank, world_size=2, num_epochs=1)
+        train = stream_loader(faulty, collate, rank=rank, world_size=2, num_epochs=1)
         if state:
             train.load_state_dict(state)
         return [(reject.file, reject.row) for step in train for reject in step.rejected]
 
     wanted = [(f"{faulty}/s.jsonl", 8), (f"{faulty}/s.jsonl", 41)]
-    assert rejects(0) == wanted
-    assert rejects(1) == []
-    steps = list(stream_loader(faulty, collator, num_epochs=1))
+    assert (rejects(0), rejects(1)) == (wanted, [])
+    steps = list(stream_loader(faulty, collate, num_epochs=1))
     assert Counter(names_of(steps)) == EVERY_ROW - Counter(["s.jsonl:8", "s.jsonl:41"])
     for step, following in pairwise(steps):
         before = sum(len(other.rejected) for other in steps if other.num_seen <= step.num_seen)
@@ -101,7 +82,7 @@ def test_unusable_rows_are_reported_once_by_rank_0(faulty, collator):
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("what", ["picture", "row"])
-def test_row_that_one_rank_cannot_read_changes_no_plan(folder, copy, collator, workers, what):
+def test_row_that_one_rank_cannot_read_changes_no_plan(folder, copy, collate, workers, what):
     lines = (copy / "s.jsonl").read_text().splitlines()
     spoilt = range(0, NUM_ROWS["s.jsonl"], 3)
     for number in spoilt:
@@ -110,8 +91,8 @@ def test_row_that_one_rank_cannot_read_changes_no_plan(folder, copy, collator, w
         else:
             lines[number] = "[" + lines[number][1:]
     (copy / "s.jsonl").write_text("\n".join(lines) + "\n")
-    ranks = steps_on_ranks([folder, copy], collator, num_workers=workers)
-    assert plan_of(ranks[0]) == plan_of(ranks[1]) == plan_of(stream_loader(folder, collator))
+    ranks = steps_on_ranks([folder, copy], collate, num_workers=workers)
+    assert plan_of(ranks[0]) == plan_of(ranks[1]) == plan_of(stream_loader(folder, collate))
     rejected = [reject for step in ranks[1] for reject in step.rejected]
     assert rejected
     assert {reject.row for reject in rejected} <= {number + 1 for number in spoilt}
@@ -122,23 +103,24 @@ def test_row_that_one_rank_cannot_read_changes_no_plan(folder, copy, collator, w
     assert Counter(names_of(ranks[0]) + names_of(ranks[1])) + lost == EVERY_ROW + EVERY_ROW
 
 
-def test_plan_hashes_differ_where_each_rank_scans_for_itself(folder, copy, collator):
+def test_plan_hashes_differ_where_each_rank_scans_for_itself(folder, copy, collate):
     (copy / "3.png").unlink()
     first, second = (
-        list(stream_loader(files, collator, rank=rank, world_size=2)) for rank, files in enumerate((folder, copy))
+        [step.plan_hash for step in stream_loader(files, collate, rank=rank, world_size=2)]
+        for rank, files in enumerate((folder, copy))
     )
-    assert [step.plan_hash for step in first] != [step.plan_hash for step in second]
+    assert first != second
 
 
-def test_row_that_rank_0_cannot_read_is_skipped_on_every_rank(folder, copy, collator):
+def test_row_that_rank_0_cannot_read_is_skipped_on_every_rank(folder, copy, collate):
     (copy / "3.png").write_bytes(b"no picture")
-    ranks = steps_on_ranks([copy, folder, folder], collator, num_epochs=1)
+    ranks = steps_on_ranks([copy, folder, folder], collate, num_epochs=1)
     assert plan_of(ranks[0]) == plan_of(ranks[1]) == plan_of(ranks[2])
     assert Counter(name for steps in ranks for name in names_of(steps)) == EVERY_ROW - Counter(["s.jsonl:4"])
     assert [[reject.row for step in steps for reject in step.rejected] for steps in ranks] == [[4], [], []]
 
 
-def test_other_rows_on_another_machine_are_refused(folder, copy, collator):
+def test_other_rows_on_another_machine_are_refused(folder, copy, collate):
     rows, texts = ((folder / f"{name}.jsonl").read_text().splitlines() for name in "st")
     end = "give all ranks the same files"
     for name, lines, here, there in (
@@ -147,9 +129,8 @@ def test_other_rows_on_another_machine_are_refused(folder, copy, collator):
         ("t", [*texts, texts[0]], "t.jsonl:10", "its end"),
     ):
         (copy / f"{name}.jsonl").write_text("\n".join(lines))
-        with pytest.raises(ValueError) as caught:
-            steps_on_ranks([folder, copy], collator, weights=(1.0, 0.1))
-        assert str(caught.value) == f"data.train: the stream goes on with {here} here and with {there} on rank 0; {end}"
+        fault = f"data.train: the stream goes on with {here} here and with {there} on rank 0; {end}"
+        assert message_of(ValueError, steps_on_ranks, [folder, copy], collate, weights=(1.0, 0.1)) == fault
         shutil.copy(folder / f"{name}.jsonl", copy)
 
 
@@ -165,10 +146,10 @@ class BreaksOff(FileStream):
 
 @pytest.mark.parametrize("fault", [ValueError("s.jsonl is cut short"), RuntimeError("the disk is gone"), KeyError("b")])
 @pytest.mark.parametrize("workers", [0, 1])
-def test_error_on_rank_0_stops_all_ranks_after_the_same_step(folder, collator, workers, fault):
+def test_error_on_rank_0_stops_all_ranks_after_the_same_step(folder, collate, workers, fault):
     broadcast, steps_done = loaders.Broadcast(), []
     for rank in range(2):
-        train = stream_loader(folder, collator, rank=rank, world_size=2, broadcast=broadcast, num_workers=workers)
+        train = stream_loader(folder, collate, rank=rank, world_size=2, broadcast=broadcast, num_workers=workers)
         if rank == 0:
             faults.replace_first_part(train, Part(InOrder(BreaksOff(folder, fault)), 1.0))
         with pytest.raises(ValueError if isinstance(fault, ValueError) else Exception) as caught:
@@ -178,6 +159,7 @@ def test_error_on_rank_0_stops_all_ranks_after_the_same_step(folder, collator, w
     assert steps_done[0] == steps_done[1] > 0
 
 
+<<<<<<< HEAD
 @pytest.mark.parametrize(
     ("stop", "changes"),
     [(0, {"window": 40}), (1, {"window": 40}), (0, {"window": 7, "packs_per_step": 1})],
@@ -191,21 +173,30 @@ def test_window_that_is_read_again_keeps_its_plan(copy, collator, stop, changes)
     state = json.loads(json.dumps(straight[stop].state))
     (copy / "3.png").write_bytes(picture)
     again = stream_loader(copy, collator, num_epochs=1, **changes)
+=======
+@pytest.mark.parametrize("stop", [0, 1])
+def test_window_that_is_read_again_keeps_its_plan(copy, collate, stop):
+    picture = (copy / "3.png").read_bytes()
+    (copy / "3.png").write_bytes(b"no picture")
+    straight = list(stream_loader(copy, collate, num_epochs=1, window=40))
+    assert straight[stop].state["skipped"] == [6]
+    state = json.loads(json.dumps(straight[stop].state))
+    (copy / "3.png").write_bytes(picture)
+    again = stream_loader(copy, collate, num_epochs=1, window=40)
+>>>>>>> r-F
     again.load_state_dict(state)
     rest = list(again)
     assert contents_of(rest) == contents_of(straight[stop + 1 :])
     assert names_of(rest)
 
 
-def test_window_that_cannot_be_read_as_before_ends_the_resume(copy, collator):
-    state = next(iter(stream_loader(copy, collator, window=40))).state
+def test_window_that_cannot_be_read_as_before_ends_the_resume(copy, collate):
+    state = next(iter(stream_loader(copy, collate, window=40))).state
     (copy / "2.png").unlink()
-    again = stream_loader(copy, collator, window=40)
+    again = stream_loader(copy, collate, window=40)
     again.load_state_dict(state)
-    with pytest.raises(ValueError) as caught:
-        next(iter(again))
-    start, end = str(caught.value).split(" messages[0]")
-    assert start == (f"resume: the chunk of the stream that the run stopped in is not what it was: {copy}/s.jsonl:3:")
+    start, end = message_of(ValueError, next, iter(again)).split(" messages[0]")
+    assert start == f"resume: the chunk of the stream that the run stopped in is not what it was: {copy}/s.jsonl:3:"
     assert end.endswith("; put it back, or start a new run")
 
 
@@ -242,8 +233,8 @@ def test_ranks_with_fewer_packs_wait_for_no_later_message(folder, copy, tiny_fol
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_changed_file_of_a_stream_stops_the_run(copy, collator, workers):
-    changing = stream_loader(copy, collator, window=8, num_workers=workers)
+def test_changed_file_of_a_stream_stops_the_run(copy, collate, workers):
+    changing = stream_loader(copy, collate, window=8, num_workers=workers)
     steps = iter(changing)
     next(steps)
     for name in ("s.jsonl", "t.jsonl"):
@@ -253,25 +244,25 @@ def test_changed_file_of_a_stream_stops_the_run(copy, collator, workers):
         list(steps)
     state = changing.state()
     with pytest.raises(ValueError, match=r"^resume: the data files changed since the checkpoint"):
-        stream_loader(copy, collator, window=8).load_state_dict(state)
+        stream_loader(copy, collate, window=8).load_state_dict(state)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_stream_with_nothing_to_learn_from_ends_with_an_error(tmp_path, collator, workers):
+def test_stream_with_nothing_to_learn_from_ends_with_an_error(tmp_path, collate, workers):
     file = tmp_path / "a.jsonl"
     file.write_text("{\n" * 70)
-    train = file_loader(file, collator, packs_per_step=1, num_steps=5, window=32, num_workers=workers)
+    train = file_loader(file, collate, packs_per_step=1, num_steps=5, window=32, num_workers=workers)
     with pytest.raises(ValueError, match=f"^{file}: nothing to learn from, none of 70 rows can be used; fix the rows"):
         list(train)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_stream_that_breaks_off_says_where(tmp_path, collator, workers):
+def test_stream_that_breaks_off_says_where(tmp_path, collate, workers):
     row = json.dumps({"messages": [{"role": "user", "content": "q" * 99}, {"role": "assistant", "content": "x"}]})
     content = gzip.compress((row + " " * 900 + "\n").encode() * 1500, compresslevel=0)
     file = tmp_path / "a.jsonl.gz"
     file.write_bytes(content[: len(content) - 100])
-    train = file_loader(file, collator, packs_per_step=100, num_steps=5000, window=256, num_workers=workers)
+    train = file_loader(file, collate, packs_per_step=100, num_steps=5000, window=256, num_workers=workers)
     with pytest.raises(ValueError, match=f"^{file}: is truncated or damaged after row [0-9]+ .*; copy the file agai"):
         list(train)
     assert train.num_seen >= 256
@@ -279,23 +270,20 @@ def test_stream_that_breaks_off_says_where(tmp_path, collator, workers):
 
 @pytest.mark.process
 @pytest.mark.parametrize("kind", ["a.jsonl", "a.json", "b.jsonl.gz", "a.parquet", "a.tar", "b.tar.gz", "saved"])
-def test_every_kind_of_file_streams_packs_and_resumes(tmp_path, collator, kind):
+def test_every_kind_of_file_streams_packs_and_resumes(tmp_path, collate, kind):
     path = row_files.write_all(tmp_path)[kind]
     options = {"packs_per_step": 1, "num_epochs": 2, "window": 5}
-    straight = list(file_loader(path, collator, **options))
+    straight = list(file_loader(path, collate, **options))
     wanted = Counter(f"{kind}:{row}" for row in range(1, row_files.NUM_ROWS + 1))
     assert len(straight) > 3
     for epoch in range(2):
         assert Counter(names_of([step for step in straight if step.epoch == epoch])) == wanted
     for stop, workers in ((0, 0), (1, 1), (2, 0)):
-        again = file_loader(path, collator, num_workers=workers, **options)
+        again = file_loader(path, collate, num_workers=workers, **options)
         again.load_state_dict(json.loads(json.dumps(straight[stop].state)))
         rest = list(again)
         assert contents_of(rest) == contents_of(straight[stop + 1 :])
-        for step, same in zip(rest, straight[stop + 1 :], strict=True):
-            for pack, other in zip(step.packs, same.packs, strict=True):
-                assert torch.equal(pack.input_ids, other.input_ids)
-                assert torch.equal(pack.pixel_values, other.pixel_values)
+        assert_same_packs(rest, straight[stop + 1 :])
 
 
 MEMORY = """

@@ -41,13 +41,8 @@ def test_every_convention_writes_the_same_box(convention, box):
 
 
 def test_boxes_fill_placeholders_in_order_over_all_texts():
-    messages = [
-        {
-            "role": "user",
-            "content": [{"type": "image", "image": IMAGE}, {"type": "text", "text": "At <point>, <box>?"}],
-        },
-        {"role": "assistant", "content": "<box> and <point>"},
-    ]
+    asked = [{"type": "image", "image": IMAGE}, {"type": "text", "text": "At <point>, <box>?"}]
+    messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": "<box> and <point>"}]
     row = {"messages": messages, "boxes": [[0, 0, 64, 48], [0, 0, 640, 480]], "points": [[64, 48], [320, 240]]}
     first, second = RowRules(boxes=Convention("pixel")).sample(row, "a:1").messages
     assert (first.text, second.text) == ("At [100, 100], [0, 0, 100, 100]?", "[0, 0, 1000, 1000] and [500, 500]")

@@ -44,15 +44,9 @@ def test_line_breaks_next_to_a_placeholder_are_removed(text):
 
 
 def test_media_fill_placeholders_in_order_over_all_turns():
-    row = {
-        "images": ["a", "b", "c"],
-        "video": "v.mp4",
-        "conversations": talk("<image>\n<video>\n<image>\nOne?", "1", "Two? <image>", "2"),
-    }
-    first, _, third, _ = read(row).messages
-    assert [getattr(part, "image", None) or getattr(part, "video", None) for part in first.content] == [
-        "a", "v.mp4", "b", None,
-    ]  # fmt: skip
+    turns = talk("<image>\n<video>\n<image>\nOne?", "1", "Two? <image>", "2")
+    first, _, third, _ = read({"images": ["a", "b", "c"], "video": "v.mp4", "conversations": turns}).messages
+    assert first.content == (ImagePart("a"), VideoPart("v.mp4"), ImagePart("b"), TextPart("One?"))
     assert third.content == (TextPart("Two? "), ImagePart("c"))
 
 
@@ -88,32 +82,22 @@ def test_placeholders_in_typed_parts_without_media_are_text():
 
 
 def test_messages_with_listed_media():
-    parts = {"images": ["a", "b"], "messages": [
-        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "and"}, {"type": "image"}]},
-        {"role": "assistant", "content": "ok"}]}  # fmt: skip
-    assert question(parts) == ["a", ["and"], "b"]
-    marks = {"images": ["a"], "messages": [{"role": "user", "content": "<image>What?"},
-                                           {"role": "assistant", "content": "ok"}]}  # fmt: skip
-    assert question(marks) == ["a", ["What?"]]
+    parts = asked([{"type": "image"}, {"type": "text", "text": "and"}, {"type": "image"}])
+    assert question({"images": ["a", "b"], **parts}) == ["a", ["and"], "b"]
+    assert question({"images": ["a"], **asked("<image>What?")}) == ["a", ["What?"]]
 
 
 def test_frame_lists_with_times_work_in_every_format(tmp_path):
-    clips = [{"frames": ["a", "b", "c"], "sample_fps": 2, "fps": None}, {"frames": [{"bytes": b"x", "path": None}, "d"],
-             "timestamps": [0, 3]}, "v.mp4"]  # fmt: skip
-    found = [
-        VideoPart(("a", "b", "c"), timestamps=(0.0, 0.5, 1.0)), VideoPart((b"x", "d"), timestamps=(0.0, 3.0)),
-        VideoPart("v.mp4"),
-    ]  # fmt: skip
+    clips = [{"frames": ["a", "b", "c"], "sample_fps": 2, "fps": None}, "v.mp4",
+             {"frames": [{"bytes": b"x", "path": None}, "d"], "timestamps": [0, 3]}]  # fmt: skip
+    found = [VideoPart(("a", "b", "c"), timestamps=(0.0, 0.5, 1.0)), VideoPart("v.mp4"),
+             VideoPart((b"x", "d"), timestamps=(0.0, 3.0))]  # fmt: skip
     marks = "<video><video><video>What?"
-    answer = {"role": "assistant", "content": "x"}
     for row in (
         {"videos": clips, "conversations": talk(marks, "x")},
         {"videos": clips, "question": "What?", "answer": "x"},
-        {"video": clips, "messages": [{"role": "user", "content": marks}, answer]},
-        {
-            "videos": clips,
-            "messages": [{"role": "user", "content": [*[{"type": "video"}] * 3, {"text": "What?"}]}, answer],
-        },
+        {"video": clips, **asked(marks)},
+        {"videos": clips, **asked([*[{"type": "video"}] * 3, {"text": "What?"}])},
     ):
         assert read(row).messages[0].content == (*found, TextPart("What?"))
     one = {"video": {"frames": ["a", "b"], "fps": 8}, "data_path": "/clips", "conversations": talk("<video>", "x")}
@@ -164,8 +148,7 @@ def test_only_the_last_answer_is_trained():
 
 
 def test_given_format_is_not_detected():
-    both = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
-            "conversations": WHAT, "image": "x", "question": "q", "answer": "y"}  # fmt: skip
+    both = {**asked("a"), "conversations": WHAT, "image": "x", "question": "q", "answer": "y"}
     with pytest.raises(RowFault, match="1 image but 0 <image> placeholders"):
         read(both)
     assert read(both, format="sharegpt").messages[1].text == "A cat."
@@ -173,39 +156,33 @@ def test_given_format_is_not_detected():
 
 
 LIST_THEM = "list one image for each, or write typed parts, in which a text is a text"
+PUT_ONE = "placeholders in the questions; put one placeholder where each image belongs"
+NONE_LISTED = f"0 images but 1 <image> placeholder in the questions; {LIST_THEM}"
+OWN = "the parts contain 1 of their own: list no others, or leave parts without media for them"
 FAULTS = [
-    ({"image": "a", "conversations": talk("What?", "x")},
-     "1 image but 0 <image> placeholders in the questions; put one placeholder where each image belongs"),
-    ({"image": ["a", "b"], "conversations": talk("<image><image><image>", "x")},
-     "2 images but 3 <image> placeholders in the questions; put one placeholder where each image belongs"),
+    ({"image": "a", "conversations": talk("What?", "x")}, f"1 image but 0 <image> {PUT_ONE}"),
+    ({"image": ["a", "b"], "conversations": talk("<image><image><image>", "x")}, f"2 images but 3 <image> {PUT_ONE}"),
     ({"image": "a", "conversations": talk("<image><video>", "x")},
      f"0 videos but 1 <video> placeholder in the questions; {LIST_THEM.replace('image', 'video')}"),
-    ({"messages": [{"role": "user", "content": [{"type": "image"}]}, {"role": "assistant", "content": "x"}]},
-     f"0 images but 1 <image> placeholder in the questions; {LIST_THEM}"),
-    ({"conversations": talk("<image>\nWhat?", "x")},
-     f"0 images but 1 <image> placeholder in the questions; {LIST_THEM}"),
+    (asked([{"type": "image"}]), NONE_LISTED),
+    ({"conversations": talk("<image>\nWhat?", "x")}, NONE_LISTED),
     ({"image": [], "conversations": talk("<image>\n<image>\nWhat?", "x")},
      f"0 images but 2 <image> placeholders in the questions; {LIST_THEM}"),
-    ({"video": "v.mp4", "conversations": talk("<image>What?<video>", "x")},
-     f"0 images but 1 <image> placeholder in the questions; {LIST_THEM}"),
+    ({"video": "v.mp4", "conversations": talk("<image>What?<video>", "x")}, NONE_LISTED),
     ({"question": "<video>What?", "answer": "x"},
      f"0 videos but 1 <video> placeholder in the questions; {LIST_THEM.replace('image', 'video')}"),
     ({"question": "<image> What?", "answer": "x", "image": ["a", "b"]},
      "2 images but 1 <image> placeholder in the questions; put one placeholder where each image belongs"),
-    (asked("<image> What?"), f"0 images but 1 <image> placeholder in the questions; {LIST_THEM}"),
-    ({**asked("What?"), "images": ["a"]},
-     "1 image but 0 <image> placeholders in the questions; put one placeholder where each image belongs"),
+    (asked("<image> What?"), NONE_LISTED),
+    ({**asked("What?"), "images": ["a"]}, f"1 image but 0 <image> {PUT_ONE}"),
     ({**asked([{"type": "image", "image": "mine"}]), "images": ["a"]},
-     "1 image but 0 <image> placeholders in the questions; the parts contain 1 of their own: list no others, or leave "
-     "parts without media for them"),
+     f"1 image but 0 <image> placeholders in the questions; {OWN}"),
     ({**asked([{"type": "image", "image": "mine"}]), "videos": ["a", "b"]},
-     "2 videos but 0 <video> placeholders in the questions; the parts contain 1 of their own: list no others, or leave "
-     "parts without media for them"),
+     f"2 videos but 0 <video> placeholders in the questions; {OWN}"),
     ({**asked([{"type": "image", "image": "mine"}, {"type": "image"}]), "images": ["a", "b"]},
-     "2 images but 1 <image> placeholder in the questions; the parts contain 1 of their own: list no others, or leave "
-     "parts without media for them"),
+     f"2 images but 1 <image> placeholder in the questions; {OWN}"),
     ({**asked([{"type": "image", "text": "x"}, {"type": "image"}]), "images": ["a"]},
-     "1 image but 2 <image> placeholders in the questions; put one placeholder where each image belongs"),
+     f"1 image but 2 <image> {PUT_ONE}"),
     ({"image": "a", "images": ["b"], "conversations": WHAT}, "image and images are both given; keep one of them"),
     ({"conversations": "hi"}, "conversations is not a list; write a list of {from, value}"),
     ({"conversations": [7]}, "conversations[0] is not an object; write from and value"),
@@ -238,35 +215,31 @@ def test_rows_far_beyond_any_pack_are_rejected():
     assert message_of(RowFault, read, {"conversations": talk("word " * 5_000_000, "x")}) == (
         "25,000,001 characters of text are more than 4,000,000, far beyond any pack; split it"
     )
-    with pytest.raises(RowFault) as caught:
-        read({"images": ["a.png"] * 10_000, "conversations": talk("<image>" * 10_000, "x")})
-    assert (
-        str(caught.value) == "10,000 images and videos are more than 4,096, beyond the model's context; split the row"
-    )
+    many = {"images": ["a.png"] * 10_000, "conversations": talk("<image>" * 10_000, "x")}
+    fault = "10,000 images and videos are more than 4,096, beyond the model's context; split the row"
+    assert message_of(RowFault, read, many) == fault
+
+
+LONG = "x" * 4_000_000
 
 
 @pytest.mark.parametrize(
     "more",
     [
-        {"tools": [{"description": "x" * 4_000_000}]},
-        {"conversations": [{"from": "human", "value": "a"}, {"from": "function_call", "value":
-                            json.dumps({"name": "f", "arguments": {"x": "x" * 4_000_000}})}]},
-        {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b", "tool_calls": [
-                            {"name": "f", "arguments": "x" * 4_000_000}]}]},
-        {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b", "reasoning_content":
-                            "x" * 4_000_000}]},
+        {"tools": [{"description": LONG}]},
+        {"from": "function_call", "value": json.dumps({"name": "f", "arguments": {"x": LONG}})},
+        {"from": "gpt", "value": "b", "tool_calls": [{"name": "f", "arguments": LONG}]},
+        {"from": "gpt", "value": "b", "reasoning_content": LONG},
     ],
     ids=["tools", "call", "call as text", "reasoning"],
-)  # fmt: skip
+)
 def test_tools_calls_and_reasoning_count_as_text(more):
-    with pytest.raises(
-        RowFault, match=r"^4,000,0[0-9]{2} characters of text are more than 4,000,000, far beyond any pack"
-    ):
-        read({"conversations": talk("a", "b"), **more})
+    too_long = r"^4,000,0[0-9]{2} characters of text are more than 4,000,000, far beyond any pack"
+    with pytest.raises(RowFault, match=too_long):
+        read({"conversations": [talk("a")[0], more]} if "from" in more else {"conversations": talk("a", "b"), **more})
 
 
 def test_tools_that_are_not_json():
-    calls = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
     tower = {}
     for _ in range(100):
         tower = {"a": tower}
@@ -275,7 +248,7 @@ def test_tools_that_are_not_json():
          "and numbers"),
         ([tower], "tools is nested more than 64 deep; flatten it"),
     ):  # fmt: skip
-        assert message_of(RowFault, read, {**calls, "tools": tools}) == fault
+        assert message_of(RowFault, read, {**asked("a"), "tools": tools}) == fault
 
 
 def test_sample_ids_carry_the_name_of_the_data_set():

@@ -28,7 +28,6 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from qwen3vl_train.config.fields import TrainSource
-from qwen3vl_train.data.encode.collator import MultimodalCollator
 from qwen3vl_train.data.errors import MediaFault, RowFault
 from qwen3vl_train.data.media.image import image_size, load_rgb
 from qwen3vl_train.data.rows.boxes import Convention
@@ -48,12 +47,9 @@ def fuzz(share: str, strategy: st.SearchStrategy, check: FunctionType) -> None:
     """Run `check` on examples until its share of the time is used; at least once through the smallest ones."""
     end, before, seed = time.monotonic() + SECONDS * SHARES[share], _peak_mib(), 0
     while True:
-        settings = hypothesis.settings(
-            max_examples=25, deadline=SLOWEST, database=None, suppress_health_check=list(HealthCheck)
-        )
 
         @hypothesis.seed(seed)
-        @settings
+        @hypothesis.settings(max_examples=25, deadline=SLOWEST, database=None, suppress_health_check=list(HealthCheck))
         @hypothesis.given(strategy)
         def examples(example):
             check(example)
@@ -155,19 +151,19 @@ def _misbehave(how: str) -> str:
     return "done"
 
 
-@pytest.mark.parametrize(
-    ("how", "said"),
-    [
-        ("crash", "the child died, exit code -11"),
-        ("hang", "no answer within 3.0 seconds"),
-        ("bomb", r"took \d+ MiB"),
-        ("raise", "KeyError: 'no fault of ours'"),
-    ],
-)
-def test_guarded_function_reports_its_failures(guarded, how, said):
+FAILURES = {
+    "crash": "the child died, exit code -11",
+    "hang": "no answer within 3.0 seconds",
+    "bomb": r"took \d+ MiB",
+    "raise": "KeyError: 'no fault of ours'",
+}
+
+
+@pytest.mark.parametrize("how", FAILURES)
+def test_guarded_function_reports_its_failures(guarded, how):
     call = guarded(_misbehave, 3.0 if how == "hang" else 30.0)
     assert call("behave") == "done"
-    with pytest.raises(AssertionError, match=said):
+    with pytest.raises(AssertionError, match=FAILURES[how]):
         call(how)
     assert call("behave") == "done"
 
@@ -218,11 +214,6 @@ RULES = st.builds(
 )
 
 
-@pytest.fixture(scope="module")
-def collate(tiny_folder):
-    return MultimodalCollator.from_pretrained(tiny_folder)
-
-
 def test_rows(collate, tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     outcomes = set()
@@ -245,10 +236,8 @@ def test_lines_of_text():
         with contextlib.suppress(RowFault):
             decode_row(text)
 
-    snippets = st.sampled_from(
-        [b"{", b"[", b'"', b"\\u", b"1e999", b"NaN", b"-", b":", b",", b"\xff", b"\xef\xbb\xbf", b"["]
-    )
-    fuzz("text", st.lists(snippets, max_size=40).map(b"".join) | st.binary(max_size=60), check)
+    snippets = [b"{", b"[", b'"', b"\\u", b"1e999", b"NaN", b"-", b":", b",", b"\xff", b"\xef\xbb\xbf", b"["]
+    fuzz("text", st.lists(st.sampled_from(snippets), max_size=40).map(b"".join) | st.binary(max_size=60), check)
     with pytest.raises(RowFault, match=r"^not JSON"):
         decode_row(b"9" * 100_000)
 
@@ -270,15 +259,13 @@ DAMAGES = st.lists(
 def damaged(content: bytes, damages: list[tuple[str, float, bytes]]) -> bytes:
     for kind, where, junk in damages:
         at = int(where * len(content))
-        if kind == "cut":
-            content = content[:at]
-        elif kind == "overwrite":
-            content = content[:at] + junk + content[at + len(junk) :]
-        elif kind == "insert":
-            content = content[:at] + junk + content[at:]
-        else:
-            content = content[:at] + content[at + 7 * len(junk) :]
+        skipped = {"cut": len(content), "overwrite": len(junk), "insert": 0, "drop": 7 * len(junk)}[kind]
+        content = content[:at] + (junk if kind in ("overwrite", "insert") else b"") + content[at + skipped :]
     return content
+
+
+def damaged_ones(encoded: dict[str, bytes]) -> st.SearchStrategy[bytes]:
+    return st.builds(damaged, st.sampled_from([encoded[name] for name in sorted(encoded)]), DAMAGES)
 
 
 def test_files(tmp_path):
@@ -331,11 +318,7 @@ def test_pictures(guarded):
         return outcome
 
     call, outcomes = guarded(read), set()
-    fuzz(
-        "pictures",
-        st.tuples(st.sampled_from(sorted(encoded)), DAMAGES),
-        lambda example: outcomes.add(call(damaged(encoded[example[0]], example[1]))),
-    )
+    fuzz("pictures", damaged_ones(encoded), lambda example: outcomes.add(call(example)))
     assert outcomes == {"decoded", "fault"}
 
 
@@ -351,9 +334,8 @@ CLIPS = {
 
 def test_clips(guarded, collate, tmp_path):
     """Clips as bytes are encoded to tokens and patches: header, times, frames, resizing."""
-    encoded = {
-        name: write_clip(tmp_path / name, 10, size=(64, 48), gop=4, **how).read_bytes() for name, how in CLIPS.items()
-    }
+    small = {"size": (64, 48), "gop": 4}
+    encoded = {name: write_clip(tmp_path / name, 10, **small, **how).read_bytes() for name, how in CLIPS.items()}
 
     def read(content):
         parts = [{"type": "video", "video": content}, {"type": "text", "text": "What?"}]
@@ -367,9 +349,5 @@ def test_clips(guarded, collate, tmp_path):
     call, outcomes = guarded(read), set()
     for name, content in encoded.items():
         assert call(content) == "encoded", name
-    fuzz(
-        "clips",
-        st.tuples(st.sampled_from(sorted(encoded)), DAMAGES),
-        lambda example: outcomes.add(call(damaged(encoded[example[0]], example[1]))),
-    )
+    fuzz("clips", damaged_ones(encoded), lambda example: outcomes.add(call(example)))
     assert outcomes == {"encoded", "fault"}

@@ -1,20 +1,12 @@
 """The same rows in every type of file and every format give the same tokens, labels, positions and patches."""
 
-import json
-
 import pytest
 import torch
 
 from qwen3vl_train.config.fields import TrainSource
-from qwen3vl_train.data.encode.collator import MultimodalCollator
 from qwen3vl_train.data.rows.parse import RowRules
 from qwen3vl_train.data.sources import open_sources, open_stream
-from tests.helpers.row_files import KINDS, NUM_ROWS, png, table, talk, write_all
-
-
-@pytest.fixture(scope="module")
-def collate(tiny_folder):
-    return MultimodalCollator.from_pretrained(tiny_folder)
+from tests.helpers.row_files import KINDS, NUM_ROWS, png, table, talk
 
 
 @pytest.fixture(scope="module")
@@ -23,11 +15,6 @@ def reference(collate):
     return [collate.encode({"messages": [
         {"role": "user", "content": [{"type": "image", "image": png(n)}, {"type": "text", "text": f"Nr {n}?"}]},
         {"role": "assistant", "content": "ü" * n + "."}]}) for n in range(NUM_ROWS)]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    return write_all(tmp_path_factory.mktemp("files"))
 
 
 def assert_same(encoded, expected):
@@ -69,12 +56,3 @@ def shapes(number: int) -> dict[str, dict]:
 def test_row_formats_give_the_same_tokens(shape, collate, reference):
     for number, expected in enumerate(reference):
         assert_same(collate.encode(RowRules().sample(shapes(number)[shape], "a:1")), expected)
-
-
-def test_qwens_own_json_with_data_path(files, tmp_path, collate, reference):
-    rows = [{"image": f"{n}.png", "conversations": talk(f"<image>\nNr {n}?", "ü" * n + "."),
-             "data_path": str(files["a.jsonl"].parent)} for n in range(NUM_ROWS)]  # fmt: skip
-    (tmp_path / "qwen.json").write_text(json.dumps(rows))
-    (source,) = open_sources(TrainSource(path=str(tmp_path / "qwen.json"), media_root=str(files["a.jsonl"].parent)))
-    for row, expected in enumerate(reference):
-        assert_same(collate.encode(source.sample(row)), expected)

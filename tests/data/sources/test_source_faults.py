@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import pickle
+import tarfile
 import tracemalloc
 from pathlib import Path
 
@@ -59,14 +60,11 @@ def test_truncated_tar(tmp_path):
     (tmp_path / "a.tar").write_bytes(whole[:3000] + b"\xff" * 500 + whole[3500:])
     assert faults_of(tmp_path / "a.tar")
     (tmp_path / "a.tar").write_bytes(b"")
-    assert faults_of(tmp_path / "a.tar") == {
-        "a.tar: is truncated or damaged after row 0 (empty file); copy the file again"
-    }
+    fault = "a.tar: is truncated or damaged after row 0 (empty file); copy the file again"
+    assert faults_of(tmp_path / "a.tar") == {fault}
 
 
 def test_tar_with_links_is_refused(tmp_path):
-    import tarfile
-
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         info = tarfile.TarInfo("1.jpg")
         info.type, info.linkname = tarfile.SYMTYPE, "/etc/passwd"
@@ -75,8 +73,8 @@ def test_tar_with_links_is_refused(tmp_path):
 
 
 def test_truncated_parquet(tmp_path):
-    rows_of_file = [{"question": "?", "answer": f"{n} {n * n}"} for n in range(300)]
-    pq.write_table(pa.Table.from_pylist(rows_of_file), tmp_path / "a.parquet", row_group_size=100)
+    table = pa.Table.from_pylist([{"question": "?", "answer": f"{n} {n * n}"} for n in range(300)])
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=100)
     whole = (tmp_path / "a.parquet").read_bytes()
     (tmp_path / "a.parquet").write_bytes(whole[: len(whole) // 2])
     (fault,) = faults_of(tmp_path / "a.parquet")
@@ -93,10 +91,7 @@ def test_damaged_arrays(tmp_path):
     whole = json.dumps(talks(3))
     for text, why in (
         (whole[:-1], "row 4 of the array: the file ends after it"),
-        (
-            whole[:-20],
-            "row 3 of the array: not JSON, or the file is truncated in it (",
-        ),
+        (whole[:-20], "row 3 of the array: not JSON, or the file is truncated in it ("),
         (whole.replace(', "conv', ' "conv', 1), "row 1 of the array: not JSON (Expecting ',' delimiter)"),
         (whole + " x", "row 4 of the array: there is more after the closing bracket"),
         ("[{} {}]", "row 2 of the array: no comma after it"),
@@ -151,10 +146,8 @@ def test_change_of_an_unpacked_file_is_noticed(tmp_path, kind):
 def test_change_of_a_file_while_it_is_unpacked(tmp_path):
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress((ROW % "a").encode()))
     faults.before_unpacking(lambda path: os.utime(path, ns=(1, 1)))
-    assert (
-        message_of(ValueError, JsonlSource, tmp_path / "a.jsonl.gz")
-        == f"{tmp_path}/a.jsonl.gz: changed while it was unpacked; start again once it is complete"
-    )
+    fault = f"{tmp_path}/a.jsonl.gz: changed while it was unpacked; start again once it is complete"
+    assert message_of(ValueError, JsonlSource, tmp_path / "a.jsonl.gz") == fault
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "saved"])
@@ -221,10 +214,9 @@ def test_damaged_unpacked_table(tmp_path, damage):
     copy = source._copy
     whole = copy.read_bytes()
     copy.write_bytes(whole[: len(whole) // 2]) if damage == "cut" else copy.unlink()
-    with pytest.raises(RowFault) as caught:
-        source.sample(1)
-    assert str(caught.value).startswith(f"{tmp_path}/a.parquet: its copy {copy} cannot be read (")
-    assert str(caught.value).endswith("); remove it and start again")
+    fault = message_of(RowFault, source.sample, 1)
+    assert fault.startswith(f"{tmp_path}/a.parquet: its copy {copy} cannot be read (")
+    assert fault.endswith("); remove it and start again")
 
 
 def test_unpacked_copy_is_not_reused_after_a_change(tmp_path):
@@ -239,28 +231,20 @@ def test_too_long_row_is_not_held_in_memory(tmp_path):
     (tmp_path / "a.jsonl").write_text(ROW % "a" + "\n" + ROW % ("x" * (20 << 20)) + "\n" + ROW % "b")
     tracemalloc.start()
     source = JsonlSource(tmp_path / "a.jsonl")
-    assert len(list(open_stream(TrainSource(path=str(tmp_path / "a.jsonl"))).rows())) == 3
+    _, streamed, _ = open_stream(TrainSource(path=str(tmp_path / "a.jsonl"))).rows()
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 6 << 20  # what is held, its join, a block; never the row
     assert [source.sample(row).messages[0].text for row in (0, 2)] == ["a", "b"]
-    for read in (lambda: source.sample(1), lambda: _second(tmp_path / "a.jsonl")):
-        assert message_of(RowFault, read) == "row of 20 MiB is longer than 1 MiB; split it"
-
-
-def _second(file: Path):
-    _, row, _ = open_stream(TrainSource(path=str(file))).rows()
-    raise row.sample
+    assert isinstance(streamed.sample, RowFault)
+    fault = "row of 20 MiB is longer than 1 MiB; split it"
+    assert str(streamed.sample) == message_of(RowFault, source.sample, 1) == fault
 
 
 def test_messages_about_paths(tmp_path):
-    for path, fault in (
-        (tmp_path / "none.jsonl", "no such file; check the paths under data"),
-        (tmp_path / "none.parquet", "no such file; check the paths under data"),
-        (tmp_path / "none.tar", "no such file; check the paths under data"),
-        (tmp_path / "none.jsonl.gz", "no such file; check the paths under data"),
-    ):
-        assert message_of(ValueError, open_sources, TrainSource(path=str(path))) == f"{path}: {fault}"
+    for path in (f"{tmp_path}/none{ending}" for ending in (".jsonl", ".parquet", ".tar", ".jsonl.gz")):
+        fault = f"{path}: no such file; check the paths under data"
+        assert message_of(ValueError, open_sources, TrainSource(path=path)) == fault
     assert message_of(ValueError, JsonlSource, tmp_path) == f"{tmp_path}: not a file; check the paths under data"
     (tmp_path / "a.jsonl").write_text("")
     assert message_of(ValueError, JsonlSource, tmp_path / "a.jsonl", tmp_path / "pictures") == (
