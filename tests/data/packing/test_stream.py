@@ -159,31 +159,19 @@ def test_error_on_rank_0_stops_all_ranks_after_the_same_step(folder, collate, wo
     assert steps_done[0] == steps_done[1] > 0
 
 
-<<<<<<< HEAD
 @pytest.mark.parametrize(
     ("stop", "changes"),
     [(0, {"window": 40}), (1, {"window": 40}), (0, {"window": 7, "packs_per_step": 1})],
     ids=["first", "second", "last row of the window skipped"],
 )
-def test_window_that_is_read_again_keeps_its_plan(copy, collator, stop, changes):
+def test_window_that_is_read_again_keeps_its_plan(copy, collate, stop, changes):
     picture = (copy / "3.png").read_bytes()
     (copy / "3.png").write_bytes(b"no picture")
-    straight = list(stream_loader(copy, collator, num_epochs=1, **changes))
+    straight = list(stream_loader(copy, collate, num_epochs=1, **changes))
     assert straight[stop].state["skipped"] == [6]
     state = json.loads(json.dumps(straight[stop].state))
     (copy / "3.png").write_bytes(picture)
-    again = stream_loader(copy, collator, num_epochs=1, **changes)
-=======
-@pytest.mark.parametrize("stop", [0, 1])
-def test_window_that_is_read_again_keeps_its_plan(copy, collate, stop):
-    picture = (copy / "3.png").read_bytes()
-    (copy / "3.png").write_bytes(b"no picture")
-    straight = list(stream_loader(copy, collate, num_epochs=1, window=40))
-    assert straight[stop].state["skipped"] == [6]
-    state = json.loads(json.dumps(straight[stop].state))
-    (copy / "3.png").write_bytes(picture)
-    again = stream_loader(copy, collate, num_epochs=1, window=40)
->>>>>>> r-F
+    again = stream_loader(copy, collate, num_epochs=1, **changes)
     again.load_state_dict(state)
     rest = list(again)
     assert contents_of(rest) == contents_of(straight[stop + 1 :])
