@@ -142,7 +142,7 @@ def _write_adapter(recipe: Recipe, adapter: dict[str, Tensor], folder: Path, col
         base_model_name_or_path=recipe.model.path, task_type="CAUSAL_LM", inference_mode=True,
         r=tune.rank, lora_alpha=tune.alpha, lora_dropout=tune.dropout,
         # Full names: suffixes such as 'proj' would match others too.
-        target_modules={name.removeprefix("base_model.model.").partition(".lora_")[0] for name in tensors},
+        target_modules=sorted({name.removeprefix("base_model.model.").partition(".lora_")[0] for name in tensors}),
         use_rslora=tune.rslora, use_dora=tune.dora, bias="none",
     )  # fmt: skip
     config.save_pretrained(str(folder))
