@@ -22,8 +22,9 @@ _VERSION = 5
 _ARRAYS = ("costs", "dropped", "shapes", "num_files", "signatures")
 """Of a SourceIndex: these are kept as arrays, the rest as JSON."""
 _NUM_COSTS = len(SampleCost._fields)
-_DAMAGE = (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile, zlib.error)
-"""What reading a truncated or altered file raises: every part of it carries a checksum."""
+_DAMAGE = (OSError, EOFError, ValueError, KeyError, TypeError, RuntimeError, zipfile.BadZipFile, zlib.error)
+"""What reading a truncated or altered file raises: every part of it carries a checksum. RuntimeError: an entry that now
+claims to be encrypted, or (NotImplementedError) to be compressed in a way that zipfile does not know."""
 
 
 class RowReject(NamedTuple):

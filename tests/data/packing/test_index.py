@@ -12,6 +12,7 @@ from qwen3vl_train.data.encode.collator import MultimodalCollator
 from qwen3vl_train.data.encode.encoder import SampleCost
 from qwen3vl_train.data.errors import Reject
 from qwen3vl_train.data.packing.index import LengthRule, build_index
+from qwen3vl_train.data.packing.index_cache import SourceIndex, load_index, save_index
 from qwen3vl_train.data.rows.parse import RowRules
 from qwen3vl_train.data.sources import JsonlSource
 from tests.helpers import faults
@@ -309,6 +310,18 @@ def test_rows_of_a_file_touched_meanwhile_are_looked_at_again(tmp_path, collate)
     assert [reject.row for reject in index.rejects] == [2]
 
 
+def test_damage_in_the_directory_of_a_cache_file_raises_nothing(tmp_path):
+    index = SourceIndex.join([])
+    save_index(tmp_path, {}, index)
+    (file,) = tmp_path.iterdir()
+    content = file.read_bytes()
+    assert load_index(tmp_path, {}, 0) is not None
+    for position in range(content.index(b"PK\x01\x02"), len(content)):  # no checksum there: method, flags, versions
+        for bit in (1, 4, 32):
+            file.write_bytes(content[:position] + bytes([content[position] ^ bit]) + content[position + 1 :])
+            load_index(tmp_path, {}, 0)
+
+
 @pytest.mark.parametrize("damage", ["cut", "empty", "flipped", "other"])
 def test_a_damaged_cache_is_made_anew(counted, tmp_path, damage):
     first, _ = counted()
@@ -316,9 +329,9 @@ def test_a_damaged_cache_is_made_anew(counted, tmp_path, damage):
     whole = file.read_bytes()
     if damage == "flipped":
         # A flipped bit anywhere is either found by a checksum, or lies where it changes nothing.
-        for place in range(0, len(whole), 97):
-            file.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
-            assert same(counted()[0], first), place
+        for position in range(0, len(whole), 97):
+            file.write_bytes(whole[:position] + bytes([whole[position] ^ 4]) + whole[position + 1 :])
+            assert same(counted()[0], first), position
             file.write_bytes(whole)
         return
     file.write_bytes({"cut": whole[: len(whole) // 2], "empty": b"", "other": b"no archive at all"}[damage])
