@@ -229,7 +229,7 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
 
 
 def _unknown_key_message(key: str, known: list[str]) -> str:
-    """Say which of `known` was probably meant, where `*` stands for the index of a list."""
+    """Say which of `known` was probably meant, where `*` is the index of a list."""
     *sections, leaf = key.split(".")
     leaf = leaf.lower().replace("-", "_")
     if _SECRET.search(leaf):

@@ -66,7 +66,8 @@ def _prefetch(blocks: list[nn.Module], *, before: nn.Module | None) -> None:
     """Fetch the next block's weights while one computes, in both directions.
 
     before: the unit whose backward pass follows that of the first block; None where the backward pass ends there. By
-        default torch would fetch what ran before, in vain where that is frozen; a block that names itself fetches none.
+        default torch would fetch what ran before, for nothing where that is frozen; a block that names itself
+        fetches none.
     """
     for block, following in itertools.pairwise(blocks):
         block.set_modules_to_forward_prefetch([following])  # type: ignore[union-attr]

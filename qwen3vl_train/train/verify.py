@@ -67,12 +67,12 @@ def compare_with_transformers(
 
         stock = PeftModel.from_pretrained(stock, str(adapter))
     stock.eval()
-    largest, spread = 0.0, 0.0
+    largest, spread = torch.zeros(()), torch.zeros(())
     for batch, ours in zip(batches, logits, strict=True):
         theirs = stock(**stock_inputs(batch, stock)).logits[0].float()
-        largest = max(largest, (theirs - ours).abs().max().item())
-        spread = max(spread, theirs.std().item())
-    return LogitDifference(largest, spread)
+        largest = torch.maximum(largest, (theirs - ours).abs().max())  # keeps a NaN, which Python's max drops
+        spread = torch.maximum(spread, theirs.std())
+    return LogitDifference(largest.item(), spread.item())
 
 
 def stock_inputs(batch: PackedBatch, stock: torch.nn.Module) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from qwen3vl_train.model.qwen3vl import Qwen3VLForConditionalGeneration
 from qwen3vl_train.train.export import export_run
 from qwen3vl_train.train.load_run import restore_run
 from qwen3vl_train.train.loop import train
-from qwen3vl_train.train.verify import LogitDifference
+from qwen3vl_train.train.verify import LogitDifference, compare_with_transformers, probe_batches
 from tests.helpers import faults, oracles, small_runs
 
 # Float32 noise between two programs on this model is 1e-5; the mistakes looked for move logits by 1e-2 and more.
@@ -215,3 +215,11 @@ def test_differences_are_judged_by_the_spread_of_the_logits():
     assert LogitDifference(largest=1e-3, spread=1.0).within_tolerance
     assert not LogitDifference(largest=1e-3, spread=0.1).within_tolerance
     assert not LogitDifference(largest=float("nan"), spread=1.0).within_tolerance
+
+
+def test_logits_that_are_not_numbers_are_not_within_tolerance(tiny_folder):
+    batches = probe_batches(MultimodalCollator.from_pretrained(tiny_folder))
+    vocab_size = load_qwen3_vl_model(tiny_folder).arch.text.vocab_size
+    logits = [torch.full((batch.num_tokens, vocab_size), float("nan")) for batch in batches]
+    found = compare_with_transformers(logits, batches, checkpoint=tiny_folder, dtype=torch.float32, adapter=None)
+    assert not found.within_tolerance

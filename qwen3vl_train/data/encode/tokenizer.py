@@ -103,7 +103,7 @@ class ChatTokenizer:
 
     @cached_property
     def max_token_bytes(self) -> int:
-        """The most bytes of text, in Unicode normal form C, that one token stands for."""
+        """The most bytes of text, in Unicode normal form C, that one token decodes to."""
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=False)  # byte-level: writes each byte as one letter
         added = [token.content.encode() for token in self._tokenizer.get_added_tokens_decoder().values()]
         return max(map(len, [*vocabulary, *added]))
