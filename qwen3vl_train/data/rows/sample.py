@@ -14,8 +14,26 @@ class TextPart:
 
 
 @dataclass(frozen=True)
+class PixelLimits:
+    """Limits of one medium of a row, beside those of the recipe: keys of the parts that Qwen's own scripts read.
+
+    min_pixels, max_pixels: limits on the area of the resized image, or of one resized frame.
+    height, width: the size that the medium counts as before the limits apply; both or neither.
+    """
+
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+    height: int | None = None
+    width: int | None = None
+
+
+NO_LIMITS = PixelLimits()
+
+
+@dataclass(frozen=True)
 class ImagePart:
     image: ImageInput
+    limits: PixelLimits = NO_LIMITS
 
 
 @dataclass(frozen=True)
@@ -24,11 +42,19 @@ class VideoPart:
 
     fps: frame rate of the list of frames, which are then sampled like those of a video file.
     timestamps: seconds of frames that are sampled already; all of them are used.
+    start, end: seconds of the clip between which frames are taken; None: from its beginning, to its end.
+    target_fps: frames sampled per second, in place of the recipe's.
+    num_frames: number of sampled frames, in place of a rate.
     """
 
     video: VideoInput | tuple[ImageInput, ...]
     fps: float | None = None
     timestamps: tuple[float, ...] | None = None
+    start: float | None = None
+    end: float | None = None
+    target_fps: float | None = None
+    num_frames: int | None = None
+    limits: PixelLimits = NO_LIMITS
 
 
 Part = TextPart | ImagePart | VideoPart
@@ -65,6 +91,7 @@ class Sample:
     sample_id: its name in messages, like `train.jsonl:17`.
     media_root: the folder that its media paths may not leave.
     row_format: the format of its row, one of `formats.FORMATS`.
+    ignored: keys of the row, its turns and its parts that were not used, as "turn.recipient", each once.
     """
 
     messages: tuple[Message, ...]
@@ -72,6 +99,7 @@ class Sample:
     sample_id: str = "sample"
     media_root: str | None = None
     row_format: str = "openai"
+    ignored: tuple[str, ...] = ()
 
     @property
     def parts(self) -> list[Part]:
