@@ -38,9 +38,12 @@ class ImagePart:
 
 @dataclass(frozen=True)
 class VideoPart:
-    """A clip: a video file (path, data URI or bytes), or a list of frames as images with fps or timestamps.
+    """A clip: a video file (path, data URI or bytes), or frames as images: a list of them, or the path of their folder.
 
-    fps: frame rate of the list of frames, which are then sampled like those of a video file.
+    Frames need one of fps, sample_fps and timestamps; a video file takes none of them.
+
+    fps: frame rate of the frames, which are then sampled like those of a video file.
+    sample_fps: rate at which the frames are sampled already; all of them are used, the second one is at 1 / sample_fps.
     timestamps: seconds of frames that are sampled already; all of them are used.
     start, end: seconds of the clip between which frames are taken; None: from its beginning, to its end.
     target_fps: frames sampled per second, in place of the recipe's.
@@ -50,6 +53,7 @@ class VideoPart:
     video: VideoInput | tuple[ImageInput, ...]
     fps: float | None = None
     timestamps: tuple[float, ...] | None = None
+    sample_fps: float | None = None
     start: float | None = None
     end: float | None = None
     target_fps: float | None = None
