@@ -46,7 +46,7 @@ def inspect_data(argv: list[str] | None = None) -> int:
         console = Console(stderr=arguments.json == "-")
         print_facts(inspection.facts, console)
         if arguments.json:
-            text = json.dumps(inspection.facts.to_json(), indent=2, ensure_ascii=False) + "\n"
+            text = json.dumps(inspection.to_json(), indent=2, ensure_ascii=False) + "\n"
             sys.stdout.write(text) if arguments.json == "-" else Path(arguments.json).write_text(text, encoding="utf-8")
         out = arguments.out or Path(f"{recipe.name}-data.html")
         write_page(inspection, out)

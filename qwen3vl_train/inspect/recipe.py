@@ -9,6 +9,7 @@ from qwen3vl_train.data.encode.collator import MultimodalCollator
 from qwen3vl_train.data.errors import Reject
 from qwen3vl_train.data.media.image import FACTOR
 from qwen3vl_train.data.open import open_collator
+from qwen3vl_train.inspect.as_json import rejects_to_json, sample_to_json
 from qwen3vl_train.inspect.duplicates import DuplicateFinder
 from qwen3vl_train.inspect.facts import Facts, Finding, PackFacts
 from qwen3vl_train.inspect.findings import box_findings, make_finding, recipe_findings, row_findings, source_findings
@@ -21,11 +22,20 @@ Progress = Callable[[int, int], None]  # (rows done, number of rows)
 
 @dataclass(frozen=True)
 class Inspection:
-    """The facts that `--json` writes, and the samples and pack that the page shows beside them, as plain values."""
+    """The facts, and the samples and pack that the page shows beside them, as plain values.
+
+    rejects: rows that cannot be used, the first ones of each entry, as `--json` writes them.
+    """
 
     facts: Facts
     samples: list[dict[str, Any]]
+    rejects: list[dict[str, Any]]
     pack: dict[str, Any] | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what `--json` writes: the facts, the samples shown, without what only draws them, and the rejects."""
+        samples = [sample_to_json(sample) for sample in self.samples]
+        return {**self.facts.to_json(), "samples": samples, "rejects": self.rejects}
 
 
 def inspect_recipe(
@@ -54,7 +64,8 @@ def inspect_recipe(
     }
     findings = _judge(scans, samples, packs, recipe)
     facts = Facts(recipe.name, model, [scan.facts for scan in scans], packs, findings)
-    return Inspection(facts, samples, view_pack(training, recipe) if num_samples else None)
+    rejects = [reject for entry, scan in zip(entries, scans, strict=True) for reject in rejects_to_json(entry, scan)]
+    return Inspection(facts, samples, rejects, view_pack(training, recipe) if num_samples else None)
 
 
 def _scan_all(

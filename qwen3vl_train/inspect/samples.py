@@ -17,6 +17,7 @@ from qwen3vl_train.data.encode.encoder import EncodedSample
 from qwen3vl_train.data.encode.tokenizer import ChatTokenizer
 from qwen3vl_train.data.errors import RowFault
 from qwen3vl_train.data.media.image import MERGE, PATCH
+from qwen3vl_train.inspect.as_json import describe_sample
 from qwen3vl_train.inspect.boxes import find_marks
 from qwen3vl_train.inspect.facts import PackFacts, histogram
 from qwen3vl_train.inspect.scan import Scan
@@ -54,13 +55,15 @@ def view_sample(entry: Entry, ref: RowRef, checks: frozenset[str], collate: Mult
         encoded, listed = collate.encode(sample), entry.listed_marks(ref)
     except RowFault as fault:
         return {**view, "id": name, "fault": str(fault), "checks": sorted({*checks, "undecodable"})}
+    tokens = view_tokens(encoded, collate.tokenizer)
     return {
         **view,
         "id": name,
         "checks": sorted(checks),
         "frames": view_frames(encoded),
         "marks": [mark._asdict() for mark in find_marks(sample, listed)],
-        **view_tokens(encoded, collate.tokenizer),
+        **tokens,
+        **describe_sample(sample, encoded, tokens["texts"], collate),
     }
 
 

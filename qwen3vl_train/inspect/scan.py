@@ -22,12 +22,14 @@ _VARYING = re.compile(r"'[^']*'|\"[^\"]*\"|\([^)]*\)|(?:image|video) [^:]*(?=: )
 class Scan:
     """What was found in one entry.
 
+    rejects: all rows that cannot be used.
     rows_by_check: check -> the rows that fail it, named for a person.
     failed_checks: row -> the checks that it fails.
     boxes: of each row that has some.
     """
 
     facts: SourceFacts
+    rejects: list[Reject]
     rows_by_check: dict[str, list[str]]
     failed_checks: dict[RowRef, frozenset[str]]
     boxes: list[BoxEvidence]
@@ -91,7 +93,7 @@ def summarize(entry: Entry, read: Sequence[tuple[RowRef, RowFacts]], broken: Seq
         duplicates=DuplicateFacts(),
     )
     failed_checks = {ref: facts.failed_checks for ref, facts in read if facts.failed_checks}
-    return Scan(facts, rows_by_check, failed_checks, boxes)
+    return Scan(facts, rejects, rows_by_check, failed_checks, boxes)
 
 
 def _group_rejects(entry: Entry, rejects: Sequence[Reject]) -> list[RejectGroup]:
