@@ -41,7 +41,7 @@ def _check_target(target: str) -> str:
     if target in LORA_GROUPS or target in UNIONS:
         return target
     if target in GROUPS:
-        raise ValueError(f"{target} takes no LoRA; leave it out, or train it with tune.method full")
+        raise ValueError(f"{target} takes no LoRA; remove it, or train it with tune.method full")
     if re.fullmatch(r"\w+", target):
         expression = f"(a module name is given as a regular expression, such as '.*\\.{target}')"
         raise ValueError(f"{unknown_group(target, (*LORA_GROUPS, *UNIONS))} {expression}")
@@ -168,7 +168,7 @@ class TrainSource(RowsSection):
     @model_validator(mode="after")
     def _rows_of_stream(self) -> "TrainSource":
         if self.num_rows is not None and not self.streaming:
-            raise ValueError("num_rows without streaming: the rows of other sources are counted; take it out")
+            raise ValueError("num_rows without streaming: the rows of other sources are counted; remove it")
         return self
 
 

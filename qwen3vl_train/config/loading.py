@@ -194,7 +194,7 @@ def _explain(detail: Any, values: dict[str, Any]) -> list[Fault]:
     elif code == "invalid_key":
         message = "unknown key; keys of a recipe are words"
     elif got is None and _EXPECTED[code] == "a section of keys":
-        message = "got nothing, expected a section of keys; fill it or leave it out"
+        message = "got nothing, expected a section of keys; fill it or remove it"
     else:
         message = f"got {format_value(got)}, expected {_EXPECTED[code].format(**context)}"
     return [(key, message)]
@@ -206,7 +206,7 @@ def _unknown(loc: list[Any], got: Any, values: dict[str, Any]) -> list[Fault]:
     if len(loc) == 2 and loc[0] == "tune" and key in known:
         method = values["tune"]["method"]
         other = "full" if method == "lora" else "lora"
-        return [(key, f"not a key of method {method}; leave it out, or use method {other}")]
+        return [(key, f"not a key of method {method}; remove it, or use method {other}")]
     inner = [f"{key}.{name}" for name in got] if len(loc) == 1 and isinstance(got, dict) else []
     return [(one, _unknown_key_message(one, known)) for one in inner or [key]]
 

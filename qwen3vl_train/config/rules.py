@@ -70,7 +70,7 @@ def learning_rate_conflicts(
     """
     for field, groups in _GROUPS_OF_RATE.items():
         if getattr(optim, field) is not None and all_groups_known and not set(groups) & set(trained_groups):
-            what = f"set, but {listed} trains no {' or '.join(groups)}; add one there or leave {field} out"
+            what = f"set, but {listed} trains no {' or '.join(groups)}; add one there or remove {field}"
             yield f"optim.{field}", what
     if optim.merger_lr is not None and optim.deepstack_lr is None and "deepstack" in trained_groups:
         what = f"missing beside optim.merger_lr {optim.merger_lr:g}, which is for the main merger alone; give both"
@@ -82,7 +82,7 @@ def _engine_conflicts(parallel: ParallelSection) -> Iterator[Conflict]:
         value = getattr(parallel, field)
         if parallel.engine not in engines and value != nothing:
             got = str(value).lower() if isinstance(value, bool) else value
-            what = f"{got}, but parallel.engine is {parallel.engine}; it is for {' and '.join(engines)}, leave it out"
+            what = f"{got}, only for {' and '.join(engines)}, but parallel.engine is {parallel.engine}; remove it"
             yield f"parallel.{field}", what
     if parallel.engine == "deepspeed" and parallel.offload_parameters and parallel.zero_stage < 3:
         what = f"true, but stage {parallel.zero_stage} does not shard parameters; set parallel.zero_stage to 3"

@@ -27,7 +27,7 @@ def shard_model(
     Raises ValueError for cpu_offload on a host without a GPU.
     """
     if parallel.cpu_offload and not torch.cuda.is_available():
-        raise ValueError("parallel.cpu_offload: true, but there is no GPU here, weights are on the CPU; leave it out")
+        raise ValueError("parallel.cpu_offload: true, but there is no GPU here, weights are on the CPU; remove it")
     policy = MixedPrecisionPolicy(
         param_dtype=None if dtype == torch.float32 else dtype,
         reduce_dtype=DTYPES[parallel.reduce_dtype],

@@ -33,10 +33,10 @@ from qwen3vl_train.tracking.console import IndexProgress
 from qwen3vl_train.train.consistency import DataContents, StepStatus, check_same_data, plan_error
 
 _PEEKED_ROWS = 64
-"""Of each part of a stream, read before it begins to say what shapes rows have."""
+"""Rows of each part of a stream that are read at the start to count the formats of rows."""
 
 EvalPass = Callable[[list[Reject]], Iterator[PackedBatch]]
-"""Starts a pass over this rank's share of held-out packs; rows that break while decoding are put on the list."""
+"""Start a pass over this rank's share of held-out packs; rows that fail to decode are appended to the list."""
 
 
 class TakenStep(NamedTuple):
@@ -56,7 +56,7 @@ class TrainingData:
     evals: dict[str, EvalPass]  # by name of the held-out files
     files: list[tuple[Index, list[FileSource]]]  # what was indexed, the training files first
     rejects: RejectLedger
-    stream_shapes: dict[str, Counter[str]]  # rows of each shape among the first of each stream, by name, as `shapes`
+    stream_formats: dict[str, Counter[str]]  # rows of each format among the first of each stream, by data set
 
     @property
     def is_streamed(self) -> bool:
@@ -98,13 +98,13 @@ class TrainingData:
             packs = replace(packs, rejected=gather_rejects(packs.rejected, ranks))
         return TakenStep(packs, status, wait_seconds)
 
-    def shapes(self) -> dict[str, Counter[str]]:
-        """Return how many rows of each data set have which shape, by its name; held-out ones as `eval NAME`."""
+    def count_formats(self) -> dict[str, Counter[str]]:
+        """Return how many rows of each data set have which format, by its name; held-out ones as `eval NAME`."""
         counts: dict[str, Counter[str]] = {}
         for place, (index, sources) in enumerate(self.files):
             for number, source in enumerate(sources):
                 name = dataset_of(source.rules.sample_id(source.file, 1))
-                counts.setdefault(f"eval {name}" if place else name, Counter()).update(index.count_shapes(number))
+                counts.setdefault(f"eval {name}" if place else name, Counter()).update(index.count_formats(number))
         return counts
 
     def summary(self) -> list[str]:
@@ -112,7 +112,7 @@ class TrainingData:
         if isinstance(self.loader.producer, StreamedWindows):
             names = ", ".join(part.name for part in self.loader.producer.parts)
             lines = [f"data: streamed from {names}, packed {self.loader.producer.size:,} rows at a time"]
-            return lines + [f"data: begins with {format_counts(*found)}" for found in self.stream_shapes.items()]
+            return lines + [f"data: begins with {format_counts(*found)}" for found in self.stream_formats.items()]
         index, loader = self.index, self.loader
         packs = loader.epoch_packs(loader.epoch)
         figures = plan_figures(
@@ -125,7 +125,7 @@ class TrainingData:
             f"{100 * figures.fill:.1f}% filled; {self.num_steps:,} steps, the busiest rank does "
             f"{figures.balance:.3f} of the mean"
         ]
-        lines += [f"data: {format_counts(name, counts)}" for name, counts in self.shapes().items()]
+        lines += [f"data: {format_counts(name, counts)}" for name, counts in self.count_formats().items()]
         if index.num_dropped or index.num_shrunk.any():
             lines.append(
                 f"data: {index.num_dropped:,} samples dropped as too long, "
@@ -142,54 +142,54 @@ def gather_rejects(rejects: list[Reject], ranks: Ranks) -> list[Reject]:
 
 
 def open_data(recipe: Recipe, ranks: Ranks, *, loader_state: dict[str, Any] | None = None) -> TrainingData:
-    """Read headers and texts of all files, plan packs, and stand where `loader_state` says.
+    """Read headers and texts of all files, plan packs, and move the loader to `loader_state`.
 
-    Every rank must call it: all open the files, rank 0 looks at the rows. Raises ValueError on every rank for files
-    that cannot be read on any, that are not the same on all, data that changed. How many rows may be rejected is not
-    checked here: see `RejectLedger.resume`.
+    Every rank must call it: all open the files, rank 0 scans the rows. Raises ValueError on every rank for files that
+    cannot be read on any, files that are not the same on all, and data that changed. How many rows may be rejected is
+    not checked here: see `RejectLedger.resume`.
     """
     data = recipe.data
     opened = ranks.on_all(lambda: _open(recipe))
     check_same_data(opened.contents(), ranks)
 
-    def look_on_main(sources: Sequence[FileSource]) -> Index:
+    def build_on_main(sources: Sequence[FileSource]) -> Index:
         with IndexProgress() as progress:
 
-            def went_on(done: int, total: int) -> None:
+            def report_progress(done: int, total: int) -> None:
                 ranks.heartbeat()
                 progress(done, total)
 
             return build_index(
                 sources, opened.collate, length_rule(data), num_workers=len(os.sched_getaffinity(0)),
-                cache_folder=cache_folder() / "index", progress=went_on,
+                cache_folder=cache_folder() / "index", progress=report_progress,
             )  # fmt: skip
 
-    def look_at(sources: Sequence[FileSource]) -> Index:
-        return ranks.on_main(lambda: look_on_main(sources))
+    def index_files(sources: Sequence[FileSource]) -> Index:
+        return ranks.on_main(lambda: build_on_main(sources))
 
     train_files = [source for source, _ in opened.train if isinstance(source, FileSource)]
-    index = Index.from_sources([], []) if opened.streams else look_at(train_files)
+    index = Index.from_sources([], []) if opened.streams else index_files(train_files)
     loader = _make_loader(recipe, ranks, opened, index)
     if loader_state is not None:
         loader.load_state_dict(loader_state)
     files = [] if opened.streams else [(index, train_files)]
     evals: dict[str, EvalPass] = {}
     for name, sources in opened.evals.items():
-        looked_at = [(file, look_at([file])) for file in sources]
-        files += [(eval_index, [file]) for file, eval_index in looked_at]
-        evals[name] = partial(_packs, recipe, ranks, opened.collate, looked_at)
+        indexed = [(file, index_files([file])) for file in sources]
+        files += [(eval_index, [file]) for file, eval_index in indexed]
+        evals[name] = partial(_packs, recipe, ranks, opened.collate, indexed)
     rejects = RejectLedger(run_dir(recipe) / REJECTED_FILE, data.max_rejected_fraction, writes=ranks.is_main)
     for part, sources in files:
         names = [source.name for source in sources]
         rejects.add_index(names, num_rows=part.num_rows, num_usable=part.num_usable, rejects=part.rejects)
-    stream_shapes: dict[str, Counter[str]] = {}
+    stream_formats: dict[str, Counter[str]] = {}
     if isinstance(producer := loader.producer, StreamedWindows):
-        stream_shapes = ranks.on_main(lambda: _first_shapes(producer.parts, recipe.train.seed))
-    return TrainingData(loader, index, evals, files, rejects, stream_shapes)
+        stream_formats = ranks.on_main(lambda: _first_formats(producer.parts, recipe.train.seed))
+    return TrainingData(loader, index, evals, files, rejects, stream_formats)
 
 
-def _first_shapes(parts: Sequence[Part], seed: int) -> dict[str, Counter[str]]:
-    """Read the first rows of each part. Raises ValueError where that is not possible."""
+def _first_formats(parts: Sequence[Part], seed: int) -> dict[str, Counter[str]]:
+    """Count the formats of the first rows of each part. Raises ValueError where they cannot be read."""
     counts: dict[str, Counter[str]] = {}
     for part in parts:
         for row in islice(part.reader.rows(None, (seed,)), _PEEKED_ROWS):

@@ -184,7 +184,7 @@ def _refused(rank: int, world_size: int, recipe: Recipe) -> str:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to offload from")
 def test_weights_cannot_wait_on_the_host_where_there_is_no_gpu(small: Path):
     recipe = engine_recipe(small, FULL, "fsdp2", cpu_offload=True)
-    message = "parallel.cpu_offload: true, but there is no GPU here, weights are on the CPU; leave it out"
+    message = "parallel.cpu_offload: true, but there is no GPU here, weights are on the CPU; remove it"
     assert run_ranks(_refused, 2, recipe) == [message] * 2
 
 

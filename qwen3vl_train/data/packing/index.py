@@ -86,7 +86,7 @@ class Index:
     patch_pairs: np.ndarray
     num_shrunk: np.ndarray
     signatures: np.ndarray  # int64 (rows,), a hash of the signatures of the row's media files
-    shapes: np.ndarray  # int8 (rows,), see `SourceIndex`
+    formats: np.ndarray  # int8 (rows,), see `SourceIndex`
     rejects: list[Reject]
     num_dropped: int  # as too long
 
@@ -98,7 +98,7 @@ class Index:
             np.cumsum([0, *(part.num_rows for part in parts)], dtype=np.int64),
             *joined.costs,
             signatures=joined.row_signatures(),
-            shapes=joined.shapes,
+            formats=joined.formats,
             rejects=[
                 Reject(name, reject.number, reject.reason, reject.kind)
                 for name, part in zip(names, parts, strict=True)
@@ -120,10 +120,10 @@ class Index:
         start, end = self.starts[source], self.starts[source + 1]
         return start + np.flatnonzero(self.tokens[start:end])
 
-    def count_shapes(self, source: int) -> Counter[str]:
-        """Return how many rows of one source have each shape, without those that could not be read."""
-        found = self.shapes[self.starts[source] : self.starts[source + 1]]
-        return Counter({shape: int((found == number).sum()) for number, shape in enumerate(FORMATS)})
+    def count_formats(self, source: int) -> Counter[str]:
+        """Return how many rows of one source have each format, without those that could not be read."""
+        found = self.formats[self.starts[source] : self.starts[source + 1]]
+        return Counter({name: int((found == number).sum()) for number, name in enumerate(FORMATS)})
 
     def locate(self, number: int) -> tuple[int, int]:
         """Return (source, row of that source) of a row number."""
@@ -205,7 +205,7 @@ def _scan_rows(
     source, rows = sources[chunk[0]], chunk[1]
     costs = np.zeros((len(SampleCost._fields), len(rows)), dtype=np.int64)
     dropped = np.zeros(len(rows), dtype=bool)
-    shapes = np.full(len(rows), -1, dtype=np.int8)
+    formats = np.full(len(rows), -1, dtype=np.int8)
     num_files = np.zeros(len(rows), dtype=np.int64)
     files: list[str] = []
     rejects: list[RowReject] = []
@@ -222,8 +222,8 @@ def _scan_rows(
             fetched = isinstance(fault, MediaFault) and sample is not None and is_fetched(sample)
             rejects.append(RowReject(at, source.row_number(row), str(fault), fault.kind, fault.transient or fetched))
         if sample is not None:
-            shapes[at] = FORMATS.index(sample.row_format)
+            formats[at] = FORMATS.index(sample.row_format)
             of_row = local_files(sample)
             num_files[at] = len(of_row)
             files += of_row
-    return SourceIndex(costs, dropped, shapes, rejects, files, num_files, read_signatures(files))
+    return SourceIndex(costs, dropped, formats, rejects, files, num_files, read_signatures(files))

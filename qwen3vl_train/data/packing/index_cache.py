@@ -17,9 +17,9 @@ from qwen3vl_train.data.encode.encoder import SampleCost
 from qwen3vl_train.data.errors import FaultKind
 from qwen3vl_train.data.signatures import hash_rows, read_signatures
 
-_VERSION = 5
+_VERSION = 6
 """Of the files written here; increase it with every change of their content or of how costs are found."""
-_ARRAYS = ("costs", "dropped", "shapes", "num_files", "signatures")
+_ARRAYS = ("costs", "dropped", "formats", "num_files", "signatures")
 """Of a SourceIndex: these are kept as arrays, the rest as JSON."""
 _NUM_COSTS = len(SampleCost._fields)
 _DAMAGE = (OSError, EOFError, ValueError, KeyError, TypeError, RuntimeError, zipfile.BadZipFile, zlib.error)
@@ -43,7 +43,7 @@ class SourceIndex:
 
     costs: np.ndarray  # int64 (fields of SampleCost, n), 0 where a row is not used
     dropped: np.ndarray  # bool (n,), whether the row is dropped as too long
-    shapes: np.ndarray  # int8 (n,), index of the row's format in FORMATS, -1 where it could not be read
+    formats: np.ndarray  # int8 (n,), index of the row's format in FORMATS, -1 where it could not be read
     rejects: list[RowReject]
     files: list[str]  # media files of all rows, row after row
     num_files: np.ndarray  # int64 (n,), of each row
@@ -76,7 +76,7 @@ class SourceIndex:
         return cls(
             np.concatenate([np.zeros((_NUM_COSTS, 0), dtype=np.int64), *(part.costs for part in parts)], axis=1),
             np.concatenate([np.zeros(0, dtype=bool), *(part.dropped for part in parts)]),
-            np.concatenate([np.zeros(0, dtype=np.int8), *(part.shapes for part in parts)]),
+            np.concatenate([np.zeros(0, dtype=np.int8), *(part.formats for part in parts)]),
             rejects,
             [path for part in parts for path in part.files],
             np.concatenate([np.zeros(0, dtype=np.int64), *(part.num_files for part in parts)]),
@@ -94,7 +94,7 @@ class SourceIndex:
         return SourceIndex(
             both.costs[:, order],
             both.dropped[order],
-            both.shapes[order],
+            both.formats[order],
             [rejects[row]._replace(row=at) for at, row in enumerate(order.tolist()) if row in rejects],
             [both.files[file] for file in files],
             both.num_files[order],

@@ -93,7 +93,7 @@ def plan_packs(costs: FamilyCosts, limits: PackLimits) -> list[list[int]]:
         raise ValueError(
             f"plan: sample {index} has {costs.tokens[index]} tokens and {costs.patches[index]} patches, a pack takes 1 "
             f"to {limits.tokens} tokens and {'any number of' if limits.patches is None else limits.patches} patches; "
-            "leave it out"
+            "remove it"
         )
     packs, rooms = _best_fit(sizes, capacities)
     _top_up(packs, rooms, sizes, costs.work)

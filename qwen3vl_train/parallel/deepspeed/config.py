@@ -116,14 +116,14 @@ def _conflicts(given: dict[str, Any], decided: dict[str, tuple[Any, str]]) -> li
     for key, why in REFUSED.items():
         section = flat.get(key, {name: value for name, value in flat.items() if name.startswith(f"{key}.")})
         if section not in ({}, None, False) and flat.get(f"{key}.enabled") is not False:
-            errors.append(f"{key}: cannot be set here, {why}; take it out")
+            errors.append(f"{key}: cannot be set here, {why}; remove it")
     for key in flat:
         if key.startswith("optimizer.") and key not in decided:
-            errors.append(f"{key}: cannot be set here, the optimizer is the recipe's; take it out")
+            errors.append(f"{key}: cannot be set here, the optimizer is the recipe's; remove it")
     for key, (wanted, where) in decided.items():
         if key in flat and flat[key] != wanted:
             got, said = json.dumps(flat[key]), json.dumps(wanted)
-            errors.append(f"{key}: {got}, but the recipe says {said} ({where}); take it out or make them agree")
+            errors.append(f"{key}: {got}, but the recipe says {said} ({where}); remove it or make them agree")
     return errors
 
 

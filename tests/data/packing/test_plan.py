@@ -75,8 +75,8 @@ def test_pack_left_nearly_empty_is_topped_up():
 def test_samples_that_cannot_be_packed_are_named(tokens, patches):
     costs = FamilyCosts.from_rows(np.array([5, tokens]), np.array([0, patches]), np.array([1, 1]))
     assert message_of(ValueError, plan_packs, costs, PackLimits(100, patches=40)) == (
-        f"plan: sample 1 has {tokens} tokens and {patches} patches, a pack takes 1 to 100 tokens and 40 patches; leave "
-        "it out"
+        f"plan: sample 1 has {tokens} tokens and {patches} patches, a pack takes 1 to 100 tokens and 40 patches; "
+        "remove it"
     )
 
 

@@ -33,7 +33,7 @@ def test_file_types_give_the_same_tokens(files, kind, collate, reference):
         assert collate.cost(source.sample(row)).tokens == expected.input_ids.numel()
 
 
-def shapes(number: int) -> dict[str, dict]:
+def row_formats(number: int) -> dict[str, dict]:
     """One row in every format, the image as bytes."""
     cell = table()[number]
     image, question, answer = cell["image"]["bytes"], cell["question"], cell["answer"]
@@ -52,7 +52,7 @@ def shapes(number: int) -> dict[str, dict]:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("shape", list(shapes(0)))
-def test_row_formats_give_the_same_tokens(shape, collate, reference):
+@pytest.mark.parametrize("row_format", list(row_formats(0)))
+def test_row_formats_give_the_same_tokens(row_format, collate, reference):
     for number, expected in enumerate(reference):
-        assert_same(collate.encode(RowRules().sample(shapes(number)[shape], "a:1")), expected)
+        assert_same(collate.encode(RowRules().sample(row_formats(number)[row_format], "a:1")), expected)

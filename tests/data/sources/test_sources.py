@@ -257,6 +257,6 @@ def test_rows_of_mixed_formats_in_one_file(tmp_path, collate):
         (tmp_path / "0.png").write_bytes(png(0))
         sources = open_sources(TrainSource(path=str(tmp_path / "a.jsonl")))
         index = build_index(sources, collate, LengthRule(500), cache_folder=tmp_path / "index")
-        line = format_counts("a.jsonl", index.count_shapes(0))
+        line = format_counts("a.jsonl", index.count_formats(0))
         assert line == "a.jsonl: 3 rows, openai 1, sharegpt 1, columns 1"
         assert len(index.rejects) == 3

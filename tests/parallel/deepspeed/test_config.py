@@ -112,7 +112,7 @@ def _nested(key: str, value: Any) -> dict[str, Any]:
     ],
 )
 def test_contradiction_to_the_recipe_is_an_error(key: str, value: Any, of_recipe: str, tmp_path: Path):
-    error = f"{key}: {json.dumps(value)}, but the recipe says {of_recipe}; take it out or make them agree"
+    error = f"{key}: {json.dumps(value)}, but the recipe says {of_recipe}; remove it or make them agree"
     assert _errors(tmp_path, _nested(key, value)) == [error]
 
 
@@ -136,7 +136,7 @@ COPIES = "all ranks hold one copy; several copies are engine fsdp2 with parallel
     ],
 )
 def test_key_without_effect_is_an_error(key: str, value: Any, why: str, tmp_path: Path):
-    assert _errors(tmp_path, _nested(key, value)) == [f"{key}: cannot be set here, {why}; take it out"]
+    assert _errors(tmp_path, _nested(key, value)) == [f"{key}: cannot be set here, {why}; remove it"]
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,7 @@ def test_optimizer_is_offloaded_whole_or_not_at_all(tmp_path: Path):
     content = {"zero_optimization": {"offload_optimizer": {"device": "cpu", "ratio": 0.3}}}
     assert _errors(tmp_path, content, offload_optimizer=True) == [
         "zero_optimization.offload_optimizer.ratio: 0.3, but the recipe says 1.0 (parallel.offload_optimizer is all or "
-        "nothing); take it out or make them agree"
+        "nothing); remove it or make them agree"
     ]
 
 
