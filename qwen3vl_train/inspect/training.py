@@ -143,6 +143,7 @@ class ReadRows:
     def __init__(self, name: str, rules: RowRules) -> None:
         self.name, self.rules = name, rules
         self.media_root: str | None = None  # each sample has its own
+        self.ignored_columns: tuple[str, ...] = ()
         self.rows: list[StreamRow] = []
 
     def __len__(self) -> int:

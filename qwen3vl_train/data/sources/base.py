@@ -16,6 +16,8 @@ from qwen3vl_train.data.sources.files import file_signature, is_compressed, is_u
 StrPath = str | os.PathLike[str]
 Position = dict[str, int]
 """Where to continue reading a file, as JSON."""
+Ignored = dict[str, None]
+"""Names of ignored columns, as an ordered set."""
 BEGINNING: Position = {"byte": 0, "row": 0}
 
 
@@ -29,6 +31,14 @@ class Source(Protocol):
     name: str
     media_root: str | None
     rules: RowRules
+
+    @property
+    def ignored_columns(self) -> tuple[str, ...]:
+        """The names of the columns of a typed file (Parquet, CSV, `datasets`) that no row is made from, in its order.
+
+        None for JSON and tar files, whose rows come whole.
+        """
+        ...
 
     def __len__(self) -> int: ...
 
@@ -58,6 +68,11 @@ class StreamSource(Protocol):
     """The rows of all files of one entry of the recipe (name: its path or pattern), in order. It must pickle."""
 
     name: str
+
+    @property
+    def ignored_columns(self) -> tuple[str, ...]:
+        """As of a `Source`: those of all files that this object has read rows from so far, each once."""
+        ...
 
     def rows(self, state: dict[str, Any] | None = None) -> Iterator[StreamRow]:
         """Yield each row once, in order: from the first, or after the row whose state this is.
@@ -89,6 +104,7 @@ class FileSource(ABC):
         self.media_root = None if media_root is None else os.fspath(media_root)
         self.rules = rules or RowRules()
         self.file = Path(self.name).name
+        self.ignored_columns: tuple[str, ...] = ()
         self._signatures: dict[str, FileSignature] = {}
         check_media_root(self.name, self.media_root, self.rules)
         self._fingerprint = self._open()

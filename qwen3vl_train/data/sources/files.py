@@ -32,6 +32,10 @@ def suffix_of(path: str) -> str:
     return ".tar" if name.endswith(".tgz") else os.path.splitext(name)[1]
 
 
+def folder_of(path: str) -> str:
+    return path.rpartition("/")[0] if is_url(path) else os.path.dirname(path) or "."
+
+
 def is_compressed(path: str) -> bool:
     return path.lower().endswith((*COMPRESSED, ".tgz"))
 

@@ -1,10 +1,13 @@
 """Data sets of Hugging Face `datasets`: saved on disk, in a folder it can read, or by their name on the hub."""
 
+import contextlib
 import os
+from collections.abc import Iterator
 from typing import Any
 
 from qwen3vl_train.data.media.remote import Remote
 from qwen3vl_train.data.rows.parse import RowRules
+from qwen3vl_train.data.sources.arrow import Convert, row_converter
 from qwen3vl_train.data.sources.base import FileSource, RawRow
 from qwen3vl_train.data.sources.parquet import known_columns, row_to_python
 
@@ -47,6 +50,19 @@ def load_rows(path: str, split: str | None, subset: str | None, *, streaming: bo
         raise ValueError(f"{where}: {str(error)[:500]}") from None
 
 
+@contextlib.contextmanager
+def reading_on(name: str, rows: int) -> Iterator[None]:
+    """Turn what reading a data set after so many rows raises into a ValueError that names it."""
+    import pyarrow as pa
+    from datasets.exceptions import DatasetsError
+
+    try:
+        yield
+    except (OSError, ValueError, DatasetsError, pa.ArrowException) as error:
+        fault = f"cannot be read after row {rows} ({str(error)[:300]}); read its files by their path, without split"
+        raise ValueError(f"{name}: {fault}") from None
+
+
 class HubSource(FileSource):
     """A map-style data set: memory-mapped Arrow files. Pictures stay encoded, as bytes or paths."""
 
@@ -56,13 +72,20 @@ class HubSource(FileSource):
 
     def _open(self) -> dict[str, Any]:
         rows = load_rows(self.name, self.split, self.subset, streaming=False)
-        kept = known_columns(rows.column_names, self.rules, self.name)
+        kept, ignored = known_columns(rows.column_names, self.rules, self.name)
+        self.ignored_columns = tuple(ignored)
         # As Arrow tables: the Python format would decode every picture and clip of a row.
         self._rows = rows.select_columns(kept).with_format("arrow")
+        self._convert: Convert | None = None
         return {"rows": len(rows), "fingerprint": rows._fingerprint}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_convert": None}
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def raw(self, row: int) -> RawRow:
-        return RawRow(row_to_python(self._rows[row]), row + 1, {}, resolve_hub_path)
+        if self._convert is None:
+            self._convert = row_converter(self._rows.features.arrow_schema, self.rules)
+        return RawRow(row_to_python(self._rows[row], self._convert), row + 1, {}, resolve_hub_path)

@@ -6,7 +6,7 @@ from qwen3vl_train.config.fields import EvalSource, TrainSource
 from qwen3vl_train.data.rows.boxes import Convention
 from qwen3vl_train.data.rows.parse import RowRules
 from qwen3vl_train.data.sources.base import FileSource, StreamSource, check_media_root
-from qwen3vl_train.data.sources.files import find_files, is_url, suffix_of
+from qwen3vl_train.data.sources.files import find_files, folder_of, is_url, suffix_of
 from qwen3vl_train.data.sources.hub import HubSource, is_saved_dataset
 from qwen3vl_train.data.sources.jsonl import JsonlSource
 from qwen3vl_train.data.sources.parquet import ParquetSource
@@ -40,7 +40,7 @@ def open_sources(entry: Entry) -> list[FileSource]:
     rules = entry_rules(entry)
     if _is_dataset(entry):
         return [HubSource(entry.path, _hub_root(entry), rules, entry.split, entry.subset)]
-    return [_open(path, entry.media_root or _folder(path), rules) for path in _find_files(entry, rules)]
+    return [_open(path, entry.media_root or folder_of(path), rules) for path in _find_files(entry, rules)]
 
 
 def open_stream(entry: Entry) -> StreamSource:
@@ -48,8 +48,7 @@ def open_stream(entry: Entry) -> StreamSource:
     rules = entry_rules(entry)
     if _is_dataset(entry):
         return HubStream(entry.path, _hub_root(entry), rules, entry.split, entry.subset)
-    files = _find_files(entry, rules)
-    return FileStream(entry.path, files, entry.media_root or _folder(files[0]), rules)
+    return FileStream(entry.path, _find_files(entry, rules), entry.media_root, rules)
 
 
 def _open(path: str, media_root: str, rules: RowRules) -> FileSource:
@@ -59,7 +58,7 @@ def _open(path: str, media_root: str, rules: RowRules) -> FileSource:
 
 
 def _find_files(entry: Entry, rules: RowRules) -> list[str]:
-    root = entry.media_root or _folder(entry.path)
+    root = entry.media_root or folder_of(entry.path)
     if is_url(root) and suffix_of(entry.path) != ".tar":
         check_media_root(entry.path, root, rules)  # before any file of the entry is requested
     return find_files(entry.path, SUFFIXES)
@@ -67,10 +66,6 @@ def _find_files(entry: Entry, rules: RowRules) -> list[str]:
 
 def _is_dataset(entry: Entry) -> bool:
     return entry.split is not None or is_saved_dataset(entry.path)
-
-
-def _folder(path: str) -> str:
-    return path.rpartition("/")[0] if is_url(path) else os.path.dirname(path) or "."
 
 
 def _hub_root(entry: Entry) -> str:

@@ -2,19 +2,30 @@
 
 import bisect
 import hashlib
+import json
 import os
 from collections.abc import Iterator, Sequence
-from itertools import accumulate
+from itertools import accumulate, chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from qwen3vl_train.data.errors import RowFault
 from qwen3vl_train.data.rows.parse import RowRules
-from qwen3vl_train.data.sources.base import FileSource, Position, RawRow
+from qwen3vl_train.data.sources.arrow import Convert, row_converter
+from qwen3vl_train.data.sources.base import FileSource, Ignored, Position, RawRow
 from qwen3vl_train.data.sources.files import cached_copy, damaged, naming_file, open_file
 
 _BATCH_ROWS = 64
 """Rows decoded at a time; a batch of pictures of a megabyte each stays below a hundred."""
+_IGNORED = b"ignored_columns"
+
+
+class _Copy(NamedTuple):
+    """An opened Arrow file. ends: the number of rows up to the end of each of its batches."""
+
+    reader: Any
+    ends: list[int]
+    convert: Convert
 
 
 class ParquetSource(FileSource):
@@ -26,9 +37,10 @@ class ParquetSource(FileSource):
     def _open(self) -> dict[str, Any]:
         with open_file(self.name), naming_file(self.name):
             size = self._record_signature(self.name)
-        columns = sorted(self.rules.columns_read())
-        self._copy = cached_copy(self.name, columns, self._unpack, ".arrow")
-        self._opened: tuple[Any, list[int]] | None = None
+        key = {"columns": sorted(self.rules.columns_read()), "layout": 2}
+        self._copy = cached_copy(self.name, key, self._unpack, ".arrow")
+        self._opened: _Copy | None = None
+        self.ignored_columns = tuple(json.loads(self._batches().reader.schema.metadata[_IGNORED]))
         # The footer has the offset and statistics of every column chunk.
         return {"size": size, "rows": len(self), "footer": _footer_hash(self.name)}
 
@@ -36,28 +48,30 @@ class ParquetSource(FileSource):
         import pyarrow as pa
 
         with _opened(self.name) as file:
-            names = known_columns(file.schema_arrow.names, self.rules, self.name)
-            schema = pa.schema([file.schema_arrow.field(name) for name in names])
+            found = file.schema_arrow
+            names, ignored = known_columns(found.names, self.rules, self.name)
+            batches = _batches(file, names, 0, self.name)
+            first = next(batches, None)
+            schema = pa.schema([found.field(name) for name in names]) if first is None else first.schema
+            schema = schema.with_metadata({**(found.metadata or {}), _IGNORED: json.dumps(ignored)})
             with pa.OSFile(str(copy), "wb") as out, pa.ipc.new_file(out, schema) as writer:
-                for batch in _batches(file, names, 0, self.name):
-                    # The reader's types may differ from the schema (nullable, dictionary), so the batch is cast.
-                    writer.write_batch(batch.cast(schema))
+                for batch in chain([] if first is None else [first], batches):
+                    writer.write_batch(batch)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_opened": None}
 
-    def _batches(self) -> tuple[Any, list[int]]:
-        """Return the opened Arrow file and the number of rows up to the end of each of its batches."""
+    def _batches(self) -> _Copy:
         import pyarrow as pa
 
         if self._opened is None:
             reader = pa.ipc.open_file(pa.memory_map(str(self._copy)))
             sizes = (reader.get_batch(number).num_rows for number in range(reader.num_record_batches))
-            self._opened = (reader, list(accumulate(sizes)))
+            self._opened = _Copy(reader, list(accumulate(sizes)), row_converter(reader.schema, self.rules))
         return self._opened
 
     def __len__(self) -> int:
-        _, ends = self._batches()
+        ends = self._batches().ends
         return ends[-1] if ends else 0
 
     def raw(self, row: int) -> RawRow:
@@ -65,25 +79,28 @@ class ParquetSource(FileSource):
 
         self._check_unchanged()
         try:
-            reader, ends = self._batches()
+            reader, ends, convert = self._batches()
             number = bisect.bisect_right(ends, row)
             batch = reader.get_batch(number)
         except (pa.ArrowException, OSError) as error:
             fault = f"{self.name}: its copy {self._copy} cannot be read ({_short(error)}); remove it and start again"
             raise RowFault(fault, kind="read_error", transient=True) from None
-        return RawRow(row_to_python(batch.slice(row - (ends[number] - batch.num_rows), 1)), row + 1, {})
+        one = batch.slice(row - (ends[number] - batch.num_rows), 1)
+        return RawRow(row_to_python(one, convert), row + 1, {})
 
 
-def stream_parquet(path: str, rules: RowRules, position: Position) -> Iterator[RawRow]:
+def stream_parquet(path: str, rules: RowRules, position: Position, ignored: Ignored) -> Iterator[RawRow]:
     """Yield the rows of a Parquet file from a position on. Raise ValueError where it is damaged."""
     done = position["row"]
     with _opened(path) as file:
-        names = known_columns(file.schema_arrow.names, rules, path)
+        names, not_read = known_columns(file.schema_arrow.names, rules, path)
+        ignored.update(dict.fromkeys(not_read))
+        convert = row_converter(file.schema_arrow, rules)
         for batch in _batches(file, names, done, path):
             for index in range(batch.num_rows):
                 done += 1
                 try:
-                    row = row_to_python(batch.slice(index, 1))
+                    row = row_to_python(batch.slice(index, 1), convert)
                 except RowFault as fault:
                     row = fault
                 yield RawRow(row, done, {"row": done})
@@ -102,44 +119,93 @@ def _opened(path: str) -> Any:
         raise ValueError(f"{path}: is not a complete Parquet file ({_short(error)}); copy the file again") from None
 
 
-def known_columns(names: Sequence[str], rules: RowRules, path: str) -> list[str]:
-    """Return the columns that rows are made from. Raise ValueError when there are none."""
-    known = [name for name in names if name in rules.columns_read()]
+def known_columns(names: Sequence[str], rules: RowRules, path: str) -> tuple[list[str], list[str]]:
+    """Return the columns that rows are made from, and the others. Raise ValueError when there are none of the first."""
+    read = rules.columns_read()
+    known, others = [name for name in names if name in read], [name for name in names if name not in read]
     if not known:
         found = ", ".join(names[:20])
         raise ValueError(f"{path}: has the columns {found}, and none that rows are made from; name them under columns")
-    return known
+    return known, others
+
+
+def _leaves(file: Any, names: list[str]) -> list[str]:
+    """Return what to read of the columns: of structs with fields that are null in every row, the other fields.
+
+    Where such a field is in a list, pyarrow reads it too short, and its array is not valid.
+    """
+    paths = [(file.schema.column(index).path, file.schema.column(index)) for index in range(len(file.schema))]
+    selected: list[str] = []
+    for name in names:
+        leaves = [(path, leaf.logical_type.type == "NULL") for path, leaf in paths if path.startswith(f"{name}.")]
+        filled = [path for path, is_null in leaves if not is_null]
+        selected += filled if filled and len(filled) < len(leaves) else [name]
+    return selected
 
 
 def _batches(file: Any, names: list[str], skip: int, path: str) -> Iterator[Any]:
-    """Yield record batches from row `skip` on; row groups that end before it are not read."""
+    """Yield record batches from row `skip` on; row groups that end before it are not read. Raise ValueError."""
     import pyarrow as pa
 
-    done = 0
+    done, columns = 0, _leaves(file, names)
     for group in range(file.num_row_groups):
         size = file.metadata.row_group(group).num_rows
         if done + size <= skip:
             done += size
             continue
         try:
-            for batch in file.iter_batches(_BATCH_ROWS, row_groups=[group], columns=names, use_threads=False):
-                remaining = batch.slice(min(batch.num_rows, max(0, skip - done)))
+            for batch in file.iter_batches(_BATCH_ROWS, row_groups=[group], columns=columns, use_threads=False):
+                remaining = _plain(batch.slice(min(batch.num_rows, max(0, skip - done))))
                 done += batch.num_rows
                 if remaining.num_rows:
                     yield remaining
+        except NotImplementedError as error:
+            fault = f"row group {group + 1} cannot be read ({_short(error)}); write the file again with plain types"
+            raise ValueError(f"{path}: {fault}") from None
         except (pa.ArrowException, OSError) as error:
-            raise damaged(path, done, _short(error)) from None
+            raise damaged(path, done, f"row group {group + 1}: {_short(error)}") from None
 
 
-def row_to_python(batch: Any) -> dict[str, Any]:
+def _plain_type(arrow_type: Any) -> Any:
+    """Return a type without dictionaries, which an Arrow file cannot replace from one batch to the next."""
+    import pyarrow as pa
+
+    if pa.types.is_dictionary(arrow_type):
+        return _plain_type(arrow_type.value_type)
+    if pa.types.is_struct(arrow_type):
+        fields = [arrow_type.field(index) for index in range(arrow_type.num_fields)]
+        return pa.struct([field.with_type(_plain_type(field.type)) for field in fields])
+    if pa.types.is_list(arrow_type):
+        return pa.list_(arrow_type.value_field.with_type(_plain_type(arrow_type.value_type)))
+    if pa.types.is_large_list(arrow_type):
+        return pa.large_list(arrow_type.value_field.with_type(_plain_type(arrow_type.value_type)))
+    return arrow_type
+
+
+def _plain(batch: Any) -> Any:
+    """Return a batch with plain types. Raise ArrowException."""
+    import pyarrow as pa
+
+    columns, fields = [], []
+    for column, field in zip(batch.columns, batch.schema, strict=True):
+        plain = _plain_type(field.type)
+        column = column if column.type.equals(plain) else column.cast(plain)
+        column.validate()
+        columns.append(column)
+        fields.append(pa.field(field.name, plain))
+    return pa.RecordBatch.from_arrays(columns, schema=pa.schema(fields))
+
+
+def row_to_python(batch: Any, convert: Convert) -> dict[str, Any]:
     """Return the one row of a batch. Raise RowFault for values that Python cannot represent."""
     import pyarrow as pa
 
     try:
-        return batch.to_pylist()[0]
+        row = batch.to_pylist()[0]
     except (pa.ArrowException, ValueError, OverflowError) as error:
         fault = f"a value cannot be read ({_short(error)}); write text, numbers, bytes, lists and structs"
         raise RowFault(fault, kind="wrong_type") from None
+    return convert(row)
 
 
 def _footer_hash(path: str) -> str:

@@ -9,11 +9,20 @@ from typing import Any
 from qwen3vl_train.data.errors import RowFault
 from qwen3vl_train.data.rows.parse import RowRules
 from qwen3vl_train.data.signatures import FileSignature
-from qwen3vl_train.data.sources.base import BEGINNING, Position, RawRow, StreamRow, check_media_root, check_unchanged
-from qwen3vl_train.data.sources.files import file_signature, is_url, naming_file, suffix_of
-from qwen3vl_train.data.sources.hub import load_rows, resolve_hub_path
+from qwen3vl_train.data.sources.arrow import Convert, row_converter
+from qwen3vl_train.data.sources.base import (
+    BEGINNING,
+    Ignored,
+    Position,
+    RawRow,
+    StreamRow,
+    check_media_root,
+    check_unchanged,
+)
+from qwen3vl_train.data.sources.files import file_signature, folder_of, is_url, naming_file, suffix_of
+from qwen3vl_train.data.sources.hub import load_rows, reading_on, resolve_hub_path
 from qwen3vl_train.data.sources.jsonl import stream_json
-from qwen3vl_train.data.sources.parquet import stream_parquet
+from qwen3vl_train.data.sources.parquet import known_columns, stream_parquet
 from qwen3vl_train.data.sources.tar import stream_tar
 
 
@@ -21,18 +30,27 @@ class FileStream:
     """A `StreamSource` over files. Its state: `{"file": 3, "position": {...}}`, a file and a position in it."""
 
     def __init__(self, name: str, files: list[str], media_root: str | None, rules: RowRules) -> None:
+        """Prepare; no row is read. media_root: of all files; None: the folder of each. Raise ValueError."""
         self.name, self.files, self.media_root, self.rules = name, files, media_root, rules
-        if any(suffix_of(file) != ".tar" for file in files):  # the media of a shard are in it
-            check_media_root(name, media_root, rules)
+        for root in sorted({root for file in files if (root := self._root(file)) is not None}):
+            check_media_root(name, root, rules)
         self._signatures: dict[str, FileSignature] = {}
+        self._ignored: Ignored = {}
+
+    @property
+    def ignored_columns(self) -> tuple[str, ...]:
+        return tuple(self._ignored)
+
+    def _root(self, file: str) -> str | None:
+        """Return the folder or URL that the media of a file are relative to; None: they are in it."""
+        return None if suffix_of(file) == ".tar" else self.media_root or folder_of(file)
 
     def rows(self, state: dict[str, Any] | None = None) -> Iterator[StreamRow]:
         # Positions in a local file are invalid once it has changed since `fingerprint`, or since it was opened.
         first, position = (state["file"], state["position"]) if state else (0, BEGINNING)
         for number, path in enumerate(self.files[first:], start=first):
-            signature = None if is_url(path) else self._signature(path)
-            root = None if suffix_of(path) == ".tar" else self.media_root
-            for raw in _stream(path, self.rules, position if number == first else BEGINNING):
+            signature, root = None if is_url(path) else self._signature(path), self._root(path)
+            for raw in _stream(path, self.rules, position if number == first else BEGINNING, self._ignored):
                 check_unchanged(path, signature, "opened")
                 yield _parse(raw, self.rules, path, root, {"file": number, "position": raw.position})
             # A file that was truncated at the end of a row would otherwise just be shorter.
@@ -59,25 +77,46 @@ class HubStream:
 
     def __init__(self, name: str, media_root: str, rules: RowRules, split: str | None, subset: str | None) -> None:
         self.name, self.media_root, self.rules, self.split, self.subset = name, media_root, rules, split, subset
+        self.ignored_columns: tuple[str, ...] = ()
         check_media_root(name, media_root, rules)
 
     def rows(self, state: dict[str, Any] | None = None) -> Iterator[StreamRow]:
-        # Not decoded: pictures stay bytes or paths, so that their size is read from their header alone.
-        rows = load_rows(self.name, self.split, self.subset, streaming=True).decode(False)
+        number = state["row"] if state else 0
+        rows, convert = self._open()
         if state:
             rows.load_state_dict(state["position"])
-        for number, row in enumerate(rows, start=state["row"] + 1 if state else 1):
+        iterator = iter(rows)
+        while True:
+            with reading_on(self.name, number):
+                row = next(iterator, None)
+            if row is None:
+                return
+            number += 1
+            try:
+                row = convert(row)
+            except RowFault as fault:
+                row = fault
             raw = RawRow(row, number, {}, resolve_hub_path)
             yield _parse(raw, self.rules, self.name, self.media_root, {"row": number, "position": rows.state_dict()})
+
+    def _open(self) -> tuple[Any, Convert]:
+        """Open the data set, and return also the function for its rows. Raise ValueError."""
+        rows = load_rows(self.name, self.split, self.subset, streaming=True)
+        with reading_on(self.name, 0):
+            rows = rows if rows.features else rows._resolve_features()
+        kept, ignored = known_columns(rows.column_names or [], self.rules, self.name)
+        self.ignored_columns = tuple(ignored)
+        # Not decoded: pictures stay bytes or paths, so that their size is read from their header alone.
+        return rows.select_columns(kept).decode(False), row_converter(rows.features.arrow_schema, self.rules)
 
     def fingerprint(self) -> dict[str, Any]:
         """Return the name of the data set. A change of its content on the hub is not noticed."""
         return {"name": self.name, "split": self.split, "subset": self.subset}
 
 
-def _stream(path: str, rules: RowRules, position: Position) -> Iterator[RawRow]:
+def _stream(path: str, rules: RowRules, position: Position, ignored: Ignored) -> Iterator[RawRow]:
     if suffix_of(path) == ".parquet":
-        return stream_parquet(path, rules, position)
+        return stream_parquet(path, rules, position, ignored)
     return stream_tar(path, position) if suffix_of(path) == ".tar" else stream_json(path, position)
 
 

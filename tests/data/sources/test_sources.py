@@ -23,7 +23,7 @@ from qwen3vl_train.data.rows.parse import format_counts
 from qwen3vl_train.data.sources import JsonlSource, open_sources, open_stream
 from tests.helpers import faults
 from tests.helpers.messages import message_of
-from tests.helpers.row_files import KINDS, NUM_ROWS, ROW, png, talks, texts, write_tar
+from tests.helpers.row_files import KINDS, NUM_ROWS, ROW, png, talks, texts, write_all, write_tar
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -81,6 +81,28 @@ def test_patterns_and_folders_give_one_source_per_file(tmp_path):
     assert message_of(ValueError, open_sources, TrainSource(path=f"{tmp_path}/d-*")) == (
         f"{tmp_path}/d-*: no file in it ends with .jsonl, .json, .parquet, .tar; check the paths under data"
     )
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "saved"])
+def test_media_are_in_the_folder_of_each_file(tmp_path, kind):
+    for number, name in enumerate("ab"):
+        (tmp_path / name).mkdir()
+        write_all(tmp_path / name)
+        (tmp_path / name / "2.png").write_bytes(png(100 + number))
+        table = pa.table({"question": ["?"] * 3, "answer": ["x"] * 3, "image": [f"{n}.png" for n in range(3)]})
+        pq.write_table(table, tmp_path / name / "a.parquet")
+    entry = TrainSource(path=f"{tmp_path}/*/{kind}")
+    sources = open_sources(entry)
+    samples = [source.sample(row) for source in sources for row in range(len(source))]
+    assert [row.sample for row in open_stream(entry).rows()] == samples
+    if not kind.endswith((".tar", ".tar.gz")):  # the media of a shard are in it
+        red = [int(load_rgb(sample.messages[0].content[0].image, sample.media_root)[0, 0, 0]) for sample in samples]
+        assert [value for value in red if value >= 100] == [100, 101]
+    elsewhere = TrainSource(path=f"{tmp_path}/*/{kind}", media_root=str(tmp_path / "b"))
+    samples = [source.sample(0) for source in open_sources(elsewhere)]
+    assert [row.sample for row in open_stream(elsewhere).rows() if row.row_number == 1] == samples
+    roots = {sample.media_root for sample in samples}
+    assert roots == ({None} if kind.endswith((".tar", ".tar.gz")) else {str(tmp_path / "b")})
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "saved"])
@@ -218,6 +240,11 @@ def test_unknown_parquet_columns_are_not_read(tmp_path):
     entry = TrainSource(path=str(tmp_path / "a.parquet"), columns={"question": "q", "answer": "a"})
     (source,) = open_sources(entry)
     assert source.raw(0).row == {"q": "?", "a": "x"}
+    assert source.ignored_columns == ("junk",)
+    stream = open_stream(entry)
+    assert stream.ignored_columns == ()
+    assert [texts(row.sample) for row in stream.rows()] == [["?", "x"]]
+    assert stream.ignored_columns == ("junk",)
     assert message_of(ValueError, open_sources, TrainSource(path=str(tmp_path / "a.parquet"))) == (
         f"{tmp_path}/a.parquet: has the columns q, a, junk, and none that rows are made from; name them under columns"
     )
