@@ -5,6 +5,7 @@ Nothing here imports the package: what it is compared against must not lean on i
 
 import json
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +151,11 @@ def _scene(width: int, height: int, seed: int) -> Image.Image:
 
 def sample_images() -> dict[str, Image.Image]:
     """Pictures of several sizes, shapes and modes, the same on every call. Sizes are width x height."""
+    return {name: image.copy() for name, image in draw_images().items()}
+
+
+@cache
+def draw_images() -> dict[str, Image.Image]:
     ramp = Image.linear_gradient("L")
     translucent = _scene(100, 70, 5)
     translucent.putalpha(ramp.resize((100, 70)))
@@ -172,7 +178,7 @@ def sample_images() -> dict[str, Image.Image]:
 
 
 def _image(name: str) -> dict[str, Any]:
-    return {"type": "image", "image": sample_images()[name]}
+    return {"type": "image", "image": draw_images()[name].copy()}
 
 
 def _text(text: str) -> dict[str, str]:

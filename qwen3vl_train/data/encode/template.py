@@ -1,11 +1,15 @@
 """Find the checkpoint's chat template, and check that one of our dialects renders exactly the same."""
 
 import json
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qwen3vl_train.data.encode.chat import DIALECTS, as_text
 from qwen3vl_train.data.rows.messages import parse_sample
+
+if TYPE_CHECKING:
+    from jinja2 import Template
 
 
 def _user(content: Any) -> dict[str, Any]:
@@ -88,6 +92,11 @@ def find_template(model_path: str | Path) -> tuple[str, str]:
 
 def render_template(template: str, messages: list[Any], tools: list[Any] | None, generation_prompt: bool) -> str:
     """Render with the template itself, in a sandbox set up as in transformers. Raise jinja2.TemplateError."""
+    return _compile(template).render(messages=messages, tools=tools, add_generation_prompt=generation_prompt)
+
+
+@lru_cache(maxsize=4)  # compiling takes 15 ms, and a check renders 25 times
+def _compile(template: str) -> "Template":
     from jinja2 import TemplateError
     from jinja2.ext import loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -98,7 +107,7 @@ def render_template(template: str, messages: list[Any], tools: list[Any] | None,
     sandbox = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
     sandbox.filters["tojson"] = lambda value, **options: json.dumps(value, **{"ensure_ascii": False, **options})
     sandbox.globals["raise_exception"] = refuse
-    return sandbox.from_string(template).render(messages=messages, tools=tools, add_generation_prompt=generation_prompt)
+    return sandbox.from_string(template)
 
 
 def check_template(template: str, where: str = "chat_template") -> str:
