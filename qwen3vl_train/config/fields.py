@@ -182,6 +182,8 @@ class DataSection(Section):
     max_visual_tokens_per_video: bounds the whole clip.
     max_visual_tokens_per_sample: shrinks all images and clips of a sample by the same factor.
     fps, min_frames, max_frames: frames taken a second of a clip, and the least and the most of them.
+    max_image_pixels: a larger image or frame is a fault of its row; null is Pillow's own limit, 89 million. Memory and
+        time to decode a picture grow with it, whatever it is shrunk to.
     stream_window: rows of a stream that are packed together, and held in memory.
     """
 
@@ -199,6 +201,7 @@ class DataSection(Section):
     fps: Annotated[float, Field(gt=0.0, le=1000.0)] | None = None
     min_frames: Annotated[int, Field(ge=2)] | None = None
     max_frames: Annotated[int, Field(ge=2)] | None = None
+    max_image_pixels: Count | None = None
     stream_window: Count = 2048
     num_workers: Annotated[int, Field(ge=0)] = 4
     max_rejected_fraction: Annotated[float, Field(ge=0.0, le=1.0)] = 0.01

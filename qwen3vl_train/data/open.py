@@ -22,6 +22,7 @@ def open_collator(recipe: Recipe) -> MultimodalCollator:
         fps=data.fps,
         min_frames=data.min_frames,
         max_frames=data.max_frames,
+        max_image_pixels=data.max_image_pixels,
         video_markup=recipe.model.video_markup,
     )
 

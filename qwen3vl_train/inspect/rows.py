@@ -49,7 +49,7 @@ def read_row(sample: Sample, visual_tokens: int, collate: MultimodalCollator) ->
     dialect = collate.dialect
     pieces = DIALECTS[dialect](sample.messages, sample.tools, generation_prompt=False)
     slots = [piece.part for piece in pieces if isinstance(piece, Slot)]
-    media = [measure(part, collate.budgets.clips, sample.media_root).size for part in slots]
+    media = [measure(part, collate.budgets, sample.media_root).size for part in slots]
     sizes = [(size.height, size.width) for size in media if not size.num_frames]
     videos = len(media) - len(sizes)
     # Media are never next to trained text, so a layout without them has the same trained tokens.

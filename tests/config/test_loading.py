@@ -36,6 +36,7 @@ data:
   fps: null
   min_frames: null
   max_frames: null
+  max_image_pixels: null
   stream_window: 2048
   num_workers: 4
   max_rejected_fraction: 0.01

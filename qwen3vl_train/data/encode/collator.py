@@ -39,6 +39,7 @@ class MultimodalCollator(Encoder):
         fps: float | None = None,
         min_frames: int | None = None,
         max_frames: int | None = None,
+        max_image_pixels: int | None = None,
         video_markup: str = "bare",
     ) -> "MultimodalCollator":
         """Read config, tokenizer, chat template and preprocessor settings of a local checkpoint.
@@ -48,6 +49,7 @@ class MultimodalCollator(Encoder):
         Qwen3-VL does not do.
 
         shrink_to_tokens, shrink_to_patches: the media of a sample with more, including text, are shrunk until it fits.
+        max_image_pixels: larger images and frames are a fault; None: beyond Pillow's own limit.
         video_markup: bare or wrapped, see `vision_markup`.
         """
         arch = Qwen3VLArch.from_pretrained(path)
@@ -60,9 +62,11 @@ class MultimodalCollator(Encoder):
             rules = processor.override_clip_rules(rules, fps, min_frames, max_frames, max_visual_tokens_per_video)
         if max_visual_tokens_per_sample is not None and max_visual_tokens_per_sample < 1:
             raise ValueError(f"data.max_visual_tokens_per_sample: got {max_visual_tokens_per_sample}; use at least 1")
+        if max_image_pixels is not None and max_image_pixels < 1:
+            raise ValueError(f"data.max_image_pixels: got {max_image_pixels}; use at least 1")
         if video_markup not in ("bare", "wrapped"):
             raise ValueError(f"model.video_markup: got {video_markup!r}; use bare or wrapped")
-        budgets = Budgets(*limits, rules, max_visual_tokens_per_sample)
+        budgets = Budgets(*limits, rules, max_visual_tokens_per_sample, max_image_pixels)
         wrapped, side = video_markup == "wrapped", arch.vision.position_table_side
         return cls(tokenizer, dialect, budgets, wrapped, shrink_to_tokens, shrink_to_patches, position_table_side=side)
 

@@ -163,7 +163,7 @@ class Encoder:
         measured, own_grids = [], []
         for slot in _slots(pieces):
             with _naming_part(slot):
-                measured.append(measure(slot.part, self.budgets.clips, media_root))
+                measured.append(measure(slot.part, self.budgets, media_root))
                 own_grids.append(self.budgets.grid(measured[-1].size))
         sizes = [medium.size for medium in measured]
         grids = self.budgets.fit(sizes, own_grids)
@@ -205,7 +205,8 @@ class Encoder:
         patches = [torch.zeros(0, 3 * PATCH * PATCH, dtype=torch.uint8)]
         for slot, medium, grid in zip(_slots(pieces), measured, grids, strict=True):
             with _naming_part(slot):
-                patches.append(read_patches(slot.part, medium, grid, sample.media_root))
+                limit = self.budgets.max_image_pixels
+                patches.append(read_patches(slot.part, medium, grid, sample.media_root, limit))
         layout = lay_out(self._fill_slots(pieces, grids, measured), grids, self.tokenizer)
         input_ids = torch.tensor(layout.ids, dtype=torch.int64)
         next_weights = torch.tensor(layout.weights[1:], dtype=torch.float32)

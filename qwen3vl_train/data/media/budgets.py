@@ -7,6 +7,7 @@ from typing import NamedTuple
 from qwen3vl_train.data.errors import RowFault
 from qwen3vl_train.data.media.clips import FRAMES_PER_PATCH, ClipRules, resize_clip
 from qwen3vl_train.data.media.image import MERGE, PATCH, smart_resize
+from qwen3vl_train.data.media.limits import NO_LIMITS, PixelLimits
 
 Grid = tuple[int, int, int]
 """Patches of one medium: time, height, width."""
@@ -15,11 +16,16 @@ _NUM_BISECTIONS = 20
 
 
 class Size(NamedTuple):
-    """The size of a medium before it is resized, in pixels. num_frames: 0 for an image."""
+    """The size of a medium before it is resized, in pixels.
+
+    num_frames: 0 for an image.
+    limits: those that its row sets, see `PixelLimits`.
+    """
 
     height: int
     width: int
     num_frames: int = 0
+    limits: PixelLimits = NO_LIMITS
 
 
 @dataclass(frozen=True)
@@ -29,23 +35,39 @@ class Budgets:
     min_pixels, max_pixels: limits on the area of a resized image.
     clips: rules for clips; None where the checkpoint has no video settings.
     max_tokens_per_sample: limit on the visual tokens of all media of a sample together; None: no limit.
+    max_image_pixels: larger images and frames are not decoded; None: Pillow's own limit.
     """
 
     min_pixels: int
     max_pixels: int
     clips: ClipRules | None = None
     max_tokens_per_sample: int | None = None
+    max_image_pixels: int | None = None
 
     def grid(self, size: Size, max_pixels: int | None = None) -> Grid:
-        """Return the grid of one medium within its own limits. max_pixels: replaces its own. Raise MediaFault."""
-        limits = self.clips if size.num_frames else self
-        assert limits is not None, "a clip was measured without rules for clips"
-        most = limits.max_pixels if max_pixels is None else max_pixels
-        least = min(limits.min_pixels, most)
+        """Return the grid of one medium within its own limits. max_pixels: replaces its own. Raise MediaFault.
+
+        Limits that the row sets for a clip hold for one frame, as in qwen-vl-utils. A maximum of the row never raises
+        that of the recipe.
+        """
+        rules = self.clips if size.num_frames else self
+        assert rules is not None, "a clip was measured without rules for clips"
+        limits, num_frames = size.limits, size.num_frames or 1
+        least, most = rules.min_pixels, rules.max_pixels
+        if limits.min_pixels is not None:
+            least = limits.min_pixels * num_frames
+        if max_pixels is not None:
+            most = max_pixels
+        elif limits.max_pixels is not None:
+            # `resize_clip` counts an odd number of frames as an even one: neither count may exceed the frame's limit.
+            counted = round(num_frames / FRAMES_PER_PATCH) * FRAMES_PER_PATCH if size.num_frames else 1
+            most = min(most, limits.max_pixels * min(num_frames, counted))
+        least = min(least, most)
+        height, width = limits.height or size.height, limits.width or size.width
         if size.num_frames:
-            rows, cols = resize_clip(size.num_frames, size.height, size.width, min_pixels=least, max_pixels=most)
+            rows, cols = resize_clip(size.num_frames, height, width, min_pixels=least, max_pixels=most)
         else:
-            rows, cols = smart_resize(size.height, size.width, min_pixels=least, max_pixels=most)
+            rows, cols = smart_resize(height, width, min_pixels=least, max_pixels=most)
         return -(-size.num_frames // FRAMES_PER_PATCH) or 1, rows // PATCH, cols // PATCH
 
     def fit(self, sizes: Sequence[Size], grids: Sequence[Grid], max_tokens: int | None = None) -> list[Grid]:

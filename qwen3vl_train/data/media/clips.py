@@ -29,14 +29,15 @@ class ClipRules(NamedTuple):
     max_pixels: int
 
 
-def sample_indices(num_frames: int, clip_fps: float, rules: ClipRules) -> list[int]:
+def sample_indices(num_frames: int, clip_fps: float, rules: ClipRules, *, first: int = 0) -> list[int]:
     """Return the indices of the sampled frames, evenly spaced from the first to the last.
 
+    first: index of the first of these frames, where they are a segment of a clip.
     Agrees with `sample_frames` of transformers' Qwen3VLVideoProcessor (halves round to even): 24 frames at 12 fps,
     sampled at 2 fps -> 0, 8, 15, 23.
     """
     count = min(max(int(num_frames / clip_fps * rules.fps), rules.min_frames), rules.max_frames, num_frames)
-    return np.linspace(0, num_frames - 1, count).round().astype(int).tolist()
+    return np.linspace(first, first + num_frames - 1, count).round().astype(int).tolist()
 
 
 def pair_times(times: Sequence[float]) -> list[float]:

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from qwen3vl_train.data.errors import MediaFault
+from qwen3vl_train.data.media.frame_times import Packet, list_packets, wrong_frame_count
 from qwen3vl_train.data.media.paths import VideoInput, describe, path_or_bytes
 from qwen3vl_train.data.media.rotation import IDENTITY
-from qwen3vl_train.data.media.video import Packet, VideoHeader, list_packets, open_video, rotation_of, wrong_frame_count
+from qwen3vl_train.data.media.video import VideoHeader, open_video, rotation_of
 
 _TIMED_CONTAINERS = ("mov", "matroska")
 """Containers whose packets carry the time at which their frame is shown. AVI's carry a decoding order, and those of

@@ -8,10 +8,10 @@ import math
 import os
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from io import BytesIO
-from typing import IO
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -20,7 +20,8 @@ from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
 from qwen3vl_train.data.errors import MediaFault
-from qwen3vl_train.data.media.paths import ImageInput, describe, path_or_bytes, too_large, unreadable
+from qwen3vl_train.data.media.image_formats import has_16_bits, heif_formats, is_heif, to_8_bits, without_texts
+from qwen3vl_train.data.media.paths import ImageInput, check_area, describe, path_or_bytes, too_large, unreadable
 
 PATCH = 16
 MERGE = 2
@@ -37,62 +38,114 @@ _DAMAGE = (
 _STRIP_ROWS = 64
 
 
+class _TextLimit(MediaFault):
+    """Pillow refuses a PNG because of its texts or its colour profile, not of its pixels."""
+
+
 @cache
 def _readable() -> tuple[str, ...]:
     Image.init()
     return tuple(kind for kind in _FORMATS if kind in Image.OPEN)
 
 
-def _identify(file: str | IO[bytes], name: str) -> Image.Image:
+def _identify(file: str | BytesIO, name: str, max_pixels: int | None) -> Image.Image:
     try:
-        image = Image.open(file, formats=_readable())
+        try:
+            image = _open(file, _readable(), max_pixels)
+        except Image.UnidentifiedImageError:
+            if not is_heif(file):
+                raise
+            image = _open(file, heif_formats(name), max_pixels)
     except Image.UnidentifiedImageError:
         fault = f"{name}: is not an image of a known format ({', '.join(_readable())}); convert it"
         raise MediaFault(fault, kind="unsupported_media") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise too_large(name, _declared_size(file) or str(error)) from None
+        raise too_large(name, _declared_size(file) or str(error), max_pixels) from None
+    except MediaFault:
+        raise
     except _DAMAGE as error:
         raise _damage_fault(name, error, "damaged") from None
-    if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
+    try:
+        check_area(name, image.height, image.width, max_pixels)
+    except MediaFault:
         image.close()
-        raise too_large(name, f"{image.width}x{image.height}")
+        raise
     return image
+
+
+def _open(file: str | BytesIO, formats: tuple[str, ...], max_pixels: int | None) -> Image.Image:
+    """Open an image without decoding it. Raise what Pillow raises."""
+    usual = Image.MAX_IMAGE_PIXELS
+    if max_pixels is None or usual is None or max_pixels <= usual:
+        return Image.open(file, formats=formats)
+    return _open_any_size(file, formats)
+
+
+def _open_any_size(file: str | BytesIO, formats: tuple[str, ...]) -> Image.Image:
+    """Do what `Image.open` does, without its limit, which is one of the whole process."""
+    with open(file, "rb") if isinstance(file, str) else contextlib.nullcontext(file) as stream:
+        stream.seek(0)
+        start = stream.read(16)
+    for kind in formats:
+        make, accept = Image.OPEN[kind]
+        if accept is None or accept(start) is True:
+            if isinstance(file, BytesIO):
+                file.seek(0)
+            with contextlib.suppress(SyntaxError, IndexError, TypeError, struct.error):
+                return make(file, "")  # type: ignore[arg-type]
+    raise Image.UnidentifiedImageError
+
+
+def _declared_size(file: str | BytesIO) -> str | None:
+    """Return the size of an image that Pillow refuses to open because of it; None where its reader refuses too."""
+    with contextlib.suppress(*_DAMAGE), _open_any_size(file, _readable()) as image:
+        return f"{image.width}x{image.height}"
+    return None
 
 
 def _damage_fault(name: str, error: BaseException, what: str) -> MediaFault:
     """Distinguish errors of the disk or of its permissions, which have a number, from damage in a file."""
     if isinstance(error, OSError) and error.errno is not None:
         return unreadable(name, error.strerror)
-    return MediaFault(f"{name}: is {what} ({error}); replace the file")
+    kind = _TextLimit if isinstance(error, ValueError) and "MAX_TEXT" in str(error) else MediaFault
+    return kind(f"{name}: is {what} ({error}); replace the file")
 
 
-def _declared_size(file: str | IO[bytes]) -> str | None:
-    """Return the size of an image that Pillow refuses to open because of it; None where its reader refuses too."""
-    with open(file, "rb") if isinstance(file, str) else file as stream:
-        for kind in _readable():
-            make, accept = Image.OPEN[kind]
-            stream.seek(0)
-            if accept is None or accept(stream.read(16)) is True:
-                stream.seek(0)
-                with contextlib.suppress(*_DAMAGE):
-                    width, height = make(stream, "").size
-                    return f"{width}x{height}"
-    return None
+_Result = TypeVar("_Result")
+
+
+def _read(
+    source: ImageInput, media_root: str | os.PathLike[str] | None, max_pixels: int | None,
+    use: Callable[[Image.Image], _Result],
+) -> _Result:  # fmt: skip
+    """Return what `use` makes of an opened image. Texts and colour profiles that Pillow finds too large are skipped."""
+    try:
+        with _reading(source, media_root, max_pixels) as image:
+            return use(image)
+    except _TextLimit:
+        if isinstance(source, Image.Image):
+            raise
+        with _reading(source, media_root, max_pixels, skip_texts=True) as image:
+            return use(image)
 
 
 @contextlib.contextmanager
-def _reading(source: ImageInput, media_root: str | os.PathLike[str] | None) -> Iterator[Image.Image]:
+def _reading(
+    source: ImageInput, media_root: str | os.PathLike[str] | None, max_pixels: int | None, *, skip_texts: bool = False
+) -> Iterator[Image.Image]:
     """Open an image for reading, turn what Pillow raises into MediaFault, and close what was opened here."""
     name = describe(source)
     if isinstance(source, Image.Image):
         image = source
     else:
         file = path_or_bytes(source, media_root)
-        image = _identify(BytesIO(file) if isinstance(file, bytes) else file, name)
+        if skip_texts:
+            file = without_texts(file)
+        image = _identify(BytesIO(file) if isinstance(file, bytes) else file, name, max_pixels)
     try:
         if image.width < 1 or image.height < 1:
             raise MediaFault(f"{name}: {image.width}x{image.height} has no pixels; replace it")
-        if image.mode == "F" or image.mode.startswith("I"):
+        if (image.mode == "F" or image.mode.startswith("I")) and not has_16_bits(image):
             fault = f"mode {image.mode} has more than 8 bits and no stated range; convert it to 8 bits a channel"
             raise MediaFault(f"{name}: {fault}", kind="unsupported_media")
         yield image
@@ -105,11 +158,19 @@ def _reading(source: ImageInput, media_root: str | os.PathLike[str] | None) -> I
             image.close()
 
 
-def image_size(source: ImageInput, media_root: str | os.PathLike[str] | None = None) -> tuple[int, int]:
-    """Return the (height, width) that `load_rgb` will give, from the header alone. Raise MediaFault."""
-    with _reading(source, media_root) as image:
+def image_size(
+    source: ImageInput, media_root: str | os.PathLike[str] | None = None, max_pixels: int | None = None
+) -> tuple[int, int]:
+    """Return the (height, width) that `load_rgb` will give, from the header alone. Raise MediaFault.
+
+    max_pixels: larger images are a fault, here and there; None: beyond Pillow's own limit.
+    """
+
+    def size(image: Image.Image) -> tuple[int, int]:
         is_turned = image is not source and _header_orientation(image) in (5, 6, 7, 8)
         return (image.width, image.height) if is_turned else (image.height, image.width)
+
+    return _read(source, media_root, max_pixels, size)
 
 
 def _header_orientation(image: Image.Image) -> int:
@@ -137,17 +198,22 @@ def _png_metadata_after_pixels(image: Image.Image) -> bool:
     return found
 
 
-def load_rgb(source: ImageInput, media_root: str | os.PathLike[str] | None = None) -> Tensor:
-    """Decode an image to uint8 (3, H, W), a channels-last view. Raise MediaFault.
+def load_rgb(
+    source: ImageInput, media_root: str | os.PathLike[str] | None = None, max_pixels: int | None = None
+) -> Tensor:
+    """Decode an image to uint8 (3, H, W), a channels-last view. Raise MediaFault. max_pixels: as in `image_size`.
 
     EXIF orientation is applied to encoded images, not to PIL objects, and transparency is composited on white, as
-    transformers' Qwen2VLImageProcessor does. Grey, palette and CMYK images are converted. An animation gives its first
-    frame.
+    transformers' Qwen2VLImageProcessor does. Grey, palette and CMYK images are converted, and 16 bits become the upper
+    eight, where PIL alone would make white of all but the darkest grey. An animation gives its first frame.
     """
-    with _reading(source, media_root) as image:
+
+    def pixels(image: Image.Image) -> Tensor:
         if image is not source:
             ImageOps.exif_transpose(image, in_place=True)
-        if "A" in image.getbands() or image.info.get("transparency") is not None:
+        if has_16_bits(image):
+            rgb = to_8_bits(image).convert("RGB")
+        elif "A" in image.getbands() or image.info.get("transparency") is not None:
             white = Image.new("RGBA", image.size, (255, 255, 255, 255))
             rgb = Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
         else:
@@ -159,6 +225,8 @@ def load_rgb(source: ImageInput, media_root: str | os.PathLike[str] | None = Non
             bottom = min(top + _STRIP_ROWS, rgb.height)
             pixels_HWC[top:bottom] = np.asarray(rgb.crop((0, top, rgb.width, bottom)))
         return torch.from_numpy(pixels_HWC).permute(2, 0, 1)
+
+    return _read(source, media_root, max_pixels, pixels)
 
 
 def smart_resize(height: int, width: int, *, min_pixels: int, max_pixels: int) -> tuple[int, int]:

@@ -11,11 +11,10 @@ from collections.abc import Iterator
 from io import BytesIO
 from typing import TYPE_CHECKING, NamedTuple
 
-from PIL import Image
-
 from qwen3vl_train.data.errors import MediaFault
 from qwen3vl_train.data.media.clips import MAX_FPS
-from qwen3vl_train.data.media.paths import VideoInput, describe, path_or_bytes, too_large, unreadable
+from qwen3vl_train.data.media.frame_times import Frames, list_frames
+from qwen3vl_train.data.media.paths import VideoInput, check_area, describe, path_or_bytes, unreadable
 from qwen3vl_train.data.media.rotation import Matrix, mp4_matrix, rotation_from_matrix
 
 if TYPE_CHECKING:
@@ -31,50 +30,68 @@ _SYSTEM_ERRORS = (errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.ETIM
 
 
 class VideoHeader(NamedTuple):
-    """What a file declares about its first video stream. height, width: as shown, after a phone's rotation."""
+    """What a file declares about its first video stream. height, width: as shown, after a phone's rotation.
+
+    times: seconds of every frame, from the first one, where the declared rate is not theirs; fps is then their mean
+        rate. None: frame i is shown at i / fps.
+    """
 
     num_frames: int
     fps: float
     height: int
     width: int
     rotation: int  # quarter turns counter-clockwise (0..3)
+    times: tuple[float, ...] | None = None
+
+    @property
+    def uneven(self) -> bool:
+        """Whether the file's rate does not say when its frames are shown: its times are used in place of it."""
+        return self.times is not None
 
 
-class Packet(NamedTuple):
-    """One coded frame, in decoding order. time: when it is shown, in the stream's units, or None."""
-
-    time: int | None
-    is_key: bool
-    discarded: bool
-
-
-def read_header(source: VideoInput, media_root: str | os.PathLike[str] | None = None) -> VideoHeader:
+def read_header(
+    source: VideoInput, media_root: str | os.PathLike[str] | None = None, max_pixels: int | None = None
+) -> VideoHeader:
     """Read frame count, frame rate and size without decoding. Raise MediaFault; ValueError where PyAV is missing.
 
-    Takes 1 to 13 ms, most of it FFmpeg's own probe of the first frame. The rate is the average one, as in transformers.
-    Where the container has no table of frames (Matroska, WebM, MPEG-TS, fragmented MP4) or its table disagrees with its
-    own count, the packets of the stream are counted, which reads the whole file.
+    Takes 1 to 13 ms, most of it FFmpeg's own probe of the first frame. The rate is the average one, as in transformers,
+    unless the frames' own times differ from it, see `Frames.uneven_times`. Where the container has no table of frames
+    (Matroska, WebM, MPEG-TS, fragmented MP4) or its table disagrees with its own count, the packets of the stream are
+    listed, which reads the whole file. Where the first frames may need others that the file does not have, the first
+    one is decoded. Larger frames than max_pixels are a fault; None: than Pillow's limit for images.
     """
     name, file = describe(source, "video"), path_or_bytes(source, media_root, "video")
     with open_video(file, name) as (container, stream):
-        fps = float(stream.average_rate or 0)
-        if not (math.isfinite(fps) and 0 < fps <= MAX_FPS):
-            found = "missing" if not fps else f"{fps:g}"
-            fault = f"frame rate is {found}, not above 0 and at most {MAX_FPS}; write the file again with its rate"
-            raise MediaFault(f"{name}: {fault}", kind="no_frame_rate")
+        frames = list_frames(file, container, stream, name)
+        fps, times = _rate(frames, float(stream.average_rate or 0), name)
         height, width = stream.codec_context.height, stream.codec_context.width
         if height < 1 or width < 1:
             raise MediaFault(f"{name}: {width}x{height} has no pixels; replace it")
-        if Image.MAX_IMAGE_PIXELS is not None and height * width > Image.MAX_IMAGE_PIXELS:
-            raise too_large(name, f"{width}x{height}", "pixels a frame")
+        check_area(name, height, width, max_pixels, "pixels a frame")
         rotation = _header_rotation(file, container, stream, name)
-        num_frames = _count_frames(container, stream, name)
-    if num_frames < 2:
-        frames = "no frames" if not num_frames else "1 frame"
-        raise MediaFault(f"{name}: has {frames}, a clip needs 2; replace it, or give the frame as an image")
+    if frames.num_frames < 2:
+        found = "no frames" if not frames.num_frames else "1 frame"
+        raise MediaFault(f"{name}: has {found}, a clip needs 2; replace it, or give the frame as an image")
+    if not frames.begins_with_key:
+        _check_beginning(file, name)
     if rotation % 2:
         height, width = width, height
-    return VideoHeader(num_frames, fps, height, width, rotation)
+    return VideoHeader(frames.num_frames, fps, height, width, rotation, times)
+
+
+def _rate(frames: Frames, declared: float, name: str) -> tuple[float, tuple[float, ...] | None]:
+    """Return the declared rate, or the mean one and all times where they are not those of the declared rate."""
+    valid = math.isfinite(declared) and 0 < declared <= MAX_FPS
+    times = frames.uneven_times(declared if valid else None)
+    if times is None and valid:
+        return declared, None
+    span = 0.0 if times is None else times[-1]
+    fps = (frames.num_frames - 1) / span if span > 0 else declared
+    if times is None or not (math.isfinite(fps) and 0 < fps <= MAX_FPS):
+        found = "missing" if not fps else f"{fps:g}"
+        fault = f"frame rate is {found}, not above 0 and at most {MAX_FPS}; write the file again with its rate"
+        raise MediaFault(f"{name}: {fault}", kind="no_frame_rate")
+    return fps, times
 
 
 @contextlib.contextmanager
@@ -131,42 +148,19 @@ def rotation_of(matrix: Matrix, name: str) -> int:
     return rotation
 
 
-def _count_frames(container: "InputContainer", stream: "VideoStream", name: str) -> int:
-    """Return the number of shown frames: from the table of an unfragmented MP4, MOV or AVI, or else from the packets.
-
-    The table also marks frames that an edit list cuts away, which `nb_frames` counts. The packets and their last time
-    are compared with what the header declares, where it does.
-    """
-    entries = [(entry.pos + entry.size, entry.is_discard) for entry in stream.index_entries]
-    if container.format.name.startswith("mov") and entries and container.size > 0:
-        end = max(end for end, _ in entries)
-        if end > container.size:
-            fault = f"its header lists frames up to byte {end}, it has {container.size}"
-            raise MediaFault(f"{name}: is truncated: {fault}; copy the file again")
-    if stream.frames and stream.frames == len(entries):
-        return sum(not discarded for _, discarded in entries)
-    packets, seconds = list_packets(container, stream)
-    num_frames = sum(not packet.discarded for packet in packets)
-    if stream.frames and stream.frames != num_frames:
-        raise wrong_frame_count(name, stream.frames, num_frames)
-    declared = (container.duration or 0) / 1e6
-    if container.format.name.startswith("matroska") and seconds < 0.95 * declared - 0.5:
-        fault = f"its header declares {declared:.1f} seconds, its packets end at {seconds:.1f}"
-        raise MediaFault(f"{name}: is truncated: {fault}; copy the file again")
-    return num_frames
-
-
-def list_packets(container: "InputContainer", stream: "VideoStream") -> tuple[list[Packet], float]:
-    """Return the stream's packets in decoding order, and the second at which the last packet of any stream ends."""
-    packets, end = [], 0.0
-    for packet in container.demux():
-        if packet.pts is not None and packet.time_base is not None:
-            end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
-        if packet.stream_index == stream.index and packet.size:
-            packets.append(Packet(packet.pts, packet.is_keyframe, packet.is_discard))
-    return packets, end
-
-
-def wrong_frame_count(name: str, declared: int, found: int) -> MediaFault:
-    fault = f"its header declares {declared} frames, {found} were found"
-    return MediaFault(f"{name}: {fault}; it is truncated or damaged, write it again")
+def _check_beginning(file: str | bytes, name: str) -> None:
+    """Decode the first frame. Raise MediaFault where it is not the first of those that the file lists as shown."""
+    listed: list[int] = []
+    with open_video(file, name) as (container, stream):
+        for packet in container.demux(stream):
+            if packet.size and packet.pts is not None and not packet.is_discard:
+                listed.append(packet.pts)
+            frame = next(iter(stream.codec_context.decode(packet)), None)
+            if frame is not None:
+                break
+        else:
+            raise MediaFault(f"{name}: none of its frames can be decoded; write it again")
+    missing = 0 if frame.pts is None else sum(time < frame.pts for time in listed)
+    if missing:
+        fault = f"its first {missing} frames cannot be decoded, as it was cut between two key frames"
+        raise MediaFault(f"{name}: {fault}; write it again (ffmpeg -i OLD NEW.mp4)")

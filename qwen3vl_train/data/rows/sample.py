@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from qwen3vl_train.data.media.limits import NO_LIMITS, PixelLimits
 from qwen3vl_train.data.media.paths import ImageInput, VideoInput
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -11,23 +12,6 @@ ROLES = ("system", "user", "assistant", "tool")
 @dataclass(frozen=True)
 class TextPart:
     text: str
-
-
-@dataclass(frozen=True)
-class PixelLimits:
-    """Limits of one medium of a row, beside those of the recipe: keys of the parts that Qwen's own scripts read.
-
-    min_pixels, max_pixels: limits on the area of the resized image, or of one resized frame.
-    height, width: the size that the medium counts as before the limits apply; both or neither.
-    """
-
-    min_pixels: int | None = None
-    max_pixels: int | None = None
-    height: int | None = None
-    width: int | None = None
-
-
-NO_LIMITS = PixelLimits()
 
 
 @dataclass(frozen=True)
@@ -42,12 +26,15 @@ class VideoPart:
 
     Frames need one of fps, sample_fps and timestamps; a video file takes none of them.
 
-    fps: frame rate of the frames, which are then sampled like those of a video file.
+    fps: frame rate of the frames, which are then sampled like those of a video file. Rows write it like the target_fps
+        of a video file: target_fps alone is the frame rate of a folder.
     sample_fps: rate at which the frames are sampled already; all of them are used, the second one is at 1 / sample_fps.
     timestamps: seconds of frames that are sampled already; all of them are used.
-    start, end: seconds of the clip between which frames are taken; None: from its beginning, to its end.
+    start, end: seconds of the clip between which frames are taken; None: from its beginning, to its end. The times in
+        the text still count from the beginning of the file, as those that qwen-vl-utils passes on for video_start: its
+        `_read_video_decord` gives frame indices of the whole file, which Qwen3VLProcessor divides by the rate.
     target_fps: frames sampled per second, in place of the recipe's.
-    num_frames: number of sampled frames, in place of a rate.
+    num_frames: number of sampled frames, in place of a rate; at most the recipe's max_frames and what the clip has.
     """
 
     video: VideoInput | tuple[ImageInput, ...]
