@@ -1,19 +1,77 @@
-"""The ledger of rejected rows: which rows of a run cannot be used, how many may be, and where they are listed."""
+"""The ledger of rejected rows: which rows of a run cannot be used, how many may be, and where they are listed.
+
+Many rows that are rejected for one reason are reported in one line: see `RejectSummary`.
+"""
 
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from qwen3vl_train.data.errors import Reject
+from qwen3vl_train.data.errors import FaultKind, Reject
 
 T = TypeVar("T")
 REJECTED_FILE = "rejected.jsonl"
 _SHOWN = 3
-"""Rejected rows that a message lists."""
+"""Rejected rows, or groups of them, that a message lists."""
 _ROW_BITS = 44
+
+
+class NoUsableRowError(ValueError):
+    """No row of some files can be used. rejects: why, of the first ones."""
+
+    def __init__(self, message: str, rejects: list[Reject]) -> None:
+        super().__init__(message)
+        self.rejects = rejects
+
+
+class RejectGroup:
+    """Rows of one file that are rejected with faults of one kind. first: the one that was met first."""
+
+    def __init__(self, first: Reject) -> None:
+        self.first, self.count = first, 0
+
+    def line(self, num_rows: int | None) -> str:
+        """Describe the group. num_rows: of the file, None where that is not known."""
+        if self.count == 1:
+            return str(self.first)
+        of = "" if num_rows is None else f" of {num_rows:,}"
+        where = f"{self.first.file}: {self.count:,}{of} rows rejected ({self.first.kind})"
+        return f"{where}, the first is row {self.first.row}: {self.first.reason}"
+
+
+class RejectSummary:
+    """Count rejected rows by file and kind of fault, and describe each group in one line with its first row."""
+
+    def __init__(self, rejects: Iterable[Reject] = ()) -> None:
+        self._groups: dict[tuple[str, FaultKind], RejectGroup] = {}
+        self._first: list[Reject] = []
+        self.num_rejects = 0
+        self.add(rejects)
+
+    def add(self, rejects: Iterable[Reject]) -> None:
+        for reject in rejects:
+            self._groups.setdefault((reject.file, reject.kind), RejectGroup(reject)).count += 1
+            self.num_rejects += 1
+            if len(self._first) < _SHOWN:
+                self._first.append(reject)
+
+    def groups(self) -> list[RejectGroup]:
+        """Return the groups, the largest first."""
+        return sorted(self._groups.values(), key=lambda group: group.count, reverse=True)
+
+    def lines(self, num_rows: Mapping[str, int] | None = None) -> list[str]:
+        """Return at most four lines: every reject where they are few, or else the largest groups.
+
+        num_rows: by file, as far as they are known.
+        """
+        if self.num_rejects <= _SHOWN:
+            return list(map(str, self._first))
+        shown, others = self.groups()[:_SHOWN], self.groups()[_SHOWN:]
+        lines = [group.line((num_rows or {}).get(group.first.file)) for group in shown]
+        return lines + ([f"and {sum(group.count for group in others):,} more"] if others else [])
 
 
 class RejectLedger:
@@ -31,7 +89,7 @@ class RejectLedger:
         self._indexed: list[_IndexedFiles] = []
         self._indexed_by_file: dict[str, list[_IndexedFiles]] = {}
         self._num_streamed, self._num_seen = 0, 0
-        self._first_streamed: list[Reject] = []
+        self._of_streams = RejectSummary()
 
     def __len__(self) -> int:
         return len(self._listed) + self._num_unnamed
@@ -64,7 +122,7 @@ class RejectLedger:
         self._count(saved)
         self._num_unnamed = num_listed - len(saved)
         self._num_streamed = num_streamed
-        self._first_streamed = [reject for reject in saved if reject.file not in self._indexed_by_file][:_SHOWN]
+        self._of_streams = RejectSummary(reject for reject in saved if reject.file not in self._indexed_by_file)
 
     def state(self) -> dict[str, int]:
         """Return what a checkpoint keeps; which rows were rejected is in `rejected.jsonl`."""
@@ -79,7 +137,7 @@ class RejectLedger:
         if num_seen is not None:
             self._num_seen = num_seen
             self._num_streamed += len(rejects)
-            self._first_streamed = (self._first_streamed + rejects)[:_SHOWN]
+            self._of_streams.add(rejects)
         if new and self._writes:
             self._append(new)
         return new
@@ -88,17 +146,18 @@ class RejectLedger:
         """Raise ValueError where files hold nothing to learn from, or too many rows are rejected."""
         for files in self._indexed:
             if not files.num_usable:
-                raise ValueError(none_usable(files.names, files.num_rows, files.rejects))
+                raise none_usable(files.names, files.num_rows, files.rejects)
             if len(files.rejects) > self._max_fraction * files.num_rows:
-                raise ValueError(self._too_many(f"{len(files.rejects)} of {files.num_rows}", files.rejects))
+                count = f"{len(files.rejects)} of {files.num_rows}"
+                raise ValueError(self._too_many(count, RejectSummary(files.rejects), files.rows_by_file()))
         if self._num_streamed > self._max_fraction * self._num_seen:
             count = f"{self._num_streamed} of the first {self._num_seen}"
-            raise ValueError(self._too_many(count, self._first_streamed))
+            raise ValueError(self._too_many(count, self._of_streams))
 
-    def _too_many(self, count: str, rejects: list[Reject]) -> str:
+    def _too_many(self, count: str, rejects: RejectSummary, num_rows: Mapping[str, int] | None = None) -> str:
         return (
             f"data: {count} rows cannot be used, more than data.max_rejected_fraction {self._max_fraction:g}; fix them "
-            f"or raise it{_lines(rejects)}"
+            f"or raise it{_lines(rejects, num_rows)}"
         )
 
     def _count(self, rejects: list[Reject]) -> list[Reject]:
@@ -147,6 +206,10 @@ class _IndexedFiles:
     num_usable: int
     rejects: list[Reject]
 
+    def rows_by_file(self) -> dict[str, int]:
+        """Return the number of rows by file, where it is known."""
+        return {self.names[0]: self.num_rows} if len(self.names) == 1 else {}
+
 
 class _RowSet:
     """File and row of rejected rows, as one integer each: a million take about 60 MiB, whatever their reasons."""
@@ -170,11 +233,12 @@ class _RowSet:
         return new
 
 
-def none_usable(names: Iterable[str], num_rows: int, rejects: list[Reject]) -> str:
-    """Return the message about files of which no row can be used."""
-    found = f"{', '.join(names)}: nothing to learn from, none of {num_rows} rows can be used"
-    return f"{found}; fix the rows{_lines(rejects)}"
+def none_usable(names: Sequence[str], num_rows: int, rejects: list[Reject]) -> NoUsableRowError:
+    """Return the error of files of which no row can be used."""
+    found = f"{', '.join(names)}: nothing to learn from, none of {num_rows} rows can be used; fix the rows"
+    lines = _lines(RejectSummary(rejects), {names[0]: num_rows} if len(names) == 1 else None)
+    return NoUsableRowError(found + lines, rejects)
 
 
-def _lines(rejects: list[Reject]) -> str:
-    return "".join(f"\n  - {reject}" for reject in rejects[:_SHOWN])
+def _lines(rejects: RejectSummary, num_rows: Mapping[str, int] | None = None) -> str:
+    return "".join(f"\n  - {line}" for line in rejects.lines(num_rows))

@@ -23,7 +23,7 @@ from qwen3vl_train.data.packing.packs import eval_packs
 from qwen3vl_train.data.packing.plan import plan_figures
 from qwen3vl_train.data.packing.stream import StreamedWindows
 from qwen3vl_train.data.packing.windows import IndexedWindows, WindowProducer
-from qwen3vl_train.data.rejects import REJECTED_FILE, RejectLedger
+from qwen3vl_train.data.rejects import REJECTED_FILE, NoUsableRowError, RejectLedger, RejectSummary
 from qwen3vl_train.data.rows.parse import dataset_of, format_counts
 from qwen3vl_train.data.sources import FileSource, StreamSource, open_sources, open_stream
 from qwen3vl_train.data.sources.files import cache_folder
@@ -82,6 +82,8 @@ class TrainingData:
             packs = next(steps)
         except Exception as caught:  # of any type: the other ranks must not train without this one
             error = caught
+        if isinstance(error, NoUsableRowError):  # of a stream; an index has listed its own before
+            self.rejects.add(error.rejects)
         wait_seconds = time.perf_counter() - started
         status = StepStatus.reduce(
             ranks,
@@ -132,7 +134,9 @@ class TrainingData:
                 f"{int(index.num_shrunk.sum()):,} images and clips shrunk to a budget"
             )
         if found := self.rejects.indexed:
-            lines.append(f"data: {len(self.rejects):,} rows rejected, listed in rejected.jsonl; the first: {found[0]}")
+            num_rows = {source.name: len(source) for _, sources in self.files for source in sources}
+            reasons = [f"  - {line}" for line in RejectSummary(found).lines(num_rows)]
+            lines += [f"data: {len(self.rejects):,} rows rejected, listed in rejected.jsonl", *reasons]
         return lines
 
 

@@ -14,6 +14,7 @@ from qwen3vl_train.checkpoint.manifest import KeepPolicy, read_manifest
 from qwen3vl_train.checkpoint.writer import CheckpointWriter, load_checkpoint
 from qwen3vl_train.config import Recipe, check_world_size, run_dir
 from qwen3vl_train.data.errors import Reject
+from qwen3vl_train.data.rejects import RejectSummary
 from qwen3vl_train.dist.ranks import Ranks
 from qwen3vl_train.dist.rendezvous import start_ranks
 from qwen3vl_train.dist.stop import StopRequest, StopSignals
@@ -151,7 +152,7 @@ def _loop(run: Run, recorder: Recorder, stop: StopSignals, writer: CheckpointWri
         if last or (_every(recipe.eval.every_steps, progress.step) and not ranks.any(stop.received)):
             losses, more_rejects = _evaluate(run, recorder)
             rejects += more_rejects
-        for reject in rejects:
+        for reject in RejectSummary(rejects).lines():
             recorder.line(f"rejected: {reject}")
         if last or _every(recipe.checkpoint.every_steps, progress.step):
             _save(run, recorder, writer, losses)

@@ -29,6 +29,8 @@ from qwen3vl_train.data.sources import StreamRow
 
 _MAX_BYTES = 512 << 20
 """Of media inside the rows of one window, which are held in memory; the window ends early."""
+_MAX_REJECTS = 100_000
+"""Of an epoch without a usable row, which its error lists; they take about 50 MiB."""
 _CHUNK_ROWS, _CHUNK_BYTES = 256, 64 << 20
 """Of the rows that the reader of a replaying rank hands over at a time."""
 _CHUNKS_AHEAD = 8
@@ -82,8 +84,8 @@ class StreamReader:
     def scan(self, start: tuple[Cursor, Sequence[int]]) -> Iterator[Scan]:
         """Yield windows from a cursor on, scanned; they end with their epoch.
 
-        start: the cursor, and the rows of the first window to skip, see `WindowProducer.windows`. Raises ValueError
-        where an epoch holds no usable row.
+        start: the cursor, and the rows of the first window to skip, see `WindowProducer.windows`. Raises
+        NoUsableRowError where an epoch holds no usable row.
         """
         cursor, skipped = start
         num_usable, num_rows, from_start = 0, 0, cursor == self.mixture.start(cursor["epoch"])
@@ -92,11 +94,11 @@ class StreamReader:
             result, rows = self._scan_window(cursor, skipped)
             num_usable += len(rows)
             num_rows += result.num_rows
-            first_rejects = (first_rejects + result.rejects)[:3]
+            first_rejects = [] if num_usable else (first_rejects + result.rejects)[:_MAX_REJECTS]
             if result.ends_epoch:
                 if from_start and not num_usable:
                     names = [part.name for part in self.mixture.parts]
-                    raise ValueError(none_usable(names, num_rows, first_rejects))
+                    raise none_usable(names, num_rows, first_rejects)
                 num_usable, num_rows, from_start = 0, 0, True
             yield result, rows
             cursor, skipped = result.next_cursor, ()

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from qwen3vl_train.data.rejects import NoUsableRowError
+
 # What schedulers and launchers send to a whole process group or job when the run is to stop.
 _STOPS = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -41,8 +43,12 @@ def from_worker(
 class _Failed:
     """A ValueError on its way from a worker: DataLoader would bury its message in a traceback."""
 
-    def __init__(self, message: str) -> None:
-        self.message = message
+    def __init__(self, error: ValueError) -> None:
+        self.message = str(error)
+        self.rejects = error.rejects if isinstance(error, NoUsableRowError) else None
+
+    def error(self) -> ValueError:
+        return ValueError(self.message) if self.rejects is None else NoUsableRowError(self.message, self.rejects)
 
 
 def _results(dataset: Dataset, **options: Any) -> Iterator[Any]:
@@ -59,7 +65,7 @@ def _results(dataset: Dataset, **options: Any) -> Iterator[Any]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
     for result in results:
         if isinstance(result, _Failed):
-            raise ValueError(result.message)
+            raise result.error()
         yield result
 
 
@@ -71,7 +77,7 @@ class _Apply(Dataset):
         try:
             return self.work(item)
         except ValueError as error:
-            return _Failed(str(error))
+            return _Failed(error)
 
 
 class _Make(IterableDataset):
@@ -82,7 +88,7 @@ class _Make(IterableDataset):
         try:
             yield from self.make(self.argument)
         except ValueError as error:
-            yield _Failed(str(error))
+            yield _Failed(error)
 
 
 def unchanged(result: Any) -> Any:
