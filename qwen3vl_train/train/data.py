@@ -56,7 +56,7 @@ class TrainingData:
     evals: dict[str, EvalPass]  # by name of the held-out files
     files: list[tuple[Index, list[FileSource]]]  # what was indexed, the training files first
     rejects: RejectLedger
-    stream_formats: dict[str, Counter[str]]  # rows of each format among the first of each stream, by data set
+    first_rows: list[str]  # lines about the first rows of each stream
 
     @property
     def is_streamed(self) -> bool:
@@ -114,7 +114,7 @@ class TrainingData:
         if isinstance(self.loader.producer, StreamedWindows):
             names = ", ".join(part.name for part in self.loader.producer.parts)
             lines = [f"data: streamed from {names}, packed {self.loader.producer.size:,} rows at a time"]
-            return lines + [f"data: begins with {format_counts(*found)}" for found in self.stream_formats.items()]
+            return lines + self.first_rows
         index, loader = self.index, self.loader
         packs = loader.epoch_packs(loader.epoch)
         figures = plan_figures(
@@ -186,20 +186,32 @@ def open_data(recipe: Recipe, ranks: Ranks, *, loader_state: dict[str, Any] | No
     for part, sources in files:
         names = [source.name for source in sources]
         rejects.add_index(names, num_rows=part.num_rows, num_usable=part.num_usable, rejects=part.rejects)
-    stream_formats: dict[str, Counter[str]] = {}
+    first_rows: list[str] = []
     if isinstance(producer := loader.producer, StreamedWindows):
-        stream_formats = ranks.on_main(lambda: _first_formats(producer.parts, recipe.train.seed))
-    return TrainingData(loader, index, evals, files, rejects, stream_formats)
+        first_rows = ranks.on_main(lambda: _describe_first_rows(producer.parts, recipe.train.seed))
+    return TrainingData(loader, index, evals, files, rejects, first_rows)
 
 
-def _first_formats(parts: Sequence[Part], seed: int) -> dict[str, Counter[str]]:
-    """Count the formats of the first rows of each part. Raises ValueError where they cannot be read."""
-    counts: dict[str, Counter[str]] = {}
+def _describe_first_rows(parts: Sequence[Part], seed: int) -> list[str]:
+    """Return lines about the first rows of each part: their formats, and why some cannot be used, by their text alone.
+
+    Raises ValueError where they cannot be read.
+    """
+    formats: dict[str, Counter[str]] = {}
+    num_rows: Counter[str] = Counter()
+    rejects = RejectSummary()
     for part in parts:
         for row in islice(part.reader.rows(None, (seed,)), _PEEKED_ROWS):
-            if not isinstance(row.sample, RowFault):
-                counts.setdefault(dataset_of(row.sample.sample_id), Counter())[row.sample.row_format] += 1
-    return counts
+            num_rows[row.file] += 1
+            if isinstance(row.sample, RowFault):
+                rejects.add([Reject.from_fault(row.file, row.row_number, row.sample)])
+            else:
+                formats.setdefault(dataset_of(row.sample.sample_id), Counter())[row.sample.row_format] += 1
+    lines = [f"data: begins with {format_counts(*found)}" for found in formats.items()]
+    if not rejects.num_rejects:
+        return lines
+    count = f"{rejects.num_rejects:,} of the first {num_rows.total():,} rows of the streams cannot be used"
+    return [*lines, f"data: {count}", *(f"  - {line}" for line in rejects.lines(num_rows))]
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from qwen3vl_train.data.errors import Reject
-from qwen3vl_train.data.rejects import RejectLedger
+from qwen3vl_train.data.rejects import RejectLedger, RejectSummary
 from tests.helpers.messages import message_of
 
 
@@ -104,7 +104,7 @@ def test_files_without_a_usable_row_raise(tmp_path, num_rows):
     ledger.add_index(["a.jsonl", "b.jsonl"], num_rows=num_rows, num_usable=0, rejects=found)
     assert message_of(ValueError, ledger.check) == (
         f"a.jsonl, b.jsonl: nothing to learn from, none of {num_rows} rows can be used; fix the rows"
-        + "".join(f"\n  - a.jsonl:{row}: broken" for row in range(1, min(num_rows, 3) + 1))
+        + ("\n  - a.jsonl: 5 rows rejected (invalid_json), the first is row 1: broken" if num_rows else "")
     )
 
 
@@ -143,3 +143,38 @@ def test_what_a_checkpoint_counted_does_not_stop_a_resume(tmp_path):
     ledger = resume(ledger_of(tmp_path, num_rows=4, limit=0.25), listed=2)
     with pytest.raises(ValueError, match=r"^data: 2 of 4 rows cannot be used"):
         ledger.check()
+
+
+def test_a_few_rejects_are_shown_one_by_one():
+    few = [reject(1), reject(2, "b.jsonl"), reject(3)]
+    assert RejectSummary().lines() == []
+    assert RejectSummary(few).lines() == ["a.jsonl:1: broken", "b.jsonl:2: broken", "a.jsonl:3: broken"]
+
+
+def test_many_rejects_of_one_kind_are_one_line():
+    many = [reject(row, reason=f"{row} images but 0 placeholders; put one") for row in range(4, 1004)]
+    assert RejectSummary(many).lines({"a.jsonl": 1200}) == [
+        "a.jsonl: 1,000 of 1,200 rows rejected (invalid_json), the first is row 4: 4 images but 0 placeholders; put one"
+    ]
+    assert RejectSummary(many).lines()[0].startswith("a.jsonl: 1,000 rows rejected (invalid_json), the first is row 4")
+
+
+def test_the_largest_groups_of_rejects_come_first():
+    mixed = [Reject("a.jsonl", 1, "odd", "too_long")] + [reject(row, f"{row % 4}.jsonl") for row in range(10)]
+    assert RejectSummary(mixed).lines() == [
+        "0.jsonl: 3 rows rejected (invalid_json), the first is row 0: broken",
+        "1.jsonl: 3 rows rejected (invalid_json), the first is row 1: broken",
+        "2.jsonl: 2 rows rejected (invalid_json), the first is row 2: broken",
+        "and 3 more",
+    ]
+    assert RejectSummary(mixed[:5]).lines()[0] == "a.jsonl:1: odd"
+
+
+def test_one_file_without_a_usable_row_has_its_number_of_rows_in_the_line(tmp_path):
+    ledger = RejectLedger(tmp_path / "rejected.jsonl", 1.0, writes=True)
+    ledger.add_index(["a.jsonl"], num_rows=9, num_usable=0, rejects=[reject(row) for row in range(1, 8)])
+    resume_error = message_of(ValueError, resume, ledger)
+    assert resume_error.splitlines()[1:] == [
+        "  - a.jsonl: 7 of 9 rows rejected (invalid_json), the first is row 1: broken"
+    ]
+    assert len(lines(tmp_path / "rejected.jsonl")) == 7

@@ -110,6 +110,36 @@ def test_too_many_rejected_rows_stop_a_stream(tiny_folder, task, tmp_path):
     )
 
 
+@pytest.mark.process
+def test_a_stream_without_a_usable_row_lists_its_rejects(tiny_folder, task, tmp_path):
+    write_rows(tmp_path / "s.jsonl", [{"images": ["a.png"], **small_runs.row("What?", "A")}] * 30)
+    entries = [{"path": str(tmp_path / "s.jsonl"), "media_root": str(task), "streaming": True}]
+    options = {"data__train": entries, "data__stream_window": 12, "data__max_rejected_fraction": 1.0}
+    for num_workers in (0, 1):
+        recipe = make_recipe(tiny_folder, task, tmp_path / str(num_workers), data__num_workers=num_workers, **options)
+        line = f"{tmp_path}/s.jsonl: 30 of 30 rows rejected (media_mismatch), the first is row 1: 1 image but 0 <image>"
+        message = message_of(ValueError, train, recipe)
+        assert message.startswith(
+            f"{tmp_path}/s.jsonl: nothing to learn from, none of 30 rows can be used; fix the rows"
+        )
+        assert message.splitlines()[1].startswith(f"  - {line}")
+        assert len(message.splitlines()) == 2
+        rejected = (tmp_path / str(num_workers) / "run" / "rejected.jsonl").read_text().splitlines()
+        assert [json.loads(row)["row"] for row in rejected] == list(range(1, 31))
+        summary = open_data(recipe, ALONE).summary()
+        assert summary[1] == "data: 30 of the first 30 rows of the streams cannot be used"
+        assert summary[2].startswith(f"  - {line}")
+
+
+def test_the_start_shows_many_rejects_of_one_kind_in_one_line(tiny_folder, task, tmp_path):
+    rows = (task / "train.jsonl").read_text().splitlines()
+    write_rows(tmp_path / "s.jsonl", ["{"] * 9 + rows)
+    entries = [{"path": str(tmp_path / "s.jsonl"), "media_root": str(task)}]
+    summary = open_data(make_recipe(tiny_folder, task, tmp_path, data__train=entries), ALONE).summary()
+    assert summary[-2:-1] == ["data: 9 rows rejected, listed in rejected.jsonl"]
+    assert summary[-1].startswith(f"  - {tmp_path}/s.jsonl: 9 of 20 rows rejected (invalid_json), the first is row 1: ")
+
+
 def test_the_loader_follows_the_recipe(tiny_folder, task, tmp_path):
     files = open_data(make_recipe(tiny_folder, task, tmp_path), ALONE)
     assert isinstance(files.loader.producer, IndexedWindows)
