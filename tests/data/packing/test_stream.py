@@ -21,6 +21,7 @@ from qwen3vl_train.data.packing.loader import Loader
 from qwen3vl_train.data.packing.mixture import InOrder, Part
 from qwen3vl_train.data.packing.plan import PackLimits
 from qwen3vl_train.data.packing.stream import StreamedWindows
+from qwen3vl_train.data.rejects import NoUsableRowError
 from qwen3vl_train.data.rows.parse import RowRules
 from qwen3vl_train.data.sources import open_stream
 from qwen3vl_train.data.sources.streams import FileStream
@@ -240,8 +241,10 @@ def test_stream_with_nothing_to_learn_from_ends_with_an_error(tmp_path, collate,
     file = tmp_path / "a.jsonl"
     file.write_text("{\n" * 70)
     train = file_loader(file, collate, packs_per_step=1, num_steps=5, window=32, num_workers=workers)
-    with pytest.raises(ValueError, match=f"^{file}: nothing to learn from, none of 70 rows can be used; fix the rows"):
+    expected = f"^{file}: nothing to learn from, none of 70 rows can be used; fix the rows"
+    with pytest.raises(NoUsableRowError, match=expected) as caught:
         list(train)
+    assert [(reject.row, reject.kind) for reject in caught.value.rejects] == [(n, "invalid_json") for n in range(1, 71)]
 
 
 @pytest.mark.parametrize("workers", [0, 1])
