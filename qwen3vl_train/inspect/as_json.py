@@ -82,7 +82,7 @@ def _media(sample: Sample, encoded: EncodedSample, collate: MultimodalCollator) 
                 "kind": "image" if is_image else "video",
                 "width": width * PATCH,
                 "height": height * PATCH,
-                "times": [] if is_image else list(measure(part, collate.budgets.clips, sample.media_root).times),
+                "times": [] if is_image else list(measure(part, collate.budgets, sample.media_root).times),
                 "pixels_sha256": hashlib.sha256(patches.numpy().tobytes()).hexdigest(),
             }
         )
