@@ -80,7 +80,7 @@ def main() -> None:
         table.add_row(row, f"{100 * summary['exact_match']:.1f}%", f"{summary['loss']:.3f}", chance)
     rich.print(table)
     print(
-        f"quickstart: {time.perf_counter() - started:.0f} s. Look at {RUNS}/digits-lora/metrics.jsonl and "
+        f"quickstart: {time.perf_counter() - started:.0f} s. See {RUNS}/digits-lora/metrics.jsonl and "
         f"{ROOT}/digits-lora-adapter"
     )
 

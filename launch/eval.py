@@ -1,4 +1,4 @@
-"""Look at a run or model on held-out data: python launch/eval.py RUN_OR_MODEL --data FILE"""
+"""Evaluate a run or model on held-out data: python launch/eval.py RUN_OR_MODEL --data FILE"""
 
 import sys
 

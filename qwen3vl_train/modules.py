@@ -15,7 +15,7 @@ VISION_GROUPS: tuple[str, ...] = ("vision_attn", "vision_mlp", "vision_embed")
 _TEXT_GROUPS: tuple[str, ...] = ("text_attn", "text_mlp", "text_embed", "lm_head")
 GROUPS: tuple[str, ...] = (*VISION_GROUPS, "merger", "deepstack", *_TEXT_GROUPS)
 UNIONS: dict[str, tuple[str, ...]] = {"vision": VISION_GROUPS, "text": _TEXT_GROUPS, "all": GROUPS}
-# Embeddings and the head take no LoRA here: adapters go on the linear layers of blocks and mergers.
+# Embeddings and the head take no LoRA here: adapters are put on linear layers of blocks and mergers.
 LORA_GROUPS: tuple[str, ...] = tuple(g for g in GROUPS if g not in ("vision_embed", "text_embed", "lm_head"))
 
 

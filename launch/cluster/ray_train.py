@@ -23,7 +23,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--num-workers", type=int, default=1, help="ranks, each with one GPU")
     parser.add_argument("--cpu", action="store_true", help="workers without a GPU")
-    arguments = parser.parse_intermixed_args()  # overrides may stand behind options, as the first line says
+    arguments = parser.parse_intermixed_args()  # overrides may follow options, as the first line says
     recipe = load_recipe(arguments.recipe, arguments.overrides)
 
     from ray.train import FailureConfig, RunConfig, ScalingConfig  # type: ignore[import-not-found]  # an extra
@@ -40,7 +40,7 @@ def main() -> None:
         run_config=RunConfig(
             name=recipe.name,
             storage_path=str(Path(recipe.output_dir).resolve() / ".ray"),  # Ray's own notes
-            failure_config=FailureConfig(max_failures=3),  # the run itself goes on from its last checkpoint
+            failure_config=FailureConfig(max_failures=3),  # the run itself resumes from its last checkpoint
             worker_runtime_env={"env_vars": dict(NCCL_SETTINGS)},  # read when Ray joins the ranks, before train() runs
         ),
     )

@@ -134,7 +134,7 @@ class CheckpointWriter:
             last = latest_checkpoint(self._run_dir)
         except OSError:  # the folder may be unreadable as well
             return f"{folder}: could not be saved ({error}); make the folder writable, then start the run again"
-        resumes = f"the run goes on from {last}, which is complete"
+        resumes = f"the run continues from {last}, which is complete"
         then = resumes if last else "the run starts again, it has no checkpoint"
         return f"{folder}: could not be saved ({error}); make room, then {then}"
 
@@ -188,7 +188,7 @@ def _dcp_save(tensors: dict[str, Tensor], folder: Path, group: dist.ProcessGroup
 
     entries: FileEntries = {}
     writer = Writer(str(folder), save_distributed=True)
-    _silence_single_process_warnings()
+    _ignore_single_process_warnings()
     try:
         save(dict(tensors), storage_writer=writer, process_group=group, no_dist=group is None)
     except CheckpointException as error:  # not an Exception: it wraps what happened, by rank
@@ -200,10 +200,10 @@ def _dcp_save(tensors: dict[str, Tensor], folder: Path, group: dist.ProcessGroup
     return {name: entry for of_rank in gathered or [] for name, entry in of_rank.items()}
 
 
-def _silence_single_process_warnings() -> None:
-    """Silence torch's warning that a single process saves, which is intended here.
+def _ignore_single_process_warnings() -> None:
+    """Ignore torch's warning that a single process saves, which is intended here.
 
-    It stays silenced: `warnings.catch_warnings` in one thread would undo what other threads change.
+    It stays ignored: `warnings.catch_warnings` in one thread would undo what other threads change.
     """
     logging.getLogger("torch.distributed.checkpoint").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*assuming the intent is to .* in a single process")
@@ -223,7 +223,7 @@ def load_checkpoint(folder: Path, tensors: dict[str, Tensor]) -> None:
     if wrong:
         raise ValueError(f"{folder}: holds another set of trained tensors, e.g. {wrong[0]}; was `tune` changed?")
     sharded = any(isinstance(tensor, DTensor) for tensor in tensors.values())
-    _silence_single_process_warnings()
+    _ignore_single_process_warnings()
     load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(folder / "state")), no_dist=not sharded)
 
 
@@ -245,6 +245,6 @@ def read_tensors(folder: Path, prefix: str = "") -> dict[str, Tensor]:
 
     shapes = {name: shape for name, shape in _stored_shapes(folder).items() if name.startswith(prefix)}
     tensors: dict[str, Any] = {name: torch.empty(shape) for name, shape in shapes.items()}
-    _silence_single_process_warnings()
+    _ignore_single_process_warnings()
     load(tensors, storage_reader=HuggingFaceStorageReader(str(folder / "state")), no_dist=True)
     return tensors

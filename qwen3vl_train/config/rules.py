@@ -66,7 +66,7 @@ def learning_rate_conflicts(
     """Yield the learning rates that contradict what trains.
 
     listed: the field of the recipe that names them.
-    all_groups_known: False while a regular expression may reach more groups, which only the model can tell.
+    all_groups_known: False while a regular expression may reach more groups, which only the model can show.
     """
     for field, groups in _GROUPS_OF_RATE.items():
         if getattr(optim, field) is not None and all_groups_known and not set(groups) & set(trained_groups):

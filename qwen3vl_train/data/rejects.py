@@ -85,7 +85,7 @@ class RejectLedger:
     def __init__(self, path: Path, max_rejected_fraction: float, *, writes: bool) -> None:
         self._path, self._max_fraction, self._writes = path, max_rejected_fraction, writes
         self._listed = _RowSet()
-        self._num_unnamed = 0  # listed before, but their lines were taken out of the file since
+        self._num_unnamed = 0  # listed before, but their lines were removed from the file since
         self._indexed: list[_IndexedFiles] = []
         self._indexed_by_file: dict[str, list[_IndexedFiles]] = {}
         self._num_streamed, self._num_seen = 0, 0
@@ -110,8 +110,8 @@ class RejectLedger:
     def resume(self, state: dict[str, int] | None, on_main: Callable[[Callable[[], object]], object]) -> None:
         """Bring the file and the counts to the `state` of a checkpoint, or to the start of a run.
 
-        Lines added after the checkpoint are removed: their rows are met again. The limit is checked before what the
-        checkpoint counted is added, so that a run whose rows were fixed goes on.
+        Lines added after the checkpoint are removed: their rows are read again. The limit is checked before what the
+        checkpoint counted is added, so that a run whose rows were fixed continues.
 
         on_main: runs a function on rank 0 and returns its result on every rank.
         """
@@ -170,7 +170,7 @@ class RejectLedger:
     def _restart_file(self, num_saved: int) -> list[Reject]:
         """Cut the file to the rows that a checkpoint had listed, append what indexing found, return the former.
 
-        They are fewer than num_saved where somebody took lines out.
+        They are fewer than num_saved where lines were removed by hand.
         """
         # A kill can cut the last line short, so it counts only with its line feed.
         lines = self._path.read_bytes().split(b"\n")[:-1][:num_saved] if self._path.is_file() else []

@@ -86,7 +86,7 @@ class Ranks:
         error: Exception | None = None
         try:
             result = work()
-        except Exception as caught:  # of any type: the other ranks must not go on without this one
+        except Exception as caught:  # of any type: the other ranks must not continue without this one
             error = caught
         if self.any(error is not None):
             self.raise_together(error)
@@ -105,7 +105,7 @@ class Ranks:
         raise rebuild_error(name, f"rank {rank}{more}: {message}")
 
     def heartbeat(self) -> None:
-        """Report from rank 0, within work that the other ranks wait for, that the work goes on."""
+        """Report from rank 0 that work which the other ranks wait for is still in progress."""
         if self.world_size > 1 and self.is_main:
             _store().add(HEARTBEATS, 1)
 

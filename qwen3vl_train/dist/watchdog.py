@@ -48,8 +48,8 @@ class Watchdog:
     """A context manager around the training loop; call `heartbeat(step)` after every step. Costs the loop nothing.
 
     Turns an error of a collective into LateRankError. Where no exception is raised (NCCL ends the process from a thread
-    of its own), ranks 0 and 1 pass the same text to `report` at nine tenths of the timeout. It stops no rank that goes
-    on. While rank 0 sends heartbeats (`Ranks.heartbeat`), no rank is late.
+    of its own), ranks 0 and 1 pass the same text to `report` at nine tenths of the timeout. It stops no rank. While
+    rank 0 sends heartbeats (`Ranks.heartbeat`), no rank is late.
     """
 
     def __init__(self, ranks: Ranks, timeout_seconds: float, report: Callable[[str], None] | None = None) -> None:
@@ -170,8 +170,8 @@ def describe(states: list[RankState], world_size: int, timeout_seconds: float, p
         groups.setdefault((state.step, state.location, state.waits, state.rank in silent), []).append(state)
     for (last_step, location, waits, is_silent), members in groups.items():
         at = f"{'waiting for the others in' if waits else 'at'} {location}" if location else "waiting for the others"
-        silence = f", silent for {max(state.silent_seconds for state in members):.0f} s" if is_silent else ""
-        lines.append(f"  {_named([state.rank for state in members])}: last step {last_step}, {at}{silence}")
+        since = f", silent for {max(state.silent_seconds for state in members):.0f} s" if is_silent else ""
+        lines.append(f"  {_named([state.rank for state in members])}: last step {last_step}, {at}{since}")
     return "\n".join(lines)
 
 

@@ -51,7 +51,7 @@ def add_lora(
 ) -> None:
     """Freeze the model and put an adapter on each named linear module. B starts at zero: the function is unchanged.
 
-    On a model on the meta device the adapters are there too; `train.build.fill` gives them their values.
+    On a model on the meta device the adapters are there too; `train.build.build_model` gives them their values.
     """
     from peft import LoraConfig, inject_adapter_in_model
 

@@ -83,9 +83,9 @@ class _ZeroOf(torch.autograd.Function):
 
 
 class Qwen3VLForConditionalGeneration(nn.Module):
-    """Qwen3-VL: `model(batch)` for training, `model.logits(batch)` for looking at it. Knows nothing of ranks.
+    """Qwen3-VL: `model(batch)` for training, `model.logits(batch)` for inspection. Knows nothing of ranks.
 
-    always_run_vision: set from outside; run the vision side also for packs without images, which changes no result.
+    always_run_vision: set by engines; run the vision side also for packs without images, which changes no result.
     """
 
     def __init__(self, arch: Qwen3VLArch) -> None:
@@ -113,7 +113,7 @@ class Qwen3VLForConditionalGeneration(nn.Module):
         """Run the vision side on four grey patches and return a zero that depends on all of it.
 
         Ranks that share the vision side's weights or gradients exchange them in every forward and backward pass. A rank
-        whose pack holds no image has to take part, or the others wait for ever.
+        whose pack holds no image has to take part, or the others wait forever.
         """
         merge = self.arch.vision.spatial_merge_size
         grid_thw = torch.tensor([[1, merge, merge]])
@@ -134,5 +134,5 @@ class Qwen3VLForConditionalGeneration(nn.Module):
 
     @torch.no_grad()
     def logits(self, batch: PackedBatch) -> Tensor:
-        """Return all logits, (T, V) float32. For looking at the model; training never builds them."""
+        """Return all logits, (T, V) float32. For inspection; training never builds them."""
         return self.language_model.lm_head(self.hidden_states(batch)).float()

@@ -55,6 +55,7 @@ def shard_model(
             # The loss is already divided by the labels of all ranks, so gradients are summed, not averaged.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+    model.always_run_vision = True  # every rank gathers the vision side in every pass
     tower_trains = any(parameter.requires_grad for parameter in vision.tower_parameters())
     vision_trains = any(parameter.requires_grad for parameter in vision.parameters())
     _prefetch([*vision.blocks], before=None)

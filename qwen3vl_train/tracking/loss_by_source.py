@@ -20,7 +20,7 @@ class SourceLoss(NamedTuple):
 
 
 def source_names(recipe: Recipe) -> list[str]:
-    """Names of the training data sets, as they stand at the front of sample ids; entries may share one."""
+    """Return the names of the training data sets, with which sample ids begin; entries may share one."""
     return list(dict.fromkeys(entry_rules(entry).label or entry.path for entry in recipe.data.train))
 
 

@@ -23,7 +23,7 @@ from qwen3vl_train.tracking.wandb import open_tracker
 class Recorder:
     """A context manager, opened once a run. Rank 0 writes the files; every rank prints its lines to `out`.
 
-    An exception that leaves the block marks the tracked run as failed, a StopRequest as one that will go on.
+    An exception that leaves the block marks the tracked run as failed, a StopRequest as one that will be resumed.
     """
 
     def __init__(

@@ -4,7 +4,6 @@ import os
 import zlib
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +19,7 @@ from qwen3vl_train.model.qwen3vl import DTYPES, Qwen3VLForConditionalGeneration
 from qwen3vl_train.parallel.ddp import Replicated, same_on_all_ranks
 from qwen3vl_train.parallel.deepspeed.config import deepspeed_config
 from qwen3vl_train.parallel.deepspeed.engine import ZeroAdamW, start_deepspeed
-from qwen3vl_train.parallel.deepspeed.internals import fill_partitioned
+from qwen3vl_train.parallel.deepspeed.internals import Fill, partitioned_fill
 from qwen3vl_train.parallel.fsdp import Sharded, shard_model
 from qwen3vl_train.parallel.mesh import build_mesh
 from qwen3vl_train.parallel.optim import MasterAdamW, TrainEngine
@@ -42,7 +41,7 @@ def build_engine(recipe: Recipe, ranks: Ranks) -> tuple[Qwen3VLForConditionalGen
     if recipe.parallel.engine == "deepspeed":
         config = deepspeed_config(recipe, ranks.world_size)
         start_deepspeed(ranks)
-        model = build_model(recipe, device=ranks.device, zero=config)
+        model = build_model(recipe, device=ranks.device, fill=partitioned_fill(config))
         return model, ZeroAdamW(model, recipe.optim, config, ranks)
     model = build_model(recipe, device=ranks.device)
     return model, MasterAdamW(model, recipe.optim, Replicated(ranks.world_size))
@@ -73,12 +72,13 @@ def build_model(
     device: torch.device | str,
     dtype: torch.dtype | None = None,
     mesh: DeviceMesh | None = None,
-    zero: dict[str, Any] | None = None,
+    fill: Fill | None = None,
 ) -> Qwen3VLForConditionalGeneration:
     """Build the recipe's model with its weights and fresh adapters, and apply parallelism to it.
 
     dtype: of the arithmetic, the recipe's by default.
-    zero: DeepSpeed's settings, of a run that uses it.
+    mesh: shards the model by FSDP2.
+    fill: of an engine that partitions weights itself, fills the model in place of step 5.
 
     No rank holds more than its own weights and the tensor being read. Raises ValueError for what is wrong with the
     model folder or the targets.
@@ -100,11 +100,10 @@ def build_model(
         parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad and mesh is not None else dtype)
     if mesh is not None:
         shard_model(model, mesh, recipe.parallel, dtype)
-    model.always_run_vision = mesh is not None or zero is not None
     # 5. Memory and weights, of this rank's shards alone: a full copy never exists.
-    if zero is not None and zero["zero_optimization"]["stage"] == 3:
+    if fill is not None:
         check_tied(model, files)
-        fill_partitioned(model, zero, partial(_first_values, files, recipe.train.seed), device)
+        fill(model, partial(_first_values, files, recipe.train.seed), device)
     else:
         materialize(model, "cpu" if mesh is not None and recipe.parallel.cpu_offload else device)
         read_weights(model, files)

@@ -32,7 +32,7 @@ def export(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Write what a run trained, and check it against stock transformers.")
     parser.add_argument("run", type=Path, help="run folder, runs/<name>")
     parser.add_argument("--out", type=Path, required=True, help="folder to make")
-    parser.add_argument("--merge", action="store_true", help="write a whole checkpoint with the adapter merged in")
+    parser.add_argument("--merge", action="store_true", help="write a full checkpoint with the adapter merged in")
     arguments = parser.parse_args(argv)
 
     def work() -> None:
@@ -42,7 +42,7 @@ def export(argv: list[str] | None = None) -> int:
         print(
             f"{done.out}: {done.kind} of step {done.step}, {done.num_tensors} tensors, read back bit-equal; "
             f"logits in stock transformers differ by at most {done.difference.largest:.1e} "
-            f"(their spread is {done.difference.spread:.2f})"
+            f"(their standard deviation is {done.difference.std:.2f})"
         )
 
     return run_or_explain(work)

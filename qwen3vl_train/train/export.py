@@ -70,7 +70,7 @@ def export_run(run: Path, out: Path, *, merge: bool) -> Exported:
         if not difference.within_tolerance:
             raise RuntimeError(
                 f"{out}: not written; transformers computes other logits from it (difference {difference.largest:.2e}, "
-                f"spread of logits {difference.spread:.2f}); please report it"
+                f"standard deviation of the logits {difference.std:.2f}); please report it"
             )
     return Exported(out, "adapter" if as_adapter else "checkpoint", step, num_tensors, difference)
 

@@ -97,7 +97,7 @@ def train(recipe: Recipe) -> Path:
 
 def _open_run(recipe: Recipe, ranks: Ranks, watchdog: Watchdog) -> Run:
     """Open folder, data, model and optimizer, and bring them to the last checkpoint. Every rank must call it."""
-    # Rank 0 looks at the folder for all, so that none sees it a moment earlier or later than the others.
+    # Rank 0 reads the folder for all ranks, so that all have the same view of it.
     folder, checkpoint, damaged = ranks.on_main(lambda: open_run_folder(recipe))
     check_same_folder(folder, ranks)
     check_same_weights(recipe.model.path, ranks)
@@ -137,7 +137,9 @@ def _loop(run: Run, recorder: Recorder, stop: StopSignals, writer: CheckpointWri
             if writer.last_step != progress.step:
                 _save(run, recorder, writer, {})
             writer.wait()
-            raise StopRequest(f"{run.folder}: asked to stop, saved after step {progress.step}; start it again to go on")
+            raise StopRequest(
+                f"{run.folder}: asked to stop, saved after step {progress.step}; start it again to continue"
+            )
         factor = factor_at(progress.step)
         tally = train_step(run.model, run.optimizer, packs, ranks, options, step=progress.step, lr_factor=factor)
         progress.advance(tally, packs.state)

@@ -13,7 +13,7 @@ def open_run_folder(recipe: Recipe) -> tuple[Path, Path | None, list[str]]:
     """Return (run folder, checkpoint to resume from or None, what is wrong with newer checkpoints).
 
     Writes nothing: `claim_run_folder` does. Raises ValueError where the folder holds another run, all of its
-    checkpoints are damaged, or `checkpoint.resume: never` meets a started run.
+    checkpoints are damaged, or the run has started and `checkpoint.resume` is never.
     """
     folder = run_dir(recipe)
     if folder.exists() and not folder.is_dir():
@@ -30,7 +30,7 @@ def open_run_folder(recipe: Recipe) -> tuple[Path, Path | None, list[str]]:
         raise ValueError(f"{folder}: holds another run\n{lines}\nchoose another name, or remove the folder")
     if recipe.checkpoint.resume == "never":
         raise ValueError(
-            f"{folder}: holds this run already; choose another name, or set checkpoint.resume: auto to go on"
+            f"{folder}: holds this run already; choose another name, or set checkpoint.resume: auto to continue"
         )
     return folder, *choose_checkpoint(folder)
 

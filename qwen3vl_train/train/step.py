@@ -140,5 +140,5 @@ def _raise_non_finite(
     more = f" and {len(samples) - 20} more" if len(samples) > 20 else ""
     raise NonFiniteError(
         f"step {step + 1}: loss {loss}, gradient norm {norms['all']}{where}; no weight was changed. Samples: "
-        f"{', '.join(samples[:20])}{more}. Look at these rows, lower optim.lr, or start again from the last checkpoint"
+        f"{', '.join(samples[:20])}{more}. Check these rows, lower optim.lr, or start again from the last checkpoint"
     )

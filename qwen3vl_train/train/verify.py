@@ -14,20 +14,21 @@ from qwen3vl_train.data.encode.collator import MultimodalCollator
 from qwen3vl_train.train.build import as_trained
 
 # Both sides compute in float32 from the same weights; what is left is the order of summation, 1e-5 on tiny models and
-# growing with depth. A wrong scale, a missing module or another template moves logits by tenths of their spread.
+# growing with depth. A wrong scale, a missing module or another template moves logits by tenths of their standard
+# deviation.
 TOLERANCE = 2e-3
 
 
 @dataclass(frozen=True)
 class LogitDifference:
-    """Largest difference of any logit over the probes, and the standard deviation of the logits, to compare it with."""
+    """Hold the largest difference of any logit over the probes, and the standard deviation of the logits for scale."""
 
     largest: float
-    spread: float
+    std: float
 
     @property
     def within_tolerance(self) -> bool:
-        return self.largest <= TOLERANCE * self.spread
+        return self.largest <= TOLERANCE * self.std
 
 
 def probe_batches(collate: MultimodalCollator) -> list[PackedBatch]:
@@ -67,12 +68,12 @@ def compare_with_transformers(
 
         stock = PeftModel.from_pretrained(stock, str(adapter))
     stock.eval()
-    largest, spread = torch.zeros(()), torch.zeros(())
+    largest, std = torch.zeros(()), torch.zeros(())
     for batch, ours in zip(batches, logits, strict=True):
         theirs = stock(**stock_inputs(batch, stock)).logits[0].float()
         largest = torch.maximum(largest, (theirs - ours).abs().max())  # keeps a NaN, which Python's max drops
-        spread = torch.maximum(spread, theirs.std())
-    return LogitDifference(largest.item(), spread.item())
+        std = torch.maximum(std, theirs.std())
+    return LogitDifference(largest.item(), std.item())
 
 
 def stock_inputs(batch: PackedBatch, stock: torch.nn.Module) -> dict[str, Tensor]:

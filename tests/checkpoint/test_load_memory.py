@@ -16,6 +16,7 @@ from qwen3vl_train.dist.ranks import Ranks
 from qwen3vl_train.dist.tensors import to_local
 from qwen3vl_train.parallel.deepspeed.config import deepspeed_config
 from qwen3vl_train.parallel.deepspeed.engine import start_deepspeed
+from qwen3vl_train.parallel.deepspeed.internals import partitioned_fill
 from qwen3vl_train.parallel.mesh import build_mesh
 from qwen3vl_train.train.build import build_model
 from tests.helpers import engine_runs
@@ -68,7 +69,7 @@ class _Peak:
 
 def _build(recipe: Recipe, ranks: Ranks) -> nn.Module:
     if recipe.parallel.engine == "deepspeed":
-        return build_model(recipe, device="cpu", zero=deepspeed_config(recipe, ranks.world_size))
+        return build_model(recipe, device="cpu", fill=partitioned_fill(deepspeed_config(recipe, ranks.world_size)))
     return build_model(recipe, device="cpu", mesh=build_mesh(recipe.parallel, ranks))
 
 

@@ -209,7 +209,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(tmp_path: Path):
     last, folder = checkpoint_folder(tmp_path, 1), checkpoint_folder(tmp_path, 2)
     assert message.startswith(f"{folder}: could not be saved (")
     assert "File too large" in message
-    assert message.endswith(f"); make room, then the run goes on from {last}, which is complete")
+    assert message.endswith(f"); make room, then the run continues from {last}, which is complete")
     assert [found.name for found in (tmp_path / "checkpoints").iterdir()] == [last.name]
     read_manifest(last, checksums=True)
     small_runs.assert_same_tensors(read_tensors(last), _state(1.0))

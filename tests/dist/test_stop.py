@@ -46,7 +46,7 @@ def test_a_signalled_run_saves_its_step_and_resumes(small: Path, task: Path, tmp
 
     assert in_child(work) == 75
     run = tmp_path / "stopped" / "run"
-    assert f"{run}: asked to stop, saved after step 3; start it again to go on" in capfd.readouterr().out
+    assert f"{run}: asked to stop, saved after step 3; start it again to continue" in capfd.readouterr().out
     assert len(losses(run)) == 3
     assert latest_checkpoint(run) == run / "checkpoints" / "step-00000003"
     assert in_child(lambda: sys.exit(sft([str(file)]))) == 0
@@ -134,7 +134,7 @@ def test_all_ranks_stop_after_the_same_step(small: Path, task: Path, tmp_path: P
     recipe = small_runs.make_recipe(small, task, tmp_path, parallel__engine=engine, train__packs_per_step=2)
     messages = run_ranks(_signalled_on_rank_one, 2, recipe)
     run = tmp_path / "run"
-    assert messages == [f"{run}: asked to stop, saved after step 2; start it again to go on"] * 2
+    assert messages == [f"{run}: asked to stop, saved after step 2; start it again to continue"] * 2
     assert latest_checkpoint(run) == run / "checkpoints" / "step-00000002"
 
 

@@ -144,7 +144,7 @@ def test_a_stop_under_torchrun_saves_and_resumes(tiny_folder: Path, task: Path, 
     assert codes == ["75", "75"], errors
     assert agent.returncode == 1, "torchrun keeps the ranks' code to itself"
     run = tmp_path / "run"
-    assert f"{run}: asked to stop, saved after step 3; start it again to go on" in out
+    assert f"{run}: asked to stop, saved after step 3; start it again to continue" in out
     assert latest_checkpoint(run) == checkpoint_folder(run, 3)
     for file in (recipe, launchers.short_recipe(tiny_folder, task, tmp_path / "straight", **case)):
         run_ranks(small_runs.train_on_rank, 2, load_recipe(file))

@@ -211,10 +211,10 @@ def test_an_adapter_that_peft_applies_differently_is_an_error(run, tmp_path, val
     assert list(tmp_path.iterdir()) == []
 
 
-def test_differences_are_judged_by_the_spread_of_the_logits():
-    assert LogitDifference(largest=1e-3, spread=1.0).within_tolerance
-    assert not LogitDifference(largest=1e-3, spread=0.1).within_tolerance
-    assert not LogitDifference(largest=float("nan"), spread=1.0).within_tolerance
+def test_tolerance_is_relative_to_the_std_of_the_logits():
+    assert LogitDifference(largest=1e-3, std=1.0).within_tolerance
+    assert not LogitDifference(largest=1e-3, std=0.1).within_tolerance
+    assert not LogitDifference(largest=float("nan"), std=1.0).within_tolerance
 
 
 def test_logits_that_are_not_numbers_are_not_within_tolerance(tiny_folder):

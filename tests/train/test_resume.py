@@ -106,7 +106,7 @@ def test_settings_that_do_not_change_training_may_change(tiny_folder, task, copi
 def test_resume_never_meets_a_started_run(tiny_folder, task, copied):
     recipe = small_runs.make_recipe(tiny_folder, task, copied, checkpoint__resume="never")
     assert message_of(ValueError, train, recipe) == (
-        f"{copied / 'run'}: holds this run already; choose another name, or set checkpoint.resume: auto to go on"
+        f"{copied / 'run'}: holds this run already; choose another name, or set checkpoint.resume: auto to continue"
     )
 
 

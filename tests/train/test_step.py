@@ -132,7 +132,7 @@ def test_a_non_finite_loss_stops_before_any_weight_moves(tiny_folder, pack, dtyp
     assert message.startswith("step 42: loss nan, gradient norm nan (not finite in ")
     assert message.endswith(
         "; no weight was changed. Samples: train.jsonl:1, train.jsonl:7. "
-        "Look at these rows, lower optim.lr, or start again from the last checkpoint"
+        "Check these rows, lower optim.lr, or start again from the last checkpoint"
     )
     after = trainee.weights()
     assert all(after[name].equal(before[name]) or before[name].isnan().any() for name in before)

@@ -138,7 +138,7 @@ def test_all_ranks_end_when_one_cannot_save(
     assert first == second
     run = tmp_path / "run"
     assert first.startswith(f"{checkpoint_folder(run, 4)}: could not be saved (")
-    assert first.endswith(f"; make room, then the run goes on from {checkpoint_folder(run, 2)}, which is complete")
+    assert first.endswith(f"; make room, then the run continues from {checkpoint_folder(run, 2)}, which is complete")
     assert len(read_metrics(run / "metrics.jsonl")) == min(5, num_steps), "the step after the one that was refused"
 
 

@@ -1,8 +1,8 @@
 """The training loader: plans windows of rows into packs and steps, and builds this rank's share of each step.
 
 What makes which pack and step depends on the data, the seed and the budgets, never on ranks, workers or timing. So a
-position is a few numbers, and a run goes on exactly where it was, also on another number of ranks. Memory holds a few
-windows, however long the data.
+position is a few numbers, and a run resumes exactly, also on another number of ranks. Memory holds a few windows,
+however long the data is.
 """
 
 import math
@@ -165,11 +165,11 @@ class Loader:
         return self._state(self._position)
 
     def _state(self, position: Position) -> dict[str, Any]:
-        # With the lengths of the epochs, so that a run that goes on need not plan all of them again.
+        # With the lengths of the epochs, so that a resumed run need not plan all of them again.
         return {**position._asdict(), "epoch_lengths": self._plan_lengths(), "fingerprint": self.fingerprint}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on after the step whose `StepPacks.state` this is; call it before iterating.
+        """Continue after the step whose `StepPacks.state` this is; call it before iterating.
 
         Rank and number of ranks may differ from those of the run that saved it. Raises ValueError that names what of
         the data or the plan is not as it was.
@@ -177,14 +177,14 @@ class Loader:
         if missing := [name for name in Position._fields if name not in state]:
             raise ValueError(
                 f"resume: the position in the data has no {', '.join(missing)}: the checkpoint is of an earlier "
-                "version of qwen3vl_train; go on with that version, or start a new run"
+                "version of qwen3vl_train; continue with that version, or start a new run"
             )
         saved, current = state["fingerprint"], self.fingerprint
         what = {"sources": "the data files", "costs": "the rows' token counts", "encoder": "the template or a budget"}
         if changed := [key for key, value in current.items() if saved.get(key) != value]:
             names = ", ".join(what.get(key, f"{key} ({saved.get(key)} then, {current[key]} now)") for key in changed)
             raise ValueError(
-                f"resume: {names} changed since the checkpoint, so the run cannot go on exactly; put them back or "
+                f"resume: {names} changed since the checkpoint, so the run cannot continue exactly; put them back or "
                 "start a new run"
             )
         self._epoch_lengths.update(enumerate(state["epoch_lengths"]))

@@ -2,7 +2,7 @@
 
 Rank 0 scans the rows (text and headers only) and broadcasts what it found; the other ranks read the rows alone and
 replay the scan. So all hold the same plan whatever a rank may fail to read, and no rank but one downloads media to
-learn their size. Going on from a position reads its window again.
+learn their size. Resuming from a position reads its window again.
 """
 
 import os
@@ -171,9 +171,9 @@ class StreamedWindows:
         """Prepare; nothing is read. Raises ValueError for a weight out of range.
 
         size: rows of a window, at most.
-        broadcast: by which the scanning rank tells the others what it found; every rank must ask for as many windows
-            as that rank does. Without one a rank scans for itself, and has the same windows only while every rank can
-            read every row.
+        broadcast: sends the scan results of the scanning rank to the others; every rank must ask for as many windows
+            as that rank does. Without it each rank scans for itself, and has the same windows only while every rank
+            can read every row.
         is_scanner: whether this is the scanning rank, rank 0.
         in_worker: read the stream in one more process.
         """
@@ -260,7 +260,7 @@ def _check_same_rows(found: list[ScannedRow], result: ScanResult, surplus: Scann
     ours, theirs = next(pair for pair in zip_longest(names, result.names) if pair[0] != pair[1])
     here, there = (f"{name[0]}:{name[1]}" if name else "its end" for name in (ours, theirs))
     raise ValueError(
-        f"data.train: the stream goes on with {here} here and with {there} on rank 0; give all ranks the same files"
+        f"data.train: the stream continues with {here} here and with {there} on rank 0; give all ranks the same files"
     )
 
 

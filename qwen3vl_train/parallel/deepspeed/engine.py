@@ -43,10 +43,10 @@ def start_deepspeed(ranks: Ranks) -> None:
 
 
 def _register_external_parameters(model: Qwen3VLForConditionalGeneration) -> None:
-    """Tell DeepSpeed which modules use parameters of others, so that these are gathered with their own.
+    """Register with DeepSpeed which modules use parameters of others, so that these are gathered with their own.
 
     DeepSpeed would discover them at their first use; but a pack without images reaches the position table on another
-    path than one with images, and ranks that gather in different orders wait for each other for ever.
+    path than one with images, and ranks that gather in different orders wait for each other forever.
     """
     from deepspeed.runtime.zero import register_external_parameter
 
@@ -85,6 +85,7 @@ class ZeroAdamW:
             self.engine = deepspeed.initialize(model=model, optimizer=self.adamw, config=config)[0]
         if config["zero_optimization"]["stage"] == 3:
             _register_external_parameters(model)
+        model.always_run_vision = True  # every rank reduces the gradients of the vision side in every pass
         self.zero: Any = self.engine.optimizer
         self.partitions = partitions_of(self.zero)
         # Stage 3 divides the sum over ranks by their number, in float32.

@@ -7,10 +7,14 @@ used here, and nowhere else (as of DeepSpeed 0.19.8).
 """
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+
+Fill = Callable[[nn.Module, Callable[[str, nn.Parameter], Tensor], torch.device | str], None]
+"""Fills a model on the meta device in place: (model, (name, meta parameter) -> its first values, device)."""
 
 
 class Partitions(Protocol):
@@ -24,7 +28,7 @@ class Partitions(Protocol):
         ...
 
     def link_moments(self) -> None:
-        """Tell DeepSpeed that AdamW's state of every master exists, so that it can be read and set by parameter."""
+        """Link AdamW's state of every master in DeepSpeed, so that it can be read and set by parameter."""
         ...
 
     def set_part(self, parameter: nn.Parameter, part: str, values: Tensor) -> None:
@@ -146,8 +150,13 @@ class _Stage3:
         self.zero.averaged_gradients.clear()
 
 
+def partitioned_fill(config: dict[str, Any]) -> Fill | None:
+    """Return `fill_partitioned` with DeepSpeed's configuration; None below stage 3, where ranks hold full weights."""
+    return partial(fill_partitioned, config) if config["zero_optimization"]["stage"] == 3 else None
+
+
 def fill_partitioned(
-    model: nn.Module, config: dict[str, Any], value: Callable[[str, nn.Parameter], Tensor], device: torch.device | str
+    config: dict[str, Any], model: nn.Module, value: Callable[[str, nn.Parameter], Tensor], device: torch.device | str
 ) -> None:
     """Fill a model on the meta device for ZeRO-3: each weight is partitioned before the next one is read.
 

@@ -281,7 +281,7 @@ def test_resume_with_other_settings_or_data_is_refused(make, kind, straight, cop
     other = make(kind, seed=6, window=33, packs_per_step=2)
     assert message_of(ValueError, other.load_state_dict, straight[0].state) == (
         "resume: seed (5 then, 6 now), window (32 then, 33 now), packs_per_step (5 then, 2 now) changed since the "
-        f"checkpoint, so the run cannot go on exactly; {fix}"
+        f"checkpoint, so the run cannot continue exactly; {fix}"
     )
     with (copy / "s.jsonl").open("a") as file:
         file.write(json.dumps(row("one", "more")) + "\n")
@@ -294,8 +294,8 @@ def test_state_of_an_earlier_version_is_refused(make, kind):
     state = {"epoch": 0, "step_in_epoch": 3, "steps_done": 3, "epoch_lengths": [9], "fingerprint": {}}
     assert message_of(ValueError, make(kind).load_state_dict, state) == (
         "resume: the position in the data has no cursor, carry_over, taken, num_seen, num_dropped, skipped, "
-        "content_hash: the checkpoint is of an earlier version of qwen3vl_train; go on with that version, or start a "
-        "new run"
+        "content_hash: the checkpoint is of an earlier version of qwen3vl_train; continue with that version, or start "
+        "a new run"
     )
 
 

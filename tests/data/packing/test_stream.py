@@ -130,7 +130,7 @@ def test_other_rows_on_another_machine_are_refused(folder, copy, collate):
         ("t", [*texts, texts[0]], "t.jsonl:10", "its end"),
     ):
         (copy / f"{name}.jsonl").write_text("\n".join(lines))
-        fault = f"data.train: the stream goes on with {here} here and with {there} on rank 0; {end}"
+        fault = f"data.train: the stream continues with {here} here and with {there} on rank 0; {end}"
         assert message_of(ValueError, steps_on_ranks, [folder, copy], collate, weights=(1.0, 0.1)) == fault
         shutil.copy(folder / f"{name}.jsonl", copy)
 

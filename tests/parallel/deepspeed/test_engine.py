@@ -279,7 +279,7 @@ def _read_by_rank_0(rank: int, world_size: int, recipe: Recipe) -> dict[str, Ten
         assert rank == 0
         return torch.arange(float(parameter.numel())).view(parameter.shape) + len(name)
 
-    fill_partitioned(model, deepspeed_config(recipe, world_size), value, "cpu")
+    fill_partitioned(deepspeed_config(recipe, world_size), model, value, "cpu")
     assert model[1].weight is model[0].weight
     return {name: full_tensor(parameter) for name, parameter in model.named_parameters()}
 
