@@ -40,13 +40,13 @@ def pytest_runtest_call() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _cache_of_this_session(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """What the package unpacks or works out once goes to a folder of its own, never to the user's."""
+    """Keep what the package caches in a folder of its own, never in the user's cache."""
     os.environ["QWEN3VL_TRAIN_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(autouse=True)
 def _undo_faults() -> Iterator[None]:
-    """What a test replaced in our code is as it was for the next one."""
+    """Restore what a test replaced in our code."""
     yield
     faults.undo()
 
@@ -111,7 +111,7 @@ def steps(small: Path) -> list:
 
 
 @pytest.fixture(scope="module")
-def zero_at_ease() -> Iterator[None]:
+def fast_zero_steps() -> Iterator[None]:
     """Make hundreds of ZeRO steps bearable: import once for all ranks, and do not compare collectives.
 
     At its import DeepSpeed asks a compiler about each of its operators, and its first engine imports torch's inductor

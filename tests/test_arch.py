@@ -113,7 +113,7 @@ def test_sections_that_are_missing(config):
         Qwen3VLArch.from_dict({**config, "text_config": 3})
 
 
-def test_files_that_are_none(tmp_path):
+def test_files_that_are_not_a_config(tmp_path):
     for content, message in ((None, "no config.json"), ("{", "not JSON"), ("[]", "holds a list, not an object")):
         if content is not None:
             (tmp_path / "config.json").write_text(content)

@@ -171,8 +171,8 @@ def _write_broken_rows(folder: Path, task: Path) -> list[tuple[int, str]]:
         "images/pixels-cut.png": " images/pixels-cut.png: is truncated or damaged (",
     }
     faults += [(small_runs.row("?", "!", [path]), f"{part}: image{fault}") for path, fault in of_images.items()]
-    sound = small_runs.row("Which?", "This.", ["images/0-0.png"])
-    small_runs.write_rows(folder / "train.jsonl", [sound, *[row for row, _ in faults]])
+    valid = small_runs.row("Which?", "This.", ["images/0-0.png"])
+    small_runs.write_rows(folder / "train.jsonl", [valid, *[row for row, _ in faults]])
     return [(line, reason) for line, (_, reason) in enumerate(faults, start=2)]
 
 
@@ -180,7 +180,7 @@ def _rejected(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "rejected.jsonl").read_text().splitlines()]
 
 
-def test_broken_rows_are_listed_and_the_run_goes_on(answer, values, task, tmp_path):
+def test_broken_rows_are_listed_and_the_run_continues(answer, values, task, tmp_path):
     expected = _write_broken_rows(tmp_path / "data", task)
     values["data"] |= {"train": [{"path": str(tmp_path / "data" / "train.jsonl")}], "max_rejected_fraction": 0.99}
     assert answer(values) == (0, "")

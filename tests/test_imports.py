@@ -1,4 +1,4 @@
-"""Imports go down only, heavy packages are imported where they are used, and using a model drags none of them in."""
+"""Imports go down only, heavy packages are imported where they are used, and using a model imports none of them."""
 
 import ast
 import os
@@ -43,7 +43,7 @@ NEVER = {"tests", "tiny_checkpoint", "digits", "launch", "pickle", "pytest"}
 
 
 def imports(tree: ast.AST) -> Iterator[tuple[int, str]]:
-    """(line, dotted module) of every import, wherever it stands; `from a import b` gives a.b."""
+    """(line, dotted module) of every import, at any level; `from a import b` gives a.b."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)

@@ -1,4 +1,4 @@
-"""Each shipped recipe of a sharded engine runs three steps on a tiny checkpoint on two ranks, otherwise unchanged."""
+"""Each example recipe of a sharded engine runs three steps on a tiny checkpoint on two ranks, otherwise unchanged."""
 
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,11 @@ SHARDED = [path for path in RECIPES if load_recipe(str(path)).parallel.engine in
 
 
 def test_every_size_has_a_recipe_for_both_sharded_engines():
-    shipped = {(path.stem.split("-")[1], load_recipe(str(path)).parallel.engine) for path in SHARDED}
-    assert shipped == {(size, engine) for size in ("2b", "4b", "8b", "32b") for engine in ("fsdp2", "deepspeed")}
+    engines = {(path.stem.split("-")[1], load_recipe(str(path)).parallel.engine) for path in SHARDED}
+    assert engines == {(size, engine) for size in ("2b", "4b", "8b", "32b") for engine in ("fsdp2", "deepspeed")}
 
 
-@pytest.mark.usefixtures("zero_at_ease")
+@pytest.mark.usefixtures("fast_zero_steps")
 @pytest.mark.parametrize("path", SHARDED, ids=lambda path: path.stem)
 def test_recipe_runs_three_steps_on_two_ranks(path: Path, tiny_folder: Path, task: Path, tmp_path: Path):
     values: dict[str, Any] = load_recipe(str(path)).to_dict()

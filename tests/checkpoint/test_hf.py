@@ -22,7 +22,7 @@ from tests.helpers.messages import message_of
 
 @pytest.fixture
 def folder(tiny_folder: Path, tmp_path: Path) -> Path:
-    """A copy of the tiny checkpoint that a test may spoil."""
+    """A copy of the tiny checkpoint that a test may damage."""
     return Path(shutil.copytree(tiny_folder, tmp_path / "copy"))
 
 
@@ -126,14 +126,14 @@ def test_a_tied_head_that_is_stored_all_the_same(folder):
 
 
 def test_missing_extra_and_misshapen_weights_are_all_named(folder):
-    def spoil(tensors):
+    def damage(tensors):
         del tensors["model.language_model.norm.weight"]
         for number in range(6):
             tensors[f"model.visual.extra.{number}"] = torch.zeros(1)
         tensors["model.visual.merger.norm.weight"] = torch.zeros(3)
         tensors["lm_head.bias"] = torch.zeros(1)
 
-    rewrite(folder, spoil)
+    rewrite(folder, damage)
     extra = ["lm_head.bias", *(f"model.visual.extra.{number}" for number in range(4))]
     assert refusal(folder).splitlines() == [
         f"{folder}: weights do not fit config.json",
@@ -189,7 +189,7 @@ def test_other_architectures(folder, model_type, fault):
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": 1}}'])
-def test_an_index_that_is_none(folder, text):
+def test_an_index_that_is_not_an_index(folder, text):
     index = folder / "model.safetensors.index.json"
     index.write_text(text)
     assert refusal(folder).startswith(f"{index}: not a safetensors index (")

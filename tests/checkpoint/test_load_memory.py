@@ -46,18 +46,18 @@ def _own_memory() -> int:
 
 
 class _Peak:
-    """A with-block that looks at the memory every millisecond."""
+    """A context manager that samples the memory every millisecond."""
 
     def __enter__(self) -> "_Peak":
         # What was freed before and not given back would be used first, unseen.
         ctypes.CDLL("libc.so.6").malloc_trim(0)
         self.before = self.highest = _own_memory()
         self._done = threading.Event()
-        self._thread = threading.Thread(target=self._look)
+        self._thread = threading.Thread(target=self._sample)
         self._thread.start()
         return self
 
-    def _look(self) -> None:
+    def _sample(self) -> None:
         while not self._done.wait(0.001):
             self.highest = max(self.highest, _own_memory())
 

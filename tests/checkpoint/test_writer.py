@@ -1,4 +1,4 @@
-"""Checkpoints are written while training goes on, appear complete or not at all, and fit any engine and world size."""
+"""Checkpoints are written while training continues, are complete or absent, and fit any engine and world size."""
 
 import multiprocessing
 import os
@@ -140,7 +140,7 @@ def test_another_set_of_tensors_is_refused(tmp_path: Path, wanted: dict[str, Ten
     assert message_of(ValueError, load_checkpoint, folder, wanted) == message
 
 
-# ---- while training goes on
+# ---- while training continues
 
 
 def test_a_save_holds_the_state_at_its_start(tmp_path: Path):
@@ -204,7 +204,7 @@ def _failing_save(run: Path, refuse: Callable[[], None]) -> str:
 
 
 def test_a_full_disk_keeps_the_checkpoint_before(tmp_path: Path):
-    """A limit on the size of files stands for the full disk: a write ends in an OSError in the middle of a file."""
+    """A limit on the size of files simulates a full disk: a write ends in an OSError in the middle of a file."""
     message = _failing_save(tmp_path, lambda: faults.fill_disk(5000))
     last, folder = checkpoint_folder(tmp_path, 1), checkpoint_folder(tmp_path, 2)
     assert message.startswith(f"{folder}: could not be saved (")

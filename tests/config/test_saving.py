@@ -32,7 +32,7 @@ def test_save_and_load_again(small, tmp_path):
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_shipped_recipes_are_named_like_files_and_survive_saving(path, tmp_path):
+def test_recipes_are_named_like_their_files_and_survive_saving(path, tmp_path):
     recipe = load_recipe(path)
     assert recipe.name == path.stem
     save_recipe(recipe, tmp_path / "recipe.yaml")

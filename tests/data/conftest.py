@@ -1,4 +1,4 @@
-"""What many tests of data read."""
+"""Fixtures that many tests of data read."""
 
 import fsspec
 import pytest
@@ -21,7 +21,7 @@ def files(tmp_path_factory):
 
 @pytest.fixture
 def bucket():
-    """A file system of fsspec that lives in this process alone: anything behind a URL."""
+    """A file system of fsspec that exists in this process alone: anything at a URL."""
     fs = fsspec.filesystem("memory")
     yield fs
     fs.rm("/bucket", recursive=True)

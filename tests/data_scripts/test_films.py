@@ -1,4 +1,4 @@
-"""The headers and rows of the films are right, and the shipped recipe learns from them."""
+"""The headers and rows of the films are right, and the example recipe learns from them."""
 
 import subprocess
 import sys

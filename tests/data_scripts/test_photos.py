@@ -1,4 +1,4 @@
-"""The rows of the photos are right, and the shipped recipes learn from them."""
+"""The rows of the photos are right, and the example recipes learn from them."""
 
 import json
 import subprocess

@@ -74,7 +74,7 @@ def test_tokenizer_splits_as_qwen_does(tiny_folder: Path):
     def pieces(text: str) -> list[str]:
         return [tokenizer.decode([token]) for token in tokenizer(text)["input_ids"]]
 
-    assert pieces("12") == ["1", "2"], "digits stand alone"
+    assert pieces("12") == ["1", "2"], "each digit is a token"
     assert pieces("assistant\n") == ["assistant", "\n"]
     assert pieces("assistant\n\nodd, seven") == ["assistant", "\n\n", "odd", ",", " seven"]  # two newlines are one
     decomposed, composed, unseen = "Gro\u0308ße", "Größe", "\U0001f642\u05d0 \t数字"

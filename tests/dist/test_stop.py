@@ -138,7 +138,7 @@ def test_all_ranks_stop_after_the_same_step(small: Path, task: Path, tmp_path: P
     assert latest_checkpoint(run) == run / "checkpoints" / "step-00000002"
 
 
-def test_the_handlers_that_were_there_come_back():
+def test_the_previous_handlers_are_restored():
     before = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     try:
         with StopSignals() as stop:

@@ -100,7 +100,7 @@ class Located(Exception):
     pass
 
 
-def test_a_location_leaves_out_dist_ranks():
+def test_a_location_skips_dist_ranks():
     def work() -> None:
         raise Located(*locate(sys._getframe()))
 

@@ -1,4 +1,4 @@
-"""Five steps of one small model under any engine, the same packs in every case, and how two outcomes differ."""
+"""Five steps of one small model under any engine, the same packs in every case, and how two results differ."""
 
 import dataclasses
 import math
@@ -97,7 +97,7 @@ def engine_recipe(checkpoint: Path, tune: dict[str, Any], engine: str = "single"
 
 
 class Trainee:
-    """One engine between steps, to look at and to disturb."""
+    """One engine between steps, whose state a test may read and change."""
 
     def __init__(self, rank: int, world_size: int, recipe: Recipe) -> None:
         self.ranks = Ranks(rank, world_size, rank, torch.device("cpu"))
@@ -129,7 +129,7 @@ class Trainee:
 
 
 @dataclass
-class Outcome:
+class EngineRun:
     """losses and gradient norms (by module group, and 'all') of every step; all weights after the last, on rank 0."""
 
     losses: list[float]
@@ -137,22 +137,22 @@ class Outcome:
     weights: dict[str, Tensor]
 
 
-def run_engine(rank: int, world_size: int, recipe: Recipe, steps: Steps) -> Outcome:
+def run_engine(rank: int, world_size: int, recipe: Recipe, steps: Steps) -> EngineRun:
     """Train on the packs of SHARES as the training loop does."""
     trainee = Trainee(rank, world_size, recipe)
     done = [trainee.step(step, packs) for step, packs in enumerate(steps)]
     weights = {name: full_tensor(parameter).detach().clone() for name, parameter in trainee.model.named_parameters()}
-    return Outcome([d.loss for d in done], [d.grad_norms for d in done], weights if rank == 0 else {})
+    return EngineRun([d.loss for d in done], [d.grad_norms for d in done], weights if rank == 0 else {})
 
 
-def run_engines(rank: int, world_size: int, recipes: list[Recipe], steps: Steps) -> list[Outcome]:
+def run_engines(rank: int, world_size: int, recipes: list[Recipe], steps: Steps) -> list[EngineRun]:
     return [run_engine(rank, world_size, recipe, steps) for recipe in recipes]
 
 
 def poisoned(rank: int, world_size: int, recipes: list[Recipe], steps: Steps) -> list[tuple[str, list[float]]]:
-    """Two good steps, one with a loss that is no number, two more good ones: its message, and the losses of the good.
+    """Two good steps, one whose loss is not a number, two more good ones: its message, and the losses of the good ones.
 
-    Nothing of the bad step is left: no weight or moment has moved, and the good ones go on as if it had not been.
+    Nothing of the bad step remains: no weight or moment has changed, and the good ones continue as if it had not been.
     """
     results = []
     for recipe in recipes:
@@ -170,7 +170,7 @@ def poisoned(rank: int, world_size: int, recipes: list[Recipe], steps: Steps) ->
 
 
 def skipped(rank: int, world_size: int, recipes: list[Recipe], steps: Steps) -> list[list[float]]:
-    """The losses of five steps, and between them one in which no rank has a pack, which moves nothing."""
+    """The losses of five steps, and between them one in which no rank has a pack, which changes nothing."""
     results = []
     for recipe in recipes:
         trainee = Trainee(rank, world_size, recipe)
@@ -202,7 +202,7 @@ class Difference:
         return f"loss {self.loss:.1e}, gradient norm {self.norm:.1e}, weights {self.weight:.1e}"
 
 
-def difference(got: Outcome, expected: Outcome) -> Difference:
+def difference(got: EngineRun, expected: EngineRun) -> Difference:
     assert got.weights.keys() == expected.weights.keys()
     weights = [
         ((got.weights[name].float() - weight.float()).norm() / weight.float().norm()).item()

@@ -96,7 +96,7 @@ def kill_after_metrics_of(step: int) -> None:
 
 
 def slow_optimizer_state(seconds: float) -> None:
-    """Let the optimizer take so long to hand out its state."""
+    """Let the optimizer take so long to return its state."""
     _around(MasterAdamW, "state_tensors", before=lambda *_: time.sleep(seconds))
 
 
@@ -141,7 +141,7 @@ def around_saves(
 
 
 def finish_saves(*steps: int) -> None:
-    """Let training go on only after the checkpoints of these steps (of all, if none is named) are on disk.
+    """Let training continue only after the checkpoints of these steps (of all, if none is named) are on disk.
 
     On a busy machine a kill soon after the start of a save would otherwise come before its end.
     """

@@ -63,7 +63,7 @@ def start(command: list[str], *, output: int = subprocess.PIPE, cwd: Path = ROOT
 def run(
     command: list[str], *, timeout: float = 1800, cwd: Path = ROOT, **more: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run in a session of its own and wait; nothing of it is left behind, whatever happens."""
+    """Run in a session of its own and wait; none of its processes remain, whatever happens."""
     process = start(command, cwd=cwd, **more)
     try:
         out, errors = process.communicate(timeout=timeout)
@@ -72,7 +72,7 @@ def run(
     return subprocess.CompletedProcess(command, process.returncode, out, errors)
 
 
-# Ranks have sessions of their own, and outlive a torchrun that was killed: what they inherit tells whose they are.
+# Ranks have sessions of their own, and outlive a torchrun that was killed: an inherited variable identifies them.
 _MARK = "QWEN3VL_TRAIN_TEST_START"
 _marks: dict[int, str] = {}
 

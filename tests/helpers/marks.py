@@ -1,4 +1,4 @@
-"""The marks `ranks` (starts ranks) and `process` (starts other child processes), which `make test-fast` leaves out.
+"""The marks `ranks` (starts ranks) and `process` (starts other child processes), which `make test-fast` deselects.
 
 A test gets them by itself where its code, or that of a fixture, names what starts processes. Where the code does not
 show it (`num_workers=2`, say), the mark is written at the test; a test without either mark that starts

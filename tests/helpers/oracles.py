@@ -1,6 +1,6 @@
-"""What the tests stand on: random checkpoints of stock transformers, its inputs, sample conversations, forked ranks.
+"""What the tests compare with: random checkpoints of stock transformers, its inputs, sample conversations.
 
-Nothing here imports the package: what it is compared against must not lean on it.
+Nothing here imports the package: what it is compared against must not depend on it.
 """
 
 import json
@@ -60,7 +60,7 @@ def oracle_checkpoint(folder: Path, *, vision_depth: int = 24, tie: bool = True,
 
 
 def randomise(model: nn.Module, seed: int) -> None:
-    """Give every parameter a value that shows when it is left out, swapped or misread.
+    """Give every parameter a value that shows when it is skipped, swapped or misread.
 
     Matrices keep the scale of what passes through them (std 1/sqrt(fan-in)), but for those that feed the residual
     stream of the vision tower: it stays small, so that a wrong epsilon in a norm moves the logits by 1e-3. Norms lie
@@ -110,7 +110,7 @@ def oracle_pixels(folder: Path, image: Image.Image) -> tuple[Tensor, tuple[int, 
 
 
 def images_of(messages: list[dict[str, Any]]) -> Iterator[Image.Image]:
-    """Give the pictures of a conversation in the order in which they stand."""
+    """Yield the pictures of a conversation in their order."""
     for message in messages:
         if not isinstance(message["content"], str):
             yield from (part["image"] for part in message["content"] if part["type"] == "image")

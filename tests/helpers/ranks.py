@@ -37,7 +37,7 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: floa
 
     Each has one thread, RANK, WORLD_SIZE and LOCAL_RANK set, and an initialised default process group. Arguments are
     inherited, results are pickled. Raises RankFailure with the traceback of the first rank that fails, or with the
-    stacks of those that are not done after `timeout` seconds, a guard against hangs alone; no process is left behind.
+    stacks of those that are not done after `timeout` seconds, a guard against hangs alone; no process remains.
     """
     context = multiprocessing.get_context("fork")
     with TemporaryDirectory() as scratch:

@@ -1,4 +1,4 @@
-"""Small training runs for the tests: a task of pictures and text-only rows, recipes for it, what a run left behind."""
+"""Small training runs for the tests: a task of pictures and text-only rows, recipes for it, the files of a run."""
 
 import json
 import multiprocessing

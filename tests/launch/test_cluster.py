@@ -1,4 +1,4 @@
-"""The cluster files: well formed by their tools' schemas, and the Slurm script run with a stand-in for srun."""
+"""The cluster files: well formed by their tools' schemas, and the Slurm script run with a fake srun."""
 
 import ast
 import os
@@ -118,8 +118,8 @@ def test_the_ray_script_imports_ray_only_when_it_runs(tmp_path: Path):
     )
     assert asked.returncode == 0, asked.stderr
     assert "--num-workers" in asked.stdout
-    behind = [sys.executable, str(file), str(tmp_path / "none.yaml"), "--num-workers", "2", "train.num_steps=1"]
-    assert "unrecognized arguments" not in launchers.run(behind).stderr
+    options_last = [sys.executable, str(file), str(tmp_path / "none.yaml"), "--num-workers", "2", "train.num_steps=1"]
+    assert "unrecognized arguments" not in launchers.run(options_last).stderr
 
 
 def test_a_ray_worker_trains(tiny_folder: Path, task: Path, tmp_path: Path):
@@ -147,7 +147,7 @@ def test_no_script_has_the_name_of_a_module():
         assert script.stem not in taken
 
 
-# Stands for Slurm: starts the tasks on this host with the variables that Slurm sets, gives back the highest exit code.
+# A fake srun: starts the tasks on this host with the variables that Slurm sets, returns the highest exit code.
 SRUN = """#!/bin/bash
 echo "$@" >> "$CALLS"
 if [ -n "${FAKE_CODE:-}" ]; then exit "$FAKE_CODE"; fi

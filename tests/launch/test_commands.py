@@ -14,7 +14,7 @@ from tests.helpers import small_runs
 
 @pytest.fixture(scope="module")
 def learnt(tiny_folder: Path, task: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that has learnt the task by heart."""
+    """A run that has memorised the task."""
     recipe = small_runs.make_recipe(
         tiny_folder,
         task,

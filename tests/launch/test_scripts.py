@@ -45,7 +45,7 @@ def finished(tiny_folder: Path, task: Path, tmp_path_factory: pytest.TempPathFac
     return folder / "runs" / "run", said, recipe
 
 
-def test_the_run_folder_holds_what_it_should(finished):
+def test_the_run_folder_holds_the_documented_files(finished):
     run, _, _ = finished
     names = {file.name for file in run.iterdir()}
     assert names == {"recipe.yaml", "metrics.jsonl", "eval.jsonl", "checkpoints", "logs", "wandb", "wandb_run_id"}
@@ -70,7 +70,7 @@ def test_the_recipe_of_the_run_is_the_resolved_one(finished):
     assert "betas" in (run / "recipe.yaml").read_text(), "defaults are written out"
 
 
-def test_only_the_first_rank_speaks(finished):
+def test_only_the_first_rank_prints(finished):
     run, said, _ = finished
     lines = said.stdout.splitlines()
     model = load_recipe(run / "recipe.yaml").model.path

@@ -8,14 +8,14 @@ from qwen3vl_train.model.hf_names import to_huggingface
 from tests.helpers import oracles
 
 KINDS = list(oracles.conversations())
-# Noise of float32 between two orders of summation is 1e-5 in logits with a spread of 1.3. The smallest mistake known, a
+# Noise of float32 between two orders of summation is 1e-5 in logits with a std of 1.3. The smallest mistake known, a
 # norm with epsilon 1e-5 for 1e-6, moves them by 1e-3 or more.
 LOGITS = 2e-4
 # The same noise is 1e-6 in a loss of 7, and that mistake 1e-4.
 LOSS = 1e-5
 # Of the norm of each gradient: the noise is 1e-5, that mistake 1e-3.
 GRADIENT = 1e-4
-# Vision features have a spread of 1 or less: the noise is 7e-6, that mistake 1e-3.
+# Vision features have a std of 1 or less: the noise is 7e-6, that mistake 1e-3.
 FEATURES = 5e-5
 
 

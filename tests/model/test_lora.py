@@ -1,4 +1,4 @@
-"""LoRA: what it goes on, that it trains, that merging changes nothing, and that stock transformers + peft agree."""
+"""LoRA: which modules it adapts, that it trains, that merging changes nothing, and that the stock model agrees."""
 
 from typing import Any
 

@@ -145,7 +145,7 @@ def test_in_bfloat16_the_loss_is_float32(small, small_collate):
 # Where vision meets text
 
 
-def test_slices_name_where_which_features_go():
+def test_slices_name_the_tokens_of_their_features():
     embeds, features = torch.zeros(8, 2), torch.arange(1.0, 9.0).view(4, 2)
     deepstack = [10 * features, 100 * features]
     slices = [[VisionSlice(offset=1, length=2, row=2)], [], [VisionSlice(0, 1, 1), VisionSlice(2, 1, 0)]]

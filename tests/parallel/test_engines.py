@@ -18,7 +18,7 @@ from tests.helpers.engine_runs import (
     FULL,
     LORA,
     TUNES,
-    Outcome,
+    EngineRun,
     Steps,
     Trainee,
     difference,
@@ -41,22 +41,22 @@ CHECKPOINTING = ("none", "full", "selective")
 
 
 @pytest.fixture(scope="module")
-def alone(small: Path, steps: Steps) -> dict[str, Outcome]:
+def alone(small: Path, steps: Steps) -> dict[str, EngineRun]:
     """What one process makes of each way to tune."""
     return {name: run_engine(0, 1, engine_recipe(small, tune), steps) for name, tune in TUNES.items()}
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_an_engine_trains_as_one_process_does(engine: str, small: Path, steps: Steps, alone: dict[str, Outcome]):
+def test_an_engine_trains_as_one_process_does(engine: str, small: Path, steps: Steps, alone: dict[str, EngineRun]):
     world_size, parallel = ENGINES[engine]
     cases = [(tune, kept) for tune in TUNES for kept in CHECKPOINTING]
     recipes = [engine_recipe(small, TUNES[tune], activation_checkpointing=kept, **parallel) for tune, kept in cases]
     of_ranks = run_ranks(run_engines, world_size, recipes, steps)
     wrong = []
     for place, (tune, kept) in enumerate(cases):
-        outcome = of_ranks[0][place]
-        assert all(of_rank[place].losses == outcome.losses for of_rank in of_ranks)
-        found = difference(outcome, alone[tune])
+        result = of_ranks[0][place]
+        assert all(of_rank[place].losses == result.losses for of_rank in of_ranks)
+        found = difference(result, alone[tune])
         print(f"{engine:6} {tune:14} {kept:10} {found}")
         # Float32 sums in another order: 2e-7 seen in losses, 7e-6 in weights. A missing pack shows at 1e-2.
         if found.largest > 1e-5:
@@ -88,7 +88,7 @@ def test_a_non_finite_step_changes_nothing(engine: str, small: Path, steps: Step
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_a_step_in_which_no_rank_has_a_pack_moves_nothing(engine: str, small: Path, steps: Steps):
+def test_a_step_in_which_no_rank_has_a_pack_changes_nothing(engine: str, small: Path, steps: Steps):
     tunes = [LORA, {"method": "full", "train": ["vision"]}]
     expected = skipped(0, 1, [engine_recipe(small, tune) for tune in tunes], steps)
     world_size, parallel = ENGINES[engine]
@@ -134,7 +134,7 @@ def test_without_the_dummy_grid_that_pack_would_not_match(small: Path, steps: St
         run_ranks(_image_on_one_rank, 2, engine_recipe(small, FULL, "fsdp2"), steps[:1], False)
 
 
-def _dtypes(rank: int, world_size: int, recipe: Recipe, steps: Steps) -> tuple[set, set, Outcome]:
+def _dtypes(rank: int, world_size: int, recipe: Recipe, steps: Steps) -> tuple[set, set, EngineRun]:
     model, _ = build_engine(recipe, Ranks(rank, world_size, rank, torch.device("cpu")))
     frozen = {parameter.dtype for parameter in model.parameters() if not parameter.requires_grad}
     trained = {parameter.dtype for parameter in model.parameters() if parameter.requires_grad}
@@ -149,19 +149,19 @@ def test_bfloat16_over_shards_trains_as_bfloat16_in_one_process(tune: str, engin
     start, expected = run_engine(0, 1, recipe, []).weights, run_engine(0, 1, recipe, steps)
     world_size, parallel = ENGINES[engine]
     sharded = engine_recipe(small, TUNES[tune], dtype="bfloat16", **parallel)
-    frozen, trained, outcome = run_ranks(_dtypes, world_size, sharded, steps)[0]
+    frozen, trained, result = run_ranks(_dtypes, world_size, sharded, steps)[0]
     assert trained == {torch.float32}
     assert frozen == (set() if tune == "full" else {torch.bfloat16})
     # One process holds its masters rounded.
-    apart = {name: outcome.weights[name].bfloat16().float() - weight for name, weight in expected.weights.items()}
+    apart = {name: result.weights[name].bfloat16().float() - weight for name, weight in expected.weights.items()}
     if tune == "frozen-vision":
-        assert outcome.losses == expected.losses
+        assert result.losses == expected.losses
         assert not any(weight.any() for weight in apart.values())
         return
     # Where a vision block feeds the next block and a DeepStack merger, autograd adds three bfloat16 gradients, and the
     # hooks of fully_shard change which two come first: 4e-4 of the loss and 1 to 4% of the way that the weights went.
-    assert outcome.losses[:2] == expected.losses[:2]
-    assert outcome.losses == pytest.approx(expected.losses, rel=2e-3)
+    assert result.losses[:2] == expected.losses[:2]
+    assert result.losses == pytest.approx(expected.losses, rel=2e-3)
     assert norm_of(apart) < 0.08 * norm_of({name: w.float() - start[name] for name, w in expected.weights.items()})
 
 
@@ -207,8 +207,8 @@ def test_an_untied_head_and_dora_over_shards(tmp_path: Path):
     tunes = [FULL, {**LORA, "dora": True}]
     expected = [run_engine(0, 1, engine_recipe(untied, tune), steps) for tune in tunes]
     recipes = [engine_recipe(untied, tune, "fsdp2") for tune in tunes]
-    for outcome, wanted in zip(run_ranks(run_engines, 2, recipes, steps)[0], expected, strict=True):
-        assert difference(outcome, wanted).largest < 1e-5
+    for result, wanted in zip(run_ranks(run_engines, 2, recipes, steps)[0], expected, strict=True):
+        assert difference(result, wanted).largest < 1e-5
 
 
 def _evaluate(rank: int, world_size: int, recipe: Recipe, steps: Steps) -> EvalLoss:

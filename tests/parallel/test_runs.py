@@ -1,4 +1,4 @@
-"""Whole runs of `train(recipe)` with sharded engines: stopped, gone on with by another engine, written for others."""
+"""Whole runs of `train(recipe)` with sharded engines: stopped, resumed by another engine, exported."""
 
 import re
 import shutil
@@ -20,7 +20,7 @@ from qwen3vl_train.train.loop import train
 from tests.helpers import launchers, small_runs
 from tests.helpers.ranks import run_ranks
 
-pytestmark = pytest.mark.usefixtures("zero_at_ease")
+pytestmark = pytest.mark.usefixtures("fast_zero_steps")
 TUNES = {"full": small_runs.FULL, "lora": small_runs.LORA}
 HSDP = {"engine": "fsdp2", "replicate": 2, "shard": 2}
 
@@ -64,7 +64,7 @@ def test_a_run_goes_from_fsdp2_to_deepspeed_to_ddp(small: Path, task: Path, tmp_
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_a_deepspeed_run_goes_on_from_disk_to_the_bit(small: Path, task: Path, tmp_path: Path, stage: int):
+def test_a_deepspeed_run_resumes_bit_for_bit(small: Path, task: Path, tmp_path: Path, stage: int):
     recipe = _recipe(small, task, tmp_path, tune=small_runs.LORA, parallel={"engine": "deepspeed", "zero_stage": stage})
     straight, resumed = run_ranks(_relay, 2, [recipe, recipe], tmp_path / "run")[0]
     assert len(resumed) == 6
@@ -74,7 +74,7 @@ def test_a_deepspeed_run_goes_on_from_disk_to_the_bit(small: Path, task: Path, t
 
 @pytest.mark.parametrize("engine", ["fsdp2", "deepspeed"])
 def test_a_recipe_of_a_sharded_engine_needs_no_launcher(small: Path, task: Path, tmp_path: Path, engine: str):
-    """The run of two ranks goes on in one plain process, by the command of the README."""
+    """The run of two ranks resumes in one plain process, by the command of the README."""
     straight = small_runs.losses(train(_recipe(small, task, tmp_path / "straight")))
     recipe = _recipe(small, task, tmp_path / "out", parallel={"engine": engine})
     run = tmp_path / "out" / "run"

@@ -96,7 +96,7 @@ def test_each_data_set_is_a_curve_of_the_tracker(tiny_folder: Path, task: Path, 
 
 
 @pytest.mark.parametrize("tune", [small_runs.FULL, small_runs.LORA], ids=["full", "lora"])
-def test_a_step_without_a_label_moves_nothing(tiny_folder: Path, task: Path, tune: dict):
+def test_a_step_without_a_label_changes_nothing(tiny_folder: Path, task: Path, tune: dict):
     pack = small_runs.packer(tiny_folder, task)
     trainee = Trainee(tiny_folder, tune=tune, optim__weight_decay=0.1)
     trainee.step([pack(ONE_IMAGE)])

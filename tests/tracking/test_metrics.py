@@ -110,7 +110,7 @@ def test_rows_are_flushed_strict_json_with_null_for_nan(tmp_path):
 
 
 @pytest.mark.parametrize("rest", ['\n{"step": 2, "lo', '\n{"step": 2', "\n{", ""])
-def test_a_half_written_line_is_taken_off(tmp_path, rest):
+def test_a_half_written_line_is_removed(tmp_path, rest):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}' + rest)  # a whole line is kept, also without its newline
     assert read_metrics(path) == [{"step": 1}]

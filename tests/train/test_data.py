@@ -135,7 +135,7 @@ def test_the_start_shows_many_rejects_of_one_kind_in_one_line(tiny_folder, task,
     assert summary[-1].startswith(f"  - {tmp_path}/s.jsonl: 9 of 20 rows rejected (invalid_json), the first is row 1: ")
 
 
-def test_the_loader_follows_the_recipe(tiny_folder, task, tmp_path):
+def test_the_loader_has_the_settings_of_the_recipe(tiny_folder, task, tmp_path):
     files = open_data(make_recipe(tiny_folder, task, tmp_path), ALONE)
     assert isinstance(files.loader.producer, IndexedWindows)
     assert "the busiest rank does 1.000 of the mean" in files.summary()[0]
@@ -164,7 +164,7 @@ def test_work_is_estimated_for_what_trains(tiny_folder, task, tmp_path):
     assert len(GROUPS) == 9  # a tenth group would need a place in `cost_model`
 
 
-def test_paths_of_the_cache_follow_the_environment(tiny_folder, task, tmp_path):
+def test_the_cache_folder_is_set_by_the_environment(tiny_folder, task, tmp_path):
     assert Path(os.environ["QWEN3VL_TRAIN_CACHE"]).is_absolute()
     open_data(make_recipe(tiny_folder, task, tmp_path), ALONE)
     kept = Path(os.environ["QWEN3VL_TRAIN_CACHE"], "index")

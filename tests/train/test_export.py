@@ -1,4 +1,4 @@
-"""What was trained is what is served: exports in stock transformers and peft answer as the run's model does."""
+"""What was trained is what is served: exports give the same results in stock transformers and peft as in the run."""
 
 import json
 import shutil
@@ -83,7 +83,7 @@ def test_a_full_run_becomes_a_checkpoint(run, tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["lora", "lora-bf16", "dora"])
-def test_an_adapter_goes_on_the_stock_model(run, tiny_folder, tmp_path, name):
+def test_an_adapter_loads_on_the_stock_model(run, tiny_folder, tmp_path, name):
     from peft import PeftModel
 
     done = export_run(run(name), tmp_path / "out", merge=False)
@@ -129,7 +129,7 @@ def test_a_merged_adapter_is_a_plain_checkpoint(run, tmp_path, name):
 
 
 @pytest.mark.parametrize(("name", "merge"), [("lora", False), ("lora", True), ("full", False)])
-def test_companions_and_the_pixel_limits_of_training_go_along(run, tiny_folder, tmp_path, name, merge):
+def test_companions_and_pixel_limits_are_exported_too(run, tiny_folder, tmp_path, name, merge):
     out = export_run(run(name), tmp_path / "out", merge=merge).out
     companions = [file for file in COMPANION_FILES if (tiny_folder / file).is_file()]
     assert len(companions) == 6

@@ -84,7 +84,7 @@ def test_killed_at_a_stage_of_the_save(small: Path, task: Path, tmp_path: Path, 
     assert [left.name for left in (folder / "checkpoints").iterdir()] == ["step-00000006"]
 
 
-def test_a_worker_that_dies_ends_the_run_which_can_go_on(small: Path, task: Path, tmp_path: Path, straight: Path):
+def test_a_worker_that_dies_ends_the_run_which_can_resume(small: Path, task: Path, tmp_path: Path, straight: Path):
     recipe = _recipe(small, task, tmp_path, data__num_workers=1)
 
     def work() -> None:
@@ -147,7 +147,7 @@ def _ranks_recipe(small: Path, many: Path, out: Path, engine: str = "single", **
 
 
 @pytest.mark.parametrize(("victims", "engine"), [("1", "fsdp2"), ("0", "ddp"), ("0,1", "fsdp2")])
-def test_torchrun_brings_killed_ranks_back(
+def test_torchrun_restarts_killed_ranks(
     small: Path, many: Path, tmp_path: Path, straight_on_two: dict[str, list[float]], victims: str, engine: str
 ):
     recipe = _ranks_recipe(small, many, tmp_path, engine)
@@ -180,7 +180,7 @@ SHARDED = {"fsdp2": (2, {"engine": "fsdp2"}), "hsdp": (4, {"engine": "fsdp2", "r
 
 
 def _dies_in_a_sharded_save(rank: int, world_size: int, recipe: Recipe, victim: int) -> None:
-    """The victim has written its pieces of step 4 and tells nobody."""
+    """The victim has written its shards of step 4 and dies before it reports them."""
     if rank == victim:
 
         def die(folder: Path, pieces: list[Path]) -> None:

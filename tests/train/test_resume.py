@@ -60,7 +60,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(tiny_folder: Path
 
 
 @pytest.mark.parametrize("tune", [small_runs.FULL, small_runs.LORA], ids=["full", "lora"])
-def test_a_run_of_one_rank_goes_on_with_two(tiny_folder: Path, task: Path, tmp_path: Path, tune: dict):
+def test_a_run_of_one_rank_resumes_with_two(tiny_folder: Path, task: Path, tmp_path: Path, tune: dict):
     straight = train(small_runs.make_recipe(tiny_folder, task, tmp_path / "straight", tune=tune))
     recipe = small_runs.make_recipe(tiny_folder, task, tmp_path / "killed", tune=tune)
     assert _killed_after(3, recipe) == -9
@@ -103,7 +103,7 @@ def test_settings_that_do_not_change_training_may_change(tiny_folder, task, copi
     assert kept == ["step-00000006"]  # of those at 4, 5 and 6, as keep_last now says
 
 
-def test_resume_never_meets_a_started_run(tiny_folder, task, copied):
+def test_resume_never_refuses_a_started_run(tiny_folder, task, copied):
     recipe = small_runs.make_recipe(tiny_folder, task, copied, checkpoint__resume="never")
     assert message_of(ValueError, train, recipe) == (
         f"{copied / 'run'}: holds this run already; choose another name, or set checkpoint.resume: auto to continue"
@@ -115,7 +115,7 @@ def test_resume_never_starts_where_nothing_is(tiny_folder, task, tmp_path):
     assert len(losses(train(recipe))) == 1
 
 
-def test_a_folder_of_something_else_is_not_touched(tiny_folder, task, tmp_path):
+def test_a_folder_of_something_else_is_not_changed(tiny_folder, task, tmp_path):
     recipe = small_runs.make_recipe(tiny_folder, task, tmp_path)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.tex").write_text("dear")

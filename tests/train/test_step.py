@@ -33,7 +33,7 @@ def test_the_loss_is_the_mean_over_the_labels_of_all_packs(tiny_folder, pack):
         counts.append(int(rows.sum()))
     done = trainee.step(packs)
     assert done.loss == pytest.approx(sum(sums) / sum(counts), abs=1e-5)
-    # The mean of the packs' means is another number: the test could not tell them apart if the packs were equal.
+    # The mean of the packs' means is another number: the test could not distinguish them if the packs were equal.
     assert abs((sums[0] / counts[0] + sums[1] / counts[1]) / 2 - done.loss) > 0.01
     assert (done.label_tokens, done.tokens) == (sum(counts), sum(batch.num_tokens for batch in packs))
     assert (done.visual_tokens, done.patches) == (4 + 4 + 12, 16 + 16 + 48)
@@ -66,7 +66,7 @@ def test_clipping_scales_all_gradients_to_the_given_norm(tiny_folder, pack):
 @pytest.mark.parametrize(
     "train", [["merger"], ["deepstack"], ["vision"], ["text_attn"], ["text_mlp"], ["text_embed", "lm_head"]]
 )
-def test_only_the_named_groups_move(tiny_folder, pack, train):
+def test_only_the_named_groups_change(tiny_folder, pack, train):
     trainee = Trainee(tiny_folder, tune={"method": "full", "train": train})
     before = trainee.weights()
     trainee.step([pack(ONE_IMAGE)])
@@ -75,7 +75,7 @@ def test_only_the_named_groups_move(tiny_folder, pack, train):
     assert moved == {name for name in before if group_of(name) in groups}
 
 
-def test_lora_moves_adapters_alone(tiny_folder, pack):
+def test_lora_changes_adapters_alone(tiny_folder, pack):
     trainee = Trainee(tiny_folder, tune=small_runs.LORA)
     before = trainee.weights()
     for step in range(2):  # A moves from the second step on: its gradient passes through B, which starts at zero
@@ -101,7 +101,7 @@ def test_weights_that_no_pack_uses_get_a_zero_gradient(tiny_folder, pack):
     assert not any(name.startswith("visual.") for name in trainee.optimizer.params_with_grad)
 
 
-def test_dropout_depends_on_seed_step_and_place_alone(tiny_folder, pack):
+def test_dropout_depends_on_seed_step_and_pack_number_alone(tiny_folder, pack):
     def loss(packs: list[PackedBatch], numbers: list[int], **options) -> float:
         # The first step makes B other than zero, so that dropout shows in the second.
         trainee = Trainee(tiny_folder, tune=small_runs.LORA)
@@ -123,7 +123,7 @@ def _poison(trainee: Trainee) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_non_finite_loss_stops_before_any_weight_moves(tiny_folder, pack, dtype):
+def test_a_non_finite_loss_stops_before_any_weight_changes(tiny_folder, pack, dtype):
     trainee = Trainee(tiny_folder, dtype=dtype)
     _poison(trainee)
     before = trainee.weights()

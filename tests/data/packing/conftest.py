@@ -14,6 +14,6 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def copy(folder, tmp_path):
-    """Another machine's copy of the folder, to be spoilt."""
+    """Another machine's copy of the folder, to be damaged."""
     shutil.copytree(folder, tmp_path / "rows")
     return tmp_path / "rows"

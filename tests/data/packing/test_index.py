@@ -175,7 +175,7 @@ def test_a_sample_as_long_as_a_pack_fits(tmp_path, collate):
     assert build_index([source], collate, LengthRule(tokens - 1)).num_usable == 0
 
 
-def test_the_digest_follows_the_costs(tmp_path, collate, tiny_folder):
+def test_the_digest_changes_with_the_costs(tmp_path, collate, tiny_folder):
     Image.new("RGB", (512, 512)).save(tmp_path / "a.png")
     source = write(tmp_path, "a.jsonl", [row(image="a.png")])
     small = MultimodalCollator.from_pretrained(tiny_folder, max_visual_tokens_per_image=16)
@@ -185,7 +185,7 @@ def test_the_digest_follows_the_costs(tmp_path, collate, tiny_folder):
 
 @pytest.fixture
 def counted(tmp_path, collate):
-    """A source of six rows, an index kept in a folder, and a function: build -> (index, rows that were looked at)."""
+    """A source of six rows, an index kept in a folder, and a function: build -> (index, rows that were scanned)."""
     for name in "abc":
         Image.new("RGB", (96, 64)).save(tmp_path / f"{name}.png")
     rows = [row("one"), row(image="a.png"), "{", row(image="b.png"), row(image="gone.png"), row(image="c.png")]
@@ -193,9 +193,9 @@ def counted(tmp_path, collate):
     def build(changed_rows=None, collate=collate, rule=NO_LIMIT, root=tmp_path, **options):
         write(tmp_path, "a.jsonl", changed_rows or rows)
         source = JsonlSource(tmp_path / "a.jsonl", root, **options)
-        looked_at = [0]
-        cache, note = tmp_path / "cache", lambda done, total: looked_at.append(done)
-        return build_index([source], collate, rule, cache_folder=cache, progress=note), max(looked_at)
+        scanned = [0]
+        cache, note = tmp_path / "cache", lambda done, total: scanned.append(done)
+        return build_index([source], collate, rule, cache_folder=cache, progress=note), max(scanned)
 
     return build
 
@@ -206,9 +206,9 @@ def same(one, other):
 
 
 def test_an_index_is_used_again_as_long_as_nothing_changed(counted, tmp_path, tiny_folder):
-    first, looked_at = counted()
-    again, looked_at_again = counted()
-    assert (looked_at, looked_at_again) == (6, 0)
+    first, scanned = counted()
+    again, scanned_again = counted()
+    assert (scanned, scanned_again) == (6, 0)
     assert same(first, again)
     changes = (
         {"collate": MultimodalCollator.from_pretrained(tiny_folder, max_visual_tokens_per_image=16)},
@@ -222,28 +222,28 @@ def test_an_index_is_used_again_as_long_as_nothing_changed(counted, tmp_path, ti
     assert len(list((tmp_path / "cache").iterdir())) == 1 + len(changes)
 
 
-def test_only_rows_whose_media_changed_are_looked_at_again(counted, tmp_path):
+def test_only_rows_whose_media_changed_are_scanned_again(counted, tmp_path):
     first, _ = counted()
     Image.new("RGB", (192, 64)).save(tmp_path / "b.png")
     (tmp_path / "c.png").unlink()
-    second, looked_at = counted()
-    assert looked_at == 2
+    second, scanned = counted()
+    assert scanned == 2
     assert second.tokens[3] > first.tokens[3]
     assert second.tokens[5] == 0
     assert [reject.row for reject in second.rejects] == [3, 5, 6]
     for name in ("gone.png", "c.png"):
         Image.new("RGB", (96, 64)).save(tmp_path / name)
-    third, looked_at = counted()
-    assert looked_at == 2
+    third, scanned = counted()
+    assert scanned == 2
     assert [reject.row for reject in third.rejects] == [3]
     shutil.rmtree(tmp_path / "cache")
-    fresh, looked_at = counted()
-    assert looked_at == 6
+    fresh, scanned = counted()
+    assert scanned == 6
     assert same(third, fresh)
     assert counted()[1] == 0
 
 
-def test_rows_of_unfetched_media_are_looked_at_again(counted, tmp_path, bucket):
+def test_rows_of_unfetched_media_are_scanned_again(counted, tmp_path, bucket):
     faults.set_download_limits(pauses=())
     picture = (tmp_path / "a.png").read_bytes()
     asks = {"question": "<image>?", "answer": "<box>", "bbox": "unit"}
@@ -254,20 +254,20 @@ def test_rows_of_unfetched_media_are_looked_at_again(counted, tmp_path, bucket):
                              {**boxed, "bbox": "pixel", "image": "page.png"}, {**boxed, "image": "a.png"}))  # fmt: skip
     bucket.pipe({"/bucket/a.png": picture, "/bucket/page.png": b"<html>Please sign in</html>"})
     remote = {"changed_rows": [*rows, "{"], "root": "memory://bucket"}
-    first, looked_at = counted(**remote)
+    first, scanned = counted(**remote)
     assert first.tokens.astype(bool).tolist() == [True, True] + [False] * 7
-    again, looked_at_again = counted(**remote)
-    assert (looked_at, looked_at_again) == (9, 5)
+    again, scanned_again = counted(**remote)
+    assert (scanned, scanned_again) == (9, 5)
     assert same(first, again)
     bucket.pipe({"/bucket/late.png": picture, "/bucket/page.png": picture})
-    third, looked_at = counted(**remote)
-    assert looked_at == 5
+    third, scanned = counted(**remote)
+    assert scanned == 5
     assert third.tokens.astype(bool).tolist() == [True] * 7 + [False] * 2
     assert counted(**remote)[1] == 0
 
 
 @pytest.mark.parametrize(("module", "call"), [(Image, "open"), (os, "stat")], ids=["open", "stat"])
-def test_rows_whose_disk_failed_are_looked_at_again(counted, tmp_path, monkeypatch, module, call):
+def test_rows_whose_disk_failed_are_scanned_again(counted, tmp_path, monkeypatch, module, call):
     whole, asked = getattr(module, call), []
 
     def fail(file, *arguments, **options):
@@ -282,8 +282,8 @@ def test_rows_whose_disk_failed_are_looked_at_again(counted, tmp_path, monkeypat
     assert [reject.reason for reject in first.rejects if reject.row == 4] == [
         "messages[0].content[1]: image b.png: cannot be read (Input/output error); check disk and permissions"
     ]
-    again, looked_at = counted()
-    assert looked_at == 1
+    again, scanned = counted()
+    assert scanned == 1
     assert [reject.row for reject in again.rejects] == [3, 5]
     assert counted()[1] == 0
 
@@ -295,12 +295,12 @@ def test_a_fault_of_a_box_goes_with_its_image(counted, tmp_path):
     assert counted(rows)[1] == 0
     for name in ("a", "gone"):
         Image.new("RGB", (192, 64)).save(tmp_path / f"{name}.png")
-    mended, looked_at = counted(rows)
-    assert looked_at == 2
-    assert [reject.row for reject in mended.rejects] == [3]
+    fixed, scanned = counted(rows)
+    assert scanned == 2
+    assert [reject.row for reject in fixed.rejects] == [3]
 
 
-def test_rows_of_a_file_touched_meanwhile_are_looked_at_again(tmp_path, collate):
+def test_rows_of_a_file_changed_meanwhile_are_scanned_again(tmp_path, collate):
     source = write(tmp_path, "a.jsonl", [row(), "{"])
     os.utime(tmp_path / "a.jsonl", ns=(1, 1))
     index = build_index([source], collate, NO_LIMIT, cache_folder=tmp_path / "cache")
@@ -323,7 +323,7 @@ def test_damage_in_the_directory_of_a_cache_file_raises_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "flipped", "other"])
-def test_a_damaged_cache_is_made_anew(counted, tmp_path, damage):
+def test_a_damaged_cache_is_rebuilt(counted, tmp_path, damage):
     first, _ = counted()
     (file,) = (tmp_path / "cache").iterdir()
     whole = file.read_bytes()
@@ -335,8 +335,8 @@ def test_a_damaged_cache_is_made_anew(counted, tmp_path, damage):
             file.write_bytes(whole)
         return
     file.write_bytes({"cut": whole[: len(whole) // 2], "empty": b"", "other": b"no archive at all"}[damage])
-    again, looked_at = counted()
-    assert looked_at == 6
+    again, scanned = counted()
+    assert scanned == 6
     assert same(first, again)
     assert counted()[1] == 0
 

@@ -33,7 +33,7 @@ def index(folder, collate):
 
 @pytest.fixture(scope="module")
 def make(folder, collate, index):
-    """A function: kind of producer, and options of `make_loader` -> a loader of the unspoilt rows."""
+    """A function: kind of producer, and options of `make_loader` -> a loader of the undamaged rows."""
     return lambda kind, *weights, **changes: make_loader(kind, folder, collate, *weights, index=index, **changes)
 
 
@@ -197,7 +197,7 @@ def test_shrunk_and_dropped_media_are_counted(folder, kind, tiny_folder):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_media_that_break_or_change_are_rejected(copy, collate, kind, workers):
     data = (copy / "2.png").read_bytes()
-    (copy / "2.png").write_bytes(data[: len(data) // 2])  # its header is sound
+    (copy / "2.png").write_bytes(data[: len(data) // 2])  # its header is valid
     steps = iter(make_loader(kind, copy, collate, num_epochs=1, num_workers=workers, window=200))
     done = list(islice(steps, 1 if kind == "streamed" else 0))  # by now all rows are scanned
     os.utime(copy / "9.png", ns=(7, 7))
@@ -231,7 +231,7 @@ def test_changed_file_of_rows_gives_no_more_rows(copy, collate):
     assert reasons
 
 
-def test_pack_of_broken_rows_is_left_out(copy, collate):
+def test_pack_of_broken_rows_is_skipped(copy, collate):
     write_rows(copy / "two.jsonl", [row("a", "x", ["3.png"]), row("a", "x", ["4.png"])])
     shutil.copy(copy / "3.png", copy / "4.png")
     source = JsonlSource(copy / "two.jsonl", copy)
@@ -250,7 +250,7 @@ def test_pack_of_broken_rows_is_left_out(copy, collate):
 
 
 def lose_a_worker(train, sender):
-    """In a process of its own: torch raises out of a signal handler, which may strike again while pytest goes on."""
+    """In a process of its own: torch raises out of a signal handler, which may raise again later, within pytest."""
     try:
         for step in train:
             if step.state["steps_done"] == 1:

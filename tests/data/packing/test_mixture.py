@@ -65,7 +65,7 @@ def test_known_lengths_are_mixed_evenly_unknown_ones_by_weight(readers):
 
 
 @pytest.mark.parametrize("place", [0, 1, 17, 100, -2])
-def test_a_mixture_is_entered_again_behind_any_row(readers, place):
+def test_a_mixture_resumes_after_any_row(readers, place):
     stream, shuffled = readers
     parts = [Part(stream("a", 40), 1.5), Part(shuffled("b", 30), 2.5), Part(stream("c", 40), 0.5)]
     mixture = Mixture(parts, seed=1)
@@ -75,7 +75,7 @@ def test_a_mixture_is_entered_again_behind_any_row(readers, place):
     assert [row for _, row in Mixture(parts, seed=1).rows(cursor)] == [row for _, row in whole[place + 1 :]]
 
 
-def test_faults_of_rows_come_in_their_place(tmp_path):
+def test_faults_of_rows_keep_their_position(tmp_path):
     file = tmp_path / "a.jsonl"
     good = '{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "x"}]}'
     file.write_text(f"{good}\n{{\n{good}\n")

@@ -17,8 +17,8 @@ def packs(collate):
     """One pack with pictures and weights, one of text alone."""
     image = oracles.sample_images()["wide"]
     asked = {"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": "What?"}]}
-    told = {"role": "assistant", "content": "That.", "loss_weight": 0.5}
-    seen = {"messages": [asked, told]}
+    answer = {"role": "assistant", "content": "That.", "loss_weight": 0.5}
+    seen = {"messages": [asked, answer]}
     read = {"messages": [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]}
     return [collate([seen, read, seen]), collate([read])]
 
@@ -38,13 +38,13 @@ def assert_same(one, other):
 def test_a_pack_from_a_worker_holds_one_block_of_shared_memory(packs):
     """And so one file descriptor: torch opens one for each storage that comes from another process."""
     results = in_workers(SharedMemoryPack.from_pack, packs * 3, 2)
-    for number, shipment in enumerate(results):
-        pack = shipment.unpack()
+    for number, shared in enumerate(results):
+        pack = shared.unpack()
         assert_same(pack, packs[number % len(packs)])
         storages: set[int] = set()
         pack._apply(lambda tensor, seen=storages: seen.add(tensor.untyped_storage().data_ptr()) or tensor)
-        assert storages == {shipment.block.untyped_storage().data_ptr()}
-        assert shipment.block.is_shared()
+        assert storages == {shared.block.untyped_storage().data_ptr()}
+        assert shared.block.is_shared()
 
 
 def refuse(number):

@@ -85,8 +85,8 @@ def test_unusable_rows_are_reported_once_by_rank_0(faulty, collate):
 @pytest.mark.parametrize("what", ["picture", "row"])
 def test_row_that_one_rank_cannot_read_changes_no_plan(folder, copy, collate, workers, what):
     lines = (copy / "s.jsonl").read_text().splitlines()
-    spoilt = range(0, NUM_ROWS["s.jsonl"], 3)
-    for number in spoilt:
+    damaged = range(0, NUM_ROWS["s.jsonl"], 3)
+    for number in damaged:
         if what == "picture":
             (copy / f"{number}.png").unlink()
         else:
@@ -96,7 +96,7 @@ def test_row_that_one_rank_cannot_read_changes_no_plan(folder, copy, collate, wo
     assert plan_of(ranks[0]) == plan_of(ranks[1]) == plan_of(stream_loader(folder, collate))
     rejected = [reject for step in ranks[1] for reject in step.rejected]
     assert rejected
-    assert {reject.row for reject in rejected} <= {number + 1 for number in spoilt}
+    assert {reject.row for reject in rejected} <= {number + 1 for number in damaged}
     reason = {"picture": "no such file", "row": "not JSON"}[what]
     assert all(reason in reject.reason for reject in rejected)
     assert not any(step.rejected for step in ranks[0])

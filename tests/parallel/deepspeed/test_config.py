@@ -48,7 +48,7 @@ def test_recipe_alone(tmp_path: Path):
     }
 
 
-def test_file_that_agrees_is_used_whole(tmp_path: Path):
+def test_file_that_agrees_is_used_unchanged(tmp_path: Path):
     content = {
         "train_batch_size": 8,
         "train_micro_batch_size_per_gpu": "auto",
@@ -166,7 +166,7 @@ def test_deepspeed_itself_refuses_unknown_keys_of_zero():
     assert 'extra="forbid"' in (runtime / "config_utils.py").read_text()
 
 
-def test_optimizer_is_offloaded_whole_or_not_at_all(tmp_path: Path):
+def test_optimizer_is_offloaded_completely_or_not_at_all(tmp_path: Path):
     content = {"zero_optimization": {"offload_optimizer": {"device": "cpu", "ratio": 0.3}}}
     assert _errors(tmp_path, content, offload_optimizer=True) == [
         "zero_optimization.offload_optimizer.ratio: 0.3, but the recipe says 1.0 (parallel.offload_optimizer is all or "

@@ -23,7 +23,7 @@ from tests.helpers.engine_runs import (
     FULL,
     LORA,
     TUNES,
-    Outcome,
+    EngineRun,
     Steps,
     Trainee,
     difference,
@@ -37,7 +37,7 @@ from tests.helpers.engine_runs import (
 from tests.helpers.messages import message_of
 from tests.helpers.ranks import run_ranks
 
-pytestmark = pytest.mark.usefixtures("zero_at_ease")
+pytestmark = pytest.mark.usefixtures("fast_zero_steps")
 STAGES = (1, 2, 3)
 # Before it lets a parameter go, stage 3 looks this far ahead for its next use. With DeepSpeed's 1e9 that is, for every
 # module, all that is left of a tiny model: a quarter of the time of these tests.
@@ -68,7 +68,7 @@ def _recipe(checkpoint: Path, tune: dict, engine: str = "single", *, parts: bool
     return engine_recipe(checkpoint, tune, engine, optim={"eps": 1e-4}, **fields)
 
 
-def _disturbed(recipe: Recipe, steps: Steps, noise: float) -> Outcome:
+def _disturbed(recipe: Recipe, steps: Steps, noise: float) -> EngineRun:
     """One process; before each step, noise times the largest gradient of a tensor is added to all of that tensor."""
     trainee = Trainee(0, 1, recipe)
     generator = torch.Generator().manual_seed(0)
@@ -85,7 +85,7 @@ def _disturbed(recipe: Recipe, steps: Steps, noise: float) -> Outcome:
     optimizer.gradient_norms = gradient_norms
     done = [trainee.step(step, packs) for step, packs in enumerate(steps)]
     weights = {name: parameter.detach().clone() for name, parameter in trainee.model.named_parameters()}
-    return Outcome([d.loss for d in done], [d.grad_norms for d in done], weights)
+    return EngineRun([d.loss for d in done], [d.grad_norms for d in done], weights)
 
 
 def test_small_eps_in_adam_amplifies_rounding(small: Path, steps: Steps):
@@ -100,10 +100,10 @@ def test_small_eps_in_adam_amplifies_rounding(small: Path, steps: Steps):
     assert found[1e-4].weight < 5e-6  # 3.7e-6 seen
 
 
-def _on_ranks(recipes: list[Recipe], steps: Steps, world_size: int = 2) -> list[Outcome]:
+def _on_ranks(recipes: list[Recipe], steps: Steps, world_size: int = 2) -> list[EngineRun]:
     of_ranks = run_ranks(run_engines, world_size, recipes, steps)
-    for outcomes in zip(*of_ranks, strict=True):
-        assert all(outcome.losses == outcomes[0].losses for outcome in outcomes)
+    for results in zip(*of_ranks, strict=True):
+        assert all(result.losses == results[0].losses for result in results)
     return of_ranks[0]
 
 
@@ -116,8 +116,8 @@ def test_a_stage_trains_as_one_process_does(stage: int, small: Path, steps: Step
         for tune, kept in cases
     ]
     wrong = []
-    for (tune, kept), outcome in zip(cases, _on_ranks(recipes, steps), strict=True):
-        found = difference(outcome, alone[tune])
+    for (tune, kept), result in zip(cases, _on_ranks(recipes, steps), strict=True):
+        found = difference(result, alone[tune])
         print(f"zero {stage} {tune:14} {kept:5} {found}")
         # Float32 sums in another order: 2e-7 seen in losses, 4e-6 in weights. A missing pack shows at 1e-2.
         if found.largest > 1e-5:
@@ -131,8 +131,8 @@ def test_four_ranks_an_untied_head_and_dora(tmp_path: Path):
     cases = [(FULL, 2), ({**LORA, "dora": True}, 3)]
     expected = [run_engine(0, 1, _recipe(untied, tune), steps) for tune, _ in cases]
     recipes = [_recipe(untied, tune, "deepspeed", zero_stage=stage, parts=True) for tune, stage in cases]
-    for (_, stage), outcome, alone in zip(cases, _on_ranks(recipes, steps, world_size=4), expected, strict=True):
-        assert difference(outcome, alone).largest < 1e-5, stage
+    for (_, stage), result, alone in zip(cases, _on_ranks(recipes, steps, world_size=4), expected, strict=True):
+        assert difference(result, alone).largest < 1e-5, stage
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -142,24 +142,24 @@ def test_bfloat16_trains_as_in_one_process(stage: int, small: Path, steps: Steps
         _recipe(small, TUNES[tune], "deepspeed", zero_stage=stage, dtype="bfloat16", offload_optimizer=offload)
         for tune, offload in cases
     ]
-    for (tune, offload), outcome in zip(cases, _on_ranks(recipes, steps), strict=True):
+    for (tune, offload), result in zip(cases, _on_ranks(recipes, steps), strict=True):
         alone = _recipe(small, TUNES[tune], dtype="bfloat16")
         start, expected = run_engine(0, 1, alone, []).weights, run_engine(0, 1, alone, steps)
-        apart = {name: outcome.weights[name].float() - weight.float() for name, weight in expected.weights.items()}
+        apart = {name: result.weights[name].float() - weight.float() for name, weight in expected.weights.items()}
         if stage < 3 or tune == "frozen-vision":
             # Gradients are summed and applied in float32 on both sides; the rounded weights come out the same.
-            assert outcome.losses == expected.losses, (tune, offload)
+            assert result.losses == expected.losses, (tune, offload)
             assert norm_of(apart) == 0.0
             continue
         # Where a vision block feeds the next block and a DeepStack merger, autograd adds three bfloat16 gradients, and
         # the hooks of stage 3 change which two come first. The forward pass is the same to the bit.
         moved = {name: weight.float() - start[name].float() for name, weight in expected.weights.items()}
-        assert outcome.losses[0] == expected.losses[0]
-        assert outcome.losses == pytest.approx(expected.losses, rel=2e-3)
+        assert result.losses[0] == expected.losses[0]
+        assert result.losses == pytest.approx(expected.losses, rel=2e-3)
         assert norm_of(apart) < 0.08 * norm_of(moved)
 
 
-def test_offloaded_state_trains_alike(small: Path, steps: Steps):
+def test_offloaded_state_trains_as_on_the_device(small: Path, steps: Steps):
     expected = {tune: run_engine(0, 1, _recipe(small, TUNES[tune]), steps) for tune in ("full", "lora")}
     everything = {"zero_stage": 3, "offload_optimizer": True, "offload_parameters": True, "parts": True}
     cases = [
@@ -170,8 +170,8 @@ def test_offloaded_state_trains_alike(small: Path, steps: Steps):
         ("lora", everything),
     ]
     recipes = [_recipe(small, TUNES[tune], "deepspeed", **fields) for tune, fields in cases]
-    for (tune, fields), outcome in zip(cases, _on_ranks(recipes, steps), strict=True):
-        assert difference(outcome, expected[tune]).largest < 1e-5, (tune, fields)
+    for (tune, fields), result in zip(cases, _on_ranks(recipes, steps), strict=True):
+        assert difference(result, expected[tune]).largest < 1e-5, (tune, fields)
 
 
 def _hand_over(rank: int, world_size: int, recipes: list[Recipe], steps: Steps, state: dict[str, Tensor], done: int):
@@ -222,7 +222,7 @@ def _bfloat16_state(rank: int, world_size: int, recipes: list[Recipe], steps: St
         small_runs.assert_same_tensors(second.state(), first.state())
 
 
-def test_a_bfloat16_run_goes_on_to_the_bit(small: Path, steps: Steps):
+def test_a_bfloat16_run_resumes_bit_for_bit(small: Path, steps: Steps):
     fields = [{"zero_stage": stage} for stage in STAGES] + [{"zero_stage": 2, "offload_optimizer": True}]
     recipes = [_recipe(small, FULL, "deepspeed", dtype="bfloat16", **of_case) for of_case in fields]
     run_ranks(_bfloat16_state, 2, recipes, steps)
@@ -241,7 +241,7 @@ def test_a_non_finite_step_changes_nothing(small: Path, steps: Steps):
             assert more == pytest.approx(losses, rel=1e-5 if recipe.model.dtype == "float32" else 2e-2)
 
 
-def test_a_step_in_which_no_rank_has_a_pack_moves_nothing(small: Path, steps: Steps):
+def test_a_step_in_which_no_rank_has_a_pack_changes_nothing(small: Path, steps: Steps):
     (expected,) = skipped(0, 1, [_recipe(small, FULL)], steps)
     fields = [{"zero_stage": stage} for stage in STAGES] + [{"zero_stage": 1, "dtype": "bfloat16"}]
     recipes = [_recipe(small, FULL, "deepspeed", **of_case) for of_case in fields]
@@ -313,8 +313,8 @@ def test_one_process_needs_no_launcher(small: Path, steps: Steps):
     def train() -> None:
         assert not dist.is_initialized()
         for stage in STAGES:
-            outcome = run_engine(0, 1, _recipe(small, LORA, "deepspeed", zero_stage=stage), steps[:2])
-            assert difference(outcome, expected).largest < 1e-5
+            result = run_engine(0, 1, _recipe(small, LORA, "deepspeed", zero_stage=stage), steps[:2])
+            assert difference(result, expected).largest < 1e-5
 
     assert small_runs.in_child(train) == 0
 
