@@ -82,6 +82,12 @@ class Dumper(yaml.SafeDumper):
         return True
 
 
+def _write_text(dumper: Dumper, text: str) -> ScalarNode:
+    # In single quotes PyYAML folds these line breaks into spaces; in double quotes it escapes them.
+    style = '"' if {"\x85", "\u2028", "\u2029"} & set(text) else None
+    return dumper.represent_scalar(_PLAIN + "str", text, style)
+
+
 def _int(loader: Loader, node: ScalarNode) -> int:
     text = loader.construct_scalar(node)
     return int(text, {"0o": 8, "0x": 16}.get(text[:2], 10))
@@ -102,6 +108,7 @@ for _name, (_pattern, _starts) in _SCALARS.items():
 Loader.add_constructor(_PLAIN + "int", _int)
 Loader.add_constructor(_PLAIN + "float", _float)
 Loader.add_constructor(_PLAIN + "str", _text)
+Dumper.add_representer(str, _write_text)
 
 
 def read_yaml(text: str) -> tuple[Any, list[tuple[str, str]]]:

@@ -1,7 +1,7 @@
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from qwen3vl_train.config import (
@@ -127,6 +127,8 @@ def test_scalars_are_read_as_yaml_1_2(text, value):
     assert type(read["key"]) is type(value)
 
 
+@example("a\x85b")
+@example("\u2028")
 @given(
     st.one_of(
         st.text(),

@@ -232,4 +232,4 @@ def test_the_loss_of_the_rendezvous_machine_ends_the_run(tmp_path: Path, slow_ru
     finally:
         for agent in agents:
             launchers.end(agent)
-    assert (tmp_path / "run" / "checkpoints" / "step-00000004").is_dir(), "the next start goes on from here"
+    assert (tmp_path / "run" / "checkpoints" / "step-00000004").is_dir(), "the next start resumes from here"

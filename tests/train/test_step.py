@@ -155,7 +155,7 @@ def test_many_samples_are_counted_not_listed(tiny_folder, pack):
     trainee = Trainee(tiny_folder)
     _poison(trainee)
     batch = replace(pack(ONE_IMAGE), sample_ids=tuple(f"row{number}" for number in range(25)))
-    with pytest.raises(NonFiniteError, match=r"row19 and 5 more\. Look"):
+    with pytest.raises(NonFiniteError, match=r"row19 and 5 more\. Check"):
         trainee.step([batch])
 
 
