@@ -8,7 +8,7 @@ import re
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
-from pydantic.functional_validators import AfterValidator
+from pydantic.functional_validators import AfterValidator, BeforeValidator
 
 from qwen3vl_train.modules import (
     GROUPS,
@@ -116,7 +116,36 @@ class FullTune(Section):
 
 
 Tune = Annotated[LoraTune | FullTune, Field(discriminator="method")]
-Column = Literal["question", "answer", "system", "reasoning", "image", "video", "boxes", "points"]
+Column = Literal[
+    "question", "answer", "system", "reasoning", "image", "video", "boxes", "points", "sample_fps", "start", "end"
+]  # fmt: skip
+
+
+class FixedText(Section):
+    """Give every row the same text where it has no column of its own."""
+
+    text: Text
+
+
+def _check_column(value: Any) -> Any:
+    named = isinstance(value, str) or (isinstance(value, list) and value and all(isinstance(v, str) for v in value))
+    fixed = isinstance(value, dict) and value.keys() == {"text"} and isinstance(value["text"], str)
+    if not (named or fixed or isinstance(value, FixedText)) or value == "":
+        raise ValueError(f"got {value!r}; name a column, or several in a list, or write {{text: ...}} for a fixed text")
+    return value
+
+
+def _check_columns(columns: dict[str, Any]) -> dict[str, Any]:
+    for name, given in columns.items():
+        if isinstance(given, FixedText) and name not in ("question", "answer", "system"):
+            raise ValueError(f"{name} has no fixed text; only question, answer and system have")
+        if isinstance(given, list) and name not in ("image", "video"):
+            raise ValueError(f"{name} is one column; only image and video may be several")
+    return columns
+
+
+ColumnSource = Annotated[str | list[str] | FixedText, BeforeValidator(_check_column)]
+Columns = Annotated[dict[Column, ColumnSource], AfterValidator(_check_columns)]
 
 
 class RowsSection(Section):
@@ -125,7 +154,8 @@ class RowsSection(Section):
     path: a file, a pattern, a folder or an fsspec URL of them (JSON, JSONL, Parquet, tar).
     media_root: folder or URL that media paths are relative to; null: the folder of the file.
     name: the name of its loss curve.
-    columns: our name -> the name of the rows' column.
+    columns: our name -> the name of the rows' column; of several in order, for images and clips; or a text for all
+        rows, as in question: {text: "Describe it."}.
     split, subset: read the path with Hugging Face `datasets` instead, as a folder or a name on the hub.
     bbox, bbox_layout: how the rows' boxes are given.
     """
@@ -133,8 +163,8 @@ class RowsSection(Section):
     path: Text
     media_root: Text | None = None
     name: Annotated[str, AfterValidator(_check_name)] | None = None
-    format: Literal["auto", "openai", "sharegpt", "columns"] = "auto"
-    columns: dict[Column, Text] = {}
+    format: Literal["auto", "openai", "sharegpt", "texts", "prompt", "columns"] = "auto"
+    columns: Columns = {}
     split: Text | None = None
     subset: Text | None = None
     train_on: Literal["all", "last"] = "all"

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from qwen3vl_train.data.rows.messages import parse_sample
+from qwen3vl_train.data.rows.parse import parse_sample
 from qwen3vl_train.inspect.boxes import BoxEvidence
 from qwen3vl_train.inspect.rows import read_row
 from tests.helpers.small_runs import picture, row

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 from qwen3vl_train.data.encode.tokenizer import IMAGE_PAD, TURN_END, TURN_START, VIDEO_PAD, VISION_END, VISION_START
 from qwen3vl_train.data.errors import RowFault
-from qwen3vl_train.data.rows.messages import to_json
 from qwen3vl_train.data.rows.sample import ImagePart, Message, TextPart, VideoPart
+from qwen3vl_train.data.rows.values import to_json
 
 
 class Special(NamedTuple):

@@ -18,7 +18,7 @@ from qwen3vl_train.data.errors import MediaFault
 from qwen3vl_train.data.media.budgets import Budgets, Grid, num_tokens
 from qwen3vl_train.data.media.clips import repeat_still_frames
 from qwen3vl_train.data.media.image import MERGE, PATCH
-from qwen3vl_train.data.rows.messages import parse_sample
+from qwen3vl_train.data.rows.parse import parse_sample
 from qwen3vl_train.data.rows.sample import Sample
 
 RawSample = Sample | dict[str, Any]

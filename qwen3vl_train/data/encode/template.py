@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwen3vl_train.data.encode.chat import DIALECTS, as_text
-from qwen3vl_train.data.rows.messages import parse_sample
+from qwen3vl_train.data.rows.parse import parse_sample
 
 if TYPE_CHECKING:
     from jinja2 import Template

@@ -1,252 +1,174 @@
-"""The formats of rows, each rewritten as OpenAI messages, which `messages.py` then checks.
+"""The formats of rows, and the names of their keys.
 
 openai      {"messages": [{"role", "content"}]}, with media in typed parts, or listed separately under images and videos
 sharegpt    {"conversations": [{"from", "value"}]}, media listed separately, `<image>` and `<video>` placeholders in the
             questions; LLaVA's JSON, and that of Qwen's own fine-tuning scripts with its data_path
-columns     {"question", "answer", "image"}, or whatever the recipe's `columns` calls them
+texts       {"images", "texts": [{"user", "assistant"}]}: the_cauldron, FineVision, Docmatix
+prompt      {"prompt", "completion"}, each a text or messages: TRL
+columns     {"question", "answer", "image"}, or whatever the recipe's `columns` calls them; Alpaca's and Swift's names
 """
 
-import json
-import os
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from qwen3vl_train.data.errors import RowFault
+from qwen3vl_train.data.rows.keys import Keys
+from qwen3vl_train.data.rows.marks import Mark, split_marks
+from qwen3vl_train.data.rows.medium import is_medium, is_picture_path
+from qwen3vl_train.data.rows.placeholders import ListedMedia
+from qwen3vl_train.data.rows.values import is_empty, parse_json
 
 Row = dict[str, Any]
-FORMATS = ("openai", "sharegpt", "columns")
-READ_COLUMNS = (
-    "messages", "conversations", "conversation", "tools", "system", "image", "images", "video", "videos", "data_path",
-    "question", "answer", "reasoning", "boxes", "points", "bbox", "bbox_layout",
-)  # fmt: skip
-"""Every column that is read from typed files, unless `columns` renames it."""
-_ROLES = {
-    "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "bot": "assistant",
-    "chatgpt": "assistant", "model": "assistant", "system": "system", "tool": "tool", "observation": "tool",
-    "function_response": "tool", "function_call": "assistant",
+Columns = Mapping[str, str | Sequence[str]]
+FORMATS = ("openai", "sharegpt", "texts", "prompt", "columns")
+_ALIASES = {
+    "question": ("question", "instruction", "query"), "answer": ("answer", "answers", "output", "response"),
+    "image": ("image", "images"), "video": ("video", "videos"),
 }  # fmt: skip
-_PLACEHOLDER = re.compile(r"(<image>|<video>)")
-_BREAK_AFTER, _BREAK_BEFORE = re.compile(r"^[^\S\n]*\n\s*"), re.compile(r"\s*\n[^\S\n]*$")
+"""Names that a field has where `columns` does not name its column; of all others, its own."""
+TURN_KEYS = {
+    "openai": ("messages",), "sharegpt": ("conversations", "conversation", "messages"), "texts": ("texts",),
+    "prompt": ("prompt", "completion"), "columns": (*_ALIASES["question"], *_ALIASES["answer"], "reasoning", "input",
+                                                    "history"),
+}  # fmt: skip
+"""Keys from which a format takes its turns."""
+_COMMON = ("system", "tools", "functions", *_ALIASES["image"], *_ALIASES["video"], "data_path", "objects", "boxes",
+           "points", "audio", "audios", "chosen", "rejected", "rejected_response")  # fmt: skip
+_OF_CLIP = ("sample_fps", "timestamps", "start", "end", "video_start", "video_end")
+_KNOWN = {name: frozenset({*_COMMON, *keys}) for name, keys in TURN_KEYS.items()}
+_KNOWN["auto"] = frozenset(key for keys in _KNOWN.values() for key in keys)
+_KNOWN["sharegpt"] = frozenset(_COMMON)  # one of its keys is read; where the format is given, the others are metadata
+READ_COLUMNS = (*sorted(_KNOWN["auto"]), "bbox", "bbox_layout", "fps", *_OF_CLIP)
+"""Every column that is read from typed files, unless `columns` renames it."""
 
 
-def detect_format(row: Row, columns: Mapping[str, str]) -> str:
-    """Return the format of a row, a member of FORMATS. Raise RowFault when it has none of them."""
-    messages = row.get("messages")
-    if messages is not None:
+def detect_format(row: Row, columns: Columns, texts: Collection[str] = ()) -> str:
+    """Return the format of a row, a member of FORMATS. Raise RowFault when it has none of them.
+
+    texts: fields whose text the recipe gives.
+    """
+    if not is_empty(messages := row.get("messages")) or isinstance(messages, list):
         first = messages[0] if isinstance(messages, list) and messages else None
         return "sharegpt" if isinstance(first, dict) and "from" in first and "role" not in first else "openai"
-    if row.get("conversations") is not None or row.get("conversation") is not None:
+    if any(row.get(key) is not None for key in ("conversations", "conversation")):
         return "sharegpt"
-    if row.get(columns.get("answer", "answer")) is not None:
+    if not is_empty(row.get("texts")):
+        return "texts"
+    if not is_empty(row.get("prompt")) and not is_empty(row.get("completion")):
+        return "prompt"
+    if "answer" in texts or any(row.get(name) is not None for name in column_names("answer", columns)):
         return "columns"
     keys = ", ".join(sorted(str(key) for key, value in row.items() if value is not None)[:8]) or "none"
     raise RowFault(
-        f"no messages, no conversations and no {columns.get('answer', 'answer')} among its keys ({keys}); write "
+        f"no messages, no conversations and no {column_names('answer', columns)[0]} among its keys ({keys}); write "
         '{"messages": [{"role": ..., "content": ...}, ...]} or name its columns under columns',
         kind="missing_field",
     )
 
 
-def to_messages(row: Row, row_format: str, columns: Mapping[str, str]) -> Row:
-    """Rewrite a row of a known format as {"messages", "tools"}. Its values are not checked yet.
-
-    {"image": "a.png", "conversations": [{"from": "human", "value": "<image>\\nWhat?"}, ...]} ->
-    {"messages": [{"role": "user", "content": [{"type": "image", "image": "a.png"}, {"type": "text", "text": "What?"}]},
-    ...]}. Raise RowFault, also when placeholders and media differ in number.
-    """
-    media = _ListedMedia(row, columns)
-    if row_format == "openai":
-        messages = row.get("messages")
-    elif row_format == "sharegpt":
-        messages = _sharegpt_messages(row)
-    else:
-        messages = _column_messages(row, columns, media)
-    if isinstance(messages, list):
-        messages = media.insert_into(messages)
-    tools = row.get("tools")
-    if isinstance(tools, str):
-        tools = _parse_json(tools, "tools") if tools.strip() else None
-    return {"messages": messages, "tools": tools}
-
-
-def _sharegpt_messages(row: Row) -> Any:
-    turns = next((row[key] for key in ("conversations", "conversation", "messages") if row.get(key) is not None), None)
-    if not isinstance(turns, list):
-        raise RowFault("conversations is not a list; write a list of {from, value}", kind="wrong_type")
-    messages = [_sharegpt_message(turn, f"conversations[{index}]") for index, turn in enumerate(turns)]
-    return [{"role": "system", "content": row["system"]}, *messages] if row.get("system") else messages
-
-
-def _sharegpt_message(turn: Any, where: str) -> Row:
-    if not isinstance(turn, dict):
-        raise RowFault(f"{where} is not an object; write from and value", kind="wrong_type")
-    message = {key: value for key, value in turn.items() if key not in ("from", "value") and value is not None}
-    speaker = turn.get("from") if turn.get("from") is not None else turn.get("role")
-    if not isinstance(speaker, str) or speaker not in _ROLES:
-        raise RowFault(f"{where}: unknown speaker {str(speaker)[:50]!r}; use {', '.join(_ROLES)}")
-    message["role"] = _ROLES[speaker]
-    if turn.get("value") is not None:
-        message["content"] = turn["value"]
-    if speaker == "function_call":
-        calls = message.pop("content", None)
-        calls = _parse_json(calls, f"{where}.value") if isinstance(calls, str) else calls
-        message["tool_calls"] = calls if isinstance(calls, list) else [calls]
-    return message
-
-
-def _parse_json(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise RowFault(f"{where} is not JSON ({str(error)[:80]}); write it as JSON", kind="invalid_json") from None
-
-
-def _column_messages(row: Row, columns: Mapping[str, str], media: "_ListedMedia") -> list[Any]:
-    question, system, answer, reasoning = (
-        row.get(columns.get(name, name)) for name in ("question", "system", "answer", "reasoning")
-    )
-    if question is not None and not isinstance(question, str):
-        fault = f"column {columns.get('question', 'question')} is not text; name the question's column"
-        raise RowFault(fault, kind="wrong_type")
-    content: Any = question or ""
-    if not _PLACEHOLDER.search(content):
-        content = media.take_all() + ([{"type": "text", "text": question}] if question else [])
-    if not content:
-        raise RowFault("neither a question nor an image; give a question", kind="missing_field")
-    return [
-        *([{"role": "system", "content": system}] if system else []),
-        {"role": "user", "content": content},
-        {"role": "assistant", "content": answer, "reasoning_content": reasoning},
-    ]
-
-
-class _ListedMedia:
-    """The media that a row lists separately from its texts, until they are inserted at their placeholders."""
-
-    def __init__(self, row: Row, columns: Mapping[str, str]) -> None:
-        folder = row.get("data_path")
-        self.values = {
-            kind: [_join_folder(folder, value) for value in _listed(row, kind, columns)] for kind in ("image", "video")
-        }
-        self.num_wanted = {"image": 0, "video": 0}  # placeholders, and parts without their medium
-        self.num_empty = self.num_own = 0  # parts without and with their medium
-
-    def take_all(self) -> list[Row]:
-        """Return all media as parts, and forget them."""
-        parts = [{"type": kind, kind: value} for kind, values in self.values.items() for value in values]
-        self.values = {"image": [], "video": []}
-        return parts
-
-    def insert_into(self, messages: list[Any]) -> list[Any]:
-        """Insert the media at their placeholders. Raise RowFault where their numbers differ.
-
-        In a row with typed parts and no listed media, placeholders are plain text: there the parts name the media.
-        """
-        filled = [self._fill(message) if _is_question(message) else message for message in messages]
-        typed = any(_is_question(message) and isinstance(message.get("content"), list) for message in messages)
-        if not any(self.values.values()) and (not any(self.num_wanted.values()) or (typed and not self.num_empty)):
-            return messages
-        for kind, values in self.values.items():
-            listed, wanted = len(values), self.num_wanted[kind]
-            if listed == wanted:
-                continue
-            remedy = f"list one {kind} for each, or write typed parts, in which a text is a text"
-            if listed:
-                remedy = f"put one placeholder where each {kind} belongs"
-            if (own := self.num_own) > 0:
-                remedy = f"the parts contain {own} of their own: list no others, or leave parts without media for them"
-            given = f"{listed} {kind}{'s' * (listed != 1)}"
-            placeholders = f"{wanted} <{kind}> placeholder{'s' * (wanted != 1)} in the questions"
-            raise RowFault(f"{given} but {placeholders}; {remedy}", kind="media_mismatch")
-        return filled
-
-    def _next(self, kind: str) -> Any:
-        """Return the next medium of a kind; None after the last, which is a fault once all are counted."""
-        number = self.num_wanted[kind]
-        self.num_wanted[kind] += 1
-        return self.values[kind][number] if number < len(self.values[kind]) else None
-
-    def _fill(self, message: Row) -> Row:
-        content = message.get("content")
-        if isinstance(content, str):
-            return {**message, "content": self._split(content)}
-        if not isinstance(content, list):
-            return message
-        parts: list[Any] = []
-        for part in content:
-            known = part if isinstance(part, dict) else {"text": part}
-            kind, text, has_medium = known.get("type"), known.get("text"), _has_medium(known)
-            if kind in ("image", "video") and not has_medium:
-                self.num_empty += 1
-                parts.append({**known, kind: self._next(kind)})
-            elif isinstance(text, str) and _PLACEHOLDER.search(text):
-                pieces = self._split(text)
-                parts += pieces if isinstance(part, dict) else [part]  # a bare string is a fault of its own
-            else:
-                self.num_own += has_medium and not isinstance(text, str)
-                parts.append(part)
-        return {**message, "content": parts}
-
-    def _split(self, text: str) -> list[Row]:
-        """Split a text at its placeholders. A line break next to one, and the blanks around it, are removed with it.
-
-        "<image>\\nWhat?" -> image, "What?"; "Is <image> red?" -> "Is ", image, " red?"
-        """
-        parts: list[Row] = []
-        pieces = _PLACEHOLDER.split(text)
-        for index, piece in enumerate(pieces):
-            if index % 2:
-                kind = piece[1:-1]
-                parts.append({"type": kind, kind: self._next(kind)})
-                continue
-            if index > 0:
-                piece = _BREAK_AFTER.sub("", piece)
-            if index + 1 < len(pieces):
-                piece = _BREAK_BEFORE.sub("", piece)
-            if piece:
-                parts.append({"type": "text", "text": piece})
-        return parts
+def column_names(field: str, columns: Columns) -> Sequence[str]:
+    given = columns.get(field)
+    if given is None:
+        return _ALIASES.get(field, (field,))
+    return (given,) if isinstance(given, str) else given
 
 
 def names_media(row: Row) -> bool:
-    """Return whether a row names media itself, in lists or in the parts of its messages."""
-    if any(row.get(key) for key in ("image", "images", "video", "videos")):
+    """Return whether a row names media itself, in lists, in the parts of its messages, or by marks with a path."""
+    if any(not is_empty(row.get(key)) for key in (*_ALIASES["image"], *_ALIASES["video"])):
         return True
-    messages = _objects(row.get(key) for key in ("messages", "conversations", "conversation"))
-    parts = _objects(message.get(key) for message in messages for key in ("content", "value"))
-    return any(map(_has_medium, parts))
-
-
-def _objects(lists: Iterable[Any]) -> list[Row]:
-    return [item for found in lists if isinstance(found, list) for item in found if isinstance(item, dict)]
-
-
-def _listed(row: Row, kind: str, columns: Mapping[str, str]) -> list[Any]:
-    name = columns.get(kind)
-    found = [key for key in ([name] if name else [kind, f"{kind}s"]) if row.get(key) not in (None, "", [])]
-    if len(found) > 1:
-        raise RowFault(f"{found[0]} and {found[1]} are both given; keep one of them", kind="conflicting_fields")
-    value = row[found[0]] if found else []
-    return value if isinstance(value, list) else [value]
-
-
-def _join_folder(folder: Any, value: Any) -> Any:
-    """Prepend a row's data_path to a path, or to each frame of a list or of {"frames": [...], "fps": 2}."""
-    if isinstance(value, list):
-        return [_join_folder(folder, item) for item in value]
-    if isinstance(value, dict) and "frames" in value:
-        return {**value, "frames": _join_folder(folder, value["frames"])}
-    if not folder or not isinstance(value, str) or value.startswith("data:") or "://" in value:
-        return value
-    if not isinstance(folder, str):
-        raise RowFault("data_path is not a path; write a folder", kind="wrong_type")
-    return os.path.join(folder, value)
-
-
-def _is_question(message: Any) -> bool:
-    return isinstance(message, dict) and message.get("role") in ("user", "tool")
+    lists = (row.get(key) for key in ("messages", "conversations", "conversation", "prompt"))
+    turns = [turn for found in lists if isinstance(found, list) for turn in found if isinstance(turn, dict)]
+    contents = [turn.get(key) for turn in turns for key in ("content", "value")]
+    parts = [part for found in contents if isinstance(found, list) for part in found if isinstance(part, dict)]
+    texts = [text for text in contents if isinstance(text, str)]
+    return any(_has_medium(part) for part in parts) or any(
+        isinstance(piece, Mark) and piece.path is not None for text in texts for piece in split_marks(text)
+    )
 
 
 def _has_medium(part: Row) -> bool:
-    return any(part.get(key) is not None for key in ("image", "image_url", "video", "video_url"))
+    names = ("image", "image_url", "video", "video_url", "path", "url", "base64", "source")
+    named = any(not is_empty(part.get(key)) for key in names)
+    return named or (part.get("type") not in (None, "text") and not is_empty(part.get("value")))
+
+
+class RowReader:
+    """A row on its way to turns: its keys, the names of its columns, and what was ignored so far."""
+
+    def __init__(self, row: Row, columns: Columns, texts: Mapping[str, str]) -> None:
+        self.keys, self.columns, self.texts = Keys(row), columns, texts
+        self.ignored: list[str] = []
+
+    def take(self, field: str) -> Any:
+        """Return the fixed text of a field, or else what its column holds, None if that is nothing."""
+        if field in self.texts:
+            return self.texts[field]
+        return self.keys.take(*column_names(field, self.columns))
+
+    def listed_media(self) -> ListedMedia:
+        """Return the media of the row's own columns."""
+        images = [image for name in self._media_columns("image") for image in _as_list(self.keys.take(name))]
+        videos = [clip for name in self._media_columns("video") for clip in _clips(self.keys.take(name))]
+        options = {}
+        if len(videos) == 1:
+            names = (*_OF_CLIP, "fps") if isinstance(videos[0], list) else _OF_CLIP
+            taken = {name: self.keys.take(*column_names(name, self.columns)) for name in names}
+            options = {name: value for name, value in taken.items() if value is not None}
+        elif len(videos) > 1 and any(self.keys.holds(name) for name in ("start", "end")):
+            fault = f"start and end beside {len(videos)} clips; write them into the part of the clip that they mean"
+            raise RowFault(fault, kind="conflicting_fields")
+        return ListedMedia(images, videos, options, self.keys.take("data_path"))
+
+    def _media_columns(self, kind: str) -> Sequence[str]:
+        if kind in self.columns:
+            return column_names(kind, self.columns)
+        filled = [name for name in _ALIASES[kind] if not is_empty(self.keys.get(name))]
+        return filled if len(filled) < 2 else [self._conflict(filled)]
+
+    def _conflict(self, names: Sequence[str]) -> str:
+        fault = f"{names[0]} and {names[1]} are both given; keep one of them"
+        raise RowFault(fault, kind="conflicting_fields")
+
+    def close(self, row_format: str) -> list[str]:
+        """Return the keys of the row that nothing reads. Raise RowFault where one of them has a meaning."""
+        for field in ("boxes", "points"):  # `boxes.py` reads them, and says what is wrong with them
+            self.keys.get(*column_names(field, self.columns))
+        self.keys.get("objects")
+        if isinstance(self.keys.values.get("bbox"), str):
+            self.keys.get("bbox"), self.keys.get("bbox_layout")
+        renamed = {alias for field in (*self.columns, *self.texts) for alias in _ALIASES.get(field, (field,))}
+        known = _KNOWN[row_format] - renamed
+        for name in self.keys.unread():
+            if name in known:
+                remedy = "take it out, or set format to the one that is meant"
+                if name in ("chosen", "rejected", "rejected_response"):
+                    remedy = "preference pairs are not trained here; give rows of questions and answers"
+                fault = f"{name} holds a value that is not read in this row; {remedy}"
+                raise RowFault(fault, kind="unknown_field")
+        return [f"row.{name}" for name in self.keys.unread()]
+
+
+def check_unread_media(ignored: Sequence[str], row: Row) -> None:
+    """Raise RowFault where a row without media has a picture or a clip under a key that nothing reads."""
+    for name in ignored:
+        key = name.removeprefix("row.")
+        value = row.get(key) if name.startswith("row.") and key not in ("id", "source") else None
+        value = value[0] if isinstance(value, list) and value else value
+        if is_medium(value):
+            fault = f"{key} holds a picture or a clip that nothing reads; name it: columns: {{image: {key}}}"
+            raise RowFault(fault, kind="unknown_field")
+
+
+def _as_list(value: Any) -> list[Any]:
+    """Return the media of a column, without empty ones; of a table's text, the JSON list that it holds."""
+    if isinstance(value, str) and value.startswith('["'):
+        value = parse_json(value, "the list of media")
+    values = value if isinstance(value, list) else [value]
+    return [item for item in values if not is_empty(item)]
+
+
+def _clips(value: Any) -> list[Any]:
+    """Return the clips of a column. A list of nothing but pictures is one clip, of these frames."""
+    clips = _as_list(value)
+    return [clips] if len(clips) > 1 and all(map(is_picture_path, clips)) else clips

@@ -7,10 +7,22 @@ from typing import Any
 
 from qwen3vl_train.data.errors import MediaFault, RowFault
 from qwen3vl_train.data.media.remote import Remote, is_web_address
-from qwen3vl_train.data.rows.boxes import NO_CONVENTION, Convention, fill_boxes
-from qwen3vl_train.data.rows.formats import FORMATS, READ_COLUMNS, detect_format, to_messages
-from qwen3vl_train.data.rows.messages import parse_sample, to_json
+from qwen3vl_train.data.rows.boxes import NO_CONVENTION, Convention, fill_boxes, fill_objects
+from qwen3vl_train.data.rows.formats import (
+    FORMATS,
+    READ_COLUMNS,
+    Columns,
+    Row,
+    RowReader,
+    check_unread_media,
+    detect_format,
+)
+from qwen3vl_train.data.rows.keys import Keys
+from qwen3vl_train.data.rows.messages import read_tools, read_turns
+from qwen3vl_train.data.rows.placeholders import place_media
 from qwen3vl_train.data.rows.sample import ImagePart, Part, Sample, TextPart, VideoPart
+from qwen3vl_train.data.rows.turns import read_all_turns
+from qwen3vl_train.data.rows.values import to_json, wrong_type
 
 MAX_ROW_BYTES = 256 << 20
 """Of one row in a file, media inside included: several copies of it are in memory while it is read."""
@@ -30,7 +42,8 @@ class RowRules:
 
     label: name of the data set in sample ids, and so of its own loss curve; None: the file's name.
     format: a member of FORMATS, or auto.
-    columns: our name -> theirs.
+    columns: our name -> theirs; for images and videos it may be several.
+    texts: our name -> a text that takes the place of a column: the same question for every picture.
     train_on: all answers of a row, or only the last.
     boxes: the convention of boxes where a row states none.
     allow_urls: media at web addresses are downloaded, when the row is indexed and again whenever it is trained on.
@@ -38,14 +51,16 @@ class RowRules:
 
     label: str | None = None
     format: str = "auto"
-    columns: Mapping[str, str] = field(default_factory=dict)
+    columns: Columns = field(default_factory=dict)
+    texts: Mapping[str, str] = field(default_factory=dict)
     train_on: str = "all"
     boxes: Convention = NO_CONVENTION
     allow_urls: bool = False
 
     def columns_read(self) -> set[str]:
         """Return every column of a typed file that these rules read."""
-        return {*READ_COLUMNS, *self.columns.values()}
+        given = (names if not isinstance(names, str) else (names,) for names in self.columns.values())
+        return {*READ_COLUMNS, *(name for names in given for name in names)}
 
     def sample_id(self, file: str, row_number: int) -> str:
         """Name a row: `label:train.jsonl:17`, or `train.jsonl:17` where the file is the label. See `dataset_of`."""
@@ -57,17 +72,19 @@ class RowRules:
     ) -> Sample:
         """Return the row as a Sample that trains something. media_root: a folder or an fsspec URL. Raise RowFault."""
         if isinstance(row, list) and row and all(isinstance(item, dict) for item in row):
-            fault = "row is a list of rows that another tool packed; give the rows themselves, packing is done here"
-            raise RowFault(fault, kind="wrong_type")
+            if not any(key in row[0] for key in ("role", "from")):
+                fault = "row is a list of rows that another tool packed; give the rows themselves, packing is done here"
+                raise RowFault(fault, kind="wrong_type")
+            row = {"messages": row}
         if not isinstance(row, dict):
             what = {list: "a list", str: "a string", type(None): "null"}.get(type(row), "a value")
             raise RowFault(f'row is {what}, not an object; write {{"messages": [...]}}', kind="wrong_type")
-        row_format = detect_format(row, self.columns) if self.format == "auto" else self.format
-        sample = parse_sample(to_messages(row, row_format, self.columns), sample_id, media_root, row_format)
+        read = read_row(row, self.columns, self.texts, self.format)
+        sample = replace(read, sample_id=sample_id, media_root=media_root)
         _check_size(sample)
         sample = self._resolve_media(sample, resolve)
         try:
-            sample = fill_boxes(sample, row, self.columns, self.boxes)
+            sample = fill_objects(fill_boxes(sample, row, self.columns, self.boxes), row)
         except RowFault as fault:
             fault.sample = sample  # what is wrong with a box may be its image
             raise
@@ -97,11 +114,45 @@ class RowRules:
 
         def resolved_part(part: Part) -> Part:
             if isinstance(part, ImagePart):
-                return ImagePart(resolved(part.image))
+                return replace(part, image=resolved(part.image))
             return replace(part, video=resolved(part.video)) if isinstance(part, VideoPart) else part
 
         messages = [replace(message, content=tuple(map(resolved_part, message.content))) for message in sample.messages]
         return replace(sample, messages=tuple(messages), media_root=None if root else sample.media_root)
+
+
+def read_row(row: Row, columns: Columns, texts: Mapping[str, str], row_format: str = "auto") -> Sample:
+    """Read a row of any format as a Sample without boxes.
+
+    columns: our name -> theirs.
+    texts: our name -> the fixed text that every row has there.
+    Raise RowFault, also when placeholders and media differ in number.
+
+    {"image": "a.png", "conversations": [{"from": "human", "value": "<image>\\nWhat?"}, ...]} -> a message of the user
+    with the image a.png and the text "What?", ...
+    """
+    reader = RowReader(row, columns, texts)
+    found = detect_format(row, columns, texts) if row_format == "auto" else row_format
+    turns = read_all_turns(reader, found)
+    listed = reader.listed_media()
+    turns = place_media(turns, listed, found in ("columns", "texts", "prompt"), reader.ignored)
+    tools = read_tools(reader.keys)
+    ignored = reader.close(row_format)
+    if not listed and not any(not isinstance(part, TextPart) for turn in turns for part in turn.content):
+        check_unread_media(ignored, row)
+    messages = tuple(turn.message() for turn in turns)
+    return Sample(messages, tools, row_format=found, ignored=tuple(dict.fromkeys([*reader.ignored, *ignored])))
+
+
+def parse_sample(row: Any, sample_id: str = "sample", media_root: str | None = None) -> Sample:
+    """Turn `{"messages": [...], "tools": [...]}` into a Sample; other keys of the row are ignored. Raise RowFault.
+
+    Every medium is in a typed part; a text is a text. The answer may be missing.
+    """
+    if not isinstance(row, dict):
+        raise wrong_type("row", row, ', not an object; write {"messages": [...]}')
+    turns = read_turns(row.get("messages"), "messages", [])
+    return Sample(tuple(turn.message() for turn in turns), read_tools(Keys(row)), sample_id, media_root)
 
 
 def _join_url(root: str, path: str) -> Remote:

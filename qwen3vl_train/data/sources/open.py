@@ -2,7 +2,7 @@
 
 import os
 
-from qwen3vl_train.config.fields import EvalSource, TrainSource
+from qwen3vl_train.config.fields import EvalSource, FixedText, TrainSource
 from qwen3vl_train.data.rows.boxes import Convention
 from qwen3vl_train.data.rows.parse import RowRules
 from qwen3vl_train.data.sources.base import FileSource, StreamSource, check_media_root
@@ -24,7 +24,8 @@ def entry_rules(entry: Entry) -> RowRules:
     return RowRules(
         label=entry.name or os.path.basename(entry.path.rstrip("/")).replace(":", "_"),
         format=entry.format,
-        columns={**entry.columns},
+        columns={name: given for name, given in entry.columns.items() if not isinstance(given, FixedText)},
+        texts={name: given.text for name, given in entry.columns.items() if isinstance(given, FixedText)},
         train_on=entry.train_on,
         boxes=Convention(entry.bbox, entry.bbox_layout),
         allow_urls=entry.allow_urls,

@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 
 from qwen3vl_train.data.encode.collator import MultimodalCollator
-from qwen3vl_train.data.rows.messages import parse_sample
+from qwen3vl_train.data.rows.parse import parse_sample
 from tests.helpers import oracles
 from tests.helpers.messages import message_of
 

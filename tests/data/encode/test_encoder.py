@@ -9,7 +9,7 @@ from qwen3vl_train.data.encode.chat import DIALECTS, as_text
 from qwen3vl_train.data.encode.collator import MultimodalCollator
 from qwen3vl_train.data.encode.template import PROBES
 from qwen3vl_train.data.errors import RowFault
-from qwen3vl_train.data.rows.messages import parse_sample
+from qwen3vl_train.data.rows.parse import parse_sample
 from tests.helpers import oracles
 from tests.helpers.messages import message_of
 

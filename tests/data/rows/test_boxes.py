@@ -86,6 +86,31 @@ def test_placeholders_without_boxes_are_text():
     assert read([[1, 2, 3, 4]], (None, "xyxy"), "no mark") == "no mark"
 
 
+def test_objects_of_swift_fill_its_marks():
+    objects = {"ref": ["the cup", "cup"], "bbox": [[64, 48, 320, 240], [64, 48]]}
+    text = 'Find <ref-object>: [{"bbox_2d": <bbox>, "label": "<ref-object>"}], <bbox>'
+    filled = 'Find the cup: [{"bbox_2d": [100, 100, 500, 500], "label": "cup"}], [100, 100]'
+    assert read(None, (None, "xyxy"), text, objects=objects) == filled
+    unit = {"bbox": [[0.1, 0.1, 0.5, 0.5]], "bbox_type": "norm1"}
+    assert read(None, (None, "xyxy"), "<bbox>", objects=unit) == "[100, 100, 500, 500]"
+    images = (IMAGE, Image.new("RGB", (100, 100)))
+    second = {"bbox": [[10, 10, 50, 50]], "image_id": [1]}
+    assert read(None, (None, "xyxy"), "<bbox>", images, objects=second) == "[100, 100, 500, 500]"
+
+
+def test_objects_without_marks_are_metadata():
+    row = {"question": "What?", "answer": "A cup.", "objects": {"bbox": [[1, 2, 3, 4]], "category": [7]}}
+    assert RowRules().sample(row, "a:1").ignored == ("row.objects",)
+
+
+def test_one_box_may_be_a_column_of_numbers():
+    row = {"image": IMAGE, "question": "Press OK", "answer": "<box>", "bbox": [0.1, 0.1, 0.5, 0.5]}
+    rules = RowRules(columns={"boxes": "bbox"}, boxes=Convention("unit"))
+    assert rules.sample(row, "a:1").messages[1].text == "[100, 100, 500, 500]"
+    unread = RowRules().sample({**row, "answer": "click"}, "a:1")
+    assert (unread.messages[1].text, unread.ignored) == ("click", ("row.bbox",))
+
+
 FAULTS = [
     ({"boxes": [[0, 0, 700, 480]]}, "boxes[0] [0.0, 0.0, 700.0, 480.0] read as pixel, xyxy leaves its image of 640x480 "
      "pixels; check bbox and bbox_layout"),
@@ -108,8 +133,20 @@ FAULTS = [
     ({"boxes": [[0, 0, 1, 1]], "convention": (None, "xyxy")},
      "boxes without a stated convention; set bbox to pixel, unit, "
      "per_mille in the row or the recipe"),
-    ({"boxes": [[0, 0, 1, 1]], "bbox": [0, 0, 1, 1]}, "bbox is '[0, 0, 1, 1]'; use pixel, unit, per_mille, and list "
-     "boxes under boxes"),
+    ({"boxes": [[0, 0, 1, 1]], "bbox": "pixels"}, "bbox is 'pixels'; use pixel, unit, per_mille, and list boxes under "
+     "boxes"),
+    ({"boxes": None, "bbox": [0, 0, 1, 1]}, "0 boxes but 1 <box> placeholder in the text; write one placeholder for "
+     "each, or name their column: columns: {boxes: bbox}"),
+    ({"boxes": None, "text": "<bbox>"},
+     "<bbox> in the text but no objects in the row; write objects: {ref: [...], bbox: [...]}"),
+    ({"boxes": None, "text": "<bbox>", "objects": {"ref": ["cup"]}},
+     "objects.ref has 1 entries for 0 <ref-object> in the text; write one for each"),
+    ({"boxes": None, "text": "<bbox><bbox>", "objects": {"bbox": [[0, 0, 1, 1]]}},
+     "objects.bbox has 1 entries for 2 <bbox> in the text; write one for each"),
+    ({"boxes": None, "text": "<bbox>", "objects": {"bbox": [[0, 0, 1, 1]], "bbox_type": "rel"}},
+     "objects.bbox_type is 'rel'; use real, norm1, norm1000"),
+    ({"boxes": None, "text": "<bbox>", "objects": {"bbox": [[0, 0, 1, 1]], "image_id": [0, 1]}},
+     "objects.image_id is not a list of one image for each bbox; write one for each"),
     ({"boxes": [[0, 0, 1, 1]], "images": ()}, "boxes[0]: in pixels of one of 0 images; say which: "
      '{"box": [...], "image": 0}'),
     ({"boxes": [[0, 0, 1, 1]], "images": (IMAGE, IMAGE)}, "boxes[0]: in pixels of one of 2 images; say which: "

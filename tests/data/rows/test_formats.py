@@ -103,7 +103,7 @@ def test_frame_lists_with_times_work_in_every_format(tmp_path):
     one = {"video": {"frames": ["a", "b"], "fps": 8}, "data_path": "/clips", "conversations": talk("<video>", "x")}
     assert read(one).messages[0].content == (VideoPart(("/clips/a", "/clips/b"), fps=8.0),)
     assert message_of(RowFault, read, {"videos": [["a", "b"]], "conversations": talk("<video>", "x")}) == (
-        "messages[0].content[0]: a list of frames with no times; give one of fps, sample_fps, timestamps, as in "
+        "conversations[0].content[0]: a list of frames with no times; give one of fps, sample_fps, timestamps, as in "
         '{"frames": [...], "fps": 2}'
     )
 
@@ -181,22 +181,20 @@ FAULTS = [
      f"2 videos but 0 <video> placeholders in the questions; {OWN}"),
     ({**asked([{"type": "image", "image": "mine"}, {"type": "image"}]), "images": ["a", "b"]},
      f"2 images but 1 <image> placeholder in the questions; {OWN}"),
-    ({**asked([{"type": "image", "text": "x"}, {"type": "image"}]), "images": ["a"]},
+    ({**asked([{"type": "image", "text": ""}, {"type": "image"}]), "images": ["a"]},
      f"1 image but 2 <image> {PUT_ONE}"),
     ({"image": "a", "images": ["b"], "conversations": WHAT}, "image and images are both given; keep one of them"),
-    ({"conversations": "hi"}, "conversations is not a list; write a list of {from, value}"),
-    ({"conversations": [7]}, "conversations[0] is not an object; write from and value"),
-    ({"conversations": [{"value": "x"}]}, "conversations[0]: unknown speaker 'None'; use human, user, gpt, assistant, "
-     "bot, chatgpt, model, system, tool, observation, function_response, function_call"),
+    ({"conversations": "hi"}, "conversations is a string, not a list; write a list of turns"),
+    ({"conversations": [7]}, "conversations[0] is a number, not an object; write role and content"),
+    ({"conversations": [{"value": "x"}]}, "conversations[0]: no role; write one of system, user, assistant, tool"),
     ({"conversations": [{"from": "human", "value": 5}]},
-     "messages[0].content is a number; write text or a list of parts"),
+     "conversations[0].value is a number; write text or a list of parts"),
     ({"conversations": [{"from": "function_call", "value": "{"}]}, "conversations[0].value is not JSON (Expecting "
      "property name enclosed in double quotes: line 1 column 2 (char 1)); write it as JSON"),
     ({"conversations": WHAT, "image": "a", "data_path": 5}, "data_path is not a path; write a folder"),
     ({"question": 5, "answer": "x"}, "column question is not text; name the question's column"),
     ({"answer": "x"}, "neither a question nor an image; give a question"),
-    ({"question": "a", "answer": ["x", "y"]}, "messages[1].content[0] is a string, not an object; write "
-     '{"type": "text", "text": ...}'),
+    ({"question": "a", "answer": True}, "answer.content is true or false; write text or a list of parts"),
     ({"conversations": talk("a", "b"), "tools": "[{"}, "tools is not JSON (Expecting property name enclosed in double "
      "quotes: line 1 column 3 (char 2)); write it as JSON"),
     ({"text": "x"}, "no messages, no conversations and no answer among its keys (text); write "
@@ -228,7 +226,7 @@ LONG = "x" * 4_000_000
     [
         {"tools": [{"description": LONG}]},
         {"from": "function_call", "value": json.dumps({"name": "f", "arguments": {"x": LONG}})},
-        {"from": "gpt", "value": "b", "tool_calls": [{"name": "f", "arguments": LONG}]},
+        {"from": "gpt", "value": "b", "tool_calls": [{"name": "f", "arguments": json.dumps(LONG)}]},
         {"from": "gpt", "value": "b", "reasoning_content": LONG},
     ],
     ids=["tools", "call", "call as text", "reasoning"],

@@ -5,8 +5,7 @@ import json
 import pytest
 
 from qwen3vl_train.data.errors import RowFault
-from qwen3vl_train.data.rows.messages import parse_sample
-from qwen3vl_train.data.rows.parse import RowRules, decode_row
+from qwen3vl_train.data.rows.parse import RowRules, decode_row, parse_sample
 from qwen3vl_train.data.rows.sample import ImagePart, TextPart, ToolCall, VideoPart
 from tests.helpers.messages import message_of
 
@@ -64,8 +63,8 @@ ROW_FAULTS = {
     '{"messages": []}': "messages is empty; write at least a question and an answer",
     '{"messages": [7]}': "messages[0] is a number, not an object; write role and content",
     '{"messages": [{"content": "x"}]}': "messages[0]: no role; write one of system, user, assistant, tool",
-    '{"messages": [{"role": "human", "content": "x"}]}':
-        "messages[0]: unknown role 'human'; use system, user, assistant, tool",
+    '{"messages": [{"role": "narrator", "content": "x"}]}':
+        "messages[0]: unknown role 'narrator'; use system, user, assistant, tool",
     '{"messages": [{"role": "user"}]}': "messages[0]: no content; write text or a list of parts",
     '{"messages": [{"role": "user", "content": 5}]}': "messages[0].content is a number; write text or a list of parts",
     '{"messages": [{"role": "user", "content": "x"}]}':
@@ -82,9 +81,17 @@ def test_faults_of_rows(text):
     assert message_of(RowFault, parse_row, text, "a.jsonl:1", None) == ROW_FAULTS[text]
 
 
-KEYS = "content, loss, loss_weight, name, reasoning_content, role, tool_call_id, tool_calls"
 MESSAGE_FAULTS = [
-    ({**ASK, "weight": 1, "los": 2}, f"messages[1]: unknown key los, weight; known are {KEYS}"),
+    ({**ANSWER, "los": False}, "messages[1]: unknown key los; did you mean loss?"),
+    ({**ANSWER, "reasoning_contents": "x"}, "messages[1]: unknown key reasoning_contents; did you mean "
+     "reasoning_content?"),
+    ({**ASK, "images": ["a.png"]},
+     "messages[1]: images holds a value that a turn of the user does not read; take it out"),
+    ({**ANSWER, "refusal": "No."},
+     "messages[1]: refusal holds a value that a turn of the assistant does not read; take it out"),
+    ({**ANSWER, "weight": 0, "loss_weight": 1}, "messages[1]: loss_weight and weight are both given; keep one of them"),
+    ({**ANSWER, "weight": -1}, "messages[1].weight is -1; write a finite number of at least 0"),
+    ({**ANSWER, "value": "x"}, "messages[1]: content and value are both given; keep one of them"),
     ({**ASK, "loss": True}, "messages[1]: loss on a user message; only assistant messages are trained"),
     ({**ASK, "loss_weight": 1}, "messages[1]: loss on a user message; only assistant messages are trained"),
     ({**ANSWER, "loss": "no"}, "messages[1].loss is a string; write true or false"),
@@ -98,7 +105,8 @@ MESSAGE_FAULTS = [
      f"messages[1].loss_weight is {10**400}; write a finite number of at least 0"),
     ({**ANSWER, "loss": False, "loss_weight": 2},
      "messages[1]: loss is false but loss_weight is 2; remove one of them"),
-    ({**ASK, "tool_calls": [{}]}, "messages[1]: tool_calls in a user message; only assistant messages call tools"),
+    ({**ASK, "tool_calls": [{"name": "f"}]},
+     "messages[1]: tool_calls in a user message; only assistant messages call tools"),
     ({**ANSWER, "tool_calls": {"a": 1}}, "messages[1].tool_calls is an object, not a list; write a list of calls"),
     ({**ANSWER, "tool_calls": [{"name": "f"}]},
      'messages[1].tool_calls[0]: no name and arguments; write {"name": ..., "arguments": {...}}'),
@@ -123,16 +131,31 @@ PART_FAULTS = [
     ({"type": "audio", "audio": "a.wav"},
      "messages[0].content[1]: unknown content type 'audio'; use text, image or video"),
     ({"caption": "x"}, "messages[0].content[1]: no type; use text, image or video"),
-    ({"type": "image", "path": "a.png"},
+    ({"type": "image"},
      'messages[0].content[1]: no key \'image\' for type \'image\'; write {"type": "image", "image": ...}'),
-    ({"type": "image", "image": "a.png", "max_pixels": 9},
-     "messages[0].content[1]: unknown key max_pixels in a part of type image; remove it"),
-    ({"text": "x", "image": "a.png"}, "messages[0].content[1]: unknown key image in a part of type text; remove it"),
+    ({"type": "text"},
+     'messages[0].content[1]: no key \'text\' for type \'text\'; write {"type": "text", "text": ...}'),
+    ({"type": "image", "image": "a.png", "max_pixel": 9},
+     "messages[0].content[1]: unknown key max_pixel; did you mean max_pixels?"),
+    ({"type": "image", "image": "a.png", "fps": 2},
+     "messages[0].content[1]: fps holds a value that a part of type image does not read; take it out"),
+    ({"type": "image", "image": "a.png", "max_pixels": "many"},
+     "messages[0].content[1].max_pixels is 'many'; write a whole number of at least 1"),
+    ({"type": "image", "image": "a.png", "max_pixels": 9, "min_pixels": 10},
+     "messages[0].content[1]: min_pixels 10 is more than max_pixels 9; lower it"),
+    ({"type": "image", "image": "a.png", "resized_width": 64},
+     "messages[0].content[1]: one of resized_height and resized_width alone; give both or neither"),
+    ({"text": "x", "image": "a.png"},
+     "messages[0].content[1]: image holds a value that a part of type text does not read; take it out"),
+    ({"type": "image", "image": "a.png", "url": "b.png"},
+     "messages[0].content[1]: image and url are both given; keep one of them"),
+    ({"type": "image", "image": {"width": 64}},
+     "messages[0].content[1].image is an object without a path, url, base64 or bytes; write one"),
     ({"type": "text", "text": 5}, "messages[0].content[1].text is a number, not a string; write text"),
     ({"type": "image", "image": 5},
      "messages[0].content[1].image is a number; write a path, a data URI, bytes or a PIL image"),
-    ({"type": "image_url", "image_url": {"path": "x"}},
-     "messages[0].content[1].image_url is null; write a path, a data URI, bytes or a PIL image"),
+    ({"type": "image_url", "image_url": 5},
+     "messages[0].content[1].image_url is a number; write a path, a data URI, bytes or a PIL image"),
 ]  # fmt: skip
 
 
@@ -169,8 +192,16 @@ RATE = "write a number of frames per second, above 0 and at most 1000"
 SECONDS = "write seconds, at least 0, that never decrease"
 CLIP_FAULTS = [
     ({"video": 7}, ".video is a number; write a path, a data URI, bytes or a list of frames"),
-    ({"video": "a.mp4", "fps": 2}, ": fps next to a video file, whose header has the times; remove it"),
-    ({"video": "a.mp4", "nframes": 2}, ": unknown key nframes in a part of type video; remove it"),
+    ({"video": "a.mp4", "timestamps": [0, 1]},
+     ": timestamps next to a video file, whose header has the times; remove it"),
+    ({"video": "a.mp4", "nframes": 2, "fps": 1}, ": fps and nframes are both given; keep one of them"),
+    ({"video": "a.mp4", "nframes": 1}, ".nframes is 1; write a whole number of at least 2"),
+    ({"video": "a.mp4", "total_pixels": 99}, ": total_pixels of one clip is not supported; set "
+     "data.max_visual_tokens_per_video in the recipe, for all clips, instead"),
+    ({"video": "a.mp4", "video_start": 2, "video_end": 1}, ": starts at 2 s and ends at 1 s; write a later end"),
+    ({"video": "a.mp4", "video_start": -1}, ".video_start is -1; write seconds, at least 0"),
+    ({"video": "a.mp4", "start": 1, "video_start": 1}, ": start and video_start are both given; keep one of them"),
+    ({"video": ["a", "b"], "fps": 1, "start": 1}, ": start next to a list of frames; list the frames that you mean"),
     ({"video": ["a.png"], "fps": 2}, ".video: 1 frames, a clip needs 2; add frames or give an image"),
     ({"video": ["a.png", 3], "fps": 2}, ".video[1] is a number; write a path, a data URI, bytes or a PIL image"),
     ({"video": ["a", "b"]}, f": a list of frames with no times; {ONE_OF}"),
@@ -178,15 +209,14 @@ CLIP_FAULTS = [
     ({"video": {"frames": ["a", "b"], "fps": 1, "sample_fps": 1}},
      f": a list of frames with fps and sample_fps; {ONE_OF}"),
     ({"video": {"frames": ["a", "b"], "fps": 1}, "fps": 1}, ": fps both in the video and next to it; keep one of them"),
-    ({"video": {"frames": ["a", "b"], "fps": 1, "size": 2}}, ": unknown key size in a part of type video; remove it"),
     ({"video": {"frames": "a.mp4"}}, ".video.frames is a string, not a list; write a list of images"),
     ({"video": {"frames": None, "fps": 1}}, ".video.frames is null, not a list; write a list of images"),
     ({"video": ["a", "b"], "fps": 1, "timestamps": [0, 1]}, f": a list of frames with fps and timestamps; {ONE_OF}"),
     ({"video": ["a", "b"], "fps": 0}, f".fps is 0; {RATE}"),
-    ({"video": ["a", "b"], "fps": float("nan")}, f".fps is nan; {RATE}"),
+    ({"video": ["a", "b"], "fps": float("inf")}, f".fps is inf; {RATE}"),
     ({"video": ["a", "b"], "sample_fps": 1001}, f".sample_fps is 1001; {RATE}"),
     ({"video": ["a", "b"], "fps": True}, f".fps is True; {RATE}"),
-    ({"video": ["a", "b"], "fps": "2"}, f".fps is '2'; {RATE}"),
+    ({"video": ["a", "b"], "fps": "two"}, f".fps is 'two'; {RATE}"),
     ({"video": ["a", "b"], "timestamps": [0]}, ".timestamps: 1 times for 2 frames; give one for each frame"),
     ({"video": ["a", "b"], "timestamps": [0, 1, 2]}, ".timestamps: 3 times for 2 frames; give one for each frame"),
     ({"video": ["a", "b"], "timestamps": 3}, ".timestamps is a number; write a list of seconds, one for each frame"),

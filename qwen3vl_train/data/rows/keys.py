@@ -1,0 +1,82 @@
+"""The keys of a row, of a turn and of a part: read by name, with an account of those that nothing read."""
+
+import difflib
+from collections.abc import Collection, Mapping
+from functools import lru_cache
+from typing import Any
+
+from qwen3vl_train.data.errors import RowFault
+from qwen3vl_train.data.rows.values import is_empty
+
+_NEARLY = 0.85  # similarity at which an unknown key counts as a known one with a typing error: los, messges
+
+
+class Keys:
+    """One object of a row, and which of its keys were read.
+
+    `take` and `get` read a key. `close` decides about all others by one rule: a key that has a meaning here and holds
+    something rejects the row, by its name; so does one that nearly spells such a key. Anything else is metadata, which
+    `close` reports as ignored.
+
+    where: position of the object in its row, such as "messages[0]"; "" for the row itself.
+    """
+
+    __slots__ = ("_read", "values", "where")
+
+    def __init__(self, values: Mapping[str, Any], where: str = "") -> None:
+        self.values, self.where = values, where
+        self._read: set[str] = set()
+
+    def get(self, name: str) -> Any:
+        """Return a value as it is, None where it is absent."""
+        self._read.add(name)
+        return self.values.get(name)
+
+    def take(self, *names: str) -> Any:
+        """Return the value of the only key among the names that holds something, None where none does.
+
+        Raise RowFault where several of them do.
+        """
+        found = None
+        for name in names:
+            self._read.add(name)
+            if name in self.values and not is_empty(self.values[name]):
+                if found is not None:
+                    fault = f"{self._at()}{found} and {name} are both given; keep one of them"
+                    raise RowFault(fault, kind="conflicting_fields")
+                found = name
+        return None if found is None else self.values[found]
+
+    def holds(self, name: str) -> bool:
+        """Return whether a key holds something, without reading it."""
+        return name in self.values and not is_empty(self.values[name])
+
+    def unread(self) -> list[str]:
+        """Return the keys that hold something and were not read."""
+        return [key for key, value in self.values.items() if key not in self._read and not is_empty(value)]
+
+    def close(self, known: Collection[str], reader: str, remedy: str = "take it out") -> list[str]:
+        """Return the unread keys, which are metadata. Raise RowFault where one is not.
+
+        known: keys that have a meaning in this kind of object.
+        reader: what did not read them, for the message: "a part of type image".
+        """
+        unread = self.unread()
+        for key in unread:
+            if key in known:
+                fault = f"{self._at()}{key} holds a value that {reader} does not read; {remedy}"
+                raise RowFault(fault, kind="unknown_field")
+            if (meant := nearest(str(key), frozenset(known))) is not None:
+                fault = f"{self._at()}unknown key {key}; did you mean {meant}?"
+                raise RowFault(fault, kind="unknown_field")
+        return unread
+
+    def _at(self) -> str:
+        return f"{self.where}: " if self.where else ""
+
+
+@lru_cache(maxsize=4096)
+def nearest(key: str, known: frozenset[str]) -> str | None:
+    """Return the known key that another one nearly spells, None where there is none. "los" -> "loss" """
+    close = difflib.get_close_matches(key, sorted(known), n=1, cutoff=_NEARLY)
+    return close[0] if close else None

@@ -1,0 +1,85 @@
+"""Checks of single values of a row: text, JSON, numbers."""
+
+import json
+import sys
+from typing import Any
+
+from qwen3vl_train.data.errors import RowFault
+
+_MAX_NESTING = 64  # far above any tool description, far below Python's recursion limit
+
+
+def is_number(value: Any) -> bool:
+    """Return whether a value of a row is a finite number that a float can hold."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def as_number(value: Any) -> float | None:
+    """Return a finite number, also one that is written as text, and None for anything else. "1.5" -> 1.5"""
+    if isinstance(value, str):
+        try:
+            value = float(value)
+        except ValueError:
+            return None
+    return float(value) if is_number(value) else None
+
+
+def is_empty(value: Any) -> bool:
+    """Return whether a value means that there is none.
+
+    These are null, NaN, "", [], {}, and lists and structs of nothing else, such as [null] and
+    {"bytes": null, "path": null}: what typed files and tables put where a row lacks a field. Empty bytes are a damaged
+    file, and so something.
+    """
+    if value is None or (isinstance(value, float) and value != value):
+        return True
+    if isinstance(value, str):
+        return not value
+    if isinstance(value, dict):
+        return all(map(is_empty, value.values()))
+    return isinstance(value, list | tuple) and all(map(is_empty, value))
+
+
+def to_json(value: Any) -> str:
+    """Write tools and the arguments of calls as the chat template does."""
+    return json.dumps(value, ensure_ascii=False)
+
+
+def parse_json(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise RowFault(f"{where} is not JSON ({str(error)[:80]}); write it as JSON", kind="invalid_json") from None
+
+
+def wrong_type(where: str, value: Any, rest: str) -> RowFault:
+    """Return the fault of a value of another type: `where` is a string, `rest`."""
+    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
+    found = names.get(type(value), "a number" if isinstance(value, int | float) else f"a {type(value).__name__}")
+    return RowFault(f"{where} is {found}{rest}", kind="wrong_type")
+
+
+def check_text(text: Any, where: str) -> str:
+    if not isinstance(text, str):
+        raise wrong_type(where, text, ", not a string; write text")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise RowFault(f"{where} contains half a surrogate pair; write whole characters") from None
+    return text
+
+
+def check_json(value: Any, where: str) -> None:
+    """Reject what the template cannot write as JSON: dates or bytes of typed columns, deeply nested brackets."""
+    level = [value]
+    for _ in range(_MAX_NESTING):
+        brackets = [item for item in level if isinstance(item, dict | list)]
+        level = [inner for item in brackets for inner in (item.values() if isinstance(item, dict) else item)]
+    if level:
+        raise RowFault(f"{where} is nested more than {_MAX_NESTING} deep; flatten it")
+    try:
+        text = to_json(value)
+    except TypeError as error:
+        fault = f"{where} cannot be written as JSON ({error}); write text and numbers"
+        raise RowFault(fault, kind="wrong_type") from None
+    check_text(text, where)
