@@ -148,7 +148,7 @@ def _write_broken_rows(folder: Path, task: Path) -> list[tuple[int, str]]:
             '"content": ...}, ...]} or name its columns under columns',
         ),
         ({"messages": []}, "messages is empty; write at least a question and an answer"),
-        ({"messages": [{**ask, "role": "bot"}]}, f"{where}: unknown role 'bot'; use system, user, assistant, tool"),
+        ({"messages": [{**ask, "role": "cast"}]}, f"{where}: unknown role 'cast'; use system, user, assistant, tool"),
         (
             {"messages": [{**ask, "content": [{"type": "audio", "audio": "a.wav"}]}]},
             f"{part}: unknown content type 'audio'; use text, image or video",

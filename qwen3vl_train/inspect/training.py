@@ -21,6 +21,7 @@ from qwen3vl_train.data.packing.mixture import InOrder, Shuffled
 from qwen3vl_train.data.packing.plan import FamilyCosts, plan_packs
 from qwen3vl_train.data.packing.windows import IndexedWindows
 from qwen3vl_train.data.rows.boxes import NO_CONVENTION
+from qwen3vl_train.data.rows.formats import column_names
 from qwen3vl_train.data.rows.parse import RowRules
 from qwen3vl_train.data.rows.sample import Sample
 from qwen3vl_train.data.sources import FileSource, Source, StreamRow, entry_rules, open_sources, open_stream
@@ -112,7 +113,7 @@ class Entry:
         if not isinstance(source, FileSource):  # a stream keeps samples only
             return None
         raw, rules = source.raw(ref.row), source.rules
-        columns = {name: rules.columns.get(key, key) for name, key in (("box", "boxes"), ("point", "points"))}
+        columns = {name: column_names(key, rules.columns)[0] for name, key in (("box", "boxes"), ("point", "points"))}
         entries = {name: raw.row.get(column) or [] for name, column in columns.items()}
         if not any(entries.values()):
             return None

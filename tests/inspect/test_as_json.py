@@ -6,7 +6,7 @@ import json
 import pytest
 
 from qwen3vl_train.data.media.image import load_rgb, resize_to_patches
-from qwen3vl_train.data.rows.messages import parse_sample
+from qwen3vl_train.data.rows.parse import parse_sample
 from qwen3vl_train.inspect.as_json import describe_sample
 from qwen3vl_train.inspect.recipe import inspect_recipe
 from qwen3vl_train.inspect.samples import view_tokens

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 from qwen3vl_train.data.errors import MediaFault, RowFault
 from qwen3vl_train.data.media.image import image_size
+from qwen3vl_train.data.rows.formats import Columns, column_names
 from qwen3vl_train.data.rows.sample import ImagePart, Part, Sample, TextPart
 from qwen3vl_train.data.rows.values import check_text, is_empty, is_number
 
@@ -46,7 +47,7 @@ class Convention(NamedTuple):
 NO_CONVENTION = Convention()
 
 
-def fill_boxes(sample: Sample, row: Mapping[str, Any], columns: Mapping[str, str], default: Convention) -> Sample:
+def fill_boxes(sample: Sample, row: Mapping[str, Any], columns: Columns, default: Convention) -> Sample:
     """Replace the placeholders of a sample by the boxes and points of its row.
 
     columns: other names for the columns `boxes` and `points`.
@@ -54,7 +55,7 @@ def fill_boxes(sample: Sample, row: Mapping[str, Any], columns: Mapping[str, str
     Where neither states a unit and there are no boxes, placeholders are plain text. Raise RowFault when placeholders
     and boxes differ in number, or a box is malformed, has no area, or lies outside its image by more than 0.5/1000.
     """
-    columns_of = {kind: _column(row, columns.get(plural, plural), kind) for kind, plural in _PLURAL.items()}
+    columns_of = {kind: _column(row, column_names(plural, columns)[0], kind) for kind, plural in _PLURAL.items()}
     found = _find(sample, _PLACEHOLDER)
     unit, layout = _row_setting(row, "bbox", UNITS), _row_setting(row, "bbox_layout", LAYOUTS)
     convention = Convention(unit or default.unit, layout or default.layout)

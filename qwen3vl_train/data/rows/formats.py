@@ -13,7 +13,7 @@ from typing import Any
 
 from qwen3vl_train.data.errors import RowFault
 from qwen3vl_train.data.rows.keys import Keys
-from qwen3vl_train.data.rows.marks import Mark, split_marks
+from qwen3vl_train.data.rows.marks import Mark, is_mark, split_marks
 from qwen3vl_train.data.rows.medium import is_medium, is_picture_path
 from qwen3vl_train.data.rows.placeholders import ListedMedia
 from qwen3vl_train.data.rows.values import is_empty, parse_json
@@ -34,9 +34,9 @@ TURN_KEYS = {
 """Keys from which a format takes its turns."""
 _COMMON = ("system", "tools", "functions", *_ALIASES["image"], *_ALIASES["video"], "data_path", "objects", "boxes",
            "points", "audio", "audios", "chosen", "rejected", "rejected_response")  # fmt: skip
-_OF_CLIP = ("sample_fps", "timestamps", "start", "end", "video_start", "video_end")
+_OF_CLIP = ("sample_fps", "timestamps", "start", "end", "video_start", "video_end", "segment")
 _KNOWN = {name: frozenset({*_COMMON, *keys}) for name, keys in TURN_KEYS.items()}
-_KNOWN["auto"] = frozenset(key for keys in _KNOWN.values() for key in keys)
+_KNOWN["auto"] = frozenset({*(key for keys in _KNOWN.values() for key in keys), "context", "choices", "options"})
 _KNOWN["sharegpt"] = frozenset(_COMMON)  # one of its keys is read; where the format is given, the others are metadata
 READ_COLUMNS = (*sorted(_KNOWN["auto"]), "bbox", "bbox_layout", "fps", *_OF_CLIP)
 """Every column that is read from typed files, unless `columns` renames it."""
@@ -108,7 +108,9 @@ class RowReader:
 
     def listed_media(self) -> ListedMedia:
         """Return the media of the row's own columns."""
-        images = [image for name in self._media_columns("image") for image in _as_list(self.keys.take(name))]
+        taken = [self.keys.take(name) for name in self._media_columns("image")]
+        named = taken[0] if len(taken) == 1 and _is_named_by_marks(taken[0]) else {}
+        images = list(named.values()) or [image for found in taken for image in _as_list(found)]
         videos = [clip for name in self._media_columns("video") for clip in _clips(self.keys.take(name))]
         options = {}
         if len(videos) == 1:
@@ -118,7 +120,10 @@ class RowReader:
         elif len(videos) > 1 and any(self.keys.holds(name) for name in ("start", "end")):
             fault = f"start and end beside {len(videos)} clips; write them into the part of the clip that they mean"
             raise RowFault(fault, kind="conflicting_fields")
-        return ListedMedia(images, videos, options, self.keys.take("data_path"))
+        if isinstance(segment := options.pop("segment", None), list | tuple) and len(segment) == 2:
+            options |= {"start": segment[0], "end": segment[1]}
+        numbers = {mark: number for number, mark in enumerate(named, start=1)}
+        return ListedMedia(images, videos, options, self.keys.take("data_path"), numbers)
 
     def _media_columns(self, kind: str) -> Sequence[str]:
         if kind in self.columns:
@@ -139,6 +144,8 @@ class RowReader:
             self.keys.get("bbox"), self.keys.get("bbox_layout")
         renamed = {alias for field in (*self.columns, *self.texts) for alias in _ALIASES.get(field, (field,))}
         known = _KNOWN[row_format] - renamed
+        if not self.keys.holds("completion"):
+            known -= {"prompt"}  # beside messages it is their first question again
         for name in self.keys.unread():
             if name in known:
                 remedy = "take it out, or set format to the one that is meant"
@@ -158,6 +165,11 @@ def check_unread_media(ignored: Sequence[str], row: Row) -> None:
         if is_medium(value):
             fault = f"{key} holds a picture or a clip that nothing reads; name it: columns: {{image: {key}}}"
             raise RowFault(fault, kind="unknown_field")
+
+
+def _is_named_by_marks(value: Any) -> bool:
+    """Return whether images are listed by their marks in the texts: {"<image_00>": "a.png"} (MiniCPM-V)."""
+    return isinstance(value, dict) and bool(value) and all(is_mark(key) for key in value)
 
 
 def _as_list(value: Any) -> list[Any]:

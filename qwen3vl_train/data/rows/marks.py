@@ -67,9 +67,16 @@ def foreign_marks(text: str) -> list[str]:
     return [piece.text for piece in split_marks(text) if isinstance(piece, Mark) and not piece.is_ours]
 
 
+def is_mark(text: str) -> bool:
+    """Return whether a text is one mark and nothing else."""
+    return _PATTERN.fullmatch(text) is not None
+
+
 def _mark(match: re.Match[str]) -> Mark:
     found, text = match.groupdict(), match[0]
     if found["ours"]:
         return Mark(found["ours"], text, is_ours=True)
     number = found["number"] or found["piped"]
-    return Mark("video" if found["video"] else "image", text, False, number and int(number), found["path"])
+    return Mark(
+        "video" if found["video"] else "image", text, number=int(number) if number else None, path=found["path"]
+    )

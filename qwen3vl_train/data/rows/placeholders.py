@@ -26,12 +26,14 @@ class ListedMedia:
 
     options: what the row says about its only clip, such as start and end.
     folder: the row's data_path, in front of its relative paths.
+    numbers: marks that name an image, with its number from 1, where the row lists its images by their marks.
     """
 
     image: Sequence[Any] = ()
     video: Sequence[Any] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
     folder: Any = None
+    numbers: Mapping[str, int] = field(default_factory=dict)
 
     def values(self, kind: str) -> Sequence[Any]:
         return self.image if kind == "image" else self.video
@@ -130,7 +132,7 @@ class _Placer:
                 f"it; list one {mark.kind} for each mark, or take the mark out",
                 kind="media_mismatch",
             )
-        return self._take(mark.kind, mark.number, {}, where)
+        return self._take(mark.kind, self.listed.numbers.get(mark.text, mark.number), {}, where)
 
     def _take(self, kind: str, number: int | None, options: Mapping[str, Any], where: str) -> Part | Slot:
         """Return the next medium of a kind, or that of a number; a slot after the last, which `check` reports."""

@@ -80,7 +80,8 @@ def _columns(reader: RowReader) -> list[Turn]:
     if question is not None and not isinstance(question, str):
         fault = f"column {column_names('question', reader.columns)[0]} is not text; name the question's column"
         raise RowFault(fault, kind="wrong_type")
-    more, history = reader.keys.take("input"), reader.keys.take("history")
+    mapped = {name for field in reader.columns for name in column_names(field, reader.columns)}
+    more, history = (reader.keys.take(name) if name not in mapped else None for name in ("input", "history"))
     if more is not None:
         if not isinstance(more, str):
             raise wrong_type("input", more, ", not a string; write text")

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 from qwen3vl_train.data.errors import RowFault
+from qwen3vl_train.data.rows.formats import column_names
 from qwen3vl_train.data.rows.parse import RowRules
 
 Convert = Callable[[Any], Any]
@@ -36,7 +37,7 @@ def row_converter(schema: Any, rules: RowRules) -> Convert:
     schema: of Arrow; with the features of `datasets` in its metadata, if it has them.
     """
     features = _features_of(schema)
-    texts = _TEXT_KEYS | {rules.columns[name] for name in _TEXT_KEYS & rules.columns.keys()}
+    texts = _TEXT_KEYS | {name for field in _TEXT_KEYS for name in column_names(field, rules.columns)}
     converters = {
         field.name: convert
         for field in schema

@@ -112,6 +112,11 @@ ROWS = {
                          ["user: Picture 1: [a.png]What?", "assistant*: Red."]),
     "marks with numbers": ({"images": ["a.png", "b.png"], "question": "Is <image 2> like <image 1>?", "answer": "No."},
                            ["user: Is [b.png] like [a.png]?", "assistant*: No."]),
+    "images by their marks": ({"image": {"<image_00>": "a.png", "<image_01>": "b.png"}, "conversations": [
+        {"role": "user", "content": "Is <image_01> like <image_00>?"}, {"role": "assistant", "content": "No."}]},
+        ["user: Is [b.png] like [a.png]?", "assistant*: No."]),
+    "prompt beside messages": ({"prompt": "Hi", "messages": [{"role": "user", "content": "Hi"},
+                                                             {"role": "assistant", "content": "Hello"}]}, HI),
     "foreign mark and a list": ({"images": ["a.png"], "question": "<|image_1|>\nWhat?", "answer": "Red."}, WHAT),
 }  # fmt: skip
 
@@ -203,6 +208,8 @@ def test_columns_beside_a_clip_belong_to_it():
     assert read(row).messages[0].content[0] == VideoPart("v.mp4", start=0.5, end=1.0)
     renamed = read({"video": "v.mp4", "from_s": 1, **asked}, columns={"start": "from_s"})
     assert renamed.messages[0].content[0] == VideoPart("v.mp4", start=1.0)
+    cut = read({"video": "v.mp4", "segment": [1, 2.5], **asked})
+    assert cut.messages[0].content[0] == VideoPart("v.mp4", start=1.0, end=2.5)
     frames = {"video": ["0.png", "1.png"], "sample_fps": 2, **asked}
     assert read(frames).messages[0].content[0] == VideoPart(("0.png", "1.png"), timestamps=(0.0, 0.5))
     rate_of_the_file = read({"video": "v.mp4", "fps": 30, "start": None, **asked})
@@ -218,9 +225,9 @@ def test_what_nothing_reads_is_named_once():
 
 
 def test_a_given_format_makes_others_metadata():
-    row = {**typed({"text": "Hi"}, answer="Hello"), "prompt": "p", "answer": "x", "input": "y"}
+    row = {**typed({"text": "Hi"}, answer="Hello"), "context": "p", "answer": "x", "input": "y"}
     assert turns(row, format="openai") == HI
-    assert read(row, format="openai").ignored == ("row.prompt", "row.answer", "row.input")
+    assert read(row, format="openai").ignored == ("row.context", "row.answer", "row.input")
 
 
 UNREAD = "holds a value that is not read in this row; take it out, or set format to the one that is meant"
@@ -231,6 +238,7 @@ FAULTS = [
     ({**ASKED, "input": "x"}, f"input {UNREAD}"),
     ({**ASKED, "history": [["a", "b"]]}, f"history {UNREAD}"),
     ({**ASKED, "answer": "x"}, f"answer {UNREAD}"),
+    ({"question": "Which?", "choices": ["a", "b"], "answer": 0}, f"choices {UNREAD}"),
     ({**ASKED, "audios": ["a.wav"]}, f"audios {UNREAD}"),
     ({**ASKED, "rejected": "x"}, f"rejected holds a value that is not read in this row; {PAIRS}"),
     ({"system": "a", "messages": [{"role": "system", "content": "b"}, *ASKED["messages"]]},
