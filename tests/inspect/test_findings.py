@@ -41,7 +41,7 @@ def clip_row(video, **more):
 def test_clips_without_a_usable_rate_are_found(inspected, tmp_path):
     picture(64, 64, 0).save(tmp_path / "a.png")
     write_clip(tmp_path / "fast.mp4", 40, rate=2000)
-    write_clip(tmp_path / "sound.mp4", 8)
+    write_clip(tmp_path / "whole.mp4", 8)
     with av.open(str(tmp_path / "none.mp4"), "w", options={"movflags": "empty_moov"}) as out:
         stream = out.add_stream("mpeg4", rate=12)
         stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
@@ -57,10 +57,10 @@ def test_clips_without_a_usable_rate_are_found(inspected, tmp_path):
         row("gone", "gone", ["run_60fps.png"]),
         row("gone", "gone", ["the frame rate is 60.png"]),
         clip_row("clip with no times fps.mp4"),
-        clip_row("sound.mp4", fps=2),
+        clip_row("whole.mp4", timestamps=[0, 1]),
         clip_row(frames, fps=2, timestamps=[0, 1]),
         clip_row(frames, timestamps=[0]),
-        clip_row("sound.mp4"),
+        clip_row("whole.mp4"),
     ])  # fmt: skip
     finding = found(inspection, "fps_missing")
     assert (finding.rows, finding.count, finding.evidence) == (list("12345"), 5, "5 of 12 rows (41.7%)")
@@ -219,6 +219,6 @@ def test_reasons_that_differ_in_names_are_one_group(inspected):
 
 def test_unpaired_surrogate_in_a_reason_can_be_printed(inspected):
     odd = row("a", "b")
-    odd["messages"][0]["\ud800"] = 1
+    odd["messages"][0]["role"] = "\ud800"
     (source,) = inspected([odd, row("a", "b")]).facts.sources
-    assert "unknown key \\ud800;" in source.rejects[0].reason
+    assert "unknown role '\\ud800';" in source.rejects[0].reason
