@@ -149,6 +149,11 @@ class FileSource(ABC):
             check_unchanged(path, recorded)
 
 
+def is_turn(value: Any) -> bool:
+    """Return whether a value is one turn of a conversation, so that a list of such values is one row."""
+    return isinstance(value, dict) and ("role" in value or "from" in value)
+
+
 def check_media_root(name: str, media_root: str | None, rules: RowRules) -> None:
     """Raise ValueError for a folder that does not exist, and for a web address unless the rules allow those."""
     if media_root is not None and uses_web(media_root) and not rules.allow_urls:

@@ -1,11 +1,13 @@
 """WebDataset's tar shards: consecutive files with one key are a row. Nothing is extracted to disk.
 
-`0001.jpg`, `0001.json`: the JSON object is the row, and its media are files of the same key, by name (`0001.jpg`), by
-extension (`jpg`), or, where the row names none, all of them in order. Without a JSON file the row consists of the other
-files by their extensions: {"jpg": ..., "txt": "A cat"}, for `columns: {image: jpg, answer: txt}`.
+`0001.jpg`, `0001.json`: the JSON object (or list of messages) is the row, and its media are files of the same key: by
+name (`0001.jpg`), also with the folder that it once had, by extension (`jpg`), or, where the row names none, all of
+them in order: `0001.2.png` before `0001.10.png`. Without a JSON file the row consists of the other files by their
+extensions: {"jpg": ..., "txt": "A cat"}, for `columns: {image: jpg, answer: txt}`. Hidden files are skipped.
 """
 
 import hashlib
+import re
 import tarfile
 from array import array
 from collections.abc import Iterator
@@ -16,13 +18,16 @@ import numpy as np
 from qwen3vl_train.data.errors import MediaFault, RowFault
 from qwen3vl_train.data.media.remote import MAX_BYTES
 from qwen3vl_train.data.rows.formats import names_media
-from qwen3vl_train.data.rows.parse import MAX_ROW_BYTES, decode_row
-from qwen3vl_train.data.sources.base import FileSource, Position, RawRow
+from qwen3vl_train.data.rows.parse import MAX_ROW_BYTES, ResolveMedium, decode_row
+from qwen3vl_train.data.sources.base import FileSource, Position, RawRow, is_turn
 from qwen3vl_train.data.sources.files import damaged, is_compressed, naming_file, open_file, read_range, unpack
 
-_IMAGES = {"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "jp2", "avif"}
+_IMAGES = {"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "jp2", "avif", "heic", "heif"}
 _VIDEOS = {"mp4", "mov", "mkv", "webm", "avi", "mpg", "mpeg", "m4v"}
 _TEXTS = {"txt", "text", "caption", "cls"}
+_HIDDEN = re.compile(r"(^|/)(__MACOSX|PaxHeaders?(\.\d+)?)/|(^|/)\.(?!\.?/)[^/]*$")
+"""`._0001.jpg` holds what macOS knows of 0001.jpg; `.DS_Store` and `PaxHeader/0001.jpg` are no data either."""
+_NUMBERS = re.compile(r"\d+")
 _MAX_MEMBERS = 10_000
 """Of one row: more than the media that a row may have, and few enough to be listed in memory."""
 
@@ -100,7 +105,7 @@ def _groups(file: IO[bytes], path: str, rows: int) -> Iterator[_Group]:
                 if info.offset <= last or info.size < 0:
                     raise tarfile.ReadError("a header points backwards")
                 last = info.offset
-                if info.isdir():
+                if info.isdir() or _HIDDEN.search(info.name):
                     continue
                 if not info.isreg() or info.issparse():
                     fault = "is a link, a device or sparse; pack only plain files"
@@ -142,23 +147,44 @@ def _make_row(group: _Group, path: str, number: int) -> RawRow:
         else:
             found[member.extension] = member.name
     media = {
-        column: [member.name for member in group.members if member.extension.rpartition(".")[2] in extensions]
+        column: [member.name for member in _in_order(group.members, extensions)]
         for column, extensions in (("images", _IMAGES), ("videos", _VIDEOS))
     }
+    if isinstance(row, list) and row and all(map(is_turn, row)):
+        row = {"messages": row}
     if isinstance(row, dict):
         row = {**found, **({} if names_media(row) else media), **row}
     elif row is None:
         row = {**found, **media}
+    return RawRow(row, number, {"byte": group.end, "row": number}, _resolver(group, path))
+
+
+def _in_order(members: list[_Member], extensions: set[str]) -> list[_Member]:
+    """Return the members that are media of one kind, by number where their names differ in numbers alone."""
+    found = [member for member in members if member.extension.rpartition(".")[2] in extensions]
+    stems = [member.extension.rpartition(".")[0] for member in found]
+    if len({_NUMBERS.sub("#", stem) for stem in stems}) > 1:
+        return found
+    numbers = [tuple(map(int, _NUMBERS.findall(stem))) for stem in stems]
+    return [found[index] for index in sorted(range(len(found)), key=numbers.__getitem__)]
+
+
+def _resolver(group: _Group, path: str) -> ResolveMedium:
+    """Return a function: name of a medium in the row -> its content, of the files of the row's key."""
+    asked: dict[str, str] = {}  # base name -> the name that the row has for it
 
     def resolve(name: str) -> bytes:
-        for member in group.members:
-            if name in (member.name, member.name.rpartition("/")[2], member.extension):
-                return _content(member, path, MAX_BYTES)
-        listed = ", ".join(member.name for member in group.members[:6])
-        fault = f"{name[:200]}: not among the files of its row in the shard ({listed}); name one of them"
-        raise MediaFault(fault, kind="missing_file")
+        base = name.replace("\\", "/").rpartition("/")[2]
+        members = [member for member in group.members if name in (member.name, member.extension)]
+        if not members:
+            members = [member for member in group.members if base == member.name.rpartition("/")[2]]
+            if len({member.name for member in members}) != 1 or asked.setdefault(base, name) != name:
+                listed = ", ".join(member.name for member in group.members[:6])
+                fault = f"{name[:200]}: not among the files of its row in the shard ({listed}); name one of them"
+                raise MediaFault(fault, kind="missing_file")
+        return _content(members[0], path, MAX_BYTES)
 
-    return RawRow(row, number, {"byte": group.end, "row": number}, resolve)
+    return resolve
 
 
 def _content(member: _Member, path: str, limit: int) -> bytes:

@@ -250,28 +250,23 @@ def test_unknown_parquet_columns_are_not_read(tmp_path):
     )
 
 
-def test_shard_media_are_found_by_name_or_extension(tmp_path):
-    talk = [{"role": "user", "content": [{"type": "image", "image": "jpg"}, {"type": "image", "image": "1.seg.png"}]},
-            {"role": "assistant", "content": "ok"}]  # fmt: skip
-    write_tar(tmp_path / "a.tar", [
-        ("d/1.jpg", b"one"), ("d/1.seg.png", b"two"), ("d/1.json", json.dumps({"messages": talk}).encode()),
-        ("d/2.json", json.dumps({"messages": talk}).encode()),
-        ("d/3.txt", "ein Bär".encode()), ("d/3.jpg", b"three"),
-        ("d/4.json", b"{"), ("d/5.jpg", b"x"), ("d/6.txt", b"\xff"),
-    ])  # fmt: skip
-    (source,) = open_sources(TrainSource(path=str(tmp_path / "a.tar"), columns={"answer": "txt"}))
-    assert [part.image for part in source.sample(0).messages[0].content] == [b"one", b"two"]
-    assert source.sample(2).messages[0].content[0].image == b"three"
-    assert texts(source.sample(2)) == ["", "ein Bär"]
-    for row, fault in (
-        (1, "jpg: not among the files of its row in the shard (d/2.json); name one of them"),
-        (3, "not JSON (Expecting property name enclosed in double quotes: line 1 column 2 (char 1)); write one object "
-            "a line"),
-        (4, "no messages, no conversations and no txt among its keys (images, jpg, videos); write "
-            '{"messages": [{"role": ..., "content": ...}, ...]} or name its columns under columns'),
-        (5, "d/6.txt: not UTF-8 (byte 0); save it as UTF-8"),
-    ):  # fmt: skip
-        assert message_of(RowFault, source.sample, row) == fault
+def test_rows_that_are_lists_of_messages(tmp_path):
+    """They reach the parser as they are; those of a shard together with its media."""
+    row = [{"role": "user", "content": "<image>?"}, {"role": "assistant", "content": "x"}]
+    (tmp_path / "a.jsonl").write_text("\n".join([json.dumps(row), ROW % "a", json.dumps(row), "[1]"]))
+    (tmp_path / "one.jsonl").write_text(json.dumps(row))
+    (tmp_path / "a.json").write_text(json.dumps([row, row]))
+    for name, expected in (
+        ("a.jsonl", [row, json.loads(ROW % "a"), row, [1]]),
+        ("one.jsonl", [row]),
+        ("a.json", [row] * 2),
+    ):
+        source = JsonlSource(tmp_path / name)
+        assert [source.raw(number).row for number in range(len(source))] == expected
+    write_tar(tmp_path / "a.tar", [("1.json", json.dumps(row).encode()), ("1.png", b"one"), ("2.json", b"[1]")])
+    (source,) = open_sources(TrainSource(path=str(tmp_path / "a.tar")))
+    assert source.raw(0).row == {"png": "1.png", "images": ["1.png"], "videos": [], "messages": row}
+    assert source.raw(1).row == [1]
 
 
 def test_rows_of_mixed_formats_in_one_file(tmp_path, collate):
