@@ -151,8 +151,8 @@ Columns = Annotated[dict[Column, ColumnSource], AfterValidator(_check_columns)]
 class RowsSection(Section):
     """Name the rows of one data set and how they are read (docs/rows.md).
 
-    path: a file, a pattern, a folder or an fsspec URL of them (JSON, JSONL, Parquet, tar).
-    media_root: folder or URL that media paths are relative to; null: the folder of the file.
+    path: a file, a pattern, a folder or an fsspec URL of them (JSON, JSONL, CSV, TSV, Parquet, tar).
+    media_root: folder or URL that media paths are relative to; null: the folder of each file.
     name: the name of its loss curve.
     columns: our name -> the name of the rows' column; of several in order, for images and clips; or a text for all
         rows, as in question: {text: "Describe it."}.

@@ -24,7 +24,7 @@ from qwen3vl_train.data import signatures
 from qwen3vl_train.data.encode.tokenizer import ChatTokenizer
 from qwen3vl_train.data.media import frames, remote
 from qwen3vl_train.data.packing import loader, packs
-from qwen3vl_train.data.sources import files, jsonl
+from qwen3vl_train.data.sources import files, jsonl, spans
 from qwen3vl_train.dist.watchdog import Watchdog
 from qwen3vl_train.model import loss
 from qwen3vl_train.parallel import ddp
@@ -309,7 +309,8 @@ def set_row_limits(*, block: int | None = None, row: int | None = None) -> None:
     if block is not None:
         _patches.setattr(jsonl, "_BLOCK", block)
     if row is not None:
-        _patches.setattr(jsonl, "MAX_ROW_BYTES", row)
+        for module in (jsonl, spans):
+            _patches.setattr(module, "MAX_ROW_BYTES", row)
 
 
 def set_download_limits(

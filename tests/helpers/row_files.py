@@ -45,6 +45,19 @@ def write_tar(file: Path, members: list[tuple[str, bytes]], mode: str = "w") -> 
     return file
 
 
+def write_json_feature(file: Path, rows: list[dict]) -> None:
+    """Write rows as messages: their content a `Json` feature of `datasets`, their other fields null in every row."""
+    text, absent = datasets.Value("string"), datasets.Value("null")
+    message = {"role": text, "content": datasets.Json(), "tool_calls": absent, "name": absent}
+    found = []
+    for number, row in enumerate(rows):
+        parts = [{"type": "image", "image": row["image"]}, {"type": "text", "text": f"Nr {number}?"}]
+        turns = [{"role": "user", "content": parts}, {"role": "assistant", "content": "ü" * number + "."}]
+        found.append({"messages": [{**turn, "tool_calls": None, "name": None} for turn in turns]})
+    data = datasets.Dataset.from_list(found, features=datasets.Features({"messages": [message]}))
+    data.to_parquet(file, batch_size=4)
+
+
 def write_all(folder: Path) -> dict[str, Path]:
     """Write the same rows to every type of file; return the paths by type."""
     rows = talks()
@@ -67,12 +80,25 @@ def write_all(folder: Path) -> dict[str, Path]:
     files["c.json.gz"].write_bytes(gzip.compress(array))
     files["a.parquet"] = folder / "a.parquet"
     pq.write_table(pa.Table.from_pylist(table()), files["a.parquet"], row_group_size=4)
+    for name in ("d.jsonl", "json.parquet", "a.csv", "b.tsv.gz"):
+        files[name] = folder / name
+    files["d.jsonl"].write_bytes(array)  # what should be called .json
+    write_json_feature(files["json.parquet"], rows)
+    cells = [
+        ["image", "question", "answer"],
+        *([row["image"], f"Nr {n}?", "ü" * n + "."] for n, row in enumerate(rows)),
+    ]
+    files["a.csv"].write_text("\n".join(",".join(row) for row in cells), encoding="utf-8")
+    files["b.tsv.gz"].write_bytes(gzip.compress("\r\n".join("\t".join(row) for row in cells).encode()))
     files["a.tar"] = write_tar(folder / "a.tar", members)
     files["b.tar.gz"] = write_tar(folder / "b.tar.gz", members, "w:gz")
     return files
 
 
-KINDS = ("a.jsonl", "a.json", "b.jsonl.gz", "b.jsonl.zst", "c.json.gz", "a.parquet", "a.tar", "b.tar.gz", "saved")
+KINDS = (
+    "a.jsonl", "a.json", "b.jsonl.gz", "b.jsonl.zst", "c.json.gz", "d.jsonl", "a.parquet", "json.parquet", "a.csv",
+    "b.tsv.gz", "a.tar", "b.tar.gz", "saved",
+)  # fmt: skip
 
 
 def texts(sample) -> list[str]:

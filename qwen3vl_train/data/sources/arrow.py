@@ -17,6 +17,7 @@ from typing import Any
 from qwen3vl_train.data.errors import RowFault
 from qwen3vl_train.data.rows.formats import column_names
 from qwen3vl_train.data.rows.parse import RowRules
+from qwen3vl_train.data.sources.base import is_turn
 
 Convert = Callable[[Any], Any]
 _MEDIUM = {"bytes", "path"}
@@ -25,6 +26,8 @@ _TEXT_KEYS = {
     "content", "value", "text", "reasoning_content", "reasoning", "question", "answer", "system", "prompt",
     "completion", "user", "assistant",
 }  # fmt: skip
+_MESSAGE_KEYS = {"content", "value", "text", "reasoning_content"}
+"""Of messages and their parts, where a list of bare strings is none of ours."""
 _CALL_KEYS = {"tools", "tool_calls", "functions", "function_call"}
 """Below these, names are those of functions and of their arguments, not ours."""
 _PART_KEYS = {"type", "text", "image", "image_url", "video", "video_url"}
@@ -37,7 +40,7 @@ def row_converter(schema: Any, rules: RowRules) -> Convert:
     schema: of Arrow; with the features of `datasets` in its metadata, if it has them.
     """
     features = _features_of(schema)
-    texts = _TEXT_KEYS | {name for field in _TEXT_KEYS for name in column_names(field, rules.columns)}
+    texts = text_keys(rules)
     converters = {
         field.name: convert
         for field in schema
@@ -56,6 +59,11 @@ def row_converter(schema: Any, rules: RowRules) -> Convert:
     return convert_row
 
 
+def text_keys(rules: RowRules) -> set[str]:
+    """Return the names of all columns and keys that hold text."""
+    return _TEXT_KEYS | {name for field in _TEXT_KEYS for name in column_names(field, rules.columns)}
+
+
 def _features_of(schema: Any) -> dict[str, Any]:
     """Return the features that `datasets` wrote into the metadata of a schema, {} where there are none."""
     try:
@@ -72,7 +80,7 @@ def _converter(arrow_type: Any, feature: Any, key: str, texts: set[str]) -> Conv
     kind = feature.get("_type") if isinstance(feature, dict) else None
     texts = set() if key in _CALL_KEYS else texts
     if getattr(arrow_type, "extension_name", "") == "arrow.json" or kind == "Json":
-        return lambda value: _decode(value, is_text=key in texts, is_arguments=key == "arguments")
+        return lambda value: _decode(value, key if key in texts or key == "arguments" else None)
     if kind == "ClassLabel" and isinstance(names := feature.get("names"), list) and types.is_integer(arrow_type):
         return lambda value: _label_name(value, names)
     if types.is_struct(arrow_type):
@@ -138,10 +146,10 @@ def _label_name(value: int, names: list[Any]) -> str | None:
     return str(names[value])
 
 
-def _decode(text: Any, *, is_text: bool, is_arguments: bool) -> Any:
-    """Return the value that a text of the `Json` feature holds.
+def _decode(text: Any, text_key: str | None) -> Any:
+    """Return the value that a text of the `Json` feature holds. text_key: the name of what may hold text.
 
-    `datasets` stores a string that happens to be JSON as it is, and any other value as JSON: in a key that holds text,
+    `datasets` stores a string that happens to be JSON as it is, and any other value as JSON: where text is expected,
     `7` and `{"a": 1}` were such strings.
     """
     if not isinstance(text, str):
@@ -150,22 +158,37 @@ def _decode(text: Any, *, is_text: bool, is_arguments: bool) -> Any:
         value = json.loads(text)
     except (ValueError, RecursionError):
         return text
-    if isinstance(value, str) or not (is_text or is_arguments):
+    if text_key is None or isinstance(value, str):
         return value
+    if _is_typed_parts(value):
+        return value  # a text like it is read as parts too
     if not isinstance(value, dict | list) or not _is_compact(text):
         return text
-    if value == [] and is_text:
+    if text_key == "arguments":
+        return value
+    if value == []:
         fault = "is [] as `datasets` stores it, be it text or an empty list; read the JSON file itself, without split"
         raise RowFault(fault, kind="invalid_value")
-    return value if is_arguments or _may_be_content(value) else text
+    return value if _may_be_content(value, text_key) else text
 
 
 def _is_compact(text: str) -> bool:
-    """Return whether an object or a list is written as `datasets` writes it: in ASCII and without blanks."""
-    return text.isascii() and not re.search(r"\s", _STRING.sub("", text))
+    """Return whether an object or a list is written as `datasets` writes it: in ASCII, without blanks, `/` as `\\/`."""
+    is_written_otherwise = re.search(r"\s", _STRING.sub("", text)) or "/" in re.sub(r"\\.", "", text)
+    return text.isascii() and not is_written_otherwise
 
 
-def _may_be_content(value: Any) -> bool:
-    """Return whether a list or an object may be content: parts, or the texts of several answers."""
+def _is_typed_parts(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(item, dict) and str(item.get("type")) in _PART_KEYS for item in value)
+    )
+
+
+def _may_be_content(value: Any, key: str) -> bool:
+    """Return whether a list or an object may be content: parts, turns, or in a column of answers several texts."""
     items = value if isinstance(value, list) else [value]
-    return all(isinstance(item, str) or (isinstance(item, dict) and item.keys() & _PART_KEYS) for item in items)
+    if all(isinstance(item, str) for item in items):
+        return key not in _MESSAGE_KEYS
+    return all(is_turn(item) or (isinstance(item, dict) and bool(item.keys() & _PART_KEYS)) for item in items)

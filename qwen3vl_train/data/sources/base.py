@@ -2,7 +2,7 @@
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -147,6 +147,16 @@ class FileSource(ABC):
     def _check_unchanged(self) -> None:
         for path, recorded in self._signatures.items():
             check_unchanged(path, recorded)
+
+
+def known_columns(names: Sequence[str], rules: RowRules, path: str) -> tuple[list[str], list[str]]:
+    """Return the columns that rows are made from, and the others. Raise ValueError when there are none of the first."""
+    read = rules.columns_read()
+    known, others = [name for name in names if name in read], [name for name in names if name not in read]
+    if not known:
+        found = ", ".join(names[:20])
+        raise ValueError(f"{path}: has the columns {found}, and none that rows are made from; name them under columns")
+    return known, others
 
 
 def is_turn(value: Any) -> bool:

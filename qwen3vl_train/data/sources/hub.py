@@ -8,8 +8,8 @@ from typing import Any
 from qwen3vl_train.data.media.remote import Remote
 from qwen3vl_train.data.rows.parse import RowRules
 from qwen3vl_train.data.sources.arrow import Convert, row_converter
-from qwen3vl_train.data.sources.base import FileSource, RawRow
-from qwen3vl_train.data.sources.parquet import known_columns, row_to_python
+from qwen3vl_train.data.sources.base import FileSource, RawRow, known_columns
+from qwen3vl_train.data.sources.parquet import row_to_python
 
 _HUB = "hf://"
 _ARCHIVES = ("zip://", "tar://", "gzip://", "bz2://", "xz://", "zstd://", "lz4://")
@@ -44,7 +44,12 @@ def load_rows(path: str, split: str | None, subset: str | None, *, streaming: bo
                     raise ValueError(f"no split {split!r} among {', '.join(map(str, found))}; set split to one of them")
                 found = found[split]
             return found.to_iterable_dataset() if streaming else found
-        return datasets.load_dataset(path, subset, split=split, streaming=streaming)
+        found: Any = datasets.load_dataset(path, subset, split=split, streaming=streaming)
+        if found.info.builder_name == "csv":  # which takes 007 for a number, and "None" for no text
+            text = datasets.Features(dict.fromkeys(found.column_names, datasets.Value("string")))
+            options: dict[str, Any] = {"features": text, "keep_default_na": False, "na_values": [""]}
+            found = datasets.load_dataset(path, subset, split=split, streaming=streaming, **options)
+        return found
     except (OSError, ValueError, DatasetsError) as error:
         where = path if os.path.isdir(path) else f"{path} (no folder here, so a name on the Hugging Face hub)"
         raise ValueError(f"{where}: {str(error)[:500]}") from None

@@ -1,120 +1,85 @@
 """JSON files: one object a line, or one array of objects, which is read without ever holding all of it."""
 
 import codecs
-import hashlib
 import io
 import json
-from array import array
-from collections.abc import Callable, Iterator
-from typing import IO, Any
+from collections.abc import Iterator
+from typing import Any
 
-import numpy as np
-
-from qwen3vl_train.data.errors import RowFault
 from qwen3vl_train.data.rows.parse import MAX_ROW_BYTES, decode_row
-from qwen3vl_train.data.sources.base import BEGINNING, FileSource, Position, RawRow
-from qwen3vl_train.data.sources.files import DAMAGE, damaged, naming_file, open_file, open_plain, read_range, suffix_of
+from qwen3vl_train.data.sources.base import Position, is_turn
+from qwen3vl_train.data.sources.files import DAMAGE, damaged, open_plain, suffix_of
+from qwen3vl_train.data.sources.spans import Span, SpanSource, TextFormat
 
 _BLOCK = 1 << 20
+_MAX_FIRST_LINE = 16 << 20
+"""A first line that is longer, and begins with a bracket, is taken for the whole array."""
 _SPACE = " \t\r\n"
 _DECODER = json.JSONDecoder()
 
-Span = tuple[int, int, int, bytes]
-"""Of one row in its file: start and length in bytes; number of its line, or of its element in the array, from 1 on; its
-text, unless that is too long to be held."""
 
+class JsonlSource(SpanSource):
+    """A JSON file. Row numbers are those of lines, or of elements; blank lines are skipped.
 
-class JsonlSource(FileSource):
-    """A JSON file, plain or compressed. Row numbers are those of lines, or of elements; blank lines are skipped.
-
-    A file ending in .json whose first character is `[` is an array; every other file has a row a line.
+    A file whose first character is `[` is an array, unless its lines are rows: each a list of messages.
     """
 
-    def _open(self) -> dict[str, Any]:
-        self.uncompressed = self._uncompressed_path()
-        spans, digest = array("q"), hashlib.sha256()
-        read_spans = _span_reader(self.uncompressed)
-        with open_file(self.uncompressed) as file, naming_file(self.name):
-            size = self._record_signature(self.uncompressed)
-            for *span, _ in read_spans(_HashingReader(file, digest), self.name, BEGINNING):
-                spans.extend(span)
-        self._spans = np.asarray(spans).reshape(-1, 3)
-        return {"size": size, "sha256": digest.hexdigest()}
-
-    def __len__(self) -> int:
-        return len(self._spans)
-
-    def raw(self, row: int) -> RawRow:
-        self._check_unchanged()
-        start, length, number = self._spans[row].tolist()
-        _check_length(length)
-        try:
-            text = read_range(self.uncompressed, start, length)
-        except OSError as error:
-            fault = f"{self.name}: cannot be read ({error}); check the disk or the address"
-            raise RowFault(fault, kind="read_error", transient=True) from None
-        return RawRow(decode_row(text, first=start == 0), number, {})
-
-    def row_number(self, row: int) -> int:
-        return int(self._spans[row, 2])
+    def _format(self) -> TextFormat:
+        return json_format(self.uncompressed)
 
 
-def stream_json(path: str, position: Position) -> Iterator[RawRow]:
-    """Yield the rows of a JSON file, plain or compressed, from a position on. Raise ValueError where it is damaged."""
-    last, read_spans = position["row"], _span_reader(path)
-    with naming_file(path), open_plain(path) as file:
-        try:
-            _seek_forward(file, position["byte"])
-            for start, length, last, text in read_spans(file, path, position):
-                try:
-                    _check_length(length)
-                    row = decode_row(text, first=start == 0)
-                except RowFault as fault:
-                    row = fault
-                yield RawRow(row, last, {"byte": start + length, "row": last})
-        except DAMAGE as error:
-            raise damaged(path, last, error) from None
+def json_format(path: str) -> TextFormat:
+    """Return how the rows of a JSON file are found and read. Raise ValueError where it is damaged."""
+    return TextFormat(_array_spans if _is_array(path) else _line_spans, _decode)
 
 
-def _seek_forward(file: IO[bytes], offset: int) -> None:
-    """Go to an offset of a file just opened; the stream of a compressed file is read up to there."""
-    if file.seekable():
-        file.seek(offset)
-        return
-    while offset > 0 and (block := file.read(min(_BLOCK, offset))):
-        offset -= len(block)
+def _decode(text: bytes, first: bool) -> Any:
+    return decode_row(text, first=first)
 
 
-def _check_length(length: int) -> None:
-    if length > MAX_ROW_BYTES:
-        fault = f"row of {length >> 20} MiB is longer than {MAX_ROW_BYTES >> 20} MiB; split it"
-        raise RowFault(fault, kind="too_long")
-
-
-class _HashingReader:
-    """A file that is hashed while it is read from start to end."""
-
-    def __init__(self, file: IO[bytes], digest: Any) -> None:
-        self.file, self.digest = file, digest
-
-    def read(self, size: int) -> bytes:
-        block = self.file.read(size)
-        self.digest.update(block)
-        return block
-
-
-def _span_reader(path: str) -> Callable[..., Iterator[Span]]:
-    """Choose between lines and an array, by the first character of a file that ends in .json."""
-    if suffix_of(path) != ".json":
-        return _line_spans
+def _is_array(path: str) -> bool:
     first = b""
-    with open_plain(path) as file:
-        try:
+    try:
+        with open_plain(path) as file:
             while not first and (block := file.read(_BLOCK)):
                 first = block.removeprefix(codecs.BOM_UTF8).lstrip()[:1]
-        except DAMAGE as error:
-            raise damaged(path, 0, error) from None
-    return _array_spans if first == b"[" else _line_spans
+        if first != b"[" or suffix_of(path) == ".json":
+            return first == b"["
+        with open_plain(path) as file:
+            if not _begins_with_row(file):
+                return False
+        with open_plain(path) as file:
+            return _is_one_array(file)
+    except DAMAGE as error:
+        raise damaged(path, 0, error) from None
+
+
+def _begins_with_row(file: Any) -> bool:
+    """Return whether the list with which a file begins has a row as its first element, and not a turn or no JSON."""
+    buffer = _TextBuffer(file, 0)
+    try:
+        buffer.peek()
+        buffer.skip(1)
+        buffer.peek()
+        end, fault = _element_end(buffer)
+    except UnicodeDecodeError:
+        return False
+    return not fault and not is_turn(json.loads(buffer.text[buffer.at : end]))
+
+
+def _is_one_array(file: Any) -> bool:
+    """Return whether a file that begins with a bracket is one array: a list of one line, or of many."""
+    head = b""
+    while len(head) < _MAX_FIRST_LINE and (block := file.read(_BLOCK)):
+        head += block
+    line, line_end, rest = head.removeprefix(codecs.BOM_UTF8).lstrip().partition(b"\n")
+    if not line_end and len(head) >= _MAX_FIRST_LINE:
+        return True
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return True
+    return not rest.strip()
 
 
 def _line_spans(file: Any, path: str, position: Position) -> Iterator[Span]:

@@ -6,6 +6,7 @@ from qwen3vl_train.config.fields import EvalSource, FixedText, TrainSource
 from qwen3vl_train.data.rows.boxes import Convention
 from qwen3vl_train.data.rows.parse import RowRules
 from qwen3vl_train.data.sources.base import FileSource, StreamSource, check_media_root
+from qwen3vl_train.data.sources.delimited import DELIMITERS, CsvSource
 from qwen3vl_train.data.sources.files import find_files, folder_of, is_url, suffix_of
 from qwen3vl_train.data.sources.hub import HubSource, is_saved_dataset
 from qwen3vl_train.data.sources.jsonl import JsonlSource
@@ -13,8 +14,9 @@ from qwen3vl_train.data.sources.parquet import ParquetSource
 from qwen3vl_train.data.sources.streams import FileStream, HubStream
 from qwen3vl_train.data.sources.tar import TarSource
 
-SUFFIXES = (".jsonl", ".json", ".parquet", ".tar")
-"""Of the files that a folder or a pattern finds; all but Parquet may be followed by .gz, .zst or .zstd."""
+SUFFIXES = (".jsonl", ".json", ".parquet", ".tar", *DELIMITERS)
+"""Of the files that a folder or a pattern finds; all but Parquet may be followed by .gz, .zst or .zstd. CSV and TSV
+files are often lists of something else: they are read where there are no others."""
 
 Entry = TrainSource | EvalSource
 
@@ -55,14 +57,17 @@ def open_stream(entry: Entry) -> StreamSource:
 def _open(path: str, media_root: str, rules: RowRules) -> FileSource:
     if suffix_of(path) == ".tar":
         return TarSource(path, None, rules)  # the media of a shard are in it
-    return (ParquetSource if suffix_of(path) == ".parquet" else JsonlSource)(path, media_root, rules)
+    if suffix_of(path) == ".parquet":
+        return ParquetSource(path, media_root, rules)
+    return (CsvSource if suffix_of(path) in DELIMITERS else JsonlSource)(path, media_root, rules)
 
 
 def _find_files(entry: Entry, rules: RowRules) -> list[str]:
     root = entry.media_root or folder_of(entry.path)
     if is_url(root) and suffix_of(entry.path) != ".tar":
         check_media_root(entry.path, root, rules)  # before any file of the entry is requested
-    return find_files(entry.path, SUFFIXES)
+    files = find_files(entry.path, SUFFIXES)
+    return [file for file in files if suffix_of(file) not in DELIMITERS] or files
 
 
 def _is_dataset(entry: Entry) -> bool:

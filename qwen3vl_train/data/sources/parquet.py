@@ -4,7 +4,7 @@ import bisect
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from qwen3vl_train.data.errors import RowFault
 from qwen3vl_train.data.rows.parse import RowRules
 from qwen3vl_train.data.sources.arrow import Convert, row_converter
-from qwen3vl_train.data.sources.base import FileSource, Ignored, Position, RawRow
+from qwen3vl_train.data.sources.base import FileSource, Ignored, Position, RawRow, known_columns
 from qwen3vl_train.data.sources.files import cached_copy, damaged, naming_file, open_file
 
 _BATCH_ROWS = 64
@@ -117,16 +117,6 @@ def _opened(path: str) -> Any:
         return pq.ParquetFile(pa.PythonFile(file, mode="r"), pre_buffer=False, buffer_size=1 << 20)
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path}: is not a complete Parquet file ({_short(error)}); copy the file again") from None
-
-
-def known_columns(names: Sequence[str], rules: RowRules, path: str) -> tuple[list[str], list[str]]:
-    """Return the columns that rows are made from, and the others. Raise ValueError when there are none of the first."""
-    read = rules.columns_read()
-    known, others = [name for name in names if name in read], [name for name in names if name not in read]
-    if not known:
-        found = ", ".join(names[:20])
-        raise ValueError(f"{path}: has the columns {found}, and none that rows are made from; name them under columns")
-    return known, others
 
 
 def _leaves(file: Any, names: list[str]) -> list[str]:

@@ -18,11 +18,14 @@ from qwen3vl_train.data.sources.base import (
     StreamRow,
     check_media_root,
     check_unchanged,
+    known_columns,
 )
+from qwen3vl_train.data.sources.delimited import DELIMITERS, csv_format
 from qwen3vl_train.data.sources.files import file_signature, folder_of, is_url, naming_file, suffix_of
 from qwen3vl_train.data.sources.hub import load_rows, reading_on, resolve_hub_path
-from qwen3vl_train.data.sources.jsonl import stream_json
-from qwen3vl_train.data.sources.parquet import known_columns, stream_parquet
+from qwen3vl_train.data.sources.jsonl import json_format
+from qwen3vl_train.data.sources.parquet import stream_parquet
+from qwen3vl_train.data.sources.spans import stream_spans
 from qwen3vl_train.data.sources.tar import stream_tar
 
 
@@ -115,9 +118,16 @@ class HubStream:
 
 
 def _stream(path: str, rules: RowRules, position: Position, ignored: Ignored) -> Iterator[RawRow]:
-    if suffix_of(path) == ".parquet":
+    suffix = suffix_of(path)
+    if suffix == ".parquet":
         return stream_parquet(path, rules, position, ignored)
-    return stream_tar(path, position) if suffix_of(path) == ".tar" else stream_json(path, position)
+    if suffix == ".tar":
+        return stream_tar(path, position)
+    if suffix in DELIMITERS:
+        columns, text_format = csv_format(path, rules)
+        ignored.update(dict.fromkeys(columns))
+        return stream_spans(path, position, text_format)
+    return stream_spans(path, position, json_format(path))
 
 
 def _parse(raw: RawRow, rules: RowRules, path: str, media_root: str | None, state: dict[str, Any]) -> StreamRow:

@@ -4,9 +4,12 @@ import json
 import pickle
 
 import datasets
+import hypothesis
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from datasets.utils.json import json_encode_field, ujson_dumps
+from hypothesis import strategies as st
 
 from qwen3vl_train.config.fields import TrainSource
 from qwen3vl_train.data.errors import RowFault
@@ -112,6 +115,31 @@ def test_ambiguous_json_text_is_a_fault_of_its_row(tmp_path):
             "split"
         )
         assert [isinstance(row.sample, RowFault) for row in open_stream(entry).rows()] == [False, True, False]
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["type", "a", "text"]), inner),
+    max_leaves=6,
+)
+ANY_PARTS = st.lists(st.fixed_dictionaries({"type": st.just("text"), "text": st.text(max_size=5)}), min_size=1)
+
+
+@hypothesis.settings(max_examples=300, deadline=None)
+@hypothesis.given(st.text(max_size=9) | JSON.map(json.dumps) | JSON.map(ujson_dumps) | ANY_PARTS)
+def test_any_content_survives_the_json_feature(content):
+    """Except for texts that `datasets` stores as it stores other values: in quotes, or objects like parts."""
+    schema = pa.schema({"content": pa.json_()})
+    stored = json_encode_field({"content": content}, ["content"])
+    try:
+        found = json.loads(stored["content"])
+    except ValueError:
+        found = None
+    if isinstance(content, str) and content == stored["content"] and found is not None:
+        hypothesis.assume(not isinstance(found, str))  # a text in double quotes
+        is_as_stored = found == [] or (('"type"' in content or '"text"' in content) and content == ujson_dumps(found))
+        hypothesis.assume(not is_as_stored and '"type": "text"' not in content)
+    assert row_converter(schema, RowRules())(stored) == {"content": content}
 
 
 @pytest.mark.parametrize("num_rows", [1, 2, 300])

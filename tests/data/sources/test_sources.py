@@ -79,7 +79,7 @@ def test_patterns_and_folders_give_one_source_per_file(tmp_path):
     assert [Path(row.file).name for row in rows] == ["b-1.jsonl", "b-2.jsonl", "c.json"]
     assert [row.file for row in stream.rows(rows[0].state)] == [row.file for row in rows[1:]]
     assert message_of(ValueError, open_sources, TrainSource(path=f"{tmp_path}/d-*")) == (
-        f"{tmp_path}/d-*: no file in it ends with .jsonl, .json, .parquet, .tar; check the paths under data"
+        f"{tmp_path}/d-*: no file in it ends with .jsonl, .json, .parquet, .tar, .csv, .tsv; check the paths under data"
     )
 
 
