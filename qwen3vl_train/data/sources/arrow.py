@@ -24,7 +24,7 @@ _MEDIUM = {"bytes", "path"}
 """Keys of the struct of a medium, which is one value: its nulls say that it has none."""
 _TEXT_KEYS = {
     "content", "value", "text", "reasoning_content", "reasoning", "question", "answer", "system", "prompt",
-    "completion", "user", "assistant",
+    "completion", "input", "user", "assistant",
 }  # fmt: skip
 _MESSAGE_KEYS = {"content", "value", "text", "reasoning_content"}
 """Of messages and their parts, where a list of bare strings is none of ours."""
