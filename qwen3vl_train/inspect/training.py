@@ -20,7 +20,7 @@ from qwen3vl_train.data.packing.loader import Loader
 from qwen3vl_train.data.packing.mixture import InOrder, Shuffled
 from qwen3vl_train.data.packing.plan import FamilyCosts, plan_packs
 from qwen3vl_train.data.packing.windows import IndexedWindows
-from qwen3vl_train.data.rows.boxes import NO_CONVENTION
+from qwen3vl_train.data.rows.boxes import NO_CONVENTION, listed_marks
 from qwen3vl_train.data.rows.formats import column_names
 from qwen3vl_train.data.rows.parse import RowRules
 from qwen3vl_train.data.rows.sample import Sample
@@ -113,11 +113,13 @@ class Entry:
         if not isinstance(source, FileSource):  # a stream keeps samples only
             return None
         raw, rules = source.raw(ref.row), source.rules
-        columns = {name: column_names(key, rules.columns)[0] for name, key in (("box", "boxes"), ("point", "points"))}
-        entries = {name: raw.row.get(column) or [] for name, column in columns.items()}
+        if not isinstance(raw.row, dict):  # a row that is the list of its messages
+            return None
+        entries = {name: values or [] for name, values in listed_marks(raw.row, rules.columns).items()}
         if not any(entries.values()):
             return None
-        without = {key: value for key, value in raw.row.items() if key not in {*columns.values(), "bbox"}}
+        columns = {column_names(field, rules.columns)[0] for field in ("boxes", "points")}
+        without = {key: value for key, value in raw.row.items() if key not in {*columns, "bbox"}}
         unfilled = replace(rules, boxes=NO_CONVENTION).sample(without, "unfilled", source.media_root, raw.resolve)
         return unfilled, entries
 

@@ -55,7 +55,7 @@ def fill_boxes(sample: Sample, row: Mapping[str, Any], columns: Columns, default
     Where neither states a unit and there are no boxes, placeholders are plain text. Raise RowFault when placeholders
     and boxes differ in number, or a box is malformed, has no area, or lies outside its image by more than 0.5/1000.
     """
-    columns_of = {kind: _column(row, column_names(plural, columns)[0], kind) for kind, plural in _PLURAL.items()}
+    columns_of = listed_marks(row, columns)
     found = _find(sample, _PLACEHOLDER)
     unit, layout = _row_setting(row, "bbox", UNITS), _row_setting(row, "bbox_layout", LAYOUTS)
     convention = Convention(unit or default.unit, layout or default.layout)
@@ -133,9 +133,13 @@ def _substitute(sample: Sample, pattern: re.Pattern[str], texts: Mapping[str, It
     return replace(sample, messages=tuple(messages))
 
 
-def _column(row: Mapping[str, Any], name: str, kind: str) -> Any:
+def listed_marks(row: Mapping[str, Any], columns: Columns) -> dict[str, Any]:
+    """Return what a row lists as boxes and as points, under "box" and "point"; None where there is no such column."""
+    return {kind: _column(row.get(column_names(plural, columns)[0]), kind) for kind, plural in _PLURAL.items()}
+
+
+def _column(values: Any, kind: str) -> Any:
     """Return a column of boxes or points. A flat list of numbers is the only one of its row."""
-    values = row.get(name)
     flat = isinstance(values, list) and len(values) == (4 if kind == "box" else 2) and all(map(is_number, values))
     return [values] if flat else values
 

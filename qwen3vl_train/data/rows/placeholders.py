@@ -96,6 +96,7 @@ class _Placer:
         self.kinds = {"image": "video" if image_means_video and listed else "image", "video": "video"}
         self.num_wanted: Counter[str] = Counter()  # placeholders of each kind
         self.num_own = 0  # parts with a medium of their own
+        self.num_empty = 0  # parts without
         self.numbers: list[tuple[str, int]] = []  # media that marks name by number
 
     def fill(self, turn: Turn) -> Turn:
@@ -108,6 +109,7 @@ class _Placer:
         for part in turn.content:
             where = f"{turn.where}.content[{len(content)}]"
             if isinstance(part, Slot):
+                self.num_empty += 1
                 content.append(self._take(part.kind, None, part.options, where))
             elif isinstance(part, TextPart):
                 for piece in _trim(split_marks(part.text), self.literal):
@@ -160,6 +162,8 @@ class _Placer:
             if num_listed == wanted:
                 continue
             remedy = f"list one {kind} for each, or write typed parts, in which a text is a text"
+            if self.num_empty:
+                remedy = f"list one {kind} for each part without its own, or write it into the part"
             if num_listed:
                 remedy = f"put one placeholder where each {kind} belongs"
             if (own := self.num_own) > 0:

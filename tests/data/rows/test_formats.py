@@ -164,7 +164,8 @@ FAULTS = [
     ({"image": ["a", "b"], "conversations": talk("<image><image><image>", "x")}, f"2 images but 3 <image> {PUT_ONE}"),
     ({"image": "a", "conversations": talk("<image><video>", "x")},
      f"0 videos but 1 <video> placeholder in the questions; {LIST_THEM.replace('image', 'video')}"),
-    (asked([{"type": "image"}]), NONE_LISTED),
+    (asked([{"type": "image"}]), "0 images but 1 <image> placeholder in the questions; list one image for each part "
+     "without its own, or write it into the part"),
     ({"conversations": talk("<image>\nWhat?", "x")}, NONE_LISTED),
     ({"image": [], "conversations": talk("<image>\n<image>\nWhat?", "x")},
      f"0 images but 2 <image> placeholders in the questions; {LIST_THEM}"),
