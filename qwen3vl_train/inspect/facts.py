@@ -34,8 +34,14 @@ class Histogram:
 
 @dataclass(frozen=True)
 class RejectGroup:
-    """Rows that are rejected for the same reason. reason: of the first row. rows: the first ones."""
+    """Rows of one file that are rejected with faults of one kind.
 
+    kind: an `errors.FaultKind`.
+    reason: of the first row.
+    rows: the first ones.
+    """
+
+    kind: str
     reason: str
     count: int
     rows: list[str]
@@ -84,11 +90,13 @@ class SourceFacts:
     Rows are named as a person finds them: by line or number from 1, with the file if the entry has several.
 
     role: 'train' or 'eval'.
-    formats: shape of rows -> how many of those examined have it.
+    formats: format of rows -> how many of those examined have it.
     dropped: rows skipped by data.too_long.
     tokens, visual_tokens: of all usable rows.
     examined: usable rows whose text and media headers were read; the counts that follow it are of these.
     rows_with_boxes: of those that have an image.
+    ignored: what was not used, such as "turn.recipient" -> rows examined that have it; columns of typed files count for
+        every row.
     nothing_to_learn: the first rows in which no token is trained, rejected ones included.
     """
 
@@ -110,6 +118,7 @@ class SourceFacts:
     rows_with_boxes: int
     images: int
     videos: int
+    ignored: dict[str, int]
     nothing_to_learn: list[str]
     num_nothing_to_learn: int
     histograms: dict[str, Histogram]

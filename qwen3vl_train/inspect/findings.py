@@ -53,6 +53,14 @@ CHECKS: dict[str, Check] = {
     "fps_missing": Check("error", "rows",
         "Videos without a usable frame rate, from which the times of their frames follow; their rows are rejected.",
         "Write the files again with their rate; give lists of frames with fps or timestamps."),
+    "uneven_clip": Check("note", "rows",
+        "Clips whose frames are not evenly spaced at the rate that their file declares: the model reads the true times "
+        "of their frames.",
+        "Nothing; write the files again at a constant rate if other tools are to read the same times."),
+    "question_first": Check("warning", "rows",
+        "Text before the image in rows that share their first image: rows can share the work on what they begin with, "
+        "and these begin with different words.",
+        "Write the image before the question, as Qwen3-VL's own chats do."),
     "undecodable": Check("error", "samples shown",
         "Media whose headers can be read break when they are decoded; training will reject their rows.",
         "Fix or remove the rows; look at more of them with --samples."),
@@ -117,17 +125,33 @@ CHECKS: dict[str, Check] = {
 
 
 def make_finding(
-    name: str, source: str, count: int, total: int, rows: list[str] | None = None, level: str | None = None
+    name: str,
+    source: str,
+    count: int,
+    total: int,
+    rows: list[str] | None = None,
+    level: str | None = None,
+    detail: str = "",
 ) -> Finding:
-    """Write one finding out. name: a key of CHECKS. source: '' for the whole recipe. level: None: that of the check."""
+    """Write one finding out.
+
+    name: a key of CHECKS.
+    source: '' for the whole recipe.
+    level: None: that of the check.
+    detail: what the evidence says after the count.
+    """
     check = CHECKS[name]
     evidence = f"{count:,} of {total:,} {check.unit}" + (f" ({100 * count / total:.3g}%)" if total else "")
+    evidence += f"; {detail}" if detail else ""
     shown = (rows or [])[:SHOWN_ROWS]
     return Finding(name, level or check.level, source, check.message, check.remedy, evidence, count, shown)
 
 
-def row_findings(source: SourceFacts, found: dict[str, list[str]]) -> Iterator[Finding]:
-    """Judge what single rows showed. found: check -> rows of this source that fail it.
+def row_findings(source: SourceFacts, found: dict[str, list[str]], details: dict[str, str]) -> Iterator[Finding]:
+    """Judge what single rows showed.
+
+    found: check -> rows of this source that fail it.
+    details: check -> what its finding says beside their number.
 
     A few odd boxes among many right ones are broken rows, not another convention: a note.
     """
@@ -141,7 +165,8 @@ def row_findings(source: SourceFacts, found: dict[str, list[str]]) -> Iterator[F
         total = totals.get(name, source.examined)
         few_boxes = name.startswith("boxes_") and len(rows) < _WRONG_CONVENTION * total
         if rows and len(rows) >= least.get(name, 0) * total:
-            yield make_finding(name, source.name, len(rows), total, rows, "note" if few_boxes else None)
+            level = "note" if few_boxes else None
+            yield make_finding(name, source.name, len(rows), total, rows, level, details.get(name, ""))
 
 
 def box_findings(source: SourceFacts, boxes: list[BoxEvidence]) -> Iterator[Finding]:

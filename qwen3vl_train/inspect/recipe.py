@@ -103,5 +103,5 @@ def _judge(scans: list[Scan], samples: list[dict[str, Any]], packs: PackFacts, r
         if broken:
             findings.append(make_finding("undecodable", name, len(broken), len(shown), broken))
         findings += [*source_findings(scan.facts), *box_findings(scan.facts, scan.boxes)]
-        findings += row_findings(scan.facts, scan.rows_by_check)
+        findings += row_findings(scan.facts, scan.rows_by_check, scan.details)
     return sorted(findings, key=lambda finding: ("error", "warning", "note").index(finding.level))

@@ -5,13 +5,15 @@ import json
 import re
 from dataclasses import dataclass
 
+from PIL import Image
+
 from qwen3vl_train.data.encode.chat import DIALECTS, Slot, Special
 from qwen3vl_train.data.encode.collator import MultimodalCollator
 from qwen3vl_train.data.encode.encoder import lay_out
 from qwen3vl_train.data.encode.media import measure
 from qwen3vl_train.data.media.budgets import Size
 from qwen3vl_train.data.media.image import FACTOR
-from qwen3vl_train.data.rows.sample import Message, Sample, TextPart
+from qwen3vl_train.data.rows.sample import ImagePart, Message, Sample, TextPart
 from qwen3vl_train.inspect.boxes import BoxEvidence, box_evidence, find_boxes
 
 _SPECIAL = re.compile(r"<\|[A-Za-z_]{2,40}\|>")
@@ -25,21 +27,27 @@ _SHRUNK, _ENLARGED = 0.5, 4.0
 class RowFacts:
     """One usable row.
 
-    shape: how the row was written, a member of `rows.formats.FORMATS`.
+    row_format: a member of `rows.formats.FORMATS`.
     turns: number of assistant messages.
     label_tokens: number of tokens that are trained.
     sizes: (height, width) of each image.
     failed_checks: keys of `findings.CHECKS`.
+    ignored: see `Sample.ignored`.
+    first_medium: equal for rows that begin with the same image or clip; None where they begin with other turns.
+    text_before: equal for rows with the same text before that medium; empty where there is none.
     key: equal for rows of equal text and equal media sizes.
     boxes: None if the row has no image or no box.
     """
 
-    shape: str
+    row_format: str
     turns: int
     label_tokens: int
     sizes: list[tuple[int, int]]
     videos: int
     failed_checks: frozenset[str]
+    ignored: tuple[str, ...]
+    first_medium: bytes | None
+    text_before: bytes
     key: bytes
     boxes: BoxEvidence | None
 
@@ -49,7 +57,8 @@ def read_row(sample: Sample, visual_tokens: int, collate: MultimodalCollator) ->
     dialect = collate.dialect
     pieces = DIALECTS[dialect](sample.messages, sample.tools, generation_prompt=False)
     slots = [piece.part for piece in pieces if isinstance(piece, Slot)]
-    media = [measure(part, collate.budgets, sample.media_root).size for part in slots]
+    measured = [measure(part, collate.budgets, sample.media_root) for part in slots]
+    media = [medium.size for medium in measured]
     sizes = [(size.height, size.width) for size in media if not size.num_frames]
     videos = len(media) - len(sizes)
     # Media are never next to trained text, so a layout without them has the same trained tokens.
@@ -60,16 +69,22 @@ def read_row(sample: Sample, visual_tokens: int, collate: MultimodalCollator) ->
     failed = _failed_text_checks(sample.messages, dialect, trained_turns)
     if evidence and evidence.fault:
         failed.add(evidence.fault)
+    if any(medium.uneven for medium in measured):
+        failed.add("uneven_clip")
     if sizes and not videos:
         kept = visual_tokens * FACTOR**2 / sum(height * width for height, width in sizes)
         failed |= {"shrunk"} if kept < _SHRUNK else {"enlarged"} if kept > _ENLARGED else set()
+    first_medium, text_before = _beginning(sample)
     return RowFacts(
-        shape=sample.row_format,
+        row_format=sample.row_format,
         turns=sum(message.role == "assistant" for message in sample.messages),
         label_tokens=sum(weight > 0 for weight in layout.weights),
         sizes=sizes,
         videos=videos,
         failed_checks=frozenset(failed),
+        ignored=sample.ignored,
+        first_medium=first_medium,
+        text_before=text_before,
         key=_key(sample, media),
         boxes=evidence,
     )
@@ -90,6 +105,26 @@ def _failed_text_checks(messages: tuple[Message, ...], dialect: str, trained_tur
     return {check for check in fails if fails[check]}
 
 
+def _beginning(sample: Sample) -> tuple[bytes | None, bytes]:
+    """Return a hash of the first medium of the first question, None if it has none, and one of the text before it."""
+    question = next((message for message in sample.messages if message.role != "system"), None)
+    text = ""
+    for part in question.content if question else ():
+        if isinstance(part, TextPart):
+            text += part.text
+            continue
+        medium = part.image if isinstance(part, ImagePart) else part.video
+        first = medium[0] if isinstance(medium, tuple) else medium
+        content = first.tobytes() if isinstance(first, Image.Image) else first
+        named = content if isinstance(content, bytes) else repr((sample.media_root, content)).encode()
+        return _hash(named), _hash(text.encode()) if text.strip() else b""
+    return None, b""
+
+
+def _hash(content: bytes) -> bytes:
+    return hashlib.blake2b(content, digest_size=16).digest()
+
+
 def _key(sample: Sample, media: list[Size]) -> bytes:
     text = [
         [
@@ -101,4 +136,4 @@ def _key(sample: Sample, media: list[Size]) -> bytes:
         for message in sample.messages
     ]
     content = json.dumps([text, sample.tools, media], ensure_ascii=False, default=str)
-    return hashlib.blake2b(content.encode(), digest_size=16).digest()
+    return _hash(content.encode())

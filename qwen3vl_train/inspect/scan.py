@@ -1,6 +1,5 @@
 """Read the rows of one entry, and count what they show."""
 
-import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,9 +13,6 @@ from qwen3vl_train.inspect.facts import SHOWN_ROWS, DuplicateFacts, RejectGroup,
 from qwen3vl_train.inspect.rows import RowFacts, read_row
 from qwen3vl_train.inspect.training import Entry, RowRef
 
-# What differs between rows that are rejected for the same reason: names, paths and numbers.
-_VARYING = re.compile(r"'[^']*'|\"[^\"]*\"|\([^)]*\)|(?:image|video) [^:]*(?=: )|\S*/\S*|\d+")
-
 
 @dataclass(frozen=True)
 class Scan:
@@ -24,6 +20,7 @@ class Scan:
 
     rejects: all rows that cannot be used.
     rows_by_check: check -> the rows that fail it, named for a person.
+    details: check -> what its finding says beside the number of rows.
     failed_checks: row -> the checks that it fails.
     boxes: of each row that has some.
     """
@@ -31,6 +28,7 @@ class Scan:
     facts: SourceFacts
     rejects: list[Reject]
     rows_by_check: dict[str, list[str]]
+    details: dict[str, str]
     failed_checks: dict[RowRef, frozenset[str]]
     boxes: list[BoxEvidence]
 
@@ -61,13 +59,15 @@ def summarize(entry: Entry, read: Sequence[tuple[RowRef, RowFacts]], broken: Seq
     for ref, facts in read:
         for check in facts.failed_checks:
             rows_by_check.setdefault(check, []).append(entry.label(ref))
+    details: dict[str, str] = {}
+    _find_questions_first(entry, read, rows_by_check, details)
     boxes = [facts.boxes for _, facts in read if facts.boxes is not None]
     facts = SourceFacts(
         name=entry.name,
         role=entry.role,
         weight=entry.weight,
         files=len(entry.files),
-        formats=dict(Counter(facts.shape for _, facts in read).most_common()),
+        formats=dict(Counter(facts.row_format for _, facts in read).most_common()),
         rows=num_rows,
         usable=len(tokens),
         dropped=num_rows - len(tokens) - num_rejected_by_index,
@@ -81,6 +81,7 @@ def summarize(entry: Entry, read: Sequence[tuple[RowRef, RowFacts]], broken: Seq
         rows_with_boxes=len(boxes),
         images=sum(len(facts.sizes) for _, facts in read),
         videos=sum(facts.videos for _, facts in read),
+        ignored=_count_ignored(entry, read),
         nothing_to_learn=untrained[:SHOWN_ROWS],
         num_nothing_to_learn=len(untrained),
         histograms={
@@ -93,19 +94,51 @@ def summarize(entry: Entry, read: Sequence[tuple[RowRef, RowFacts]], broken: Seq
         duplicates=DuplicateFacts(),
     )
     failed_checks = {ref: facts.failed_checks for ref, facts in read if facts.failed_checks}
-    return Scan(facts, rejects, rows_by_check, failed_checks, boxes)
+    return Scan(facts, rejects, rows_by_check, details, failed_checks, boxes)
+
+
+def _count_ignored(entry: Entry, read: Sequence[tuple[RowRef, RowFacts]]) -> dict[str, int]:
+    """Count the rows in which something was not used, the most frequent first, by its name."""
+    counts: Counter[str] = Counter()
+    rows_of_file: Counter[int] = Counter()
+    for ref, facts in read:
+        counts.update(facts.ignored)
+        rows_of_file[ref.file] += 1
+    for number, file in enumerate(entry.files):
+        for column in file.source.ignored_columns:
+            counts[f"row.{column}"] += rows_of_file[number]
+    return {name: count for name, count in counts.most_common() if count}
+
+
+def _find_questions_first(
+    entry: Entry,
+    read: Sequence[tuple[RowRef, RowFacts]],
+    rows_by_check: dict[str, list[str]],
+    details: dict[str, str],
+) -> None:
+    """Add the rows that share their first medium with others, but not the text before it."""
+    by_medium: dict[bytes, list[tuple[RowRef, bytes]]] = {}
+    for ref, facts in read:
+        if facts.first_medium is not None:
+            by_medium.setdefault(facts.first_medium, []).append((ref, facts.text_before))
+    shared = [rows for rows in by_medium.values() if len({text for _, text in rows}) > 1]
+    if shared:
+        rows_by_check["question_first"] = [entry.label(ref) for rows in shared for ref, text in rows if text]
+        one, other = (entry.label(ref) for ref, _ in shared[0][:2])
+        details["question_first"] = f"rows {one} and {other} have the same first image"
 
 
 def _group_rejects(entry: Entry, rejects: Sequence[Reject]) -> list[RejectGroup]:
-    """Join rejects of one kind whose reasons differ only in names, paths and numbers, the most frequent first.
+    """Join the rejects of one file and one kind of fault, the most frequent first.
 
     An unpaired surrogate, which may be in the name of a key, becomes its escape, since no terminal takes it.
     """
-    groups: dict[tuple[FaultKind, str], list[Reject]] = {}
+    groups: dict[tuple[str, FaultKind], list[Reject]] = {}
     for reject in rejects:
-        groups.setdefault((reject.kind, _VARYING.sub("*", reject.reason)), []).append(reject)
+        groups.setdefault((reject.file, reject.kind), []).append(reject)
     return [
         RejectGroup(
+            group[0].kind,
             group[0].reason.encode("utf-8", "backslashreplace").decode(),
             len(group),
             [entry.label_in(*reject[:2]) for reject in group[:SHOWN_ROWS]],

@@ -23,9 +23,13 @@ def print_facts(facts: Facts, console: Console) -> None:
     for source in facts.sources:
         for group in source.rejects[:_MOST_REASONS]:
             where = escape(f"{source.name}:{group.rows[0]}: {group.reason}")
-            console.print(f"[red]{group.count:,} rejected[/] {where}", soft_wrap=True)
+            count = f"{group.count:,} of {source.rows:,} rows rejected"
+            console.print(f"[red]{count}[/] ({group.kind}) {where}", soft_wrap=True)
         if len(source.rejects) > _MOST_REASONS:
             console.print(f"and for {len(source.rejects) - _MOST_REASONS} more reasons")
+        if source.ignored:
+            names = ", ".join(f"{name} {count:,}" for name, count in source.ignored.items())
+            console.print(f"[dim]ignored[/] {escape(f'{source.name}: {names}')}", soft_wrap=True)
     console.print(_packs_line(facts.packs), soft_wrap=True)
     for finding in facts.findings:
         console.print(_line(finding), soft_wrap=True)

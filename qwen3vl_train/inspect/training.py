@@ -231,6 +231,8 @@ def _read(reader: InOrder | Shuffled, rules: RowRules, most: int, seed: int) -> 
         if row.file not in files:
             files[row.file] = ReadRows(row.file, rules)
         files[row.file].rows.append(row)
+    for file in files.values():
+        file.ignored_columns = reader.source.ignored_columns  # known once rows were read
     return list(files.values()) or [ReadRows(reader.source.name, rules)]
 
 

@@ -18,7 +18,7 @@ def test_names_sources_rejects_packs_and_hazards(inspection):
     text = printed(inspection.facts)
     packs = inspection.facts.packs
     assert f"{packs.packs} packs an epoch, {100 * packs.mean_fill:.1f}% of 512 tokens filled" in text
-    assert "2 rejected" in text
+    assert "2 of 19 rows rejected (missing_file) train.jsonl:16: " in text
     assert "missing.png: no such file" in text
     for finding in inspection.facts.findings:
         assert finding.remedy in text

@@ -61,8 +61,8 @@ function rejectTable(source) {
   if (!source.rejects.length) return null;
   return h('details', { class: 'rejects', open: source.rejects.length < 6 },
     h('summary', null, `${plural(source.rejected, 'row')} rejected, for ${plural(source.rejects.length, 'kind of reason', 'kinds of reasons')}`),
-    table([['Rows', true], ['Reason, of the first'], ['Where']],
-      source.rejects.map((group) => [count(group.count), group.reason, rowList(group.rows, group.count, 50)])));
+    table([['Rows', true], ['Reason, of the first'], ['Kind'], ['Where']],
+      source.rejects.map((group) => [count(group.count), group.reason, group.kind, rowList(group.rows, group.count, 50)])));
 }
 
 function duplicateLines(source) {
@@ -74,6 +74,12 @@ function duplicateLines(source) {
     source.num_nothing_to_learn > 0 && h('p', null, h('b', null, 'Nothing to learn: '),
       rowList(source.nothing_to_learn, source.num_nothing_to_learn)),
   ];
+}
+
+function ignoredLine(source) {
+  const names = Object.entries(source.ignored);
+  if (!names.length) return null;
+  return h('p', { class: 'ignored' }, h('b', null, 'Ignored, in so many rows: '), names.map(([name, number]) => `${name} ${count(number)}`).join(', '));
 }
 
 function formatText(formats) {
@@ -105,7 +111,7 @@ function sourceCard(facts, source) {
       histogram('Images a row', charts.images, 'row'),
       histogram('Width : height', charts.aspect_ratios, 'image'),
       histogram('Answers a row', charts.turns, 'row')),
-    rejectTable(source), duplicateLines(source));
+    rejectTable(source), duplicateLines(source), ignoredLine(source));
 }
 
 function renderSources(facts) {
