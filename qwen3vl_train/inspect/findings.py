@@ -86,6 +86,10 @@ CHECKS: dict[str, Check] = {
     "media_mark": Check("warning", "rows",
         "Text contains a placeholder such as <image> or <box>; the model reads it as letters.",
         "Give the medium or box that belongs there: a part of type image, or an entry under images or boxes."),
+    "foreign_mark": Check("warning", "rows",
+        "Text contains marks by which other model families place images or clips; the model reads and writes them as "
+        "letters.",
+        "Remove the marks, or write <image> or <video> in the question where a medium belongs."),
     "no_reasoning": Check("error", "rows",
         "No reasoning in any trained answer, but the checkpoint's template is that of a Thinking model: it writes an "
         "empty <think></think>, and the model unlearns to reason.",

@@ -13,11 +13,12 @@ from qwen3vl_train.data.encode.encoder import lay_out
 from qwen3vl_train.data.encode.media import measure
 from qwen3vl_train.data.media.budgets import Size
 from qwen3vl_train.data.media.image import FACTOR
+from qwen3vl_train.data.rows.marks import foreign_marks
 from qwen3vl_train.data.rows.sample import ImagePart, Message, Sample, TextPart
 from qwen3vl_train.inspect.boxes import BoxEvidence, box_evidence, find_boxes
 
 _SPECIAL = re.compile(r"<\|[A-Za-z_]{2,40}\|>")
-_PLACEHOLDER = re.compile(r"</?(?:image|video|img|box|point)>|<(?:image|video)_?\d{1,4}>")
+_PLACEHOLDER = re.compile(r"</?(?:image|video|img|box|point)>|<video_?\d{1,4}>")
 
 # Pixels that the model sees over pixels of the file; between these, an image looks much as it did.
 _SHRUNK, _ENLARGED = 0.5, 4.0
@@ -32,6 +33,7 @@ class RowFacts:
     label_tokens: number of tokens that are trained.
     sizes: (height, width) of each image.
     failed_checks: keys of `findings.CHECKS`.
+    foreign_marks: marks of media of other model families in its texts.
     ignored: see `Sample.ignored`.
     first_medium: equal for rows that begin with the same image or clip; None where they begin with other turns.
     text_before: equal for rows with the same text before that medium; empty where there is none.
@@ -45,6 +47,7 @@ class RowFacts:
     sizes: list[tuple[int, int]]
     videos: int
     failed_checks: frozenset[str]
+    foreign_marks: tuple[str, ...]
     ignored: tuple[str, ...]
     first_medium: bytes | None
     text_before: bytes
@@ -74,6 +77,9 @@ def read_row(sample: Sample, visual_tokens: int, collate: MultimodalCollator) ->
     if sizes and not videos:
         kept = visual_tokens * FACTOR**2 / sum(height * width for height, width in sizes)
         failed |= {"shrunk"} if kept < _SHRUNK else {"enlarged"} if kept > _ENLARGED else set()
+    marks = tuple(mark for part in sample.parts if isinstance(part, TextPart) for mark in foreign_marks(part.text))
+    if marks:
+        failed.add("foreign_mark")
     first_medium, text_before = _beginning(sample)
     return RowFacts(
         row_format=sample.row_format,
@@ -82,6 +88,7 @@ def read_row(sample: Sample, visual_tokens: int, collate: MultimodalCollator) ->
         sizes=sizes,
         videos=videos,
         failed_checks=frozenset(failed),
+        foreign_marks=marks,
         ignored=sample.ignored,
         first_medium=first_medium,
         text_before=text_before,

@@ -61,6 +61,8 @@ def summarize(entry: Entry, read: Sequence[tuple[RowRef, RowFacts]], broken: Seq
             rows_by_check.setdefault(check, []).append(entry.label(ref))
     details: dict[str, str] = {}
     _find_questions_first(entry, read, rows_by_check, details)
+    marks = Counter(mark for _, facts in read for mark in facts.foreign_marks)
+    details["foreign_mark"] = ", ".join(f"{mark} {count:,}" for mark, count in marks.most_common())
     boxes = [facts.boxes for _, facts in read if facts.boxes is not None]
     facts = SourceFacts(
         name=entry.name,

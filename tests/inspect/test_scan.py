@@ -99,3 +99,19 @@ def test_clips_of_an_uneven_rate_are_noted(source_of, tmp_path):
     _, findings = source_of(write_rows(tmp_path / "a.jsonl", questions(*clips)))
     found = findings["uneven_clip"]
     assert (found.level, found.rows, found.evidence) == ("note", ["2"], "1 of 2 rows (50%)")
+
+
+def test_what_rows_turns_and_parts_hold_beside_their_data_is_counted(source_of, tmp_path):
+    rows = [row(f"Nr {n}?", "Yes") | {"difficulty": n, "id": str(n)} for n in range(1, 4)]
+    rows[0]["messages"][1]["recipient"] = "all"
+    rows[1]["messages"][0]["content"][0]["index"] = 4
+    source, _ = source_of(write_rows(tmp_path / "a.jsonl", rows))
+    assert source.ignored == {"row.difficulty": 3, "row.id": 3, "turn.recipient": 1, "part.index": 1}
+
+
+def test_marks_of_other_families_in_answers_are_found(source_of, tmp_path):
+    rows = [row("Hi?", "[IMG] is it"), row("And?", "It is."), row("So?", "<start_of_image> and [IMG]")]
+    _, findings = source_of(write_rows(tmp_path / "a.jsonl", rows))
+    found = findings["foreign_mark"]
+    assert (found.level, found.rows) == ("warning", ["1", "3"])
+    assert found.evidence == "2 of 3 rows (66.7%); [IMG] 2, <start_of_image> 1"
