@@ -189,7 +189,7 @@ def packs() -> None:
                 filled, loads, max_tokens=limits.tokens, packs_per_step=NUM_RANKS, world_size=NUM_RANKS
             )
             budgets = "tokens" if limits.patches is None else "tokens, patches, sequences"
-            name = "planned whole" if window == num_rows else f"window of {window:,}"
+            name = "planned at once" if window == num_rows else f"window of {window:,}"
             lines.append(
                 [f"{name}, {budgets}", f"{len(filled):,}", f"{100 * figures.fill:.2f}%", f"{figures.balance:.3f}",
                  f"{figures.worst_balance:.3f}", f"{seconds:.1f}"]

@@ -87,7 +87,7 @@ def jsonl_bytes(rows: Iterable[dict]) -> bytes:
 
 
 def write_digits(folder: Path) -> tuple[int, int]:
-    """Write the whole data set, unless it is there, and return (images written, tables written)."""
+    """Write the data set, unless it is there, and return (images written, tables written)."""
     data: Any = load_digits()
     (folder / "images").mkdir(parents=True, exist_ok=True)
     num_images = sum(write_if_changed(folder / image_path(i), png_bytes(scan)) for i, scan in enumerate(data.images))

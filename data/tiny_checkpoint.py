@@ -296,7 +296,7 @@ def write_tiny_checkpoint(
     template: str = "instruct",
     **sizes: Any,
 ) -> dict[str, Any]:
-    """Write the whole folder and return its config. A 64x64 image costs 4 tokens under the default limits.
+    """Write the checkpoint folder and return its config. A 64x64 image costs 4 tokens under the default limits.
 
     texts: what the tokenizer is trained on (default: `default_texts`). sizes: the keywords of `tiny_config`.
     Replaces files of the same names; other files in the folder stay.

@@ -81,7 +81,7 @@ class ModelSection(Section):
 class LoraTune(Section):
     """Train low-rank adapters.
 
-    targets: group names, or regular expressions matched against whole Hugging Face module names. A union (vision,
+    targets: group names, or regular expressions matched in full against Hugging Face module names. A union (vision,
         text, all) means those of its groups that take LoRA: linear layers of blocks and mergers, not embeddings and
         head.
     """
@@ -103,7 +103,7 @@ class LoraTune(Section):
 
 
 class FullTune(Section):
-    """Train whole weights. train: the groups or unions whose weights are trained; all others are frozen."""
+    """Train all weights of some module groups. train: the groups or unions that train; all others are frozen."""
 
     method: Literal["full"] = "full"
     train: list[Annotated[str, AfterValidator(_check_group)]] = Field(min_length=1)
@@ -299,7 +299,7 @@ class ParallelSection(Section):
     replicate, shard: of fsdp2, copies of the model and shards of each (null: all ranks); more than one copy is HSDP.
     reshard_after_forward: of fsdp2, free gathered weights after each forward pass; auto keeps them if they are small.
     zero_stage, offload_optimizer, offload_parameters: of deepspeed.
-    deepspeed_config: of deepspeed, a JSON file of the user's, used whole; what contradicts the recipe is an error.
+    deepspeed_config: of deepspeed, a JSON file of the user's; what contradicts the recipe is an error.
     """
 
     engine: Literal["single", "ddp", "fsdp2", "deepspeed"] = "ddp"

@@ -168,7 +168,7 @@ def _check(values: dict[str, Any], where: str, faults: list[Fault]) -> Recipe:
 
 
 def _explain(detail: Any, values: dict[str, Any]) -> list[Fault]:
-    """Say one pydantic error in our words."""
+    """Return the faults that one pydantic error stands for, in the words of a recipe."""
     code, got, context = detail["type"], detail["input"], detail.get("ctx", {})
     loc = [part for part in detail["loc"] if part != "[key]"]
     if loc[:1] == ["tune"] and loc[1:2] in (["lora"], ["full"]):
@@ -249,7 +249,7 @@ def _unknown_key_message(key: str, known: list[str]) -> str:
 
 
 def _nearest(pattern: str, known: list[str]) -> str:
-    """Find a near name in the same section, else the same last part elsewhere, else the nearest whole key."""
+    """Find a near name in the same section, else the same last part elsewhere, else the nearest full key."""
     section, _, leaf = pattern.rpartition(".")
     for sibling in difflib.get_close_matches(leaf, _fields_of(section, known), n=1, cutoff=0.7):
         return f"{section}.{sibling}".lstrip(".")

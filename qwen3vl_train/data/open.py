@@ -9,7 +9,7 @@ from qwen3vl_train.modules import VISION_GROUPS
 
 
 def open_collator(recipe: Recipe) -> MultimodalCollator:
-    """The collator of the recipe's checkpoint, with the recipe's budgets and its sampling of clips."""
+    """Return the collator of the recipe's checkpoint, with the recipe's budgets and its sampling of clips."""
     data = recipe.data
     return MultimodalCollator.from_pretrained(
         recipe.model.path,
@@ -28,7 +28,7 @@ def open_collator(recipe: Recipe) -> MultimodalCollator:
 
 
 def length_rule(data: DataSection) -> LengthRule:
-    """What becomes of samples that are too long."""
+    """Return what happens to samples that are too long."""
     field = "max_tokens_per_pack" if data.max_tokens_per_sample is None else "max_tokens_per_sample"
     return LengthRule(getattr(data, field), f"data.{field}", data.max_patches_per_pack, data.too_long)
 
@@ -38,7 +38,7 @@ def pack_limits(data: DataSection) -> PackLimits:
 
 
 def cost_model(recipe: Recipe) -> CostModel:
-    """The work of samples in the recipe's model, with what it trains."""
+    """Return the cost model of the recipe's architecture and of what it trains."""
     trained, of_trained = recipe.tune.trained_groups(), 3 if recipe.tune.method == "full" else 2
     sees = recipe.tune.has_patterns() or any(group in VISION_GROUPS for group in trained)
     reads = any(group.startswith("text") for group in trained)

@@ -75,10 +75,10 @@ class RejectSummary:
 
 
 class RejectLedger:
-    """The rejected rows of a run. Each is listed once in `rejected.jsonl`, however often it is met.
+    """The rejected rows of a run. Each is listed once in `rejected.jsonl`, however often it is read.
 
     Rows of indexed files count against the limit once for each entry that names their file. Rows of streams, whose
-    number is not known, count as often as they are met, against the rows read so far.
+    number is not known, count each time they are read, against the rows read so far.
     Every rank holds the same ledger; rank 0 writes the file.
     """
 

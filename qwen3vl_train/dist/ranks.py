@@ -70,7 +70,7 @@ class Ranks:
         if self.is_main:
             try:
                 result[0] = work()
-            except Exception as caught:  # of any type: the other ranks wait for it
+            except Exception as caught:  # of any type: the other ranks wait for the result
                 error, result[1] = caught, serialize_error(caught)
             store.set(done, "1")
         else:
@@ -167,7 +167,7 @@ def serialize_error(error: Exception) -> tuple[str, str]:
 
 
 def rebuild_error(name: str, message: str) -> Exception:
-    """Return the error that `serialize_error` took apart."""
+    """Return the error that `serialize_error` serialized."""
     return _ERROR_TYPES[name](message)
 
 

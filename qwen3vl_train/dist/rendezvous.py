@@ -1,4 +1,4 @@
-"""Join the other ranks and leave them: the process group, its store, and torchrun's restarts."""
+"""Start and stop the process group of all ranks: its store, and torchrun's restarts."""
 
 import os
 import time

@@ -49,7 +49,7 @@ CHECKS: dict[str, Check] = {
     "boxes_shrunk": Check("warning", "rows with boxes and one large image",
         "Boxes of images larger than 1000 pixels reach nearly to pixel 1000, and never beyond. Thousandths that were "
         "taken for pixels do that: they were scaled down a second time.",
-        "Look at a sample: if its boxes are too small and too far to the left and top, declare bbox: per_mille."),
+        "Check a sample: if its boxes are too small and too far to the left and top, declare bbox: per_mille."),
     "fps_missing": Check("error", "rows",
         "Videos without a usable frame rate, from which the times of their frames follow; their rows are rejected.",
         "Write the files again with their rate; give lists of frames with fps or timestamps."),
@@ -63,7 +63,7 @@ CHECKS: dict[str, Check] = {
         "Write the image before the question, as Qwen3-VL's own chats do."),
     "undecodable": Check("error", "samples shown",
         "Media whose headers can be read break when they are decoded; training will reject their rows.",
-        "Fix or remove the rows; look at more of them with --samples."),
+        "Fix or remove the rows; show more of them with --samples."),
     "no_rows": Check("error", "rows",
         "No training row can be used: there is nothing to train on.",
         "Fix the rows: the reasons are listed under each source."),

@@ -36,7 +36,7 @@ _BF16_PEAKS: tuple[tuple[str, float], ...] = (
 
 @dataclass(frozen=True)
 class StepTally:
-    """What one optimizer step adds up to, over all packs of all ranks.
+    """The sums and means of one optimizer step, over all packs of all ranks.
 
     grad_norms: by module group, and "all".
     """
@@ -56,7 +56,7 @@ class StepTally:
 class StepTimes(NamedTuple):
     """Seconds of one step on this rank."""
 
-    step: float  # wall time of the whole step
+    step: float  # wall time of the step
     data_wait: float  # the part of it spent waiting for packs
     checkpoint_stall: float  # how long the step before this one was held up by its checkpoint
 

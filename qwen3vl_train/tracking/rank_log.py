@@ -1,4 +1,4 @@
-"""A log file for each rank other than 0, so that the terminal shows the run once and not a thousand times."""
+"""A log file for each rank other than 0, so that the terminal shows the run once."""
 
 import os
 import sys

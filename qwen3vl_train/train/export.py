@@ -41,8 +41,7 @@ class Exported:
 
 
 def export_run(run: Path, out: Path, *, merge: bool) -> Exported:
-    """Write a run's newest checkpoint to `out`: the adapter of a LoRA run, or a full checkpoint with `merge` or after
-    full tuning.
+    """Write a run's newest checkpoint to `out`: an adapter, or a full checkpoint with `merge` or after full tuning.
 
     Both include tokenizer, template and the pixel limits that were used. The files are read back: every tensor must be
     bit-equal to what was written, and stock transformers (and peft) must give the same logits on probe conversations.

@@ -1,4 +1,4 @@
-"""The page in a real browser: opens in silence, runs nothing of the data, filters, and shows the stated colours.
+"""The page in a real browser: opens without errors, runs nothing of the data, filters, and shows the stated colours.
 
 `make test-browser` runs these; they need Debian's chromium and chromium-driver.
 """

@@ -99,12 +99,12 @@ ODD = {"boxes_pixel": "[10, 20, 3000, 40]", "boxes_unit": "[0.1, 0.2, 0.3, 0.4]"
 @pytest.mark.parametrize("check", ODD)
 def test_odd_boxes_are_an_error_from_one_in_twenty_rows(inspected, tmp_path, check):
     picture(96, 64, 0).save(tmp_path / "a.png")
-    sound = [row(f"Where? {number}", f"[{number}, 20, 900, 950]", ["a.png"]) for number in range(20)]
+    valid = [row(f"Where? {number}", f"[{number}, 20, 900, 950]", ["a.png"]) for number in range(20)]
     text = [row(f"What? {number}", "That.", ["a.png"]) for number in range(20)]  # no share of these is asked for
     odd = row("Where?", ODD[check], ["a.png"])
-    finding = found(inspected([odd, *sound[:19], *text]), check)
+    finding = found(inspected([odd, *valid[:19], *text]), check)
     assert (finding.level, finding.evidence) == ("error", "1 of 20 rows with boxes (5%)")
-    few = found(inspected([odd, *sound]), check)
+    few = found(inspected([odd, *valid]), check)
     assert (few.level, few.rows) == ("note", ["1"])
 
 

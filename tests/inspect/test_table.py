@@ -14,7 +14,7 @@ def printed(facts, width=100):
     return out.getvalue()
 
 
-def test_names_sources_rejects_packs_and_hazards(inspection):
+def test_names_sources_rejects_packs_and_findings(inspection):
     text = printed(inspection.facts)
     packs = inspection.facts.packs
     assert f"{packs.packs} packs an epoch, {100 * packs.mean_fill:.1f}% of 512 tokens filled" in text
@@ -27,7 +27,7 @@ def test_names_sources_rejects_packs_and_hazards(inspection):
     assert f"{training.median:,.0f}/{training.p95:,.0f}/{training.maximum:,.0f}" in text
 
 
-def test_columns_without_a_count_are_left_out(inspection):
+def test_columns_without_a_count_are_omitted(inspection):
     whole, *_ = printed(inspection.facts, width=160).split("median/95th")
     assert all(heading in whole for heading in ("rejected", "no label", "repeats", "images"))
     assert not any(heading in whole for heading in ("videos", "dropped"))

@@ -86,7 +86,7 @@ class MultimodalCollator(Encoder):
     def prompt(self, messages: RawSample | Sequence[dict[str, Any]]) -> PackedBatch:
         """Render a conversation up to the beginning of the answer: one sequence without labels, for generation.
 
-        messages: a list of messages or a whole sample; it must end before the answer. Raise ValueError.
+        messages: a list of messages or a full sample; it must end before the answer. Raise ValueError.
         """
         raw = messages if isinstance(messages, dict | Sample) else {"messages": list(messages)}
         encoded = self._encode_named(raw, "prompt", generation_prompt=True)

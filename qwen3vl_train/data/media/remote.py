@@ -13,7 +13,7 @@ from qwen3vl_train.data.errors import MediaFault
 MAX_BYTES = 512 << 20
 """Of one medium: a long clip in good quality. Its bytes are held in memory, in every worker at once."""
 TIMEOUT_SECONDS = 60.0
-"""For the whole download, however slowly it arrives."""
+"""Limit on the duration of a download, however slowly it arrives."""
 MAX_REDIRECTS = 5
 RETRY_DELAYS_SECONDS = (0.25, 1.0)
 """Before each retry of a download that failed with a transient error."""
@@ -35,7 +35,7 @@ class Remote:
         return f"{scheme}{colon}{host.rpartition('@')[2]}{slash}{path}"[:200]
 
     def fetch(self) -> bytes:
-        """Return all bytes, downloaded anew at every call; transient errors are retried. Raise MediaFault."""
+        """Return all bytes, downloaded again at every call; transient errors are retried. Raise MediaFault."""
         read = _read_http if is_web_address(self.url) else _read_fsspec
         deadline = time.monotonic() + TIMEOUT_SECONDS
         delays = iter(RETRY_DELAYS_SECONDS)

@@ -31,7 +31,7 @@ class RowReject(NamedTuple):
     """A row that cannot be used."""
 
     row: int  # 0..n-1
-    number: int  # by which a person finds it
+    number: int  # its line or row number in the file, for messages
     reason: str
     kind: FaultKind
     transient: bool  # a retry may succeed

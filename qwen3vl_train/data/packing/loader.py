@@ -171,8 +171,8 @@ class Loader:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue after the step whose `StepPacks.state` this is; call it before iterating.
 
-        Rank and number of ranks may differ from those of the run that saved it. Raises ValueError that names what of
-        the data or the plan is not as it was.
+        Rank and number of ranks may differ from those of the run that saved it. Raises ValueError that names what has
+        changed in the data or the plan.
         """
         if missing := [name for name in Position._fields if name not in state]:
             raise ValueError(
@@ -316,7 +316,7 @@ class Loader:
 
 
 def _finish(step: StepPacks, results: list[PackResult]) -> StepPacks:
-    """Put what was built into a planned step."""
+    """Return a planned step with its built packs."""
     built = [(number, pack) for number, (pack, _) in zip(step.pack_numbers, results, strict=False) if pack]
     return replace(
         step,
@@ -327,7 +327,7 @@ def _finish(step: StepPacks, results: list[PackResult]) -> StepPacks:
 
 
 def _check_same_window(window: Window, position: Position) -> None:
-    """Raise ValueError where a window of which packs were trained is not as it was then."""
+    """Raise ValueError where a window whose packs were partly trained has changed since."""
     if window.content_hash != position.content_hash:
         lost = window.rejects[0] if window.rejects else "the token counts of its rows differ"
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Several sources as one endless stream of rows, epoch after epoch, that can be entered at any row."""
+"""Several sources as one endless stream of rows, epoch after epoch, that can resume at any row."""
 
 import hashlib
 from collections.abc import Iterator, Sequence

@@ -25,20 +25,20 @@ class ScannedRow(NamedTuple):
 
     sample: Sample | RowFault
     file: str
-    number: int  # by which a person finds it
+    number: int  # its line or row number in the file, for messages
     tokens: int  # 0 where this rank did not scan it
     signature: int  # see `media_signature`
 
 
 class PackResult(NamedTuple):
-    """What became of one planned pack; pack is None where every row of it turned out broken."""
+    """The result of building one planned pack; pack is None where none of its rows can be used."""
 
     pack: PackedBatch | None
     rejected: list[Reject]
 
 
 class ReadIndexedRow(NamedTuple):
-    """Reads rows of an index by their numbers."""
+    """Read rows of an index by their numbers."""
 
     sources: Sequence[Source]
     index: Index
@@ -59,7 +59,7 @@ Families = Sequence[Sequence[Any]]
 
 
 class PackBuilder(NamedTuple):
-    """Builds packs from the families of a plan; sent to worker processes."""
+    """Build packs from the families of a plan; sent to worker processes."""
 
     read_row: Callable[[Any], ScannedRow]  # see `WindowProducer.read_row`
     collator: MultimodalCollator
@@ -83,7 +83,7 @@ class PackBuilder(NamedTuple):
             named = ", ".join(paths[:3]) + (f" or {len(paths) - 3} more" if len(paths) > 3 else "")
             raise RowFault(
                 f"size or time of {named} is not what it was when the row was scanned; the row is skipped, start again "
-                "to take it as it is now",
+                "to train on it as it is now",
                 kind="changed",
             )
         encoded = self.collator.encode(row.sample)

@@ -16,7 +16,7 @@ from qwen3vl_train.arch import Qwen3VLArch
 from qwen3vl_train.model.costs import work_ratios
 
 _FULL = 2**40
-"""About the weight of a limit's whole capacity, whatever its unit."""
+"""Approximate weight of the full capacity of a limit, whatever its unit."""
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ def arrange(work: Sequence[int], *, packs_per_step: int, carry_over: int, seed: 
 
 def random_stream(seed: int | Sequence[int]) -> np.random.RandomState:
     """Return a random stream for one or several seeds of any size; each is taken modulo 2**32."""
-    # The stream of RandomState is frozen for ever, that of Generator is not: a run that is resumed under another numpy
+    # The stream of RandomState is frozen, that of Generator is not: a run that is resumed under another numpy
     # keeps its order.
     seeds = [seed] if isinstance(seed, int) else list(seed)
     return np.random.RandomState(np.array([value % 2**32 for value in seeds], dtype=np.uint32))

@@ -1,7 +1,7 @@
-"""A pack on its way from a worker process: all of its tensors in one block of shared memory.
+"""Transfer packs from worker processes: all tensors of a pack in one block of shared memory.
 
 Tensor by tensor, a pack would hold fifteen file descriptors open here for as long as it lives, and the usual limit of
-1,024 is met by a step of 64 packs.
+1,024 is reached by a step of 64 packs.
 """
 
 import math
@@ -28,7 +28,7 @@ class SharedMemoryPack:
 
     @classmethod
     def from_pack(cls, pack: PackedBatch) -> "SharedMemoryPack":
-        """Copy a pack into shared memory: the one copy that the way to the other process takes."""
+        """Copy a pack into shared memory: the only copy of the transfer to the other process."""
         tensors: list[Tensor] = []
 
         def emptied(tensor: Tensor) -> Tensor:

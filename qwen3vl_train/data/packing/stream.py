@@ -28,13 +28,13 @@ from qwen3vl_train.data.rows.sample import Sample
 from qwen3vl_train.data.sources import StreamRow
 
 _MAX_BYTES = 512 << 20
-"""Of media inside the rows of one window, which are held in memory; the window ends early."""
+"""Limit on the media inside the rows of one window, which are held in memory; the window ends early."""
 _MAX_REJECTS = 100_000
 """Of an epoch without a usable row, which its error lists; they take about 50 MiB."""
 _CHUNK_ROWS, _CHUNK_BYTES = 256, 64 << 20
-"""Of the rows that the reader of a replaying rank hands over at a time."""
+"""Rows that the reader of a replaying rank returns at a time."""
 _CHUNKS_AHEAD = 8
-"""That it reads before they are asked for: as many rows as the usual window."""
+"""Chunks that it prefetches: as many rows as the default window."""
 
 
 class Broadcast(Protocol):
@@ -76,7 +76,7 @@ Scan = tuple[ScanResult, list[ScannedRow]]
 
 
 class StreamReader:
-    """Reads the rows of a mixture from a cursor on, for ever."""
+    """Read the rows of a mixture from a cursor on, without end."""
 
     def __init__(self, mixture: Mixture, collator: MultimodalCollator, rule: LengthRule, size: int) -> None:
         self.mixture, self.collator, self.rule, self.size = mixture, collator, rule, size
@@ -269,7 +269,7 @@ def _sent(scans: Iterator[Scan], broadcast: Broadcast, keys: Iterator[str]) -> I
     for key in keys:
         try:
             result, rows = next(scans)
-        except Exception as error:  # whatever it is, the others wait for it
+        except Exception as error:  # of any type: the other ranks wait for it
             broadcast.send(key, {"error": str(error), "is_value_error": isinstance(error, ValueError)})
             raise
         broadcast.send(key, result.__dict__)

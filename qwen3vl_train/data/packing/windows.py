@@ -38,7 +38,7 @@ class Window:
 
 
 class WindowProducer(Protocol):
-    """Makes windows, the same ones on every rank."""
+    """Make windows, the same ones on every rank."""
 
     num_usable: int | None
     """Rows that can be used, where that is known before they are read."""
@@ -52,7 +52,7 @@ class WindowProducer(Protocol):
         ...
 
     def windows(self, cursor: Cursor, skipped: Sequence[int] = ()) -> Iterator[Window]:
-        """Yield the windows from a cursor on, epoch after epoch, for ever.
+        """Yield the windows from a cursor on, epoch after epoch, without end.
 
         skipped: `Window.skipped` of the first window as it was found before; these rows are skipped again, whether or
         not they can be read by now.

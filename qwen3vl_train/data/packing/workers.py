@@ -1,4 +1,4 @@
-"""Worker processes: work is handed out as they get free, results come back in the order of the items."""
+"""Worker processes: items go to whichever worker is free, results come back in the order of the items."""
 
 import os
 import signal
@@ -41,7 +41,7 @@ def from_worker(
 
 
 class _Failed:
-    """A ValueError on its way from a worker: DataLoader would bury its message in a traceback."""
+    """The message of a ValueError raised in a worker; DataLoader would wrap it in a traceback."""
 
     def __init__(self, error: ValueError) -> None:
         self.message = str(error)
@@ -97,11 +97,11 @@ def unchanged(result: Any) -> Any:
 
 
 def _start_worker(worker: int) -> None:
-    """One thread, and deaf to a stop: it is for the rank, which needs its workers until its step is done and saved.
+    """Use one thread and ignore stop signals: the rank needs its workers until its step is done and saved.
 
-    Only the parent's own SIGTERM ends a worker (torch sends it to one that does not leave by itself). A handler does
-    not learn who sent a signal, so the signals are blocked and a thread takes them. Workers of a parent that is gone
-    leave by torch's own watch.
+    Only the parent's own SIGTERM ends a worker (torch sends it to one that does not exit by itself). A handler does not
+    learn who sent a signal, so the signals are blocked and a thread receives them. Workers whose parent has died are
+    ended by torch's watchdog.
     """
     torch.set_num_threads(1)
     signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)

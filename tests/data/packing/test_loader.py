@@ -215,7 +215,7 @@ def test_media_that_break_or_change_are_rejected(copy, collate, kind, workers):
         assert (reject.file, reject.kind) == (str(copy / "s.jsonl"), "changed")
         assert reject.reason == (
             f"size or time of {copy}/{reject.row - 1}.png is not what it was when the row was scanned; the row is "
-            "skipped, start again to take it as it is now"
+            "skipped, start again to train on it as it is now"
         )
 
 
@@ -255,7 +255,7 @@ def lose_a_worker(train, sender):
         for step in train:
             if step.state["steps_done"] == 1:
                 os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
-        sender.send("went on")
+        sender.send("continued")
     except (RuntimeError, EOFError, OSError):  # the last two when it dies while it hands a tensor over
         sender.send("raised")
     os._exit(0)

@@ -196,8 +196,8 @@ MESSAGES = st.fixed_dictionaries({}, optional={
     "content": WORDS | st.lists(PARTS, max_size=4) | JUNK, "loss": JUNK, "loss_weight": JUNK, "tool_calls": JUNK,
     "reasoning_content": SCALARS, "from": st.sampled_from(["human", "gpt"]) | SCALARS, "value": WORDS | JUNK,
 })  # fmt: skip
-SOUND = st.fixed_dictionaries({"question": st.text(min_size=1), "answer": WORDS})
-ROWS = SOUND | JUNK | st.fixed_dictionaries({}, optional={
+VALID = st.fixed_dictionaries({"question": st.text(min_size=1), "answer": WORDS})
+ROWS = VALID | JUNK | st.fixed_dictionaries({}, optional={
     "messages": st.lists(MESSAGES, max_size=4) | JUNK, "conversations": st.lists(MESSAGES, max_size=4) | JUNK,
     "question": WORDS | JUNK, "answer": WORDS | JUNK, "image": WORDS | JUNK, "images": st.lists(WORDS, max_size=3),
     "video": JUNK, "tools": JUNK, "system": JUNK, "boxes": st.lists(st.lists(st.floats(), max_size=5), max_size=2),
@@ -216,19 +216,19 @@ RULES = st.builds(
 
 def test_rows(collate, tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    outcomes = set()
+    results = set()
 
     def check(example):
         row, rules = example
         try:
             sample = rules.sample(row, "a:1", str(tmp_path))
             assert collate.encode(sample).input_ids.numel() == collate.cost(sample).tokens
-            outcomes.add("sample")
+            results.add("sample")
         except RowFault:
-            outcomes.add("fault")
+            results.add("fault")
 
     fuzz("rows", st.tuples(ROWS, RULES), check)
-    assert outcomes == {"sample", "fault"}
+    assert results == {"sample", "fault"}
 
 
 def test_lines_of_text():
@@ -309,17 +309,17 @@ def test_pictures(guarded):
         encoded[kind] = out.getvalue()
 
     def read(content):
-        outcome = "decoded"
+        result = "decoded"
         for step in (image_size, load_rgb):
             try:
                 step(content)
             except MediaFault:
-                outcome = "fault"
-        return outcome
+                result = "fault"
+        return result
 
-    call, outcomes = guarded(read), set()
-    fuzz("pictures", damaged_ones(encoded), lambda example: outcomes.add(call(example)))
-    assert outcomes == {"decoded", "fault"}
+    call, results = guarded(read), set()
+    fuzz("pictures", damaged_ones(encoded), lambda example: results.add(call(example)))
+    assert results == {"decoded", "fault"}
 
 
 CLIPS = {
@@ -346,8 +346,8 @@ def test_clips(guarded, collate, tmp_path):
             return "fault"
         return "encoded"
 
-    call, outcomes = guarded(read), set()
+    call, results = guarded(read), set()
     for name, content in encoded.items():
         assert call(content) == "encoded", name
-    fuzz("clips", damaged_ones(encoded), lambda example: outcomes.add(call(example)))
-    assert outcomes == {"encoded", "fault"}
+    fuzz("clips", damaged_ones(encoded), lambda example: results.add(call(example)))
+    assert results == {"encoded", "fault"}
