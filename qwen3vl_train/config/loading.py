@@ -168,7 +168,7 @@ def _check(values: dict[str, Any], where: str, faults: list[Fault]) -> Recipe:
 
 
 def _explain(detail: Any, values: dict[str, Any]) -> list[Fault]:
-    """Return the faults that one pydantic error stands for, in the words of a recipe."""
+    """Return one pydantic error as faults in the words of a recipe."""
     code, got, context = detail["type"], detail["input"], detail.get("ctx", {})
     loc = [part for part in detail["loc"] if part != "[key]"]
     if loc[:1] == ["tune"] and loc[1:2] in (["lora"], ["full"]):

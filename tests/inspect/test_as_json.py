@@ -65,7 +65,7 @@ def test_a_clip_has_the_times_that_its_text_holds(collate, tmp_path):
     assert (clip["kind"], clip["times"]) == ("video", pytest.approx([(0 + 8) / 24, (15 + 23) / 24]))
 
 
-def test_an_image_has_one_hash_with_and_without_a_clip_next_to_it(collate, tmp_path):
+def test_an_image_has_one_hash_with_and_without_a_clip(collate, tmp_path):
     still = {"type": "image", "image": picture(64, 64, 0)}
     clip = {"type": "video", "video": str(write_clip(tmp_path / "clip.mp4", 24))}
     other = {"type": "image", "image": picture(64, 64, 1)}
