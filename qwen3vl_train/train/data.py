@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from qwen3vl_train.batch import PackedBatch
 from qwen3vl_train.config import Recipe, run_dir
-from qwen3vl_train.config.fields import TrainSource
+from qwen3vl_train.config.data_fields import TrainSource
 from qwen3vl_train.data.encode.collator import MultimodalCollator
 from qwen3vl_train.data.errors import Reject, RowFault
 from qwen3vl_train.data.open import cost_model, length_rule, open_collator, pack_limits

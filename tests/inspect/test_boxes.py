@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from qwen3vl_train.config.fields import TrainSource
+from qwen3vl_train.config.data_fields import TrainSource
 from qwen3vl_train.data.sources import open_sources
 from qwen3vl_train.inspect.boxes import Box, BoxEvidence, Point, box_evidence, find_boxes, find_marks, find_points
 from qwen3vl_train.inspect.training import Entry, IndexedFile, RowRef

@@ -2,7 +2,7 @@
 
 import os
 
-from qwen3vl_train.config.fields import EvalSource, FixedText, TrainSource
+from qwen3vl_train.config.data_fields import EvalSource, FixedText, TrainSource
 from qwen3vl_train.data.rows.boxes import Convention
 from qwen3vl_train.data.rows.parse import RowRules
 from qwen3vl_train.data.sources.base import FileSource, StreamSource, check_media_root

@@ -10,7 +10,7 @@ from typing import ClassVar
 
 import pytest
 
-from qwen3vl_train.config.fields import TrainSource
+from qwen3vl_train.config.data_fields import TrainSource
 from qwen3vl_train.data.errors import MediaFault
 from qwen3vl_train.data.media.image import image_size, load_rgb
 from qwen3vl_train.data.media.remote import Remote

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qwen3vl_train.config.fields import TrainSource
+from qwen3vl_train.config.data_fields import TrainSource
 from qwen3vl_train.data.encode.collator import MultimodalCollator
 from qwen3vl_train.data.packing.index import LengthRule
 from qwen3vl_train.data.packing.loader import Loader

@@ -27,7 +27,7 @@ from hypothesis import HealthCheck
 from hypothesis import strategies as st
 from PIL import Image
 
-from qwen3vl_train.config.fields import TrainSource
+from qwen3vl_train.config.data_fields import TrainSource
 from qwen3vl_train.data.errors import MediaFault, RowFault
 from qwen3vl_train.data.media.image import image_size, load_rgb
 from qwen3vl_train.data.rows.boxes import Convention

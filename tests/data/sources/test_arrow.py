@@ -11,7 +11,7 @@ import pytest
 from datasets.utils.json import json_encode_field, ujson_dumps
 from hypothesis import strategies as st
 
-from qwen3vl_train.config.fields import TrainSource
+from qwen3vl_train.config.data_fields import TrainSource
 from qwen3vl_train.data.errors import RowFault
 from qwen3vl_train.data.rows.parse import RowRules
 from qwen3vl_train.data.sources import open_sources, open_stream

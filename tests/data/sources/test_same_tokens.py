@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from qwen3vl_train.config.fields import TrainSource
+from qwen3vl_train.config.data_fields import TrainSource
 from qwen3vl_train.data.rows.parse import RowRules
 from qwen3vl_train.data.sources import open_sources, open_stream
 from tests.helpers.row_files import KINDS, NUM_ROWS, png, table, talk

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from qwen3vl_train.config.fields import TrainSource
+from qwen3vl_train.config.data_fields import TrainSource
 from qwen3vl_train.data.errors import RowFault
 from qwen3vl_train.data.sources import JsonlSource, open_sources, open_stream
 from tests.helpers import faults

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from fsspec.registry import _registry as registry
 
-from qwen3vl_train.config.fields import TrainSource
+from qwen3vl_train.config.data_fields import TrainSource
 from qwen3vl_train.data.errors import MediaFault, RowFault
 from qwen3vl_train.data.media.image import load_rgb
 from qwen3vl_train.data.media.remote import Remote

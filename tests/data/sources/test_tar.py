@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from qwen3vl_train.config.fields import TrainSource
+from qwen3vl_train.config.data_fields import TrainSource
 from qwen3vl_train.data.errors import MediaFault, RowFault
 from qwen3vl_train.data.sources import open_sources, open_stream
 from tests.helpers.messages import message_of

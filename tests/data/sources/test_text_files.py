@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 
-from qwen3vl_train.config.fields import TrainSource
+from qwen3vl_train.config.data_fields import TrainSource
 from qwen3vl_train.data.errors import RowFault
 from qwen3vl_train.data.sources import open_sources, open_stream
 from tests.helpers import faults
