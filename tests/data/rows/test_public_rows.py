@@ -19,7 +19,7 @@ import tiny_checkpoint
 from PIL import Image
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from qwen3vl_train.config.fields import TrainSource
+from qwen3vl_train.config.data_fields import TrainSource
 from qwen3vl_train.data.errors import RowFault
 from qwen3vl_train.data.media.image import image_size
 from qwen3vl_train.data.rows.sample import ImagePart, VideoPart
