@@ -1,6 +1,7 @@
 """Small clips for the tests: written with PyAV, decoded independently of the package, prepared as transformers does."""
 
 import json
+from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
@@ -55,6 +56,33 @@ def write_clip(
         out.mux(stream.encode(None))
         if sound is not None:
             _write_silence(out, sound)
+    return path
+
+
+def write_timed(
+    path: Path,
+    ticks: Sequence[int],
+    *,
+    unit: Fraction = Fraction(1, 1000),
+    rate: int | None = None,
+    size: tuple[int, int] = (96, 64),
+    codec: str = "libx264",
+    options: dict[str, str] | None = None,
+    container: dict[str, str] | None = None,
+    pixel_format: str = "yuv420p",
+) -> Path:
+    """Write a clip of `smooth` frames that are shown at these times, in units of seconds. rate: what the file declares,
+    where its container has room for it."""
+    with av.open(str(path), "w", options=container or {}) as out:
+        stream: Any = out.add_stream(codec, rate=rate, options=options or {})
+        stream.width, stream.height, stream.pix_fmt = *size, pixel_format
+        stream.codec_context.time_base = stream.time_base = unit
+        stream.codec_context.gop_size = 10
+        for tick, pixels in zip(ticks, smooth(len(ticks), size[1], size[0]), strict=True):
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            frame.pts, frame.time_base = tick, unit
+            out.mux(stream.encode(frame))
+        out.mux(stream.encode(None))
     return path
 
 

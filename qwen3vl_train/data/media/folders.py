@@ -42,6 +42,6 @@ def list_frames(folder: str, media_root: str | os.PathLike[str] | None) -> tuple
 
 
 def _natural(name: str) -> tuple[list[tuple[int, str]], str]:
-    """Return a key that sorts numbers within names by value. "f10.png" -> (-1, "f"), (10, ""), (-1, ".png")."""
-    pieces = [piece for piece in re.split(r"([0-9]+)", name) if piece]
+    """Return a key that sorts numbers within names by value. "f10.png" -> (-1, "f"), (10, "")."""
+    pieces = [piece for piece in re.split(r"([0-9]+)", os.path.splitext(name)[0]) if piece]
     return [(int(piece), "") if piece[0] in "0123456789" else (-1, piece.casefold()) for piece in pieces], name

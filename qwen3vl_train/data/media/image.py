@@ -7,6 +7,7 @@ import contextlib
 import math
 import os
 import struct
+import threading
 import zlib
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -36,6 +37,7 @@ _DAMAGE = (
 """What Pillow's readers raise on damaged input; seen in its sources and by feeding them damaged files."""
 
 _STRIP_ROWS = 64
+_LIMIT_LOCK = threading.Lock()
 
 
 class _TextLimit(MediaFault):
@@ -51,11 +53,11 @@ def _readable() -> tuple[str, ...]:
 def _identify(file: str | BytesIO, name: str, max_pixels: int | None) -> Image.Image:
     try:
         try:
-            image = _open(file, _readable(), max_pixels)
+            image = Image.open(file, formats=_readable())
         except Image.UnidentifiedImageError:
             if not is_heif(file):
                 raise
-            image = _open(file, heif_formats(name), max_pixels)
+            image = Image.open(file, formats=heif_formats(name))
     except Image.UnidentifiedImageError:
         fault = f"{name}: is not an image of a known format ({', '.join(_readable())}); convert it"
         raise MediaFault(fault, kind="unsupported_media") from None
@@ -73,33 +75,32 @@ def _identify(file: str | BytesIO, name: str, max_pixels: int | None) -> Image.I
     return image
 
 
-def _open(file: str | BytesIO, formats: tuple[str, ...], max_pixels: int | None) -> Image.Image:
-    """Open an image without decoding it. Raise what Pillow raises."""
+@contextlib.contextmanager
+def _allowing(max_pixels: int | None) -> Iterator[None]:
+    """Lift Pillow's limit, which is one of the whole process, where the recipe's is higher: `_identify` checks that."""
     usual = Image.MAX_IMAGE_PIXELS
     if max_pixels is None or usual is None or max_pixels <= usual:
-        return Image.open(file, formats=formats)
-    return _open_any_size(file, formats)
-
-
-def _open_any_size(file: str | BytesIO, formats: tuple[str, ...]) -> Image.Image:
-    """Do what `Image.open` does, without its limit, which is one of the whole process."""
-    with open(file, "rb") if isinstance(file, str) else contextlib.nullcontext(file) as stream:
-        stream.seek(0)
-        start = stream.read(16)
-    for kind in formats:
-        make, accept = Image.OPEN[kind]
-        if accept is None or accept(start) is True:
-            if isinstance(file, BytesIO):
-                file.seek(0)
-            with contextlib.suppress(SyntaxError, IndexError, TypeError, struct.error):
-                return make(file, "")  # type: ignore[arg-type]
-    raise Image.UnidentifiedImageError
+        yield
+        return
+    with _LIMIT_LOCK:
+        Image.MAX_IMAGE_PIXELS = None  # not max_pixels: Pillow would also warn, and only raise beyond twice that
+        try:
+            yield
+        finally:
+            Image.MAX_IMAGE_PIXELS = usual
 
 
 def _declared_size(file: str | BytesIO) -> str | None:
     """Return the size of an image that Pillow refuses to open because of it; None where its reader refuses too."""
-    with contextlib.suppress(*_DAMAGE), _open_any_size(file, _readable()) as image:
-        return f"{image.width}x{image.height}"
+    with open(file, "rb") if isinstance(file, str) else file as stream:
+        for kind in _readable():
+            make, accept = Image.OPEN[kind]
+            stream.seek(0)
+            if accept is None or accept(stream.read(16)) is True:
+                stream.seek(0)
+                with contextlib.suppress(*_DAMAGE):
+                    width, height = make(stream, "").size
+                    return f"{width}x{height}"
     return None
 
 
@@ -119,14 +120,15 @@ def _read(
     use: Callable[[Image.Image], _Result],
 ) -> _Result:  # fmt: skip
     """Return what `use` makes of an opened image. Texts and colour profiles that Pillow finds too large are skipped."""
-    try:
-        with _reading(source, media_root, max_pixels) as image:
-            return use(image)
-    except _TextLimit:
-        if isinstance(source, Image.Image):
-            raise
-        with _reading(source, media_root, max_pixels, skip_texts=True) as image:
-            return use(image)
+    with _allowing(max_pixels):
+        try:
+            with _reading(source, media_root, max_pixels) as image:
+                return use(image)
+        except _TextLimit:
+            if isinstance(source, Image.Image):
+                raise
+            with _reading(source, media_root, max_pixels, skip_texts=True) as image:
+                return use(image)
 
 
 @contextlib.contextmanager

@@ -41,7 +41,9 @@ class Timeline:
             return range(self.num_frames)
         first, last = 0.0 if start is None else start, self.end if end is None else end
         if first >= last or first >= self.end:
-            fault = f"start {first:g} is not before end {last:g}" if first >= last else f"start {first:g} is beyond it"
+            fault = (
+                f"start {first:g} is beyond it" if first >= self.end else f"start {first:g} is not before end {last:g}"
+            )
             raise MediaFault(f"the clip ends at {self.end:.2f} seconds, {fault}; correct start and end (in seconds)")
         if last > self.end + _OVERRUN_SECONDS:
             fault = f"the clip ends at {self.end:.2f} seconds, end {last:g} is beyond it"
@@ -66,7 +68,8 @@ class Timeline:
         times = np.asarray(self.times)[within.start : within.stop]
         span = float(times[-1] - times[0])
         seconds = span * len(times) / (len(times) - 1)
-        count = min(max(int(seconds * rules.fps), rules.min_frames), rules.max_frames, len(times))
+        # Rounding may make 3.9999999 of the 4 frames in two seconds.
+        count = min(max(int(seconds * rules.fps + _EPSILON), rules.min_frames), rules.max_frames, len(times))
         wanted = np.linspace(times[0], times[-1], count)
         right = np.clip(np.searchsorted(times, wanted), 1, len(times) - 1)
         nearest = right - (wanted - times[right - 1] <= times[right] - wanted)
