@@ -4,13 +4,15 @@ Relative paths are relative to the folder the command runs in. Reading and the t
 between fields in `rules`; a field added here needs nothing there.
 """
 
+import math
 import re
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field, model_validator
-from pydantic.functional_validators import AfterValidator
+from pydantic import AliasChoices, Field, field_validator, model_validator
+from pydantic.functional_validators import AfterValidator, BeforeValidator
 
 from qwen3vl_train.config.data_fields import Beta, Count, DataSection, Positive, Section, Text, check_name
+from qwen3vl_train.config.yaml12 import format_value
 from qwen3vl_train.modules import (
     GROUPS,
     LORA_GROUPS,
@@ -98,8 +100,24 @@ class FullTune(Section):
 Tune = Annotated[LoraTune | FullTune, Field(discriminator="method")]
 
 
+def _check_steps_or_share(value: Any) -> Any:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"got {format_value(value)}, expected a number")
+    if not (value >= 0 if isinstance(value, int) else 0 <= value < 1):
+        raise ValueError(f"got {value}; use a whole number of steps, or a share of the run below 1")
+    return value
+
+
 class OptimSection(Section):
-    """Set up AdamW. A vision_lr, merger_lr or deepstack_lr of null takes lr."""
+    """Set up AdamW and its learning rate. A vision_lr, merger_lr or deepstack_lr of null takes lr.
+
+    warmup: over how many steps the rate rises, or over which share of the run if it is below 1. Older recipes call it
+        warmup_steps.
+    schedule: how the rate falls after it; wsd keeps it constant and lets it fall linearly at the end.
+    decay_share: of wsd, the share of the run in which it falls.
+    min_lr: what lr falls to at the end; the rates of groups fall by the same factor.
+    max_grad_norm: gradients of a larger norm are scaled down to it; 0 and null are off.
+    """
 
     lr: Positive = 1e-4
     vision_lr: Positive | None = None
@@ -109,9 +127,24 @@ class OptimSection(Section):
     betas: Annotated[tuple[Beta, Beta], Field(strict=False)] = (0.9, 0.999)
     eps: Positive = 1e-8
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    max_grad_norm: Positive | None = 1.0
+    warmup: Annotated[
+        int | float,
+        Field(validation_alias=AliasChoices("warmup", "warmup_steps")),
+        BeforeValidator(_check_steps_or_share),
+    ] = 0
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    decay_share: Annotated[float, Field(gt=0.0, le=1.0)] = 0.2
+    min_lr: Annotated[float, Field(ge=0.0)] = 0.0
+    max_grad_norm: Annotated[float, Field(ge=0.0)] | None = 1.0
+
+    @field_validator("max_grad_norm")
+    @classmethod
+    def _zero_is_off(cls, value: float | None) -> float | None:
+        return value or None
+
+    def warmup_steps(self, num_steps: int) -> int:
+        """Return the number of warm-up steps of a run of so many steps."""
+        return self.warmup if isinstance(self.warmup, int) else math.ceil(self.warmup * num_steps)
 
     def lr_of(self, group: str) -> float:
         """Return the peak learning rate of a module group."""

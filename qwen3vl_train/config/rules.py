@@ -52,12 +52,25 @@ def field_conflicts(recipe: Recipe) -> Iterator[Conflict]:
         listed="tune.train" if tune.method == "full" else "tune.targets",
         all_groups_known=not tune.has_patterns(),
     )
+    yield from _schedule_conflicts(recipe.optim)
     if train.num_steps is None and train.num_epochs is None:
         yield "train.num_steps", "missing, and train.num_epochs is null; give one of them"
     elif train.num_steps is None and any(source.streaming for source in data.train):
         yield "train.num_steps", "missing; a source with streaming does not say how long an epoch is"
     yield from _engine_conflicts(recipe.parallel)
     yield from _keep_best_conflicts(recipe)
+
+
+def _schedule_conflicts(optim: OptimSection) -> Iterator[Conflict]:
+    if optim.min_lr > optim.lr:
+        yield "optim.min_lr", f"{optim.min_lr:g} is more than optim.lr {optim.lr:g}, from which it falls; lower it"
+    if optim.min_lr and optim.schedule == "constant":
+        yield "optim.min_lr", f"{optim.min_lr:g}, but optim.schedule is constant and never falls; remove it"
+    if optim.schedule != "wsd" and optim.decay_share != OptimSection().decay_share:
+        yield "optim.decay_share", f"{optim.decay_share:g}, only for schedule wsd, not {optim.schedule}; remove it"
+    if optim.schedule == "wsd" and isinstance(optim.warmup, float) and optim.warmup + optim.decay_share > 1:
+        what = f"{optim.decay_share:g} and optim.warmup {optim.warmup:g} are more than the run; lower one"
+        yield "optim.decay_share", what
 
 
 def learning_rate_conflicts(

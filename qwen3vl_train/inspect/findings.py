@@ -123,7 +123,7 @@ CHECKS: dict[str, Check] = {
         "Raise data.max_tokens_per_pack, or lower it to a multiple of a usual row."),
     "short_run": Check("warning", "steps",
         "The learning rate is still warming up when the run ends.",
-        "Lower optim.warmup_steps or train.packs_per_step, or train longer."),
+        "Lower optim.warmup or train.packs_per_step, or train longer."),
 }  # fmt: skip
 """Each check by the name that filters and `--json` use."""
 
@@ -218,5 +218,6 @@ def recipe_findings(sources: list[SourceFacts], packs: PackFacts, recipe: Recipe
     if packs.mean_fill < _LOW_FILL and packs.packs > 1:
         room = packs.packs * packs.max_tokens_per_pack
         yield make_finding("low_fill", "", round(packs.mean_fill * room), room)
-    if packs.packs and recipe.optim.warmup_steps >= packs.num_steps:
-        yield make_finding("short_run", "", recipe.optim.warmup_steps, packs.num_steps)
+    warmup_steps = recipe.optim.warmup_steps(packs.num_steps)
+    if packs.packs and warmup_steps >= packs.num_steps:
+        yield make_finding("short_run", "", warmup_steps, packs.num_steps)

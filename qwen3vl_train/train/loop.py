@@ -121,11 +121,11 @@ def _open_run(recipe: Recipe, ranks: Ranks, watchdog: Watchdog) -> Run:
 def _loop(run: Run, recorder: Recorder, stop: StopSignals, writer: CheckpointWriter) -> None:
     """Train to the last step. Every rank must call it."""
     recipe, ranks, data, progress = run.recipe, run.ranks, run.data, run.progress
-    optim, start_step, num_steps = recipe.optim, progress.step, data.num_steps
+    start_step, num_steps = progress.step, data.num_steps
     banner = start_banner(recipe, ranks, run.folder, data.summary(), report_groups(run.model, recipe))
     for line in banner + resume_lines(start_step, num_steps, run.damaged):
         recorder.line(line)
-    factor_at = partial(lr_factor, num_steps=num_steps, warmup_steps=optim.warmup_steps, schedule=optim.schedule)
+    factor_at = partial(lr_factor, num_steps=num_steps, optim=recipe.optim)
     steps, options = iter(data.loader), StepOptions.from_recipe(recipe, run.model)
     gradient_check = GradientCheck(run.model)
     while progress.step < num_steps:

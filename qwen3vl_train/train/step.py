@@ -9,7 +9,7 @@ import torch
 
 from qwen3vl_train.arch import Qwen3VLArch
 from qwen3vl_train.batch import PackedBatch
-from qwen3vl_train.config import Recipe
+from qwen3vl_train.config import OptimSection, Recipe
 from qwen3vl_train.data.packing.loader import StepPacks
 from qwen3vl_train.dist.ranks import Ranks, seed_everything
 from qwen3vl_train.dist.tensors import global_shape
@@ -38,18 +38,25 @@ class StepOptions:
         return cls(flops, source_names(recipe), recipe.train.seed, recipe.optim.lr, recipe.optim.max_grad_norm)
 
 
-def lr_factor(step: int, *, num_steps: int, warmup_steps: int, schedule: str) -> float:
+def lr_factor(step: int, *, num_steps: int, optim: OptimSection) -> float:
     """Return the factor of the peak learning rate at a step, 0 <= step < num_steps.
 
-    Warm-up rises linearly to 1, reached at step `warmup_steps`; cosine and linear then fall towards 0, which they would
-    reach at `num_steps`, one past the last step: no step is wasted on a rate of zero.
+    Warm-up rises linearly to 1, reached at the step after it. Every schedule but constant then falls towards
+    min_lr / lr, which it would reach at `num_steps`, one past the last step: no step is wasted on the lowest rate. wsd
+    begins to fall at its last decay_share.
     """
+    warmup_steps = optim.warmup_steps(num_steps)
     if step < warmup_steps:
         return (step + 1) / (warmup_steps + 1)
-    if schedule == "constant":
+    first = warmup_steps
+    if optim.schedule == "wsd":
+        first = max(warmup_steps, num_steps - math.ceil(optim.decay_share * num_steps))
+    if optim.schedule == "constant" or step < first:
         return 1.0
-    progress = (step - warmup_steps) / max(1, num_steps - warmup_steps)
-    return 0.5 * (1.0 + math.cos(math.pi * progress)) if schedule == "cosine" else 1.0 - progress
+    progress = (step - first) / max(1, num_steps - first)
+    factor = 0.5 * (1.0 + math.cos(math.pi * progress)) if optim.schedule == "cosine" else 1.0 - progress
+    floor = optim.min_lr / optim.lr
+    return floor + (1.0 - floor) * factor
 
 
 class NonFiniteError(RuntimeError):

@@ -42,7 +42,7 @@ data:
   max_rejected_fraction: 0.01
 optim:
   {lr: 1e-4, vision_lr: null, merger_lr: null, deepstack_lr: null, betas: [0.9, 0.999], eps: 1e-8, weight_decay: 0.0,
-   warmup_steps: 0, schedule: cosine, max_grad_norm: 1.0}
+   warmup: 0, schedule: cosine, decay_share: 0.2, min_lr: 0.0, max_grad_norm: 1.0}
 train:
   {num_steps: null, num_epochs: 1, packs_per_step: 8, seed: 0, activation_checkpointing: {vision: none, text: none},
    deterministic: false}
@@ -160,6 +160,24 @@ def test_groups_that_lora_targets_reach(small, targets, groups, has_patterns):
     tune = small(tune={"method": "lora", "targets": targets}, optim={"vision_lr": 1e-5}).tune
     assert isinstance(tune, LoraTune)
     assert (tune.trained_groups(), tune.has_patterns()) == (groups, has_patterns)
+
+
+@pytest.mark.parametrize(
+    ("given", "warmup"),
+    [
+        ("warmup: 20", 20), ("warmup: 0.03", 0.03), ("warmup: 0", 0), ("warmup: 0.0", 0.0),
+        ("warmup_steps: 20", 20),  # as older recipes have it
+    ],
+)  # fmt: skip
+def test_warm_up_is_steps_or_a_share_of_the_run(write, given, warmup):
+    optim = load_recipe(write(f"{SMALL}optim: {{{given}}}\n")).optim
+    assert (optim.warmup, type(optim.warmup)) == (warmup, type(warmup))
+    assert optim.warmup_steps(110) == (4 if warmup == 0.03 else warmup)
+
+
+@pytest.mark.parametrize(("given", "norm"), [("0", None), ("0.0", None), ("null", None), ("2", 2.0)])
+def test_gradients_are_not_clipped_at_0_and_null(write, given, norm):
+    assert load_recipe(write(SMALL), [f"optim.max_grad_norm={given}"]).optim.max_grad_norm == norm
 
 
 def test_overrides(write):

@@ -95,7 +95,7 @@ def recipe_values(model: Path, task: Path, out: Path, **overrides: Any) -> dict[
         "model": {"path": str(model), "dtype": "float32"},
         "tune": FULL,
         "data": {"train": [{"path": str(task / "train.jsonl")}], "max_tokens_per_pack": 96, "num_workers": 0},
-        "optim": {"lr": 1e-3, "warmup_steps": 2, "weight_decay": 0.1},
+        "optim": {"lr": 1e-3, "warmup": 2, "weight_decay": 0.1},
         "train": {"num_steps": 6, "packs_per_step": 2},
         "checkpoint": {"every_steps": 2},
         "track": {"wandb": "off"},

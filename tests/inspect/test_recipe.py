@@ -148,7 +148,7 @@ def test_thinking_checkpoint_on_data_without_reasoning(tiny_folder, data_folder,
 
 
 def test_run_that_ends_while_warming_up(recipe, tiny_folder, data_folder):
-    short = finding_rows_recipe(tiny_folder, data_folder, optim={"lr": 1e-3, "warmup_steps": 100})
+    short = finding_rows_recipe(tiny_folder, data_folder, optim={"lr": 1e-3, "warmup": 100})
     checks = [finding.check for finding in inspect_recipe(short, num_samples=0).facts.findings]
     assert "short_run" in checks
 

@@ -21,7 +21,7 @@ def learnt(tiny_folder: Path, task: Path, tmp_path_factory: pytest.TempPathFacto
         tmp_path_factory.mktemp("learnt"),
         data={"train": [{"path": str(task / "train.jsonl")}], "max_tokens_per_pack": 512, "num_workers": 0},
         data__eval=[{"path": str(task / "eval.jsonl")}],
-        optim={"lr": 2e-3, "warmup_steps": 5, "schedule": "constant"},
+        optim={"lr": 2e-3, "warmup": 5, "schedule": "constant"},
         train={"num_steps": 60, "packs_per_step": 1},
         checkpoint={"every_steps": None},
         eval={"every_steps": None},

@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -11,28 +13,45 @@ from tests.helpers import small_runs
 from tests.helpers.small_runs import ONE_IMAGE, Trainee
 
 
-def _factors(schedule: str, num_steps: int, warmup_steps: int) -> list[float]:
-    return [
-        lr_factor(step, num_steps=num_steps, warmup_steps=warmup_steps, schedule=schedule) for step in range(num_steps)
-    ]
+def _factors(num_steps: int = 5, **optim: Any) -> list[float]:
+    return [lr_factor(step, num_steps=num_steps, optim=OptimSection(**optim)) for step in range(num_steps)]
 
 
 @pytest.mark.parametrize(
-    ("schedule", "warmup_steps", "expected"),
+    ("schedule", "warmup", "expected"),
     [
         ("constant", 0, [1, 1, 1, 1, 1]),
         ("constant", 3, [0.25, 0.5, 0.75, 1, 1]),
         ("linear", 0, [1, 0.8, 0.6, 0.4, 0.2]),
         ("linear", 1, [0.5, 1, 0.75, 0.5, 0.25]),
+        ("linear", 0.2, [0.5, 1, 0.75, 0.5, 0.25]),
+        ("linear", 0.01, [0.5, 1, 0.75, 0.5, 0.25]),  # a share is rounded up to whole steps
         # (1 + cos(pi * x)) / 2 at x = 0, 1/4, 1/2, 3/4
         ("cosine", 1, [0.5, 1, 0.8535533905932737, 0.5, 0.14644660940672627]),
         # A run shorter than its warm-up only rises, and never divides by zero.
         ("cosine", 9, [0.1, 0.2, 0.3, 0.4, 0.5]),
         ("linear", 5, [1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6]),
+        ("wsd", 9, [0.1, 0.2, 0.3, 0.4, 0.5]),
     ],
 )
-def test_schedules(schedule, warmup_steps, expected):
-    assert _factors(schedule, 5, warmup_steps) == pytest.approx(expected, abs=1e-15)
+def test_schedules(schedule, warmup, expected):
+    assert _factors(schedule=schedule, warmup=warmup) == pytest.approx(expected, abs=1e-15)
+
+
+def test_wsd_is_constant_until_its_last_share():
+    falling = [1, 0.75, 0.5, 0.25]
+    assert _factors(10, schedule="wsd", warmup=1, decay_share=0.4) == pytest.approx([0.5, *[1] * 5, *falling])
+    assert _factors(5, schedule="wsd", warmup=1, decay_share=1.0) == pytest.approx([0.5, *falling])  # after the warm-up
+
+
+@pytest.mark.parametrize(
+    ("schedule", "without_min_lr"),
+    [("linear", [1, 0.75, 0.5, 0.25]), ("wsd", [1, 1, 1, 0.5]), ("cosine", [1, 0.8535533905932737, 0.5, 0.146446609])],
+)
+def test_rates_fall_to_min_lr(schedule, without_min_lr):
+    share = {"decay_share": 0.5} if schedule == "wsd" else {}
+    got = _factors(4, schedule=schedule, lr=1e-3, min_lr=1e-4, **share)
+    assert got == pytest.approx([0.1 + 0.9 * factor for factor in without_min_lr])
 
 
 def _with_gradients(trainee: Trainee, value: float) -> None:
