@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import tiny_checkpoint
+import yaml
 from PIL import Image
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -32,12 +33,32 @@ from tests.helpers.row_files import png
 LINES = [json.loads(line) for line in Path(__file__).with_name("public_rows.jsonl").read_text().splitlines()]
 TEMPLATE = (tiny_checkpoint.ASSETS / "chat_template_instruct.jinja").read_text()
 PICTURE = {"bytes": png(7), "path": None}
+READING = ("columns", "format", "bbox", "bbox_layout", "train_on")
+"""Keys of an entry that say how its rows are read, whatever file they are in."""
 MEDIA_FILE = re.compile(r"(?:<img>)?([\w./-]+\.(?:png|jpe?g|mp4))(?:</img>.*)?", re.DOTALL)
 
 
 def test_there_are_fifty_public_formats():
     assert len({line["set"] for line in LINES}) == len(LINES) >= 50
     assert all(line["shape_from"] for line in LINES)
+
+
+def test_docs_have_the_entry_that_reads_each():
+    """docs/rows.md names every set, or all formats of one tool, with the keys that its rows are read with here."""
+    table = (Path(__file__).parents[3] / "docs" / "rows.md").read_text().partition("| rows of | entry |")[2]
+    documented = dict(re.findall(r"^\| (.+?) \| `(.+)` \|$", table, re.MULTILINE))
+    covered = set()
+    for name, entry in documented.items():
+        values = yaml.safe_load(entry)
+        TrainSource(**values)
+        lines = [line for line in LINES if line["set"] == name or line["set"].startswith((f"{name},", f"{name} "))]
+        assert lines, name
+        for line in lines:
+            assert {key: value for key, value in values.items() if key in READING} == {
+                key: value for key, value in line["entry"].items() if key in READING
+            }, line["set"]
+            covered.add(line["set"])
+    assert {line["set"] for line in LINES} - covered == set()
 
 
 @pytest.mark.parametrize("line", LINES, ids=[line["set"] for line in LINES])
