@@ -31,6 +31,7 @@ from qwen3vl_train.config.data_fields import TrainSource
 from qwen3vl_train.data.errors import MediaFault, RowFault
 from qwen3vl_train.data.media.image import image_size, load_rgb
 from qwen3vl_train.data.rows.boxes import Convention
+from qwen3vl_train.data.rows.formats import FORMATS
 from qwen3vl_train.data.rows.parse import RowRules, decode_row
 from qwen3vl_train.data.sources import open_sources, open_stream
 from tests.helpers.clip_files import write_clip
@@ -172,7 +173,9 @@ WORDS = st.sampled_from([
     "", "user", "assistant", "system", "tool", "human", "gpt", "function_call", "text", "image", "video", "<image>",
     "<video>\n", "<box>", "<point>", "<|im_end|>", "</think>", "<tool_response>", "a.png", "../a.png", "/etc/passwd",
     "http://127.0.0.1:1/a", "file:///etc/passwd", "s3://a/b", "data:image/png;base64,AAAA", "data:,", "\0", "\ud800",
-    "[{}]",     "pixel", "unit", "xywh", "{\"name\": \"f\", \"arguments\": {}}",
+    "[{}]",     "pixel", "unit", "xywh", "{\"name\": \"f\", \"arguments\": {}}", "<IMG_CONTEXT>", "<img>a.png</img>",
+    "<image 1>", "<|image_1|>", "[IMG]", "<bbox>", "<ref-object>", "tool_call", "developer", "tool_use", "tool_result",
+    "thinking", "image_url", "video_url", "norm1", "1.5", '[{"type": "text", "text": "a"}]', '["a.png"]',
 ])  # fmt: skip
 SCALARS = st.one_of(
     WORDS, st.text(max_size=8), st.none(), st.booleans(), st.integers(), st.floats(), st.binary(max_size=6),
@@ -182,19 +185,25 @@ KEYS = st.sampled_from([
     "role", "content", "from", "value", "type", "text", "image", "images", "video", "videos", "image_url", "url",
     "bytes", "path", "loss", "loss_weight", "tool_calls", "function", "name", "arguments", "tools", "system",
     "reasoning_content", "boxes", "points", "box", "point", "bbox", "bbox_layout", "data_path", "messages",
-    "conversations", "question", "answer", "fps", "timestamps", "frames", "sample_fps",
+    "conversations", "question", "answer", "fps", "timestamps", "frames", "sample_fps", "texts", "prompt", "completion",
+    "objects", "ref", "bbox_type", "image_id", "input", "history", "query", "response", "base64", "source", "data",
+    "min_pixels", "max_pixels", "resized_height", "resized_width", "nframes", "start", "end", "video_start", "weight",
+    "user", "function_call", "input_schema", "functions", "segment", "<image_00>",
 ])  # fmt: skip
 JUNK = st.recursive(
     SCALARS, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(KEYS, inner, max_size=5), max_leaves=12
 )
 PARTS = st.fixed_dictionaries({}, optional={
     "type": WORDS | st.sampled_from(["image", "text", "video"]), "text": WORDS | JUNK, "image": WORDS | JUNK,
-    "video": JUNK, "fps": JUNK, "timestamps": JUNK,
+    "video": JUNK, "fps": JUNK, "timestamps": JUNK, "path": WORDS | JUNK, "url": WORDS | JUNK, "base64": WORDS | JUNK,
+    "source": JUNK, "value": JUNK, "max_pixels": SCALARS, "resized_height": SCALARS, "nframes": SCALARS,
+    "video_start": SCALARS, "input": JUNK, "content": JUNK, "thinking": SCALARS,
 })  # fmt: skip
 MESSAGES = st.fixed_dictionaries({}, optional={
     "role": st.sampled_from(["user", "assistant", "tool", "system"]) | SCALARS,
     "content": WORDS | st.lists(PARTS, max_size=4) | JUNK, "loss": JUNK, "loss_weight": JUNK, "tool_calls": JUNK,
-    "reasoning_content": SCALARS, "from": st.sampled_from(["human", "gpt"]) | SCALARS, "value": WORDS | JUNK,
+    "reasoning_content": SCALARS, "weight": SCALARS, "function_call": JUNK,
+    "from": st.sampled_from(["human", "gpt"]) | SCALARS, "value": WORDS | JUNK,
 })  # fmt: skip
 VALID = st.fixed_dictionaries({"question": st.text(min_size=1), "answer": WORDS})
 ROWS = VALID | JUNK | st.fixed_dictionaries({}, optional={
@@ -202,15 +211,22 @@ ROWS = VALID | JUNK | st.fixed_dictionaries({}, optional={
     "question": WORDS | JUNK, "answer": WORDS | JUNK, "image": WORDS | JUNK, "images": st.lists(WORDS, max_size=3),
     "video": JUNK, "tools": JUNK, "system": JUNK, "boxes": st.lists(st.lists(st.floats(), max_size=5), max_size=2),
     "points": JUNK, "bbox": WORDS | JUNK, "bbox_layout": WORDS | JUNK, "data_path": WORDS | JUNK,
-})  # fmt: skip
+    "texts": JUNK | st.lists(st.fixed_dictionaries({"user": WORDS, "assistant": WORDS}), max_size=2),
+    "prompt": WORDS | JUNK, "completion": WORDS | JUNK, "input": WORDS | JUNK, "history": JUNK, "start": SCALARS,
+    "end": SCALARS, "segment": JUNK, "sample_fps": SCALARS,
+    "objects": JUNK | st.fixed_dictionaries({}, optional={"ref": JUNK, "bbox": JUNK, "bbox_type": WORDS}),
+}) | st.lists(MESSAGES, max_size=3)  # fmt: skip
 RULES = st.builds(
     RowRules,
-    format=st.sampled_from(["auto", "openai", "sharegpt", "columns"]),
+    format=st.sampled_from(["auto", *FORMATS]),
     train_on=st.sampled_from(["all", "last"]),
     boxes=st.builds(
         Convention, st.sampled_from([None, "pixel", "unit", "per_mille"]), st.sampled_from(["xyxy", "xywh"])
     ),
-    columns=st.sampled_from([{}, {"question": "text", "answer": "value"}]),
+    columns=st.sampled_from(
+        [{}, {"question": "text", "answer": "value"}, {"image": ("image", "value"), "boxes": "bbox"}]
+    ),
+    texts=st.sampled_from([{}, {"question": "What?"}, {"answer": "<box>", "system": "Short."}]),
 )
 
 
