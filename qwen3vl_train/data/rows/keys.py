@@ -21,15 +21,15 @@ class Keys:
     where: position of the object in its row, such as "messages[0]"; "" for the row itself.
     """
 
-    __slots__ = ("_read", "values", "where")
+    __slots__ = ("_left", "values", "where")
 
     def __init__(self, values: Mapping[str, Any], where: str = "") -> None:
         self.values, self.where = values, where
-        self._read: set[str] = set()
+        self._left = dict(values)
 
     def get(self, name: str) -> Any:
         """Return a value as it is, None where it is absent."""
-        self._read.add(name)
+        self._left.pop(name, None)
         return self.values.get(name)
 
     def take(self, *names: str) -> Any:
@@ -37,15 +37,18 @@ class Keys:
 
         Raise RowFault where several of them do.
         """
-        found = None
+        found = value = None
         for name in names:
-            self._read.add(name)
-            if name in self.values and not is_empty(self.values[name]):
-                if found is not None:
-                    fault = f"{self._at()}{found} and {name} are both given; keep one of them"
-                    raise RowFault(fault, kind="conflicting_fields")
-                found = name
-        return None if found is None else self.values[found]
+            if name not in self.values:
+                continue
+            self._left.pop(name, None)
+            if is_empty(self.values[name]):
+                continue
+            if found is not None:
+                fault = f"{self._at()}{found} and {name} are both given; keep one of them"
+                raise RowFault(fault, kind="conflicting_fields")
+            found, value = name, self.values[name]
+        return value
 
     def holds(self, name: str) -> bool:
         """Return whether a key holds something, without reading it."""
@@ -53,7 +56,11 @@ class Keys:
 
     def unread(self) -> list[str]:
         """Return the keys that hold something and were not read."""
-        return [key for key, value in self.values.items() if key not in self._read and not is_empty(value)]
+        return [key for key, value in self._left.items() if not is_empty(value)]
+
+    def all_read(self) -> bool:
+        """Return whether every key was read."""
+        return not self._left
 
     def close(self, known: Collection[str], reader: str, remedy: str = "take it out") -> list[str]:
         """Return the unread keys, which are metadata. Raise RowFault where one is not.

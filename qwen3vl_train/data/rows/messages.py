@@ -94,6 +94,9 @@ def read_turn(turn: Any, where: str, ignored: list[str]) -> list[Turn]:
     key = "value" if keys.holds("value") or "content" not in turn else "content"
     content = keys.take("content", "value")
     content = turn.get(key) if content is None else content  # an empty text is a text
+    if keys.all_read() and isinstance(content, str) and speaker.lower() not in _CALLERS:  # most turns
+        parts, typed = _content(content, f"{where}.{key}", role, ignored)
+        return [Turn(role, parts, where, typed, 1.0 if role == "assistant" else 0.0)]
     keys.get("name"), keys.get("tool_call_id")
     calls, call = keys.take("tool_calls"), keys.take("function_call")
     if call is not None:
@@ -231,7 +234,8 @@ def read_tools(keys: Keys) -> tuple[Any, ...]:
     functions = parse_json(functions, "functions") if isinstance(functions, str) else functions
     if tools is None and isinstance(functions, list):
         tools = [{"type": "function", "function": function} for function in functions]
-    tools = tools or []
+    if not tools:
+        return ()
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise RowFault("tools is not a list of objects; write OpenAI function descriptions", kind="wrong_type")
     check_json(tools, "tools")

@@ -31,10 +31,10 @@ def is_empty(value: Any) -> bool:
     {"bytes": null, "path": null}: what typed files and tables put where a row lacks a field. Empty bytes are a damaged
     file, and so something.
     """
-    if value is None or (isinstance(value, float) and value != value):
-        return True
     if isinstance(value, str):
         return not value
+    if value is None or (isinstance(value, float) and value != value):
+        return True
     if isinstance(value, dict):
         return all(map(is_empty, value.values()))
     return isinstance(value, list | tuple) and all(map(is_empty, value))
@@ -73,6 +73,8 @@ def check_json(value: Any, where: str) -> None:
     """Reject what the template cannot write as JSON: dates or bytes of typed columns, deeply nested brackets."""
     level = [value]
     for _ in range(_MAX_NESTING):
+        if not level:
+            break
         brackets = [item for item in level if isinstance(item, dict | list)]
         level = [inner for item in brackets for inner in (item.values() if isinstance(item, dict) else item)]
     if level:
