@@ -104,7 +104,7 @@ class RowReader:
         """Return the fixed text of a field, or else what its column holds, None if that is nothing."""
         if field in self.texts:
             return self.texts[field]
-        return self.keys.take(*column_names(field, self.columns))
+        return self.keys.take_text(*column_names(field, self.columns))
 
     def listed_media(self) -> ListedMedia:
         """Return the media of the row's own columns."""

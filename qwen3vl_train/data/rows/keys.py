@@ -50,6 +50,11 @@ class Keys:
             found, value = name, self.values[name]
         return value
 
+    def take_text(self, *names: str) -> Any:
+        """Return as `take` does, and "" where one of the names has that and none has more: an empty text is a text."""
+        found = self.take(*names)
+        return "" if found is None and any(self.values.get(name) == "" for name in names) else found
+
     def holds(self, name: str) -> bool:
         """Return whether a key holds something, without reading it."""
         return name in self.values and not is_empty(self.values[name])

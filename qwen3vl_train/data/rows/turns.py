@@ -48,7 +48,7 @@ def _pairs(pairs: Sequence[Row], name: str, ignored: list[str]) -> list[Turn]:
     turns: list[Turn] = []
     for index, pair in enumerate(pairs):
         keys = Keys(pair, f"{name}[{index}]")
-        question, answer = keys.take(*_ASKED) or "", keys.take(*_ANSWERED)
+        question, answer = keys.take(*_ASKED) or "", keys.take_text(*_ANSWERED)
         turns += read_turn({"role": "user", "content": question}, keys.where, ignored)
         turns += read_turn({"role": "assistant", "content": answer}, keys.where, ignored)
         ignored += [f"turn.{key}" for key in keys.close({*_ASKED, *_ANSWERED}, "a question with its answer")]
@@ -91,7 +91,7 @@ def _columns(reader: RowReader) -> list[Turn]:
     if not question and not has_media:
         raise RowFault("neither a question nor an image; give a question", kind="missing_field")
     asked, answered = column_names("question", reader.columns)[0], column_names("answer", reader.columns)[0]
-    final = {"role": "assistant", "content": _answer(reader, answer), "reasoning_content": reasoning}
+    final = {"role": "assistant", "content": _answer(reader, answer), "reasoning_content": reasoning or None}
     return [
         *_history(history, reader.ignored),
         *read_turn({"role": "user", "content": question or ""}, asked, reader.ignored),
@@ -126,7 +126,7 @@ _READERS = {"openai": _openai, "sharegpt": _sharegpt, "texts": _texts, "prompt":
 def _with_system(reader: RowReader, turns: list[Turn]) -> list[Turn]:
     """Insert the row's system, or the recipe's, as the first turn."""
     system = reader.take("system")
-    if system is None:
+    if not system:
         return turns
     if any(turn.role == "system" for turn in turns):
         if "system" in reader.texts:

@@ -77,6 +77,7 @@ ROWS = {
     "alpaca with an image": ({"instruction": "What?", "input": "", "output": "Red.", "images": ["a.png"]}, WHAT),
     "query and response": ({"query": "<image>What?", "response": "Red.", "images": ["a.png"], "history": None}, WHAT),
     "list of answers": ({"image": "a.png", "question": "What?", "answers": ["Red.", "red"]}, WHAT),
+    "empty answer": ({"question": "Hi", "answer": ""}, ["user: Hi", "assistant*: "]),
     "number as answer": ({"question": "1 + 1?", "answer": 2}, ["user: 1 + 1?", "assistant*: 2"]),
     "fraction as answer": ({"question": "1 / 2?", "answer": 0.5}, ["user: 1 / 2?", "assistant*: 0.5"]),
     "foreign keys of turns": ({"conversations": [{"from": "human", "value": "Hi", "recipient": "all"},
