@@ -94,6 +94,7 @@ class SourceFacts:
     dropped: rows skipped by data.too_long.
     tokens, visual_tokens: of all usable rows.
     examined: usable rows whose text and media headers were read; the counts that follow it are of these.
+    added_tokens: name of an added token in the texts -> how often it is there.
     rows_with_boxes: of those that have an image.
     ignored: what was not used, such as "turn.recipient" -> rows examined that have it; columns of typed files count for
         every row.
@@ -114,6 +115,7 @@ class SourceFacts:
     examined: int
     examined_tokens: int
     label_tokens: int
+    added_tokens: dict[str, int]
     rows_with_images: int
     rows_with_boxes: int
     images: int

@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from qwen3vl_train.config import Recipe
+from qwen3vl_train.data.encode.tokenizer import RELEASED_TOKENS
 from qwen3vl_train.inspect.boxes import BoxEvidence
 from qwen3vl_train.inspect.facts import SHOWN_ROWS, Finding, PackFacts, SourceFacts
+from qwen3vl_train.inspect.rows import NOTED_TOKENS
 
 # Shares from which on something is reported; below them it is the ordinary unevenness of real data.
 _MANY_ROWS = 0.10
@@ -19,6 +21,7 @@ _LOW_FILL = 0.90
 _WRONG_CONVENTION = 0.05  # of the rows with boxes: another convention shows in nearly all rows, a mistake in few
 _MANY_BOXES = 20  # rows whose boxes cannot all be within a limit by chance
 _NEAR_THE_END = 900  # pixels of a large image; some boxes of real objects come this near to the end of their scale
+_SHOWN_TOKENS = 8
 
 
 class Check(NamedTuple):
@@ -80,9 +83,21 @@ CHECKS: dict[str, Check] = {
         "An empty answer is trained: the model learns to say nothing.",
         "Remove the rows, or set loss: false on those messages."),
     "special_token": Check("warning", "rows",
-        "Text contains names of special tokens, such as <|image_pad|> or <|im_end|>. They are encoded as text, not as "
-        "tokens.",
+        "Text contains the markup of chats and media, such as <|image_pad|> or <|im_end|>. It is encoded as text, not "
+        "as tokens.",
         "Remove the markup from the data: the chat template writes it."),
+    "unknown_token": Check("warning", "rows",
+        "Text contains names such as <|seg|> that are not added tokens of the checkpoint's tokenizer: they are encoded "
+        "as letters.",
+        "Add them to tokenizer and embedding of the checkpoint first, or write them in another way."),
+    "added_token": Check("note", "rows",
+        "Text contains added tokens of Qwen3-VL, such as <|box_start|>: each is encoded as one token, "
+        "as transformers does.",
+        "Look at a sample: where letters are meant, write them in another way."),
+    "new_token": Check("warning", "rows",
+        "Text contains added tokens that Qwen3-VL was not released with: each is encoded as one token, whose row of "
+        "the embedding is trained only if the recipe says so.",
+        "Train text_embed, unless this checkpoint was trained with them before."),
     "media_mark": Check("warning", "rows",
         "Text contains a placeholder such as <image> or <box>; the model reads it as letters.",
         "Give the medium or box that belongs there: a part of type image, or an entry under images or boxes."),
@@ -164,6 +179,7 @@ def row_findings(source: SourceFacts, found: dict[str, list[str]], details: dict
         **dict.fromkeys(("shrunk", "enlarged"), source.rows_with_images),
         **dict.fromkeys(("boxes_pixel", "boxes_unit", "boxes_xywh"), source.rows_with_boxes),
     }
+    details = {**details, **{check: _tokens_found(source, check) for check in ("added_token", "new_token")}}
     least = {"no_reasoning": _WITHOUT_REASONING, "shrunk": _MANY_ROWS, "enlarged": _MANY_ROWS}
     for name, rows in sorted(found.items()):
         total = totals.get(name, source.examined)
@@ -171,6 +187,18 @@ def row_findings(source: SourceFacts, found: dict[str, list[str]], details: dict
         if rows and len(rows) >= least.get(name, 0) * total:
             level = "note" if few_boxes else None
             yield make_finding(name, source.name, len(rows), total, rows, level, details.get(name, ""))
+
+
+def _tokens_found(source: SourceFacts, check: str) -> str:
+    """Return the added tokens that a check is about with their counts, the most frequent first."""
+    noted = check == "added_token"
+    found = [
+        f"{name} {count:,}"
+        for name, count in source.added_tokens.items()
+        if (name in NOTED_TOKENS if noted else name not in RELEASED_TOKENS)
+    ]
+    more = f" and {len(found) - _SHOWN_TOKENS} more" if len(found) > _SHOWN_TOKENS else ""
+    return f"{', '.join(found[:_SHOWN_TOKENS])}{more}"
 
 
 def box_findings(source: SourceFacts, boxes: list[BoxEvidence]) -> Iterator[Finding]:

@@ -11,14 +11,18 @@ from qwen3vl_train.data.encode.chat import DIALECTS, Slot, Special
 from qwen3vl_train.data.encode.collator import MultimodalCollator
 from qwen3vl_train.data.encode.encoder import lay_out
 from qwen3vl_train.data.encode.media import measure
+from qwen3vl_train.data.encode.tokenizer import RELEASED_TOKENS, SPECIAL_TOKENS, ChatTokenizer
 from qwen3vl_train.data.media.budgets import Size
 from qwen3vl_train.data.media.image import FACTOR
 from qwen3vl_train.data.rows.marks import foreign_marks
 from qwen3vl_train.data.rows.sample import ImagePart, Message, Sample, TextPart
 from qwen3vl_train.inspect.boxes import BoxEvidence, box_evidence, find_boxes
 
-_SPECIAL = re.compile(r"<\|[A-Za-z_]{2,40}\|>")
+_SPECIAL = re.compile(r"<\|[A-Za-z0-9_]{2,40}\|>")
 _PLACEHOLDER = re.compile(r"</?(?:image|video|img|box|point)>|<video_?\d{1,4}>")
+
+# Released added tokens that are no chat markup, without the tags of reasoning and tools, which texts are full of.
+NOTED_TOKENS = {name for name in RELEASED_TOKENS - set(SPECIAL_TOKENS) if not re.search("think|tool_", name)}
 
 # Pixels that the model sees over pixels of the file; between these, an image looks much as it did.
 _SHRUNK, _ENLARGED = 0.5, 4.0
@@ -31,6 +35,7 @@ class RowFacts:
     row_format: a member of `rows.formats.FORMATS`.
     turns: number of assistant messages.
     label_tokens: number of tokens that are trained.
+    added_tokens: name of an added token other than chat markup -> how often it is in the texts.
     sizes: (height, width) of each image.
     failed_checks: keys of `findings.CHECKS`.
     foreign_marks: marks of media of other model families in its texts.
@@ -44,6 +49,7 @@ class RowFacts:
     row_format: str
     turns: int
     label_tokens: int
+    added_tokens: dict[str, int]
     sizes: list[tuple[int, int]]
     videos: int
     failed_checks: frozenset[str]
@@ -69,7 +75,9 @@ def read_row(sample: Sample, visual_tokens: int, collate: MultimodalCollator) ->
     trained_turns = sum(isinstance(piece, Special) and piece.weight > 0 for piece in pieces)
     boxes = find_boxes("\n".join(message.text for message in sample.messages)) if sizes else []
     evidence = box_evidence(boxes, sizes[0] if len(media) == 1 else None) if boxes else None
-    failed = _failed_text_checks(sample.messages, dialect, trained_turns)
+    texts = [part.text for message in sample.messages for part in message.content if isinstance(part, TextPart)]
+    added_tokens = _added_tokens(texts, layout.ids, collate.tokenizer)
+    failed = _failed_text_checks(sample.messages, dialect, trained_turns) | _failed_token_checks(texts, added_tokens)
     if evidence and evidence.fault:
         failed.add(evidence.fault)
     if any(medium.uneven for medium in measured):
@@ -85,6 +93,7 @@ def read_row(sample: Sample, visual_tokens: int, collate: MultimodalCollator) ->
         row_format=sample.row_format,
         turns=sum(message.role == "assistant" for message in sample.messages),
         label_tokens=sum(weight > 0 for weight in layout.weights),
+        added_tokens=added_tokens,
         sizes=sizes,
         videos=videos,
         failed_checks=frozenset(failed),
@@ -102,7 +111,6 @@ def _failed_text_checks(messages: tuple[Message, ...], dialect: str, trained_tur
     trained = [message for message in messages if message.loss_weight > 0]
     thinks = [message.reasoning is not None or "</think>" in message.text for message in trained]
     fails = {
-        "special_token": any(_SPECIAL.search(text) for text in texts),
         "media_mark": any(_PLACEHOLDER.search(text) for text in texts),
         "empty_answer": any(not message.text.strip() and not message.tool_calls for message in trained),
         "no_reasoning": dialect == "thinking" and trained and not any(thinks),
@@ -130,6 +138,23 @@ def _beginning(sample: Sample) -> tuple[bytes | None, bytes]:
 
 def _hash(content: bytes) -> bytes:
     return hashlib.blake2b(content, digest_size=16).digest()
+
+
+def _added_tokens(texts: list[str], ids: list[int], tokenizer: ChatTokenizer) -> dict[str, int]:
+    """Count added tokens in texts. ids: of the whole conversation, in which the template has written some too."""
+    found = {name for token in set(ids) if (name := tokenizer.added_tokens.get(token))}
+    return {name: count for name in sorted(found) if (count := sum(text.count(name) for text in texts))}
+
+
+def _failed_token_checks(texts: list[str], added_tokens: dict[str, int]) -> set[str]:
+    names = {name for text in texts for name in _SPECIAL.findall(text) if not foreign_marks(name)}
+    fails = {
+        "special_token": names & set(SPECIAL_TOKENS),
+        "unknown_token": names - set(SPECIAL_TOKENS) - added_tokens.keys(),
+        "added_token": added_tokens.keys() & NOTED_TOKENS,
+        "new_token": added_tokens.keys() - RELEASED_TOKENS,
+    }
+    return {check for check in fails if fails[check]}
 
 
 def _key(sample: Sample, media: list[Size]) -> bytes:

@@ -79,6 +79,7 @@ def summarize(entry: Entry, read: Sequence[tuple[RowRef, RowFacts]], broken: Seq
         examined=len(read),
         examined_tokens=sum(entry.tokens(ref) for ref, _ in read),
         label_tokens=sum(facts.label_tokens for _, facts in read),
+        added_tokens=dict(sum((Counter(facts.added_tokens) for _, facts in read), Counter()).most_common()),
         rows_with_images=sum(bool(facts.sizes) for _, facts in read),
         rows_with_boxes=len(boxes),
         images=sum(len(facts.sizes) for _, facts in read),

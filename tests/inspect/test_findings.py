@@ -222,3 +222,26 @@ def test_unpaired_surrogate_in_a_reason_can_be_printed(inspected):
     odd["messages"][0]["role"] = "\ud800"
     (source,) = inspected([odd, row("a", "b")]).facts.sources
     assert "unknown role '\\ud800';" in source.rejects[0].reason
+
+
+def test_added_tokens_are_counted_with_their_names(tiny_folder, tmp_path):
+    from transformers import AutoTokenizer
+
+    shutil.copytree(tiny_folder, tmp_path / "model")
+    stock = AutoTokenizer.from_pretrained(tmp_path / "model")
+    stock.add_tokens([f"<loc_{number}>" for number in range(10)])
+    stock.save_pretrained(tmp_path / "model")
+    new = "".join(f"<loc_{number}>" for number in range(10))
+    rows = [row(f"<|box_start|>{new}", f"{new}<loc_3>"), row("<|box_end|>", "<|box_start|>"), row("plain", "text")]
+    data = {
+        "num_workers": 0,
+        "max_tokens_per_pack": 512,
+        "train": [{"path": str(write_rows(tmp_path / "a.jsonl", rows))}],
+    }
+    inspection = inspect_recipe(finding_rows_recipe(tmp_path / "model", tmp_path, data=data))
+    noted, new_token = found(inspection, "added_token"), found(inspection, "new_token")
+    assert (noted.level, noted.evidence) == ("note", "2 of 3 rows (66.7%); <|box_start|> 2, <|box_end|> 1")
+    assert new_token.level == "warning"
+    assert new_token.evidence.startswith("1 of 3 rows (33.3%); <loc_3> 3, <loc_0> 2, ")
+    assert new_token.evidence.endswith("<loc_7> 2 and 2 more")
+    assert inspection.facts.sources[0].added_tokens["<loc_9>"] == 2

@@ -34,7 +34,9 @@ def test_counts_the_tokens_that_encoding_labels(collate):
     [
         ("plain", "text", set()),
         ("a <|video_pad|>", "x", {"special_token"}),
-        ("a <|object_ref_start|> b", "x", {"special_token"}),
+        ("a <|object_ref_start|> b", "x", {"added_token"}),
+        ("a <|seg_1|> b", "x", {"unknown_token"}),
+        ("a b", "<|fim_pad|>x <|im_end|> <|seg|>", {"added_token", "special_token", "unknown_token"}),
         ("a < | b | >", "x", set()),
         ("<video> what?", "x", {"media_mark"}),
         ("what?", "<image_2>", {"foreign_mark"}),
@@ -47,6 +49,13 @@ def test_counts_the_tokens_that_encoding_labels(collate):
 )
 def test_failed_text_checks(collate, question, answer, checks):
     assert facts_of(row(question, answer), collate).failed_checks == checks
+
+
+def test_added_tokens_are_counted_in_texts_alone(collate):
+    raw = row("<|box_start|>a<|box_end|>, <|box_start|>b", "c")
+    call = {"role": "assistant", "content": "d", "tool_calls": [{"name": "f", "arguments": {}}]}
+    raw["messages"] += [{"role": "user", "content": "e"}, call]
+    assert facts_of(raw, collate).added_tokens == {"<|box_end|>": 1, "<|box_start|>": 2}
 
 
 def test_thinking_template_wants_reasoning(thinking):

@@ -97,14 +97,30 @@ def render_template(template: str, messages: list[Any], tools: list[Any] | None,
 
 @lru_cache(maxsize=4)  # compiling takes 15 ms, and a check renders 25 times
 def _compile(template: str) -> "Template":
-    from jinja2 import TemplateError
-    from jinja2.ext import loopcontrols
+    from jinja2 import TemplateError, nodes
+    from jinja2.ext import Extension, loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     def refuse(message: str) -> None:
         raise TemplateError(message)
 
-    sandbox = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    class Generation(Extension):
+        """Render what is between `{% generation %}` marks as if they were not there.
+
+        Training templates for transformers and TRL have them around what is trained; here that is a rule of our own.
+        """
+
+        tags = {"generation"}  # noqa: RUF012  (jinja's own form)
+
+        def parse(self, parser: Any) -> nodes.Node:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return nodes.CallBlock(self.call_method("content"), [], [], body).set_lineno(line)
+
+        def content(self, caller: Any) -> str:
+            return caller()
+
+    sandbox = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, Generation])
     sandbox.filters["tojson"] = lambda value, **options: json.dumps(value, **{"ensure_ascii": False, **options})
     sandbox.globals["raise_exception"] = refuse
     return sandbox.from_string(template)

@@ -1,4 +1,4 @@
-"""The checkpoint's tokenizer, with one rule of our own: typed text never becomes a special token."""
+"""The checkpoint's tokenizer, with one rule of our own: typed text never becomes chat markup."""
 
 import hashlib
 import json
@@ -18,6 +18,13 @@ VISION_END = "<|vision_end|>"
 IMAGE_PAD = "<|image_pad|>"
 VIDEO_PAD = "<|video_pad|>"
 SPECIAL_TOKENS = (END_OF_TEXT, TURN_START, TURN_END, VISION_START, VISION_END, IMAGE_PAD, VIDEO_PAD)
+"""The chat markup. It is written by the template and by media, and typed into a text it stays text."""
+RELEASED_TOKENS = frozenset(SPECIAL_TOKENS) | {
+    "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>", "<|quad_start|>", "<|quad_end|>",
+    "<|vision_pad|>", "<tool_call>", "</tool_call>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>",
+    "<|fim_pad|>", "<|repo_name|>", "<|file_sep|>", "<tool_response>", "</tool_response>", "<think>", "</think>",
+}  # fmt: skip
+"""The added tokens of the released checkpoints: any other was added later, with a new row of the embedding."""
 
 _CACHED_CHARACTERS, _CACHED_TEXTS = 16, 1024
 """Limits on the texts whose token count is cached: role names and line ends are in every sample."""
@@ -27,7 +34,8 @@ class ChatTokenizer:
     """Encode plain text, and map the names of special tokens to ids. Can be pickled.
 
     special_ids: name -> id of SPECIAL_TOKENS.
-    Added tokens that are not special (`<think>`, `<tool_call>`) are recognised in text, as the tokenizer defines them.
+    added_tokens: id -> name of all other added tokens, special or not (`<|box_start|>`, `<think>`, those of a user).
+        They are recognised in text, as transformers does.
     """
 
     def __init__(self, tokenizer: Tokenizer, where: str = "tokenizer") -> None:
@@ -41,12 +49,15 @@ class ChatTokenizer:
         if plain:
             fault = f"{', '.join(plain)} not marked special, so that typed text would become it"
             raise ValueError(f"{where}: {fault}; set special to true in added_tokens")
+        if any(token.special and token.content not in ids for token in added.values()):
+            tokenizer = _load(json.loads(tokenizer.to_str()))
         self.special_ids: dict[str, int] = ids
+        self.added_tokens = {token: one.content for token, one in added.items() if one.content not in ids}
         self._where, self._tokenizer = where, tokenizer
         self._counts: dict[str, int] = {}
         tokenizer.no_truncation()
         tokenizer.no_padding()
-        tokenizer.encode_special_tokens = True  # "encode as text": special names in text stay text
+        tokenizer.encode_special_tokens = True  # "encode as text": what is marked special stays text
         tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)  # offsets keep leading blanks
 
     @classmethod
@@ -58,7 +69,8 @@ class ChatTokenizer:
         content = read_json(file)
         if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
             raise ValueError(f"{file}: is not a tokenizer (no 'model'); copy the file again")
-        loaded = cls(Tokenizer.from_file(str(file)), where=str(file))
+        loaded = cls(_load(content), where=str(file))
+        loaded._check_added(Path(model_path) / "tokenizer_config.json")
         if arch is not None:
             loaded._check_ids(arch)
         return loaded
@@ -87,8 +99,23 @@ class ChatTokenizer:
         if mismatches:
             raise ValueError(f"{self._where}: {'; '.join(mismatches)}; use the tokenizer of this checkpoint")
 
+    def _check_added(self, file: Path) -> None:
+        """Raise ValueError where tokenizer_config.json lists added tokens that tokenizer.json lacks.
+
+        transformers would add them, and every text that has one would be other tokens there.
+        """
+        config = read_json(file) if file.is_file() else {}
+        listed = config.get("added_tokens_decoder") if isinstance(config, dict) else None
+        known = {str(token): name for token, name in self.added_tokens.items()}
+        known |= {str(token): name for name, token in self.special_ids.items()}
+        for token, entry in (listed if isinstance(listed, dict) else {}).items():
+            name = entry.get("content") if isinstance(entry, dict) else None
+            if known.get(token) != name:
+                what = f"lists {name} as added token {token}, {self._where} {known.get(token, 'none')}"
+                raise ValueError(f"{file}: {what}; save the tokenizer again with its save_pretrained")
+
     def encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Return ids and, for each, its (start, end) characters in text. Names of special tokens stay text."""
+        """Return ids and, for each, its (start, end) characters in text. Chat markup stays text."""
         encoding = self._tokenizer.encode(text, add_special_tokens=False)
         return encoding.ids, encoding.offsets
 
@@ -109,12 +136,19 @@ class ChatTokenizer:
         return max(map(len, [*vocabulary, *added]))
 
     def decode(self, ids: list[int], *, skip_special_tokens: bool = True) -> str:
-        """Return the text of ids, in Unicode normal form C."""
+        """Return the text of ids, in Unicode normal form C. skip_special_tokens: without the chat markup."""
         return self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
 
     def __reduce__(self) -> tuple:
         # A pickled Tokenizer loses encode_special_tokens, which __init__ sets again.
         return ChatTokenizer, (self._tokenizer, self._where)
+
+
+def _load(content: dict[str, Any]) -> Tokenizer:
+    """Build the tokenizer of a tokenizer.json in which no more than the chat markup is marked special."""
+    added = content.get("added_tokens") or []
+    rest = [{**token, "special": token.get("special", False) and token["content"] in SPECIAL_TOKENS} for token in added]
+    return Tokenizer.from_str(json.dumps({**content, "added_tokens": rest}))
 
 
 def read_json(file: Path) -> Any:

@@ -41,6 +41,25 @@ def test_every_changed_branch_is_found(old, new, probe):
     assert str(caught.value).endswith("; use the template this checkpoint was published with")
 
 
+def with_marks(template):
+    """The template with `{% generation %}` marks around each assistant turn, as training templates have them."""
+    before, branch, rest = template.partition('{%- elif message.role == "assistant" %}')
+    turn, end, after = rest.partition('    {%- elif message.role == "tool" %}')
+    return f"{before}{branch}\n{{%- generation %}}{turn}{{%- endgeneration %}}\n{end}{after}"
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_generation_marks_change_nothing_that_is_rendered(name):
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    marked = with_marks(TEMPLATES[name])
+    assert marked != TEMPLATES[name]
+    assert check_template(marked) == name
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    theirs, _ = render_jinja_template([messages], chat_template=marked)
+    assert render_template(marked, messages, None, False) == theirs[0]
+
+
 def test_changed_thinking_template_is_found():
     changed = TEMPLATES["thinking"].replace("ns.last_query_index = index", "ns.last_query_index = 0")
     with pytest.raises(ValueError, match="but Qwen3-VL thinking renders"):

@@ -1,12 +1,15 @@
 import json
+import pickle
 import shutil
 import unicodedata
 
 import pytest
 import tiny_checkpoint
+from tokenizers import AddedToken
 
 from qwen3vl_train.arch import Qwen3VLArch
-from qwen3vl_train.data.encode.tokenizer import SPECIAL_TOKENS, ChatTokenizer
+from qwen3vl_train.data.encode.collator import MultimodalCollator
+from qwen3vl_train.data.encode.tokenizer import RELEASED_TOKENS, SPECIAL_TOKENS, ChatTokenizer
 from tests.helpers.messages import message_of
 
 
@@ -23,6 +26,69 @@ def test_typed_special_tokens_stay_text(tokenizer):
         assert tokenizer.decode(ids, skip_special_tokens=False) == f"a{name}b"
         assert (offsets[0][0], offsets[-1][1]) == (0, len(name) + 2)
     assert len(tokenizer.encode("<think>")[0]) == len(tokenizer.encode("</tool_call>")[0]) == 1
+
+
+USER_TOKENS = [
+    AddedToken("<|seg|>", special=True, normalized=False),
+    AddedToken("<mask>", special=True, lstrip=True, normalized=False),
+    AddedToken("<loc_7>", special=False, normalized=False),
+    AddedToken("Größe", special=False, normalized=True, single_word=True),
+]
+TEXTS_WITH_TOKENS = [
+    "It is <|seg|>.", "<|seg|><|seg|>", "a  <mask> b", "Gro\u0308ße, Größen", "<|box_start|>(1,2),(3,4)<|box_end|>",
+    "the <|object_ref_start|>cat<|object_ref_end|> <loc_7><loc_70>", "<|vision_pad|><|quad_start|>",
+    '<tool_call>\n{"name": 1}\n</tool_call>', "<think>a</think>b <|fim_prefix|><|repo_name|>",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def extended(tiny_folder, tmp_path_factory):
+    """A checkpoint to whose tokenizer transformers has added tokens of every kind."""
+    from transformers import AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("extended") / "model"
+    shutil.copytree(tiny_folder, folder)
+    stock = AutoTokenizer.from_pretrained(folder)
+    stock.add_tokens(USER_TOKENS)
+    stock.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("text", TEXTS_WITH_TOKENS)
+def test_added_tokens_in_texts_are_those_of_transformers(extended, text):
+    from transformers import AutoTokenizer
+
+    messages = [{"role": "user", "content": f"What of {text}"}, {"role": "assistant", "content": f"That: {text} "}]
+    stock = AutoTokenizer.from_pretrained(extended)
+    theirs = stock.apply_chat_template(messages, tokenize=True, return_dict=False)
+    collate = MultimodalCollator.from_pretrained(extended)
+    encoded = collate.encode({"messages": messages})
+    assert encoded.input_ids.tolist() == theirs
+    assert set(collate.tokenizer.added_tokens) & set(theirs)
+    answer = collate.decode(encoded.label_ids.tolist(), skip_special_tokens=False)
+    assert answer.endswith(f"{stock.decode(stock.encode(text))} <|im_end|>")
+    assert pickle.loads(pickle.dumps(collate)).encode({"messages": messages}).input_ids.tolist() == theirs
+
+
+def test_added_tokens_are_listed_and_decoded(extended):
+    tokenizer = ChatTokenizer.from_pretrained(extended, Qwen3VLArch.from_pretrained(extended))
+    assert set(tokenizer.added_tokens.values()) - RELEASED_TOKENS == {token.content for token in USER_TOKENS}
+    assert not set(tokenizer.added_tokens) & set(tokenizer.special_ids.values())
+    assert {name for name, _ in tiny_checkpoint.ADDED_TOKENS} == RELEASED_TOKENS
+    ids = [*tokenizer.encode("a<|seg|><|box_end|>")[0], tokenizer.special_ids["<|im_end|>"]]
+    assert tokenizer.decode(ids) == "a<|seg|><|box_end|>"
+
+
+def test_added_tokens_that_one_file_alone_has(file):
+    def add(config):
+        config["added_tokens_decoder"]["500"] = {"content": "<|seg|>", "special": True}
+
+    rewrite(file.with_name("tokenizer_config.json"), add)
+    fault = message_of(ValueError, ChatTokenizer.from_pretrained, file.parent)
+    assert fault == (
+        f"{file.with_name('tokenizer_config.json')}: lists <|seg|> as added token 500, {file} none; "
+        "save the tokenizer again with its save_pretrained"
+    )
 
 
 def test_offsets_count_characters_of_the_text_as_given(tokenizer):
