@@ -119,32 +119,18 @@ def _opened(path: str) -> Any:
         raise ValueError(f"{path}: is not a complete Parquet file ({_short(error)}); copy the file again") from None
 
 
-def _leaves(file: Any, names: list[str]) -> list[str]:
-    """Return what to read of the columns: of structs with fields that are null in every row, the other fields.
-
-    Where such a field is in a list, pyarrow reads it too short, and its array is not valid.
-    """
-    paths = [(file.schema.column(index).path, file.schema.column(index)) for index in range(len(file.schema))]
-    selected: list[str] = []
-    for name in names:
-        leaves = [(path, leaf.logical_type.type == "NULL") for path, leaf in paths if path.startswith(f"{name}.")]
-        filled = [path for path, is_null in leaves if not is_null]
-        selected += filled if filled and len(filled) < len(leaves) else [name]
-    return selected
-
-
 def _batches(file: Any, names: list[str], skip: int, path: str) -> Iterator[Any]:
     """Yield record batches from row `skip` on; row groups that end before it are not read. Raise ValueError."""
     import pyarrow as pa
 
-    done, columns = 0, _leaves(file, names)
+    done = 0
     for group in range(file.num_row_groups):
         size = file.metadata.row_group(group).num_rows
         if done + size <= skip:
             done += size
             continue
         try:
-            for batch in file.iter_batches(_BATCH_ROWS, row_groups=[group], columns=columns, use_threads=False):
+            for batch in file.iter_batches(_BATCH_ROWS, row_groups=[group], columns=names, use_threads=False):
                 remaining = _plain(batch.slice(min(batch.num_rows, max(0, skip - done))))
                 done += batch.num_rows
                 if remaining.num_rows:
@@ -176,14 +162,20 @@ def _plain(batch: Any) -> Any:
     """Return a batch with plain types. Raise ArrowException."""
     import pyarrow as pa
 
-    columns, fields = [], []
-    for column, field in zip(batch.columns, batch.schema, strict=True):
-        plain = _plain_type(field.type)
-        column = column if column.type.equals(plain) else column.cast(plain)
-        column.validate()
-        columns.append(column)
-        fields.append(pa.field(field.name, plain))
+    fields = [pa.field(field.name, _plain_type(field.type)) for field in batch.schema]
+    columns = [_with_type(column, field.type) for column, field in zip(batch.columns, fields, strict=True)]
     return pa.RecordBatch.from_arrays(columns, schema=pa.schema(fields))
+
+
+def _with_type(column: Any, arrow_type: Any) -> Any:
+    import pyarrow as pa
+
+    if column.type.equals(arrow_type):
+        return column
+    try:
+        return column.cast(arrow_type)
+    except pa.ArrowException:  # as for a struct in a list with a field that is null in every row
+        return pa.array(column.to_pylist(), type=arrow_type)
 
 
 def row_to_python(batch: Any, convert: Convert) -> dict[str, Any]:

@@ -144,7 +144,7 @@ def test_any_content_survives_the_json_feature(content):
 
 @pytest.mark.parametrize("num_rows", [1, 2, 300])
 def test_fields_that_are_null_in_every_row(tmp_path, num_rows):
-    """Of structs in a list, pyarrow reads such a field too short."""
+    """Of structs in a list, pyarrow cannot cast such a field."""
     rows = [{"messages": [{**turn, "tool_calls": None} for turn in turns(f"Nr {n}?", "ok")], "tools": None,
              "images": []} for n in range(num_rows)]  # fmt: skip
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet", row_group_size=100)
@@ -158,9 +158,8 @@ def test_fields_that_are_null_in_every_row(tmp_path, num_rows):
 def test_dictionary_columns(tmp_path):
     """An Arrow file cannot replace a dictionary from one batch to the next."""
     roles = pa.dictionary(pa.int32(), pa.string())
-    schema = pa.schema({
-        "messages": pa.list_(pa.struct({"role": roles, "content": pa.string()})), "images": roles,
-    })  # fmt: skip
+    turn = pa.struct({"role": roles, "content": pa.string(), "name": pa.null()})
+    schema = pa.schema({"messages": pa.list_(turn), "images": roles})
     rows = [{"messages": turns(f"Nr {n}?", "ok"), "images": f"{n % 9}.png"} for n in range(200)]
     parts = [pa.Table.from_pylist(rows[start : start + 70], schema=schema) for start in (0, 70, 140)]
     pq.write_table(pa.concat_tables(parts), tmp_path / "a.parquet", row_group_size=90)

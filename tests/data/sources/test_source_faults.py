@@ -83,7 +83,7 @@ def test_truncated_parquet(tmp_path):
     start = group.dictionary_page_offset or group.data_page_offset
     (tmp_path / "b.parquet").write_bytes(whole[:start] + b"\xff" * 200 + whole[start + 200 :])
     (fault,) = faults_of(tmp_path / "b.parquet")
-    assert fault.startswith("b.parquet: is truncated or damaged after row 100 (")
+    assert fault.startswith("b.parquet: is truncated or damaged after row 100 (row group 2: ")
 
 
 def test_damaged_arrays(tmp_path):
