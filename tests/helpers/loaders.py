@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -127,3 +128,8 @@ def assert_same_packs(steps, wanted):
             for field in ("input_ids", "labels", "positions", "pixel_values", "grid_thw", "visual_pos_mask"):
                 assert torch.equal(getattr(pack, field), getattr(other, field)), field
             assert pack.vision_slices_per_seq == other.vision_slices_per_seq
+
+
+def saved_state(state: dict[str, Any]) -> dict[str, Any]:
+    """The state as a checkpoint gives it back."""
+    return json.loads(json.dumps(state))

@@ -15,7 +15,8 @@ import pytest
 import yaml
 
 from qwen3vl_train.config import load_recipe
-from tests.helpers import cluster_schemas, launchers, small_runs
+from tests.helpers import launchers, small_runs
+from tests.launch import cluster_schemas
 
 CLUSTER = launchers.ROOT / "launch" / "cluster"
 

@@ -26,8 +26,9 @@ HSDP = {"engine": "fsdp2", "replicate": 2, "shard": 2}
 
 
 def _recipe(small: Path, task: Path, out: Path, **overrides: Any) -> Recipe:
-    """Six steps with a checkpoint after every second one, all of them kept."""
-    settings = {"checkpoint": {"every_steps": 2, "keep_last": 3}, "optim__eps": 1e-4, **overrides}
+    """Three steps with a checkpoint after each, all of them kept."""
+    settings = {"checkpoint": {"every_steps": 1, "keep_last": 3}, "train__num_steps": 3, "optim__eps": 1e-4}
+    settings |= overrides
     return small_runs.make_recipe(small, task, out, **settings)
 
 
@@ -39,51 +40,60 @@ def _forget_after(step: int, run: Path) -> None:
 
 
 def _relay(rank: int, world_size: int, recipes: list[Recipe], run: Path) -> list[list[float]]:
-    """Train with each recipe in turn, two steps further with each; returns the losses in the metrics after each."""
+    """Train with each recipe in turn, one step further with each; returns the losses in the metrics after each."""
     seen = []
     for number, recipe in enumerate(recipes):
         train(recipe)
         seen.append(small_runs.losses(run))
         dist.barrier()
         if rank == 0:
-            _forget_after(2 * (number + 1), run)
+            _forget_after(number + 1, run)
         dist.barrier()
     return seen
 
 
+@pytest.fixture(scope="module")
+def straight(small: Path, task: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
+    """The losses of one process, by way to tune."""
+    out = tmp_path_factory.mktemp("straight")
+    return {tune: small_runs.losses(train(_recipe(small, task, out / tune, tune=TUNES[tune]))) for tune in TUNES}
+
+
 @pytest.mark.parametrize("tune", TUNES)
-def test_a_run_goes_from_fsdp2_to_deepspeed_to_ddp(small: Path, task: Path, tmp_path: Path, tune: str):
-    straight = small_runs.losses(train(_recipe(small, task, tmp_path / "straight", tune=TUNES[tune])))
+def test_a_run_goes_from_fsdp2_to_deepspeed_to_ddp(
+    small: Path, task: Path, tmp_path: Path, straight: dict[str, list[float]], tune: str
+):
     engines = [{"engine": "fsdp2"}, {"engine": "deepspeed", "zero_stage": 3}, {"engine": "ddp"}]
     recipes = [_recipe(small, task, tmp_path / "out", tune=TUNES[tune], parallel=engine) for engine in engines]
     run = tmp_path / "out" / "run"
     first, second, third = run_ranks(_relay, 2, recipes, run)[0]
-    assert third == pytest.approx(straight, rel=1e-6)
-    # Each took its part: two steps of the first, two of the second, two of the third.
-    assert (third[:2], third[2:4]) == (first[:2], second[2:4])
+    assert third == pytest.approx(straight[tune], rel=1e-6)
+    # Each took its part: a step of the first, one of the second, one of the third.
+    assert (third[:1], third[1:2]) == (first[:1], second[1:2])
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_a_deepspeed_run_resumes_bit_for_bit(small: Path, task: Path, tmp_path: Path, stage: int):
     recipe = _recipe(small, task, tmp_path, tune=small_runs.LORA, parallel={"engine": "deepspeed", "zero_stage": stage})
-    straight, resumed = run_ranks(_relay, 2, [recipe, recipe], tmp_path / "run")[0]
-    assert len(resumed) == 6
-    assert resumed == straight
-    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 6 + 4, "four steps were done again"
+    whole, resumed = run_ranks(_relay, 2, [recipe, recipe], tmp_path / "run")[0]
+    assert len(resumed) == 3
+    assert resumed == whole
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 3 + 2, "two steps were done again"
 
 
 @pytest.mark.parametrize("engine", ["fsdp2", "deepspeed"])
-def test_a_recipe_of_a_sharded_engine_needs_no_launcher(small: Path, task: Path, tmp_path: Path, engine: str):
+def test_a_recipe_of_a_sharded_engine_needs_no_launcher(
+    small: Path, task: Path, tmp_path: Path, straight: dict[str, list[float]], engine: str
+):
     """The run of two ranks resumes in one plain process, by the command of the README."""
-    straight = small_runs.losses(train(_recipe(small, task, tmp_path / "straight")))
     recipe = _recipe(small, task, tmp_path / "out", parallel={"engine": engine})
     run = tmp_path / "out" / "run"
     run_ranks(_relay, 2, [recipe], run)
     file = launchers.write_recipe(tmp_path / "recipe.yaml", recipe)
     done = launchers.run([sys.executable, str(launchers.SFT), str(file)])
     assert done.returncode == 0, done.stderr
-    assert "resuming after step 2 of 6" in done.stdout
-    assert small_runs.losses(run) == pytest.approx(straight, rel=1e-5)
+    assert "resuming after step 1 of 3" in done.stdout
+    assert small_runs.losses(run) == pytest.approx(straight["full"], rel=1e-5)
 
 
 EXPORTING = {

@@ -106,19 +106,19 @@ from pathlib import Path
 from qwen3vl_train.train.cli import sft
 from tests.helpers import faults
 
-folder, victims, rank = Path(sys.argv[2]), sys.argv[3].split(","), os.environ["RANK"]
+folder, rank, start = Path(sys.argv[2]), os.environ["RANK"], int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+victims = sys.argv[3 + start].split(",")
 
 def die(step):
-    mark = folder / f"killed-{rank}"
-    if step == 4 and rank in victims and not mark.exists():
+    if step == 4 and rank in victims:
         while not (folder / "run" / "checkpoints" / "step-00000002").exists():
             time.sleep(0.02)
-        mark.write_text(str(time.time()))
+        (folder / f"killed-{start}-{rank}").write_text(str(time.time()))
         faults.kill_self()
 
 def note(step, packs):
-    back = folder / f"back-{rank}"
-    if any(folder.glob("killed-*")) and not back.exists():
+    back = folder / f"back-{start}-{rank}"
+    if not back.exists():
         back.write_text(f"{step} {time.time()}")
 
 faults.around_steps(before=die, after=note)
@@ -146,26 +146,27 @@ def _ranks_recipe(small: Path, many: Path, out: Path, engine: str = "single", **
     )
 
 
-@pytest.mark.parametrize(("victims", "engine"), [("1", "fsdp2"), ("0", "ddp"), ("0,1", "fsdp2")])
+@pytest.mark.parametrize(("engine", "victims"), [("fsdp2", ["1", "0,1"]), ("ddp", ["0"])])
 def test_torchrun_restarts_killed_ranks(
-    small: Path, many: Path, tmp_path: Path, straight_on_two: dict[str, list[float]], victims: str, engine: str
+    small: Path, many: Path, tmp_path: Path, straight_on_two: dict[str, list[float]], engine: str, victims: list[str]
 ):
+    """victims: the ranks that are killed at the same step of each start."""
     recipe = _ranks_recipe(small, many, tmp_path, engine)
     save_recipe(recipe, tmp_path / "recipe.yaml")
     (tmp_path / "driver.py").write_text(DRIVER)
     command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1"),
+        *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", str(len(victims))),
         *("--monitor-interval", "0.1", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"),
-        *(str(tmp_path / "driver.py"), str(tmp_path / "recipe.yaml"), str(tmp_path), victims),
+        *(str(tmp_path / "driver.py"), str(tmp_path / "recipe.yaml"), str(tmp_path), *victims, "none"),
     ]
     done = launchers.run(command)
     assert done.returncode == 0, done.stderr[-3000:]
-    for victim in victims.split(","):
-        assert (tmp_path / f"killed-{victim}").is_file()
-    step, back = (tmp_path / f"back-{victims[0]}").read_text().split()
-    assert int(step) == 3, "from the checkpoint of step 2"
-    killed = min(float(mark.read_text()) for mark in tmp_path.glob("killed-*"))
-    print(f"rank {victims} of 2 under {engine}: first step after the kill done {float(back) - killed:.1f} s later")
+    for start, ranks in enumerate(victims):
+        killed = [float((tmp_path / f"killed-{start}-{rank}").read_text()) for rank in ranks.split(",")]
+        for rank in (0, 1):
+            step, back = (tmp_path / f"back-{start + 1}-{rank}").read_text().split()
+            assert int(step) == 3, f"start {start + 1}, rank {rank}: from the checkpoint of step 2"
+        print(f"rank {ranks} of 2 under {engine}: first step done {float(back) - min(killed):.1f} s after the kill")
     assert losses(tmp_path / "run") == straight_on_two[engine]
 
 

@@ -1,9 +1,7 @@
-"""The loader over both producers: the same steps whatever the workers and ranks, exact resume, broken rows."""
+"""The loader over both producers: every row once an epoch, the same steps whatever the workers and ranks."""
 
-import json
 import multiprocessing
 import os
-import shutil
 import signal
 from collections import Counter
 from itertools import islice
@@ -13,43 +11,11 @@ import pytest
 
 from qwen3vl_train.data.encode.collator import MultimodalCollator
 from qwen3vl_train.data.packing.index import LengthRule, build_index
-from qwen3vl_train.data.packing.loader import Loader
 from qwen3vl_train.data.packing.packs import eval_packs
-from qwen3vl_train.data.packing.plan import PackLimits, share
-from qwen3vl_train.data.packing.windows import IndexedWindows
-from qwen3vl_train.data.sources import JsonlSource
-from tests.helpers import faults, loaders
+from qwen3vl_train.data.packing.plan import PackLimits
+from tests.helpers import loaders
 from tests.helpers.loaders import EVERY_ROW, NUM_ROWS, assert_same_packs, contents_of, make_loader, names_of, plan_of
 from tests.helpers.messages import message_of
-from tests.helpers.small_runs import row, write_rows
-
-LIMITS = PackLimits(loaders.MAX_TOKENS)
-
-
-@pytest.fixture(scope="module")
-def index(folder, collate):
-    return build_index(loaders.sources_of(folder), collate, loaders.RULE)
-
-
-@pytest.fixture(scope="module")
-def make(folder, collate, index):
-    """A function: kind of producer, and options of `make_loader` -> a loader of the undamaged rows."""
-    return lambda kind, *weights, **changes: make_loader(kind, folder, collate, *weights, index=index, **changes)
-
-
-@pytest.fixture(scope="module", params=loaders.KINDS)
-def kind(request):
-    return request.param
-
-
-@pytest.fixture(scope="module")
-def straight(make, kind):
-    """The steps of an undisturbed run on one rank."""
-    return list(make(kind))
-
-
-def saved(state):
-    return json.loads(json.dumps(state))
 
 
 def test_every_row_comes_once_an_epoch(make, kind, straight):
@@ -88,60 +54,6 @@ def test_ranks_share_out_the_same_steps(make, kind, straight, world_size):
         loads = np.array([sum(pack.num_tokens for pack in part.packs) for part in parts])
         assert balance == pytest.approx(loads.max() / loads.mean(), rel=0.25)
     assert {step.balance for step in straight} == {1.0}
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_resume_is_exact_in_any_epoch_and_on_other_ranks(make, kind, straight, workers):
-    last = max(number for number, step in enumerate(straight) if step.epoch == 0)
-    for stop in {0, 3, last - 1, last, last + 1, len(straight) - 1} if not workers else {2}:
-        state = saved(straight[stop].state)
-        again = make(kind, num_workers=workers)
-        again.load_state_dict(state)
-        assert again.num_seen == straight[stop].num_seen
-        steps = list(again)
-        assert contents_of(steps) == contents_of(straight[stop + 1 :])
-        assert_same_packs(steps, straight[stop + 1 :])
-        seen = names_of(straight[: stop + 1])
-        for rank in range(3):
-            other = make(kind, rank=rank, world_size=3)
-            other.load_state_dict(state)
-            steps = list(other)
-            assert plan_of(steps) == plan_of(straight[stop + 1 :])
-            seen += names_of(steps)
-        assert Counter(seen) == EVERY_ROW + EVERY_ROW
-
-
-@pytest.mark.process
-def test_weighted_epoch_survives_changes_of_ranks(make, kind):
-    straight = list(make(kind, (1.0, 2.5)))
-    epoch = [step for step in straight if step.epoch == 0]
-    counts = Counter(names_of(epoch))
-    assert {counts[f"s.jsonl:{number}"] for number in range(1, 71)} == {1}
-    assert {counts[f"k.jsonl:{number}"] for number in range(1, 13)} == {2, 3}
-    seen: Counter[str] = Counter()
-    state = None
-    for world_size, num_steps, workers in ((1, 2, 0), (4, 2, 2), (2, len(epoch) - 4, 0)):
-        for rank in range(world_size):
-            train = make(kind, (1.0, 2.5), rank=rank, world_size=world_size, num_workers=workers)
-            if state is not None:
-                train.load_state_dict(saved(state))
-            steps = list(islice(train, num_steps))
-            seen += Counter(names_of(steps))
-        state = steps[-1].state
-    assert seen == counts
-    train = make(kind, (1.0, 2.5))
-    train.load_state_dict(saved(state))
-    assert contents_of(islice(train, 1)) == contents_of([straight[len(epoch)]])
-
-
-def test_state_before_and_after_the_run(make, kind, straight):
-    train = make(kind)
-    first = train.state()
-    assert contents_of(train) == contents_of(straight)
-    assert list(train) == []
-    assert train.state() == straight[-1].state
-    train.load_state_dict(first)
-    assert contents_of(train) == contents_of(straight)
 
 
 def test_num_steps_runs_through_as_many_epochs_as_it_takes(make, kind, straight):
@@ -194,61 +106,6 @@ def test_shrunk_and_dropped_media_are_counted(folder, kind, tiny_folder):
         assert step.num_shrunk == index.num_shrunk[np.array(lines, dtype=int) - 1].sum()
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_media_that_break_or_change_are_rejected(copy, collate, kind, workers):
-    data = (copy / "2.png").read_bytes()
-    (copy / "2.png").write_bytes(data[: len(data) // 2])  # its header is valid
-    steps = iter(make_loader(kind, copy, collate, num_epochs=1, num_workers=workers, window=200))
-    done = list(islice(steps, 1 if kind == "streamed" else 0))  # by now all rows are scanned
-    os.utime(copy / "9.png", ns=(7, 7))
-    (copy / "3.png").write_bytes((copy / "4.png").read_bytes())
-    done += steps
-    rejected = {reject.row: reject for step in done for reject in step.rejected}
-    lost = Counter(f"s.jsonl:{number}" for number in rejected)
-    assert Counter(names_of(done)) == EVERY_ROW - lost
-    assert 3 in rejected
-    assert set(rejected) <= {3, 4, 10}
-    assert rejected[3].reason.startswith("messages[0].content[0]: image 2.png: is truncated or damaged (")
-    changed = [reject for number, reject in rejected.items() if number != 3]
-    assert changed or (kind == "streamed" and workers)  # workers may have built these rows before they changed
-    for reject in changed:
-        assert (reject.file, reject.kind) == (str(copy / "s.jsonl"), "changed")
-        assert reject.reason == (
-            f"size or time of {copy}/{reject.row - 1}.png is not what it was when the row was scanned; the row is "
-            "skipped, start again to train on it as it is now"
-        )
-
-
-def test_changed_file_of_rows_gives_no_more_rows(copy, collate):
-    train = make_loader("indexed", copy, collate)
-    for name in NUM_ROWS:
-        with (copy / name).open("a") as file:
-            file.write("\n{}")
-    step = next(iter(train))
-    assert step.packs == []
-    reasons = {reject.reason.partition(" (")[0].rpartition("/")[2] for reject in step.rejected}
-    assert reasons <= {f"{name} changed since it was indexed" for name in NUM_ROWS}
-    assert reasons
-
-
-def test_pack_of_broken_rows_is_skipped(copy, collate):
-    write_rows(copy / "two.jsonl", [row("a", "x", ["3.png"]), row("a", "x", ["4.png"])])
-    shutil.copy(copy / "3.png", copy / "4.png")
-    source = JsonlSource(copy / "two.jsonl", copy)
-    tokens = collate.cost(source.sample(0)).tokens
-    data = (copy / "4.png").read_bytes()
-    (copy / "4.png").write_bytes(data[: len(data) // 2])
-    index = build_index([source], collate, LengthRule(tokens))
-    options = {"packs_per_step": 2, "limits": PackLimits(tokens), "num_epochs": 1}
-    (step,) = Loader(IndexedWindows([(source, 1.0)], index, seed=0), collate, **options)
-    assert step.num_packs == 2
-    assert [pack.sample_ids for pack in step.packs] == [("two.jsonl:1",)]
-    assert len(step.pack_numbers) == len(step.rejected) == 1
-    results = list(eval_packs(source, collate, index, limits=PackLimits(tokens)))
-    assert [result.pack is None for result in results] == [False, True]
-    assert [len(result.rejected) for result in results] == [0, 1]
-
-
 def lose_a_worker(train, sender):
     """In a process of its own: torch raises out of a signal handler, which may raise again later, within pytest."""
     try:
@@ -274,29 +131,6 @@ def test_killed_worker_raises(make, kind):
     finally:
         process.kill()
         process.join()
-
-
-def test_resume_with_other_settings_or_data_is_refused(make, kind, straight, copy, collate):
-    fix = "put them back or start a new run"
-    other = make(kind, seed=6, window=33, packs_per_step=2)
-    assert message_of(ValueError, other.load_state_dict, straight[0].state) == (
-        "resume: seed (5 then, 6 now), window (32 then, 33 now), packs_per_step (5 then, 2 now) changed since the "
-        f"checkpoint, so the run cannot continue exactly; {fix}"
-    )
-    with (copy / "s.jsonl").open("a") as file:
-        file.write(json.dumps(row("one", "more")) + "\n")
-    what = "the data files, the rows' token counts" if kind == "indexed" else "the data files"
-    with pytest.raises(ValueError, match=f"^resume: {what} changed .* {fix}$"):
-        make_loader(kind, copy, collate).load_state_dict(straight[0].state)
-
-
-def test_state_of_an_earlier_version_is_refused(make, kind):
-    state = {"epoch": 0, "step_in_epoch": 3, "steps_done": 3, "epoch_lengths": [9], "fingerprint": {}}
-    assert message_of(ValueError, make(kind).load_state_dict, state) == (
-        "resume: the position in the data has no cursor, carry_over, taken, num_seen, num_dropped, skipped, "
-        "content_hash: the checkpoint is of an earlier version of qwen3vl_train; continue with that version, or start "
-        "a new run"
-    )
 
 
 @pytest.mark.parametrize(
@@ -334,86 +168,3 @@ def test_loader_that_is_left_early_leaves_no_process(make, kind):
     for worker in workers:
         worker.join(20)
     assert not workers & set(multiprocessing.active_children())
-
-
-# Of indexed rows alone: whole epochs are known ahead.
-
-
-def test_epoch_packs_are_even_and_shared_by_work(make):
-    train = make("indexed", packs_per_step=4, num_epochs=1, window=200)
-    packs = train.epoch_packs(0)
-    index = train.producer.index
-    assert [pack.tokens for pack in packs] == [index.tokens[pack.rows].sum() for pack in packs]
-    work = [pack.work for pack in packs]
-    assert work == [train.producer.work[pack.rows].sum() for pack in packs]
-    ranges = [max(work[start : start + 4]) - min(work[start : start + 4]) for start in range(0, len(work) - 3, 4)]
-    assert np.mean(ranges) < 0.5 * (max(work) - min(work))
-    for rank in range(2):
-        step = next(iter(make("indexed", packs_per_step=4, window=200, rank=rank, world_size=2)))
-        shares = share(work[:4], 2)
-        assert step.pack_numbers == shares[rank]
-        loads = [sum(work[number] for number in numbers) for numbers in shares]
-        assert step.balance == max(loads) / (sum(loads) / 2)
-
-
-def test_weights_repeat_and_thin_out_sources(make):
-    train = make("indexed", (0.5, 2.3), num_epochs=3)
-    drawn = []
-    for epoch in range(3):
-        counts = Counter(row for pack in train.epoch_packs(epoch) for row in pack.rows)
-        first = {number for number in counts if number < 70}
-        assert len(first) == 35
-        assert all(counts[number] == 1 for number in first)
-        assert Counter(counts[number] for number in range(79, 91)) == {2: 8, 3: 4}
-        drawn.append(first)
-    assert drawn[0] != drawn[1]
-
-
-def test_no_epoch_is_planned_twice_in_a_row(make):
-    planned = faults.note_planned_windows()
-    train = make("indexed", num_epochs=3, window=200)
-    assert train.num_steps == train.num_steps
-    assert train.epoch_packs(0)  # as the start-up report does
-    steps = list(train)
-    assert len(steps) == train.num_steps
-    assert [epoch for epoch, _ in planned] == [1, 2, 0, 1, 2]
-    state = saved(next(step for step in steps if step.epoch == 1).state)
-    planned.clear()
-    train = make("indexed", num_epochs=3, window=200)
-    train.load_state_dict(state)
-    assert (train.num_steps, train.epoch) == (len(steps), 1)  # the lengths of all epochs are in the state
-    assert train.epoch_packs(1)
-    assert contents_of(train) == contents_of(steps[state["steps_done"] :])
-    assert [epoch for epoch, _ in planned] == [1, 2]
-
-
-def test_epoch_is_planned_window_by_window_as_it_is_trained(make):
-    planned = faults.note_planned_windows()
-    train = make("indexed", num_epochs=None, num_steps=1, window=40)
-    assert train.num_steps == len(list(train)) == 1
-    assert planned == [(0, 40)]
-
-
-@pytest.mark.parametrize("ends", [{"num_epochs": 2}, {"num_steps": 4}])
-def test_index_without_a_usable_row_makes_a_run_of_no_steps(collate, tmp_path, ends):
-    (tmp_path / "none.jsonl").write_text("{\n{}\n")
-    source = JsonlSource(tmp_path / "none.jsonl", tmp_path)
-    index = build_index([source], collate, loaders.RULE)
-    producer = IndexedWindows([(source, 0.5)], index, seed=5)
-    train = Loader(producer, collate, packs_per_step=3, limits=LIMITS, **ends)
-    assert (train.num_steps, train.epoch_packs(0), list(train)) == (0, [], [])
-    train.load_state_dict(train.state())
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_evaluation_reads_the_file_in_order_and_shares_it_out(folder, collate, workers):
-    source = loaders.sources_of(folder)[0]
-    index = build_index([source], collate, loaders.RULE)
-
-    def names(rank, world_size):
-        of_rank = {"data_rank": rank, "data_world_size": world_size, "num_workers": workers}
-        return [result.pack.sample_ids for result in eval_packs(source, collate, index, limits=LIMITS, **of_rank)]
-
-    every = names(0, 1)
-    assert [name for pack in every for name in pack] == [f"s.jsonl:{line}" for line in range(1, 71)]
-    assert [names(rank, 2) for rank in range(2)] == [every[0::2], every[1::2]]

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.data import ragged
 from qwen3vl_train.arch import Qwen3VLArch
 from qwen3vl_train.data.packing.plan import (
     CostModel,
@@ -109,19 +110,6 @@ def test_another_seed_gives_another_order_of_the_same_steps():
     assert one != two
     steps_one, steps_two = ({tuple(o[start : start + 8]) for start in range(0, 64, 8)} for o in (one, two))
     assert steps_one == steps_two
-
-
-def ragged(num_rows):
-    """Rows as mixed data has them: none to four pictures of 64 to 1,280 tokens each, and text."""
-    random = random_stream(0)
-    pictures = random.choice([0, 1, 1, 1, 1, 1, 1, 1, 2, 4], num_rows)
-    tokens = np.clip(random.lognormal(4.8, 0.9, num_rows).astype(np.int64), 20, 3000)
-    patches, pairs = np.zeros_like(tokens), np.zeros_like(tokens)
-    for row, count in enumerate(pictures.tolist()):
-        visual = np.exp(random.uniform(np.log(64), np.log(1280), count)).astype(np.int64)
-        tokens[row] += visual.sum()
-        patches[row], pairs[row] = 4 * visual.sum(), (16 * visual**2).sum()
-    return np.minimum(tokens, 8192), patches, pairs
 
 
 @pytest.mark.parametrize(("window", "least"), [(10_000, 0.985), (2048, 0.97)])

@@ -26,13 +26,9 @@ from tests.helpers.engine_runs import (
     EngineRun,
     Steps,
     Trainee,
-    difference,
     engine_recipe,
-    norm_of,
-    poisoned,
     run_engine,
     run_engines,
-    skipped,
 )
 from tests.helpers.messages import message_of
 from tests.helpers.ranks import run_ranks
@@ -93,7 +89,7 @@ def test_small_eps_in_adam_amplifies_rounding(small: Path, steps: Steps):
     found = {}
     for eps in (1e-6, 1e-4):
         recipe = engine_recipe(small, LORA, optim={"eps": eps})
-        found[eps] = difference(_disturbed(recipe, steps, 2**-23), _disturbed(recipe, steps, 0.0))
+        found[eps] = engine_runs.difference(_disturbed(recipe, steps, 2**-23), _disturbed(recipe, steps, 0.0))
         print(f"one process, gradients off by 2**-23 of the largest, eps {eps:g}: {found[eps]}")
         assert max(found[eps].loss, found[eps].norm) < 2e-6
     assert found[1e-6].weight > 1e-5  # 2.7e-5 seen
@@ -117,7 +113,7 @@ def test_a_stage_trains_as_one_process_does(stage: int, small: Path, steps: Step
     ]
     wrong = []
     for (tune, kept), result in zip(cases, _on_ranks(recipes, steps), strict=True):
-        found = difference(result, alone[tune])
+        found = engine_runs.difference(result, alone[tune])
         print(f"zero {stage} {tune:14} {kept:5} {found}")
         # Float32 sums in another order: 2e-7 seen in losses, 4e-6 in weights. A missing pack shows at 1e-2.
         if found.largest > 1e-5:
@@ -132,7 +128,7 @@ def test_four_ranks_an_untied_head_and_dora(tmp_path: Path):
     expected = [run_engine(0, 1, _recipe(untied, tune), steps) for tune, _ in cases]
     recipes = [_recipe(untied, tune, "deepspeed", zero_stage=stage, parts=True) for tune, stage in cases]
     for (_, stage), result, alone in zip(cases, _on_ranks(recipes, steps, world_size=4), expected, strict=True):
-        assert difference(result, alone).largest < 1e-5, stage
+        assert engine_runs.difference(result, alone).largest < 1e-5, stage
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -149,14 +145,14 @@ def test_bfloat16_trains_as_in_one_process(stage: int, small: Path, steps: Steps
         if stage < 3 or tune == "frozen-vision":
             # Gradients are summed and applied in float32 on both sides; the rounded weights come out the same.
             assert result.losses == expected.losses, (tune, offload)
-            assert norm_of(apart) == 0.0
+            assert engine_runs.norm_of(apart) == 0.0
             continue
         # Where a vision block feeds the next block and a DeepStack merger, autograd adds three bfloat16 gradients, and
         # the hooks of stage 3 change which two come first. The forward pass is the same to the bit.
         moved = {name: weight.float() - start[name].float() for name, weight in expected.weights.items()}
         assert result.losses[0] == expected.losses[0]
         assert result.losses == pytest.approx(expected.losses, rel=2e-3)
-        assert norm_of(apart) < 0.08 * norm_of(moved)
+        assert engine_runs.norm_of(apart) < 0.08 * engine_runs.norm_of(moved)
 
 
 def test_offloaded_state_trains_as_on_the_device(small: Path, steps: Steps):
@@ -171,7 +167,7 @@ def test_offloaded_state_trains_as_on_the_device(small: Path, steps: Steps):
     ]
     recipes = [_recipe(small, TUNES[tune], "deepspeed", **fields) for tune, fields in cases]
     for (tune, fields), result in zip(cases, _on_ranks(recipes, steps), strict=True):
-        assert difference(result, expected[tune]).largest < 1e-5, (tune, fields)
+        assert engine_runs.difference(result, expected[tune]).largest < 1e-5, (tune, fields)
 
 
 def _hand_over(rank: int, world_size: int, recipes: list[Recipe], steps: Steps, state: dict[str, Tensor], done: int):
@@ -182,9 +178,7 @@ def _hand_over(rank: int, world_size: int, recipes: list[Recipe], steps: Steps, 
         if state:
             trainee.load(state, done)
         taken = trainee.state()
-        weights = {
-            name: full_tensor(parameter).detach().clone() for name, parameter in trainee.model.named_parameters()
-        }
+        weights = engine_runs.full_tensors(dict(trainee.model.named_parameters()))
         losses = trainee.steps(steps, done, done + 1)
         after = trainee.state()  # on every rank: it gathers
         results.append((taken, weights, losses, after) if rank == 0 else None)
@@ -229,23 +223,23 @@ def test_a_bfloat16_run_resumes_bit_for_bit(small: Path, steps: Steps):
 
 
 def test_a_non_finite_step_changes_nothing(small: Path, steps: Steps):
-    ((message, losses),) = poisoned(0, 1, [_recipe(small, FULL)], steps)
+    ((message, losses),) = engine_runs.poisoned(0, 1, [_recipe(small, FULL)], steps)
     fields = [{"zero_stage": stage} for stage in STAGES]
     fields += [{"zero_stage": stage, "offload_optimizer": True} for stage in (2, 3)]
     # bfloat16 in stage 1 is a class of its own.
     fields.append({"zero_stage": 1, "dtype": "bfloat16"})
     recipes = [_recipe(small, FULL, "deepspeed", **of_case) for of_case in fields]
-    for of_rank in run_ranks(poisoned, 2, recipes, steps):
+    for of_rank in run_ranks(engine_runs.poisoned, 2, recipes, steps):
         for recipe, (got, more) in zip(recipes, of_rank, strict=True):
             assert got == message
             assert more == pytest.approx(losses, rel=1e-5 if recipe.model.dtype == "float32" else 2e-2)
 
 
 def test_a_step_in_which_no_rank_has_a_pack_changes_nothing(small: Path, steps: Steps):
-    (expected,) = skipped(0, 1, [_recipe(small, FULL)], steps)
+    (expected,) = engine_runs.skipped(0, 1, [_recipe(small, FULL)], steps)
     fields = [{"zero_stage": stage} for stage in STAGES] + [{"zero_stage": 1, "dtype": "bfloat16"}]
     recipes = [_recipe(small, FULL, "deepspeed", **of_case) for of_case in fields]
-    for recipe, losses in zip(recipes, run_ranks(skipped, 2, recipes, steps)[0], strict=True):
+    for recipe, losses in zip(recipes, run_ranks(engine_runs.skipped, 2, recipes, steps)[0], strict=True):
         assert losses == pytest.approx(expected, rel=1e-5 if recipe.model.dtype == "float32" else 2e-2)
 
 
@@ -314,7 +308,7 @@ def test_one_process_needs_no_launcher(small: Path, steps: Steps):
         assert not dist.is_initialized()
         for stage in STAGES:
             result = run_engine(0, 1, _recipe(small, LORA, "deepspeed", zero_stage=stage), steps[:2])
-            assert difference(result, expected).largest < 1e-5
+            assert engine_runs.difference(result, expected).largest < 1e-5
 
     assert small_runs.in_child(train) == 0
 
