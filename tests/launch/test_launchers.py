@@ -30,23 +30,11 @@ if __name__ == "__main__":
 
 
 @pytest.fixture(scope="module")
-def by_torchrun(tiny_folder: Path, task: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The run folder of three steps by torchrun, and what was printed."""
-    out = tmp_path_factory.mktemp("torchrun")
-    recipe = launchers.short_recipe(tiny_folder, task, out)
-    done = launchers.run(launchers.torchrun(str(launchers.SFT), str(recipe)))
-    assert done.returncode == 0, done.stderr
-    return out / "run", done.stdout
-
-
-def test_rank_0_prints_and_the_others_write_log_files(by_torchrun: tuple[Path, str]):
-    run, printed = by_torchrun
-    assert printed.count("run ") == 1
-    assert "step 3/3 loss" in printed
-    assert [file.name for file in (run / "logs").iterdir()] == ["rank-1.log"]
-    log = (run / "logs" / "rank-1.log").read_text()
-    assert " rank 1 of 2 on " in log.splitlines()[0]
-    assert "step 3/3 loss" in log
+def on_two_ranks(tiny_folder: Path, task: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    """The losses of the run by two forked ranks, as they are by torchrun (tests/train/test_killed.py)."""
+    out = tmp_path_factory.mktemp("ranks")
+    run_ranks(small_runs.train_on_rank, 2, load_recipe(launchers.short_recipe(tiny_folder, task, out)))
+    return small_runs.losses(out / "run")
 
 
 # Without a GPU `accelerate launch --num_processes 2` starts one process and says nothing; --multi_gpu makes two.
@@ -58,7 +46,7 @@ OTHERS = {
 
 @pytest.mark.parametrize("launcher", OTHERS)
 def test_other_launchers_start_the_same_run(
-    tiny_folder: Path, task: Path, tmp_path: Path, by_torchrun: tuple[Path, str], launcher: str
+    tiny_folder: Path, task: Path, tmp_path: Path, on_two_ranks: list[float], launcher: str
 ):
     recipe = launchers.short_recipe(tiny_folder, task, tmp_path)
     program, *options = OTHERS[launcher]
@@ -67,7 +55,7 @@ def test_other_launchers_start_the_same_run(
     assert done.returncode == 0, done.stderr
     assert "full, 2 ranks on cpu" in done.stdout
     assert (tmp_path / "run" / "logs" / "rank-1.log").is_file()
-    assert small_runs.losses(tmp_path / "run") == small_runs.losses(by_torchrun[0])
+    assert small_runs.losses(tmp_path / "run") == on_two_ranks
 
 
 LATE_RANK = """

@@ -50,6 +50,9 @@ def test_the_run_folder_holds_the_documented_files(finished):
     names = {file.name for file in run.iterdir()}
     assert names == {"recipe.yaml", "metrics.jsonl", "eval.jsonl", "checkpoints", "logs", "wandb", "wandb_run_id"}
     assert [file.name for file in (run / "logs").iterdir()] == ["rank-1.log"]
+    log = (run / "logs" / "rank-1.log").read_text()
+    assert " rank 1 of 2 on " in log.splitlines()[0]
+    assert "step 6/6 loss" in log
     assert [folder.name for folder in (run / "checkpoints").iterdir()] == ["step-00000006"]
     assert len(list((run / "wandb").glob("offline-run-*/run-*.wandb"))) == 1
 
