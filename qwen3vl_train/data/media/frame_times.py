@@ -27,6 +27,7 @@ class Packet(NamedTuple):
     time: int | None
     is_key: bool
     discarded: bool
+    is_cut: bool  # the file ends within it
 
 
 class Frames(NamedTuple):
@@ -84,6 +85,9 @@ def list_frames(file: str | bytes, container: "InputContainer", stream: "VideoSt
     if container_format.startswith("matroska") and seconds < 0.95 * declared - 0.5:
         fault = f"its header declares {declared:.1f} seconds, its packets end at {seconds:.1f}"
         raise MediaFault(f"{name}: is truncated: {fault}; copy the file again")
+    # Broadcast streams mark every packet after a lost one, most of which decode.
+    if packets and packets[-1].is_cut and not container_format.startswith("mpegts"):
+        raise MediaFault(f"{name}: is truncated: it ends within frame {len(packets):,}; copy the file again")
     times = sorted(packet.time for packet in shown if packet.time is not None) if has_times else []
     begins_with_key = not shown or (shown[0].is_key and not _has_leading(shown))
     complete = times if len(times) == len(shown) else None
@@ -130,7 +134,7 @@ def list_packets(container: "InputContainer", stream: "VideoStream") -> tuple[li
         if packet.pts is not None and packet.time_base is not None:
             end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
         if packet.stream_index == stream.index and packet.size:
-            packets.append(Packet(packet.pts, packet.is_keyframe, packet.is_discard))
+            packets.append(Packet(packet.pts, packet.is_keyframe, packet.is_discard, packet.is_corrupt))
     return packets, end
 
 
@@ -139,7 +143,7 @@ def _first_packets(container: "InputContainer", stream: "VideoStream", count: in
     found: list[Packet] = []
     for packet in container.demux(stream):
         if packet.size and not packet.is_discard:
-            found.append(Packet(packet.pts, packet.is_keyframe, False))
+            found.append(Packet(packet.pts, packet.is_keyframe, False, packet.is_corrupt))
         if len(found) >= count:
             break
     return found

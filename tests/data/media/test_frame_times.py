@@ -148,3 +148,20 @@ def test_recording_that_begins_without_a_key_frame_is_a_fault(tmp_path):
                 packet.stream = copy
                 out.mux(packet)
     assert "its first 6 frames cannot be decoded" in message_of(MediaFault, read_header, str(tmp_path / "cut.ts"))
+
+
+@pytest.mark.parametrize("name", ["a.flv", "a.mkv", "a.webm", "a.mp4"])
+def test_every_truncation_is_found_by_the_header_or_decodes(name, tmp_path):
+    """What an index accepts is trained on: the frames that it counts are there, wherever the file was cut."""
+    codec = "libvpx-vp9" if name == "a.webm" else "libx264"
+    whole = write_clip(tmp_path / name, 60, codec=codec).read_bytes()
+    refused = 0
+    for size in range(len(whole) // 3, len(whole), len(whole) // 50):
+        try:
+            header = read_header(whole[:size])
+        except MediaFault:
+            refused += 1
+            continue
+        wanted = [0, header.num_frames // 2, header.num_frames - 1]
+        assert len(dict(read_frames(whole[:size], wanted, header))) == 3
+    assert refused > 15

@@ -269,6 +269,8 @@ def test_damaged_files_raise_media_fault_only():
     """Cut and flip bytes of every format: the size from the header is the size that decodes, or both are refused."""
     rng = random.Random(0)
     whole = [encoded(pattern(37, 21), kind) for kind in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")]
+    whole.append(encoded(Image.fromarray(np.arange(37 * 21, dtype=np.uint16).reshape(21, 37) * 80)))
+    whole.append(encoded(pattern(37, 21), icc_profile=bytes(3 << 20)))  # more than Pillow reads
     refused = 0
     for turn in range(1500):
         data = bytearray(whole[turn % len(whole)])

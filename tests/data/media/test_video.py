@@ -289,6 +289,13 @@ def test_damaged_files_raise_media_fault_only(tmp_path):
     kinds = ("mp4", "mkv", "avi", "broadcast", "flv", "gif")
     names = {KINDS[kind][0]: KINDS[kind][1] for kind in kinds} | {"a.mkv": {"codec": "mpeg4"}}
     whole = [write_clip(tmp_path / name, 8, size=(48, 32), **options).read_bytes() for name, options in names.items()]
+    uneven = [0, 40, 80, 500, 540, 900, 2000, 2400]
+    for name, options in (
+        ("u.mp4", {}),
+        ("u.webm", {"codec": "libvpx-vp9", "container": {"live": "1"}}),
+        ("u.mkv", {}),
+    ):
+        whole.append(clip_files.write_timed(tmp_path / name, uneven, size=(48, 32), **options).read_bytes())
     refused = 0
     for turn in range(900):
         data = bytearray(whole[turn % len(whole)])
@@ -298,6 +305,8 @@ def test_damaged_files_raise_media_fault_only(tmp_path):
             data[rng.randrange(len(data))] = rng.randrange(256)
         try:
             header = read_header(bytes(data))
+            assert header.times is None or len(header.times) == header.num_frames
+            assert 0 < header.fps <= 1000
             found = gathered(bytes(data), [0, header.num_frames - 1], header)
             assert sorted(found) == [0, header.num_frames - 1]
             assert all(frame.shape == (3, header.height, header.width) for frame in found.values())
