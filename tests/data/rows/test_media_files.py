@@ -1,3 +1,4 @@
+import base64
 import os
 
 import numpy as np
@@ -24,6 +25,27 @@ def test_local_files_are_media_that_are_files(tmp_path):
     )  # fmt: skip
     assert found == [f"{tmp_path}/a.png", f"{tmp_path}/f0.png", f"{tmp_path}/f1.png", "/v.mp4"]
     assert local_files(sample(ImagePart("a.png"))) == ["a.png"]
+
+
+def test_files_of_uris_and_folders_are_local_files(tmp_path):
+    """A frame that is replaced in its folder changes the row's signature, as the picture of a URI does."""
+    (tmp_path / "clip").mkdir()
+    for name in ("10.png", "9.png", "notes.txt"):
+        (tmp_path / "clip" / name).write_bytes(b"x")
+    (tmp_path / "a b.png").write_bytes(b"x")
+    text = base64.b64encode(b"\x89PNG\r\n\x1a\n" + bytes(90)).decode()
+    media = (
+        ImagePart((tmp_path / "a b.png").as_uri()), ImagePart(text), ImagePart("file://elsewhere/a.png"),
+        VideoPart("clip", sample_fps=1.0),
+    )  # fmt: skip
+    row, at = sample(*media, root=str(tmp_path)), str(tmp_path)
+    assert local_files(row) == [
+        f"{at}/a b.png", f"{at}/file://elsewhere/a.png", f"{at}/clip", f"{at}/clip/9.png", f"{at}/clip/10.png",
+    ]  # fmt: skip
+    for name in ("a b.png", "clip/9.png"):
+        before = media_signature(row)
+        (tmp_path / name).write_bytes(b"another")
+        assert media_signature(row) != before
 
 
 @pytest.mark.parametrize("slow", [0.0, 1.0], ids=["a slow file system", "a quick one"])
