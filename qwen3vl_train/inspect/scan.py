@@ -13,6 +13,8 @@ from qwen3vl_train.inspect.facts import SHOWN_ROWS, DuplicateFacts, RejectGroup,
 from qwen3vl_train.inspect.rows import RowFacts, read_row
 from qwen3vl_train.inspect.training import Entry, RowRef
 
+_SHOWN_MARKS = 5  # that a finding names
+
 
 @dataclass(frozen=True)
 class Scan:
@@ -61,8 +63,7 @@ def summarize(entry: Entry, read: Sequence[tuple[RowRef, RowFacts]], broken: Seq
             rows_by_check.setdefault(check, []).append(entry.label(ref))
     details: dict[str, str] = {}
     _find_questions_first(entry, read, rows_by_check, details)
-    marks = Counter(mark for _, facts in read for mark in facts.foreign_marks)
-    details["foreign_mark"] = ", ".join(f"{mark} {count:,}" for mark, count in marks.most_common())
+    details["foreign_mark"] = _name_marks(Counter(mark for _, facts in read for mark in facts.foreign_marks))
     boxes = [facts.boxes for _, facts in read if facts.boxes is not None]
     facts = SourceFacts(
         name=entry.name,
@@ -98,6 +99,12 @@ def summarize(entry: Entry, read: Sequence[tuple[RowRef, RowFacts]], broken: Seq
     )
     failed_checks = {ref: facts.failed_checks for ref, facts in read if facts.failed_checks}
     return Scan(facts, rejects, rows_by_check, details, failed_checks, boxes)
+
+
+def _name_marks(marks: Counter[str]) -> str:
+    """Return the most frequent marks with their counts. "[IMG] 2, <start_of_image> 1" """
+    named = ", ".join(f"{mark[:40]} {count:,}" for mark, count in marks.most_common(_SHOWN_MARKS))
+    return named + (f" and {len(marks) - _SHOWN_MARKS} others" if len(marks) > _SHOWN_MARKS else "")
 
 
 def _count_ignored(entry: Entry, read: Sequence[tuple[RowRef, RowFacts]]) -> dict[str, int]:

@@ -170,7 +170,7 @@ def test_the_largest_groups_of_rejects_come_first():
     assert RejectSummary(mixed[:5]).lines()[0] == "a.jsonl:1: odd"
 
 
-def test_one_file_without_a_usable_row_has_its_number_of_rows_in_the_line(tmp_path):
+def test_the_line_of_one_file_has_its_number_of_rows(tmp_path):
     ledger = RejectLedger(tmp_path / "rejected.jsonl", 1.0, writes=True)
     ledger.add_index(["a.jsonl"], num_rows=9, num_usable=0, rejects=[reject(row) for row in range(1, 8)])
     resume_error = message_of(ValueError, resume, ledger)

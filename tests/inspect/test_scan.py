@@ -101,7 +101,7 @@ def test_clips_of_an_uneven_rate_are_noted(source_of, tmp_path):
     assert (found.level, found.rows, found.evidence) == ("note", ["2"], "1 of 2 rows (50%)")
 
 
-def test_what_rows_turns_and_parts_hold_beside_their_data_is_counted(source_of, tmp_path):
+def test_ignored_keys_of_rows_turns_and_parts_are_counted(source_of, tmp_path):
     rows = [row(f"Nr {n}?", "Yes") | {"difficulty": n, "id": str(n)} for n in range(1, 4)]
     rows[0]["messages"][1]["recipient"] = "all"
     rows[1]["messages"][0]["content"][0]["index"] = 4
@@ -115,3 +115,11 @@ def test_marks_of_other_families_in_answers_are_found(source_of, tmp_path):
     found = findings["foreign_mark"]
     assert (found.level, found.rows) == ("warning", ["1", "3"])
     assert found.evidence == "2 of 3 rows (66.7%); [IMG] 2, <start_of_image> 1"
+
+
+def test_only_the_most_frequent_marks_are_named(source_of, tmp_path):
+    rows = [row(f"Nr {n}?", f"<img>{n}.png</img>") for n in range(9)] + [row("Hi?", "[IMG]"), row("So?", "[IMG]")]
+    _, findings = source_of(write_rows(tmp_path / "a.jsonl", rows))
+    evidence = findings["foreign_mark"].evidence
+    assert evidence.startswith("11 of 11 rows (100%); [IMG] 2, <img>0.png</img> 1, ")
+    assert evidence.endswith(" and 5 others")
