@@ -126,6 +126,8 @@ class DataSection(Section):
     max_image_pixels: a larger image or frame is a fault of its row; null is Pillow's own limit, 89 million. Memory and
         time to decode a picture grow with it, whatever it is shrunk to.
     stream_window: rows of a stream that are packed together, and held in memory.
+    shuffle: false packs rows in their order: one source after the other, or from streams each at its pace. Packs are
+        then less full, and the work of ranks less even.
     """
 
     train: list[TrainSource] = Field(min_length=1)
@@ -144,5 +146,6 @@ class DataSection(Section):
     max_frames: Annotated[int, Field(ge=2)] | None = None
     max_image_pixels: Count | None = None
     stream_window: Count = 2048
+    shuffle: bool = True
     num_workers: Annotated[int, Field(ge=0)] = 4
     max_rejected_fraction: Annotated[float, Field(ge=0.0, le=1.0)] = 0.01

@@ -152,6 +152,10 @@ class OptimSection(Section):
         return own.get(group) or self.lr
 
 
+def _as_int_if_whole(value: float) -> float:
+    return int(value) if value.is_integer() else value
+
+
 Checkpointing = Literal["none", "full", "selective"]
 
 
@@ -173,13 +177,14 @@ class TrainSection(Section):
     """Say how long to train, and in which steps.
 
     num_steps: wins over num_epochs if both are given.
+    num_epochs: may be a fraction, such as 0.5; the last epoch then ends at the nearest step.
     packs_per_step: counts the packs of all ranks together.
     activation_checkpointing: one word for both towers, or {vision: ..., text: ...}.
     deterministic: use only kernels that give the same bits every time; slower on a GPU.
     """
 
     num_steps: Count | None = None
-    num_epochs: Count | None = 1
+    num_epochs: Annotated[Positive, AfterValidator(_as_int_if_whole)] | None = 1
     packs_per_step: Count = 8
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     activation_checkpointing: CheckpointingSection = CheckpointingSection()
@@ -209,24 +214,47 @@ class ParallelSection(Section):
     offload_parameters: bool = False
 
 
+def _no_steps_with_epochs(section: Any) -> Any:
+    """Let every_epochs take the place of the default of every_steps."""
+    if isinstance(section, dict) and section.get("every_epochs") is not None:
+        return {"every_steps": None, **section}
+    return section
+
+
 class CheckpointSection(Section):
     """Say which checkpoints are written and kept.
 
+    every_steps, every_epochs: one every so many steps, every so many epochs, or both. The default of every_steps is for
+        recipes without every_epochs.
+    save_last: also write one after the last step.
     keep_every_steps: checkpoints at multiples of it are never deleted.
     keep_best: name of a held-out set; the checkpoint with its lowest loss is kept.
-    export_every_steps: also write the Hugging Face form, to `export/` in the run folder.
+    export_every_steps, export_every_epochs: also write the Hugging Face form, to `export/` in the run folder.
     """
 
     every_steps: Count | None = 200
+    every_epochs: Count | None = None
+    save_last: bool = True
     keep_last: Count = 2
     keep_every_steps: Count | None = None
     keep_best: Text | None = None
     export_every_steps: Count | None = None
+    export_every_epochs: Count | None = None
     resume: Literal["auto", "never"] = "auto"
+
+    _steps_unless_epochs = model_validator(mode="before")(_no_steps_with_epochs)
 
 
 class EvalSection(Section):
+    """Say when the loss on the held-out sets is computed, besides after the last step.
+
+    every_steps, every_epochs: as of checkpoints.
+    """
+
     every_steps: Count | None = 200
+    every_epochs: Count | None = None
+
+    _steps_unless_epochs = model_validator(mode="before")(_no_steps_with_epochs)
 
 
 class TrackSection(Section):

@@ -57,6 +57,7 @@ def field_conflicts(recipe: Recipe) -> Iterator[Conflict]:
         yield "train.num_steps", "missing, and train.num_epochs is null; give one of them"
     elif train.num_steps is None and any(source.streaming for source in data.train):
         yield "train.num_steps", "missing; a source with streaming does not say how long an epoch is"
+    yield from _epoch_conflicts(recipe)
     yield from _engine_conflicts(recipe.parallel)
     yield from _keep_best_conflicts(recipe)
 
@@ -102,18 +103,36 @@ def _engine_conflicts(parallel: ParallelSection) -> Iterator[Conflict]:
         yield "parallel.offload_parameters", what
 
 
+def _epoch_conflicts(recipe: Recipe) -> Iterator[Conflict]:
+    every = {
+        "checkpoint.every_epochs": recipe.checkpoint.every_epochs,
+        "checkpoint.export_every_epochs": recipe.checkpoint.export_every_epochs,
+        "eval.every_epochs": recipe.eval.every_epochs,
+    }
+    if any(source.streaming for source in recipe.data.train):
+        for key, epochs in every.items():
+            if epochs is not None:
+                yield key, f"{epochs}, but a source with streaming does not say where an epoch ends; give steps instead"
+
+
 def _keep_best_conflicts(recipe: Recipe) -> Iterator[Conflict]:
     wanted = recipe.checkpoint.keep_best
-    save_every, eval_every = recipe.checkpoint.every_steps, recipe.eval.every_steps
+    save, evaluate = recipe.checkpoint, recipe.eval
+    intervals = [
+        ("steps", save.every_steps, evaluate.every_steps),
+        ("epochs", save.every_epochs, evaluate.every_epochs),
+    ]
     if wanted is None:
         return
     names = [source.name or Path(source.path).stem for source in recipe.data.eval]
     if wanted not in names:
         known = f"use {' or '.join(names)}" if names else "name a held-out file in data.eval"
         yield "checkpoint.keep_best", f"{wanted!r} is not a held-out set; {known}"
-    elif save_every and (eval_every is None or save_every % eval_every):
-        what = f"checkpoints every {save_every} steps are not evaluated, with eval.every_steps {eval_every or 'null'}"
-        yield "checkpoint.keep_best", f"{what}; make checkpoint.every_steps a multiple of it"
+        return
+    for unit, saved, evaluated in intervals:
+        if saved and (evaluated is None or saved % evaluated):
+            what = f"checkpoints every {saved} {unit} are not evaluated, with eval.every_{unit} {evaluated or 'null'}"
+            yield "checkpoint.keep_best", f"{what}; make checkpoint.every_{unit} a multiple of it"
 
 
 def check_world_size(recipe: Recipe, world_size: int) -> None:

@@ -6,6 +6,7 @@ The rows are those of the whole index, or the first ones of each source if one i
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -17,8 +18,8 @@ from qwen3vl_train.data.errors import Reject, RowFault
 from qwen3vl_train.data.open import cost_model, length_rule, pack_limits
 from qwen3vl_train.data.packing.index import Index, build_index
 from qwen3vl_train.data.packing.loader import Loader
-from qwen3vl_train.data.packing.mixture import InOrder, Shuffled
-from qwen3vl_train.data.packing.plan import FamilyCosts, plan_packs
+from qwen3vl_train.data.packing.mixture import InOrder, Numbered
+from qwen3vl_train.data.packing.plan import FamilyCosts, pack_in_order, plan_packs
 from qwen3vl_train.data.packing.windows import IndexedWindows
 from qwen3vl_train.data.rows.boxes import NO_CONVENTION, listed_marks
 from qwen3vl_train.data.rows.formats import column_names
@@ -180,12 +181,13 @@ def open_training(recipe: Recipe, collate: MultimodalCollator, max_rows: int | N
     if not index.num_usable:
         return Training(collate, index, sources, weights, [], 0, streamed=False)
     loader = Loader(
-        IndexedWindows(weighted, index, seed=train.seed, cost_model=cost_model(recipe)),
+        IndexedWindows(weighted, index, seed=train.seed, shuffle=data.shuffle, cost_model=cost_model(recipe)),
         collate,
         packs_per_step=train.packs_per_step,
         limits=pack_limits(data),
         num_epochs=train.num_epochs if train.num_steps is None else None,
         num_steps=train.num_steps,
+        shuffle=data.shuffle,
     )
     packs = [pack.rows for pack in loader.epoch_packs(0)]
     assert loader.num_steps is not None
@@ -214,7 +216,8 @@ def _read_streams(recipe: Recipe, collate: MultimodalCollator, max_rows: int | N
     weights: list[float] = []
     for entry in data.train:
         rules = entry_rules(entry)
-        readers = [InOrder(open_stream(entry))] if entry.streaming else map(Shuffled, open_sources(entry))
+        numbered = partial(Numbered, shuffle=data.shuffle)
+        readers = [InOrder(open_stream(entry))] if entry.streaming else map(numbered, open_sources(entry))
         files = [file for reader in readers for file in _read(reader, rules, most, recipe.train.seed)]
         sources += files
         weights += [entry.weight] * len(files)
@@ -224,7 +227,7 @@ def _read_streams(recipe: Recipe, collate: MultimodalCollator, max_rows: int | N
     return Training(collate, index, sources, weights, _plan(recipe, index), num_steps, streamed=True)
 
 
-def _read(reader: InOrder | Shuffled, rules: RowRules, most: int, seed: int) -> list[ReadRows]:
+def _read(reader: InOrder | Numbered, rules: RowRules, most: int, seed: int) -> list[ReadRows]:
     """Read the first rows of a source, a `ReadRows` for each of its files; an empty one if it has no row."""
     files: dict[str, ReadRows] = {}
     for row in islice(reader.rows(None, (seed,)), most):
@@ -242,7 +245,8 @@ def _plan(recipe: Recipe, index: Index) -> list[list[int]]:
         return []
     tokens, patches, pairs = (column[numbers] for column in (index.tokens, index.patches, index.patch_pairs))
     work = cost_model(recipe).work(tokens, patches, pairs)
-    packs = plan_packs(FamilyCosts.from_rows(tokens, patches, work), pack_limits(recipe.data))
+    plan = plan_packs if recipe.data.shuffle else pack_in_order
+    packs = plan(FamilyCosts.from_rows(tokens, patches, work), pack_limits(recipe.data))
     return [numbers[pack].tolist() for pack in packs]
 
 

@@ -18,7 +18,7 @@ from qwen3vl_train.data.errors import Reject, RowFault
 from qwen3vl_train.data.open import cost_model, length_rule, open_collator, pack_limits
 from qwen3vl_train.data.packing.index import Index, build_index
 from qwen3vl_train.data.packing.loader import Loader, StepPacks
-from qwen3vl_train.data.packing.mixture import InOrder, Part, Shuffled
+from qwen3vl_train.data.packing.mixture import InOrder, Numbered, Part
 from qwen3vl_train.data.packing.packs import eval_packs
 from qwen3vl_train.data.packing.plan import plan_figures
 from qwen3vl_train.data.packing.stream import StreamedWindows
@@ -262,7 +262,10 @@ def _make_loader(recipe: Recipe, ranks: Ranks, opened: _Opened, index: Index) ->
     data, train, cost = recipe.data, recipe.train, cost_model(recipe)
     if opened.streams:
         parts = [
-            Part(Shuffled(source) if isinstance(source, FileSource) else InOrder(source, entry.num_rows), entry.weight)
+            Part(
+                Numbered(source, data.shuffle) if isinstance(source, FileSource) else InOrder(source, entry.num_rows),
+                entry.weight,
+            )
             for source, entry in opened.train
         ]
         producer: WindowProducer = StreamedWindows(
@@ -272,12 +275,12 @@ def _make_loader(recipe: Recipe, ranks: Ranks, opened: _Opened, index: Index) ->
         )  # fmt: skip
     else:
         weighted = [(source, entry.weight) for source, entry in opened.train if isinstance(source, FileSource)]
-        producer = IndexedWindows(weighted, index, seed=train.seed, cost_model=cost)
+        producer = IndexedWindows(weighted, index, seed=train.seed, shuffle=data.shuffle, cost_model=cost)
     return Loader(
         producer, opened.collate,
         packs_per_step=train.packs_per_step, limits=pack_limits(data),
         num_epochs=train.num_epochs if train.num_steps is None else None, num_steps=train.num_steps,
-        data_rank=ranks.rank, data_world_size=ranks.world_size,
+        shuffle=data.shuffle, data_rank=ranks.rank, data_world_size=ranks.world_size,
         num_workers=data.num_workers, pin_memory=ranks.device.type == "cuda",
         # Where it is made of the times of files, machines with copies of their own do not share it.
         fingerprint=ranks.on_main(producer.fingerprint),

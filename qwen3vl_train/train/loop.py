@@ -13,6 +13,7 @@ from qwen3vl_train import __version__
 from qwen3vl_train.checkpoint.manifest import KeepPolicy, read_manifest
 from qwen3vl_train.checkpoint.writer import CheckpointWriter, load_checkpoint
 from qwen3vl_train.config import Recipe, check_world_size, run_dir
+from qwen3vl_train.config.fields import CheckpointSection, EvalSection
 from qwen3vl_train.data.errors import Reject
 from qwen3vl_train.data.rejects import RejectSummary
 from qwen3vl_train.dist.ranks import Ranks
@@ -151,14 +152,17 @@ def _loop(run: Run, recorder: Recorder, stop: StopSignals, writer: CheckpointWri
         run.watchdog.heartbeat(progress.step)
         last = progress.step == num_steps
         losses: dict[str, float] = {}
-        if last or (_every(recipe.eval.every_steps, progress.step) and not ranks.any(stop.received)):
+        epoch = packs.epoch + 1 if packs.ends_epoch else None
+        if last or (_due(recipe.eval, progress.step, epoch) and not ranks.any(stop.received)):
             losses, more_rejects = _evaluate(run, recorder)
             rejects += more_rejects
         for reject in RejectSummary(rejects).lines():
             recorder.line(f"rejected: {reject}")
-        if last or _every(recipe.checkpoint.every_steps, progress.step):
+        keep = recipe.checkpoint
+        if (last and keep.save_last) or _due(keep, progress.step, epoch):
             _save(run, recorder, writer, losses)
-        if _every(recipe.checkpoint.export_every_steps, progress.step) and (last or not ranks.any(stop.received)):
+        due = _every(keep.export_every_steps, progress.step) or _every(keep.export_every_epochs, epoch)
+        if due and (last or not ranks.any(stop.received)):
             target = run.folder / "export" / f"step-{progress.step:08d}"
             seconds = export_while_training(recipe, run.model, target, ranks)
             recorder.line(f"export step {progress.step}: written in {seconds:.1f} s, {target}")
@@ -200,5 +204,10 @@ def _save(run: Run, recorder: Recorder, writer: CheckpointWriter, losses: dict[s
     writer.start(run.progress.step, run.optimizer.state_tensors, manifest)
 
 
-def _every(steps: int | None, step: int) -> bool:
-    return steps is not None and step % steps == 0
+def _due(when: CheckpointSection | EvalSection, step: int, epoch: int | None) -> bool:
+    """Return whether something is due after this step. epoch: epochs done where the step ends one, else None."""
+    return _every(when.every_steps, step) or _every(when.every_epochs, epoch)
+
+
+def _every(interval: int | None, number: int | None) -> bool:
+    return interval is not None and number is not None and number % interval == 0

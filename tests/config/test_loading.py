@@ -38,6 +38,7 @@ data:
   max_frames: null
   max_image_pixels: null
   stream_window: 2048
+  shuffle: true
   num_workers: 4
   max_rejected_fraction: 0.01
 optim:
@@ -50,8 +51,9 @@ parallel:
   {engine: ddp, timeout_seconds: 1800.0, replicate: 1, shard: null, reduce_dtype: float32, reshard_after_forward: auto,
    cpu_offload: false, zero_stage: 2, deepspeed_config: null, offload_optimizer: false, offload_parameters: false}
 checkpoint:
-  {every_steps: 200, keep_last: 2, keep_every_steps: null, keep_best: null, export_every_steps: null, resume: auto}
-eval: {every_steps: 200}
+  {every_steps: 200, every_epochs: null, save_last: true, keep_last: 2, keep_every_steps: null, keep_best: null,
+   export_every_steps: null, export_every_epochs: null, resume: auto}
+eval: {every_steps: 200, every_epochs: null}
 track: {wandb: offline, project: qwen3vl}
 """
 NOT_A_MAPPING = "not a mapping; a recipe is keys and values, such as name: my-run"
@@ -248,6 +250,28 @@ def test_fields_of_an_engine_survive_the_run_folder(small, parallel):
     recipe = small(parallel=parallel)
     assert {name: recipe.to_dict()["parallel"][name] for name in parallel} == parallel
     assert recipe_from_dict(recipe.to_dict()) == recipe
+
+
+@pytest.mark.parametrize(
+    ("given", "steps", "epochs"),
+    [
+        ({}, 200, None),
+        ({"every_epochs": 2}, None, 2),
+        ({"every_epochs": None}, 200, None),
+        ({"every_steps": 50, "every_epochs": 1}, 50, 1),
+    ],
+    ids=str,
+)
+def test_epochs_take_the_place_of_the_default_of_steps(small, given, steps, epochs):
+    recipe = small(eval=given, checkpoint=given)
+    assert (recipe.eval.every_steps, recipe.eval.every_epochs) == (steps, epochs)
+    assert (recipe.checkpoint.every_steps, recipe.checkpoint.every_epochs) == (steps, epochs)
+    assert recipe_from_dict(recipe.to_dict()) == recipe
+
+
+@pytest.mark.parametrize(("given", "epochs"), [(3, "3"), (3.0, "3"), (0.5, "0.5")])
+def test_epochs_are_whole_or_a_fraction(small, given, epochs):
+    assert str(small(train={"num_epochs": given}).train.num_epochs) == epochs
 
 
 def test_keep_best_names_an_evaluated_held_out_set(small):

@@ -10,7 +10,7 @@ import torch
 from qwen3vl_train.data.encode.collator import MultimodalCollator
 from qwen3vl_train.data.packing.index import Index, LengthRule, build_index
 from qwen3vl_train.data.packing.loader import Loader
-from qwen3vl_train.data.packing.mixture import InOrder, Part, Shuffled
+from qwen3vl_train.data.packing.mixture import InOrder, Numbered, Part
 from qwen3vl_train.data.packing.plan import PackLimits, random_stream
 from qwen3vl_train.data.packing.stream import StreamedWindows
 from qwen3vl_train.data.packing.windows import IndexedWindows
@@ -66,9 +66,9 @@ def sources_of(folder: Path) -> list[JsonlSource]:
     return [JsonlSource(folder / name, folder) for name in NUM_ROWS]
 
 
-def parts_of(folder: Path, weights=(1.0, 1.0)) -> list[Part]:
+def parts_of(folder: Path, weights=(1.0, 1.0), shuffle: bool = True) -> list[Part]:
     stream = InOrder(FileStream("s", [str(folder / "s.jsonl"), str(folder / "t.jsonl")], str(folder), RowRules()))
-    return [Part(stream, weights[0]), Part(Shuffled(JsonlSource(folder / "k.jsonl", folder)), weights[1])]
+    return [Part(stream, weights[0]), Part(Numbered(JsonlSource(folder / "k.jsonl", folder), shuffle), weights[1])]
 
 
 def make_loader(
@@ -87,15 +87,15 @@ def make_loader(
     **changes,
 ) -> Loader:
     """Return a loader of two epochs in steps of 5 packs; weights: of the files of pictures, and of `k.jsonl`."""
-    num_workers = changes.get("num_workers", 0)
+    num_workers, shuffle = changes.get("num_workers", 0), changes.get("shuffle", True)
     if kind == "indexed":
         sources = sources_of(folder)
         index = index or build_index(sources, collator, rule)
         weighted = list(zip(sources, (weights[0], weights[0], weights[1]), strict=True))
-        producer = IndexedWindows(weighted, index, seed=seed, size=window)
+        producer = IndexedWindows(weighted, index, seed=seed, shuffle=shuffle, size=window)
     else:
         producer = StreamedWindows(
-            parts_of(folder, weights), collator, rule, seed=seed, size=window,
+            parts_of(folder, weights, shuffle), collator, rule, seed=seed, size=window,
             broadcast=broadcast, is_scanner=rank == 0, in_worker=num_workers > 0,
         )  # fmt: skip
     options = {"packs_per_step": 5, "limits": PackLimits(rule.max_tokens), "num_epochs": 2, **changes}

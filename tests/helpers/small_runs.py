@@ -126,7 +126,7 @@ def sources_of(packs: list[PackedBatch], ranks: Ranks = ALONE) -> list[str]:
 
 def step_packs(packs: list[PackedBatch], numbers: list[int]) -> StepPacks:
     """The packs of a step as the loader yields them; the step reads nothing else of its plan."""
-    return StepPacks(packs, numbers, len(packs), 0, [], {}, 1.0, PlanHash(0, 0), 0, 0, 0)
+    return StepPacks(packs, numbers, len(packs), 0, [], {}, 1.0, PlanHash(0, 0), False, 0, 0, 0)
 
 
 def step_options(model: Qwen3VLForConditionalGeneration, sources: list[str], **changes: Any) -> StepOptions:

@@ -25,7 +25,7 @@ TALLY = StepTally(
 )  # fmt: skip
 PACKS = StepPacks(
     packs=[], pack_numbers=[], num_packs=2, epoch=1, rejected=[], state={}, balance=1.25,
-    plan_hash=PlanHash(0, 0), num_dropped=2, num_shrunk=3, num_seen=9,
+    plan_hash=PlanHash(0, 0), ends_epoch=False, num_dropped=2, num_shrunk=3, num_seen=9,
 )  # fmt: skip
 TIMES = StepTimes(step=2.0, data_wait=0.5, checkpoint_stall=0.0)
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from qwen3vl_train.checkpoint.manifest import checkpoint_folder, latest_checkpoint, read_manifest
+from qwen3vl_train.checkpoint.manifest import checkpoint_folder, complete_checkpoints, latest_checkpoint, read_manifest
 from qwen3vl_train.checkpoint.writer import CheckpointWriter
-from qwen3vl_train.config import Recipe, run_dir
+from qwen3vl_train.config import Recipe, load_recipe, run_dir
 from qwen3vl_train.dist.stop import StopRequest
 from qwen3vl_train.tracking.metrics import read_metrics
 from qwen3vl_train.tracking.recorder import Recorder
@@ -98,6 +98,28 @@ def test_the_best_checkpoint_is_kept(small: Path, task: Path, tmp_path: Path):
     best = min(logged, key=lambda step: logged[step])
     kept = sorted(int(folder.name[5:]) for folder in (run / "checkpoints").iterdir())
     assert kept == sorted({best, 3, 6})
+
+
+def test_epochs_say_when_to_save_to_evaluate_and_to_export(small: Path, task: Path, tmp_path: Path):
+    """The run ends within its third epoch."""
+    case = {
+        "tune": small_runs.LORA,
+        "data__eval": [{"path": str(task / "eval.jsonl"), "name": "held"}],
+        "train": {"num_epochs": 2.6, "packs_per_step": 2},
+        "eval": {"every_epochs": 1},
+        "checkpoint": {"every_epochs": 1, "save_last": False, "keep_last": 9, "export_every_epochs": 2},
+    }
+    run = train(small_runs.make_recipe(small, task, tmp_path, **case))
+    epochs = [row["epoch"] for row in read_metrics(run / "metrics.jsonl")]
+    first, second = epochs.count(0), epochs.count(0) + epochs.count(1)
+    assert 0 < len(epochs) - second < first, "the third epoch is not complete"
+    evaluated = [json.loads(line)["step"] for line in (run / "eval.jsonl").read_text().splitlines()]
+    assert evaluated == [first, second, len(epochs)]
+    saved = [read_manifest(folder)["step"] for folder in complete_checkpoints(run)]
+    assert saved == [first, second]
+    assert [folder.name for folder in (run / "export").iterdir()] == [f"step-{second:08d}"]
+    train(load_recipe(run / "recipe.yaml"))  # resumes after the last one saved, and trains the rest again
+    assert [row["epoch"] for row in read_metrics(run / "metrics.jsonl")] == epochs
 
 
 # ---- an error of one rank ends the run on all ranks

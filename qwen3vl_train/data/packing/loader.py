@@ -16,7 +16,15 @@ from qwen3vl_train.batch import PackedBatch
 from qwen3vl_train.data.encode.collator import MultimodalCollator
 from qwen3vl_train.data.errors import Reject
 from qwen3vl_train.data.packing.packs import Families, PackBuilder, PackResult, build_packs
-from qwen3vl_train.data.packing.plan import PackLimits, PlanHash, arrange, plan_packs, rank_loads, share
+from qwen3vl_train.data.packing.plan import (
+    PackLimits,
+    PlanHash,
+    arrange,
+    pack_in_order,
+    plan_packs,
+    rank_loads,
+    share,
+)
 from qwen3vl_train.data.packing.windows import Cursor, Window, WindowProducer
 
 
@@ -52,6 +60,7 @@ class StepPacks:
     state: dict[str, Any]
     balance: float  # planned work of the busiest rank, over the mean of all ranks
     plan_hash: PlanHash  # the same on every rank, or they have not planned the same
+    ends_epoch: bool  # no step of this epoch follows; of a stream, false where only rows that cannot be used follow
     num_shrunk: int  # media in the step, over all ranks, that a budget made smaller
     num_seen: int  # rows scanned since the run began
     num_dropped: int  # of them, as too long
@@ -86,8 +95,9 @@ class Loader:
         *,
         packs_per_step: int,
         limits: PackLimits,
-        num_epochs: int | None = None,
+        num_epochs: float | None = None,
         num_steps: int | None = None,
+        shuffle: bool = True,
         data_rank: int = 0,
         data_world_size: int = 1,
         num_workers: int = 0,
@@ -97,7 +107,9 @@ class Loader:
         """Prepare; nothing is read until iteration. Raises ValueError for settings out of range.
 
         packs_per_step: of all ranks together.
-        num_epochs, num_steps: exactly one of them ends the run; one without a usable row has no steps.
+        num_epochs, num_steps: exactly one of them ends the run; one without a usable row has no steps. Of the last
+            epoch, a fraction is trained to the nearest step; that needs rows that are counted.
+        shuffle: whether packs and their steps are chosen for even work; else rows are packed in their order.
         data_rank, data_world_size: which share of the packs is this rank's; ranks that share a pack have the same.
         fingerprint: of the producer, where not this rank's own.
         """
@@ -106,16 +118,20 @@ class Loader:
         ends = f"train: num_epochs is {num_epochs} and num_steps is {num_steps}"
         if (num_epochs is None) == (num_steps is None):
             raise ValueError(f"{ends}; give one of them")
-        if (num_epochs or num_steps or 0) < 1:
-            raise ValueError(f"{ends}; use at least 1")
+        if (num_epochs or 0) <= 0 and (num_steps or 0) < 1:
+            raise ValueError(f"{ends}; use more than 0")
+        if (num_epochs or 0) % 1 and producer.num_usable is None:
+            raise ValueError(f"{ends}; a stream does not say how long an epoch is, use train.num_steps")
         self.producer, self.collator, self.limits, self.packs_per_step = producer, collator, limits, packs_per_step
         self.num_epochs, self._num_steps = num_epochs, 0 if producer.num_usable == 0 else num_steps
+        self.shuffle = shuffle
         self.data_rank, self.data_world_size = data_rank, data_world_size
         self.num_workers, self.pin_memory = num_workers, pin_memory
         self.fingerprint: dict[str, Any] = {
             **(producer.fingerprint() if fingerprint is None else fingerprint),
             "limits": repr(limits),
             "packs_per_step": packs_per_step,
+            **({} if shuffle else {"shuffle": False}),
         }
         self._position = Position(producer.start(), 0, 0, 0, *producer.counts, [], 0)
         self._epoch_lengths: dict[int, int] = {}  # in steps
@@ -138,12 +154,15 @@ class Loader:
         With num_epochs, every epoch is planned whose length is not known yet.
         """
         if self._num_steps is None and self.producer.num_usable is not None:
-            self._num_steps = sum(self._plan_lengths())
+            lengths = self._plan_lengths()
+            fraction = (self.num_epochs or 0) % 1
+            last = max(1, round(fraction * lengths.pop())) if fraction else 0
+            self._num_steps = sum(lengths) + last
         return self._num_steps
 
     def _plan_lengths(self) -> list[int]:
-        """Return the steps of each epoch; of none where they need not or cannot be known ahead."""
-        epochs = range(self.num_epochs or 0) if self.producer.num_usable is not None else range(0)
+        """Return the steps of each epoch begun; of none where they need not or cannot be known ahead."""
+        epochs = range(math.ceil(self.num_epochs or 0)) if self.producer.num_usable is not None else range(0)
         # The epoch that is trained next comes last: the plan of the last one is kept.
         for epoch in sorted(set(epochs) - self._epoch_lengths.keys(), key=lambda epoch: (epoch == self.epoch, epoch)):
             self._epoch_lengths[epoch] = math.ceil(len(self.epoch_packs(epoch)) / self.packs_per_step)
@@ -246,7 +265,8 @@ class Loader:
                 begun.append(packs[number])
                 if len(begun) == self.packs_per_step:
                     position = position._replace(taken=number + 1, steps_done=position.steps_done + 1)
-                    yield self._step(begun, window.epoch, position, rejected), begun
+                    ends_epoch = window.ends_epoch and number + 1 == len(packs)
+                    yield self._step(begun, window.epoch, position, rejected, ends_epoch), begun
                     begun, rejected = [], []
                     if self._ends(position):
                         return
@@ -256,14 +276,15 @@ class Loader:
                 skipped=[], content_hash=0,
             )  # fmt: skip
             if is_short:
-                yield self._step(begun, window.epoch, position, rejected), begun
+                yield self._step(begun, window.epoch, position, rejected, ends_epoch=True), begun
                 begun, rejected = [], []
             if self._ends(position):
                 return
 
     def _ends(self, position: Position) -> bool:
-        if self._num_steps is not None:
-            return position.steps_done >= self._num_steps
+        num_steps = self.num_steps if (self.num_epochs or 0) % 1 else self._num_steps
+        if num_steps is not None:
+            return position.steps_done >= num_steps
         assert self.num_epochs is not None
         return position.cursor["epoch"] >= self.num_epochs
 
@@ -278,7 +299,7 @@ class Loader:
             carry_over = 0 if window.ends_epoch else (carry_over - len(packs)) % self.packs_per_step
 
     def _plan(self, window: Window, carry_over: int) -> list[PlannedPack]:
-        """Pack a window. The order of its packs follows from the window and carry_over alone."""
+        """Pack a window. The order of its packs follows from the window and carry_over alone; or it is its rows'."""
         if not window.families:
             return []
         costs = window.costs
@@ -289,13 +310,17 @@ class Loader:
                 int(costs.work[pack].sum()),
                 int(costs.num_shrunk[pack].sum()),
             )
-            for pack in plan_packs(costs, self.limits)
+            for pack in (plan_packs if self.shuffle else pack_in_order)(costs, self.limits)
         ]
+        if not self.shuffle:
+            return packs
         work = [pack.work for pack in packs]
         order = arrange(work, packs_per_step=self.packs_per_step, carry_over=carry_over, seed=window.order_seed)
         return [packs[number] for number in order]
 
-    def _step(self, packs: list[PlannedPack], epoch: int, position: Position, rejected: list[Reject]) -> StepPacks:
+    def _step(
+        self, packs: list[PlannedPack], epoch: int, position: Position, rejected: list[Reject], ends_epoch: bool
+    ) -> StepPacks:
         keys = [[self.producer.row_key(row) for row in pack.rows] for pack in packs]
         work = [pack.work for pack in packs]
         shares = share(work, self.data_world_size)
@@ -309,6 +334,7 @@ class Loader:
             state=self._state(position),
             balance=max(loads) * self.data_world_size / sum(loads),
             plan_hash=PlanHash.from_plan(position._asdict(), keys),
+            ends_epoch=ends_epoch,
             num_shrunk=sum(pack.num_shrunk for pack in packs),
             num_seen=position.num_seen,
             num_dropped=position.num_dropped,

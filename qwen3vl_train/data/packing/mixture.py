@@ -25,15 +25,16 @@ class InOrder:
         return self.source.rows(state)
 
 
-class Shuffled:
-    """A source whose rows are known by number, read in an order that the seed draws."""
+class Numbered:
+    """A source whose rows are known by number, read in an order that the seed draws, or else in the file's."""
 
-    def __init__(self, source: Source) -> None:
-        self.source, self.num_rows = source, len(source)
+    def __init__(self, source: Source, shuffle: bool = True) -> None:
+        self.source, self.num_rows, self.shuffle = source, len(source), shuffle
 
     def rows(self, state: dict[str, Any] | None, seed: tuple[int, ...]) -> Iterator[StreamRow]:
         """Yield the rows after a state."""
-        order = random_stream(seed).permutation(len(self.source))
+        rows = len(self.source)
+        order = random_stream(seed).permutation(rows) if self.shuffle else range(rows)
         for position in range(state["position"] if state else 0, len(order)):
             row = int(order[position])
             try:
@@ -47,7 +48,7 @@ class Shuffled:
 class Part:
     """One source of a mixture. weight: how often a row of it is drawn in an epoch; a fraction draws by chance."""
 
-    reader: InOrder | Shuffled
+    reader: InOrder | Numbered
     weight: float
 
     @property

@@ -5,14 +5,12 @@ from functools import partial
 from itertools import chain
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from qwen3vl_train.batch import PackedBatch
 from qwen3vl_train.data.encode.collator import MultimodalCollator
 from qwen3vl_train.data.encode.encoder import EncodedSample
 from qwen3vl_train.data.errors import Reject, RowFault
 from qwen3vl_train.data.packing.index import Index
-from qwen3vl_train.data.packing.plan import FamilyCosts, PackLimits
+from qwen3vl_train.data.packing.plan import FamilyCosts, PackLimits, pack_in_order
 from qwen3vl_train.data.packing.shared_memory import SharedMemoryPack
 from qwen3vl_train.data.packing.workers import in_workers
 from qwen3vl_train.data.rows.media_files import local_files, media_signature
@@ -127,14 +125,8 @@ def eval_packs(
 
     index: of this source alone. Ranks may get different numbers of packs.
     """
-    sizes, capacities = limits.sizes(FamilyCosts.from_rows(index.tokens, index.patches, index.tokens))
-    packs: list[list[tuple[int]]] = []
-    room = np.zeros_like(capacities)
-    for number in index.usable(0).tolist():
-        if not packs or (sizes[number] > room).any():
-            packs.append([])
-            room = capacities.copy()
-        packs[-1].append((number,))
-        room -= sizes[number]
+    rows = index.usable(0)
+    costs = FamilyCosts.from_rows(index.tokens[rows], index.patches[rows], index.tokens[rows])
+    packs = [[(number,) for number in rows[pack].tolist()] for pack in pack_in_order(costs, limits)]
     build = PackBuilder(ReadIndexedRow([source], index), collator)
     yield from build_packs(build, packs[data_rank::data_world_size], num_workers)

@@ -86,6 +86,30 @@ def plan_packs(costs: FamilyCosts, limits: PackLimits) -> list[list[int]]:
     Returns the indices of the families of each pack, ascending; each of 0..n-1 is in one pack. The plan depends on the
     arguments alone. Raises ValueError for a family without tokens, or one that fits into no pack.
     """
+    sizes, capacities = _checked_sizes(costs, limits)
+    packs, rooms = _best_fit(sizes, capacities)
+    _top_up(packs, rooms, sizes, costs.work)
+    return [sorted(pack) for pack in packs]
+
+
+def pack_in_order(costs: FamilyCosts, limits: PackLimits) -> list[list[int]]:
+    """Group families into packs in their order: a pack ends where the next family does not fit.
+
+    Returns and raises as `plan_packs`.
+    """
+    sizes, capacities = _checked_sizes(costs, limits)
+    packs: list[list[int]] = []
+    room = np.zeros_like(capacities)
+    for family, size in enumerate(sizes):
+        if not packs or (size > room).any():
+            packs.append([])
+            room = capacities.copy()
+        packs[-1].append(family)
+        room -= size
+    return packs
+
+
+def _checked_sizes(costs: FamilyCosts, limits: PackLimits) -> tuple[np.ndarray, np.ndarray]:
     sizes, capacities = limits.sizes(costs)
     wrong = np.flatnonzero((sizes[:, 0] < 1) | (sizes > capacities).any(axis=1))
     if wrong.size:
@@ -95,9 +119,7 @@ def plan_packs(costs: FamilyCosts, limits: PackLimits) -> list[list[int]]:
             f"to {limits.tokens} tokens and {'any number of' if limits.patches is None else limits.patches} patches; "
             "remove it"
         )
-    packs, rooms = _best_fit(sizes, capacities)
-    _top_up(packs, rooms, sizes, costs.work)
-    return [sorted(pack) for pack in packs]
+    return sizes, capacities
 
 
 def _best_fit(sizes: np.ndarray, capacities: np.ndarray) -> tuple[list[list[int]], np.ndarray]:

@@ -76,7 +76,7 @@ def check_weights(sources_with_weights: Sequence[tuple[Any, float]]) -> None:
 
 
 class IndexedWindows:
-    """A `WindowProducer` over indexed sources: all usable rows of an epoch in an order that the seed draws."""
+    """A `WindowProducer` over indexed sources: all usable rows of an epoch, by default in an order that seed draws."""
 
     def __init__(
         self,
@@ -84,11 +84,13 @@ class IndexedWindows:
         index: Index,
         *,
         seed: int,
+        shuffle: bool = True,
         size: int = 8192,
         cost_model: CostModel | None = None,
     ) -> None:
         """Prepare; nothing is read. Raises ValueError for a weight out of range.
 
+        shuffle: else the rows of an epoch are those of the sources one after the other, each in its own order.
         sources_with_weights: weight 1 is every row once an epoch, 2 twice, 0.5 another random half each epoch.
         size: rows of a window: by default so many that almost no pack has room left over.
         """
@@ -97,7 +99,7 @@ class IndexedWindows:
         lengths = [len(source) for source in self.sources]
         assert np.diff(index.starts).tolist() == lengths, f"index of other sources: {index.starts}, rows {lengths}"
         check_weights(sources_with_weights)
-        self.index, self.seed, self.size = index, seed, size
+        self.index, self.seed, self.shuffle, self.size = index, seed, shuffle, size
         self.cost_model = cost_model or CostModel()
         self.work = self.cost_model.work(index.tokens, index.patches, index.patch_pairs)
         self.costs = FamilyCosts.from_rows(index.tokens, index.patches, self.work, index.num_shrunk)
@@ -124,7 +126,7 @@ class IndexedWindows:
             epoch, first = epoch + 1, 0
 
     def _epoch_order(self, epoch: int) -> np.ndarray:
-        """Return the rows of an epoch, shuffled: each usable row as often as its source's weight says."""
+        """Return the rows of an epoch in their order: each usable row as often as its source's weight says."""
         stream = random_stream((self.seed, epoch, 0))
         chosen = []
         for source, weight in enumerate(self.weights):
@@ -133,7 +135,7 @@ class IndexedWindows:
             some = stream.permutation(len(rows))[: max(round(fraction * len(rows)), 1 if weight < 1 else 0)]
             chosen += [rows] * repeats + [rows[np.sort(some)]]
         order = np.concatenate(chosen)
-        return order[stream.permutation(len(order))]
+        return order[stream.permutation(len(order))] if self.shuffle else order
 
     def row_key(self, row: int) -> int:
         return row

@@ -139,7 +139,7 @@ def test_killed_worker_raises(make, kind):
         ({"packs_per_step": 0}, "train.packs_per_step: got 0; use at least 1"),
         ({"num_steps": 5}, "train: num_epochs is 2 and num_steps is 5; give one of them"),
         ({"num_epochs": None}, "train: num_epochs is None and num_steps is None; give one of them"),
-        ({"num_epochs": 0}, "train: num_epochs is 0 and num_steps is None; use at least 1"),
+        ({"num_epochs": 0}, "train: num_epochs is 0 and num_steps is None; use more than 0"),
         ({"weights": (1.0, 0.0)}, "weight is 0.0; use a number above 0"),
         ({"weights": (1.0, -1.0)}, "weight is -1.0; use a number above 0"),
         ({"weights": (float("nan"), 1.0)}, "weight is nan; use a number above 0"),

@@ -4,7 +4,7 @@ from itertools import islice
 
 import pytest
 
-from qwen3vl_train.data.packing.mixture import InOrder, Mixture, Part, Shuffled
+from qwen3vl_train.data.packing.mixture import InOrder, Mixture, Numbered, Part
 from qwen3vl_train.data.rows.parse import RowRules
 from qwen3vl_train.data.sources import JsonlSource
 from qwen3vl_train.data.sources.streams import FileStream
@@ -26,7 +26,7 @@ def readers(tmp_path_factory):
         path = write(name, num_rows)
         return InOrder(FileStream(path, [path], None, RowRules()), known)
 
-    return stream, lambda name, num_rows: Shuffled(JsonlSource(write(name, num_rows)))
+    return stream, lambda name, num_rows: Numbered(JsonlSource(write(name, num_rows)))
 
 
 def texts(mixture, cursor):
@@ -79,7 +79,7 @@ def test_faults_of_rows_keep_their_position(tmp_path):
     file = tmp_path / "a.jsonl"
     good = '{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "x"}]}'
     file.write_text(f"{good}\n{{\n{good}\n")
-    for reader in (InOrder(FileStream(str(file), [str(file)], None, RowRules())), Shuffled(JsonlSource(file))):
+    for reader in (InOrder(FileStream(str(file), [str(file)], None, RowRules())), Numbered(JsonlSource(file))):
         mixture = Mixture([Part(reader, 1.0)], seed=0)
         rows = sorted(islice((row for _, row in mixture.rows(mixture.start())), 5), key=lambda row: row.row_number)
         assert [isinstance(row.sample, ValueError) for row in rows] == [False, True, False]
