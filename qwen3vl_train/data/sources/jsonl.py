@@ -62,9 +62,13 @@ def _begins_with_row(file: Any) -> bool:
         buffer.skip(1)
         buffer.peek()
         end, fault = _element_end(buffer)
+        if fault:
+            return False
+        first = json.loads(buffer.text[buffer.at : end])
+        buffer.skip(end - buffer.at)
+        return isinstance(first, dict | list) and not is_turn(first) and buffer.peek() in (",", "]")
     except UnicodeDecodeError:
         return False
-    return not fault and not is_turn(json.loads(buffer.text[buffer.at : end]))
 
 
 def _is_one_array(file: Any) -> bool:

@@ -68,6 +68,8 @@ def test_arrays_by_any_name(tmp_path, name, block, text):
         ([json.dumps([OBJECT, OBJECT]), json.dumps(OBJECT)], [[OBJECT, OBJECT], OBJECT]),
         (["[1]", json.dumps(OBJECT)], [[1], OBJECT]),
         (["[]", json.dumps(OBJECT)], [[], OBJECT]),
+        (['["question": "?", "answer": "x"}', json.dumps(OBJECT)], ["not JSON (", OBJECT]),
+        (['[{"a": 1} "b": 2]', json.dumps(OBJECT)], ["not JSON (", OBJECT]),
         (["[broken", json.dumps(OBJECT)], ["not JSON (", OBJECT]),
     ],
 )
