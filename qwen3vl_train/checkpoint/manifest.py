@@ -12,11 +12,13 @@ import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from qwen3vl_train.checkpoint.atomic import flush
 
 MANIFEST = "checkpoint.json"
+OPTIMIZER_FILES = "state/*-00002-of-00002.safetensors"
+"""Where the moments are in files of their own, see `KeepPolicy.optimizer`."""
 BLOCK = 2**24
 
 
@@ -25,11 +27,13 @@ class KeepPolicy:
     """Which checkpoints are kept: the newest keep_last, every keep_every-th step, and the best by a held-out loss.
 
     keep_best: name of the held-out file whose lowest loss is best; None to keep none for its loss.
+    optimizer: 'last' removes the moments from those that are kept for other reasons than being the newest.
     """
 
     keep_last: int
     keep_every: int | None = None
     keep_best: str | None = None
+    optimizer: Literal["all", "last"] = "all"
 
 
 def checkpoint_folder(run_dir: Path, step: int) -> Path:
@@ -59,8 +63,10 @@ def checksum_files(folder: Path, files: Iterable[Path]) -> FileEntries:
 def write_manifest(folder: Path, record: dict[str, Any], entries: FileEntries) -> None:
     """Write the manifest of a folder: a record, and the entries of its other files, which are complete and flushed."""
     content = json.dumps({**record, "files": dict(sorted(entries.items()))}, indent=1)
-    (folder / MANIFEST).write_text(content, encoding="utf-8")
-    flush(folder / MANIFEST)
+    temporary = folder / f".{MANIFEST}.tmp"
+    temporary.write_text(content, encoding="utf-8")
+    flush(temporary)
+    temporary.replace(folder / MANIFEST)
 
 
 def _crc32(file: Path) -> int:
@@ -102,20 +108,22 @@ def read_manifest(folder: Path, *, checksums: bool = False) -> dict[str, Any]:
 def choose_checkpoint(run_dir: Path) -> tuple[Path | None, list[str]]:
     """Return the newest checkpoint whose checksums are right, or None, and what is wrong with the newer ones.
 
-    Raises ValueError where there are checkpoints and none is complete.
+    Raises ValueError where there are checkpoints and none can be resumed from.
     """
     errors: list[str] = []
     folders = complete_checkpoints(run_dir)
     for folder in reversed(folders):
         try:
-            read_manifest(folder, checksums=True)
+            record = read_manifest(folder, checksums=True)
         except ValueError as error:
             errors.append(str(error))
-        else:
+            continue
+        if record.get("optimizer", True):
             return folder, errors
+        errors.append(f"{folder}: can be exported but not resumed from, checkpoint.keep_optimizer was last")
     if errors:
         listed = "".join(f"\n  - {error}" for error in errors)
-        raise ValueError(f"{run_dir}: none of {len(folders)} checkpoints is complete{listed}")
+        raise ValueError(f"{run_dir}: none of {len(folders)} checkpoints can be resumed from{listed}")
     return None, []
 
 
@@ -148,8 +156,21 @@ def prune(run_dir: Path, policy: KeepPolicy) -> None:
             if target.exists():  # of the same step, saved before a resume; a rename onto it would fail
                 shutil.rmtree(target)
             folder.rename(target)
+        elif policy.optimizer == "last" and folder not in folders[-policy.keep_last :]:
+            _remove_optimizer(folder)
     for removed in (run_dir / "checkpoints").glob(".step-*.removed"):
         shutil.rmtree(removed)
+
+
+def _remove_optimizer(folder: Path) -> None:
+    """Remove the files of moments, after a manifest without them is written; one that has none is left unchanged."""
+    files = {file.relative_to(folder).as_posix(): file for file in folder.glob(OPTIMIZER_FILES)}
+    record = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    if listed := files.keys() & record["files"].keys():
+        entries = {name: entry for name, entry in record.pop("files").items() if name not in listed}
+        write_manifest(folder, {**record, "optimizer": False}, entries)
+    for file in files.values():  # also those that a kill has left without an entry
+        file.unlink()
 
 
 def _loss(folder: Path, name: str) -> float | None:

@@ -112,7 +112,8 @@ class CheckpointWriter:
         self, staged: dict[str, Tensor], sharded: bool, partial: Path, folder: Path, record: dict[str, Any]
     ) -> None:
         try:
-            entries = _dcp_save(staged, partial / "state", self._group if sharded else None)
+            moments_apart = self._policy.optimizer == "last"
+            entries = _dcp_save(staged, partial / "state", self._group if sharded else None, moments_apart)
             if self._ranks.is_main:
                 write_manifest(partial, record, entries)
                 flush(partial / "state")
@@ -167,10 +168,14 @@ def _copy_to_host(tensor: Tensor) -> Tensor:
     return tensor.detach().clone() if tensor.device.type == "cpu" else tensor.detach().to("cpu", copy=True)
 
 
-def _dcp_save(tensors: dict[str, Tensor], folder: Path, group: dist.ProcessGroup | None) -> FileEntries:
+def _dcp_save(
+    tensors: dict[str, Tensor], folder: Path, group: dist.ProcessGroup | None, moments_apart: bool
+) -> FileEntries:
     """Write this rank's shards, or without a group everything; return, on rank 0, the entries of all ranks' files.
 
     Where the disk refuses one rank, all raise its error.
+
+    moments_apart: put them into files of their own, those of `OPTIMIZER_FILES`.
     """
     from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
@@ -187,7 +192,8 @@ def _dcp_save(tensors: dict[str, Tensor], folder: Path, group: dist.ProcessGroup
             return results
 
     entries: FileEntries = {}
-    writer = Writer(str(folder), save_distributed=True)
+    file_numbers = {name: 1 if name.startswith("weight/") else 2 for name in tensors} if moments_apart else None
+    writer = Writer(str(folder), fqn_to_index_mapping=file_numbers, save_distributed=True)
     _ignore_single_process_warnings()
     try:
         save(dict(tensors), storage_writer=writer, process_group=group, no_dist=group is None)

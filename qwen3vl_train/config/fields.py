@@ -227,6 +227,8 @@ class CheckpointSection(Section):
     every_steps, every_epochs: one every so many steps, every so many epochs, or both. The default of every_steps is for
         recipes without every_epochs.
     save_last: also write one after the last step.
+    keep_optimizer: last removes the optimizer's state, two thirds of a checkpoint, from those that keep_every_steps and
+        keep_best keep; these can be exported, but not resumed from.
     keep_every_steps: checkpoints at multiples of it are never deleted.
     keep_best: name of a held-out set; the checkpoint with its lowest loss is kept.
     export_every_steps, export_every_epochs: also write the Hugging Face form, to `export/` in the run folder.
@@ -238,6 +240,7 @@ class CheckpointSection(Section):
     keep_last: Count = 2
     keep_every_steps: Count | None = None
     keep_best: Text | None = None
+    keep_optimizer: Literal["all", "last"] = "all"
     export_every_steps: Count | None = None
     export_every_epochs: Count | None = None
     resume: Literal["auto", "never"] = "auto"

@@ -81,7 +81,7 @@ def train(recipe: Recipe) -> Path:
             torch.use_deterministic_algorithms(recipe.train.deterministic)  # imports torch's compiler: takes seconds
         run = _open_run(recipe, ranks, watchdog)
         keep = recipe.checkpoint
-        policy = KeepPolicy(keep.keep_last, keep.keep_every_steps, keep.keep_best)
+        policy = KeepPolicy(keep.keep_last, keep.keep_every_steps, keep.keep_best, keep.keep_optimizer)
         with (
             rank_log(run.folder, ranks) as out,
             Recorder(

@@ -136,7 +136,7 @@ def test_all_reasons_are_given_where_none_is_complete(tmp_path):
     older, newer = _cut(_make(tmp_path, 2)), _missing(_make(tmp_path, 4))
     assert (
         message_of(ValueError, choose_checkpoint, tmp_path)
-        == f"{tmp_path}: none of 2 checkpoints is complete\n  - {newer}\n  - {older}"
+        == f"{tmp_path}: none of 2 checkpoints can be resumed from\n  - {newer}\n  - {older}"
     )
 
 
@@ -211,3 +211,12 @@ def test_a_kill_while_pruning_leaves_no_partial_checkpoint(tmp_path):
     prune(tmp_path, KeepPolicy(9))
     names = sorted(folder.name[-9:] for folder in (tmp_path / "checkpoints").iterdir())
     assert names == ["-00000001", "-00000002", "-00000003"]
+
+
+def test_a_checkpoint_without_moments_is_not_resumed_from(tmp_path):
+    with_moments, without = _make(tmp_path, 1), _make(tmp_path, 2, optimizer=False)
+    why = f"{without}: can be exported but not resumed from, checkpoint.keep_optimizer was last"
+    assert choose_checkpoint(tmp_path) == (with_moments, [why])
+    (with_moments / "checkpoint.json").unlink()
+    message = message_of(ValueError, choose_checkpoint, tmp_path)
+    assert message == f"{tmp_path}: none of 1 checkpoints can be resumed from\n  - {why}"

@@ -52,7 +52,7 @@ parallel:
    cpu_offload: false, zero_stage: 2, deepspeed_config: null, offload_optimizer: false, offload_parameters: false}
 checkpoint:
   {every_steps: 200, every_epochs: null, save_last: true, keep_last: 2, keep_every_steps: null, keep_best: null,
-   export_every_steps: null, export_every_epochs: null, resume: auto}
+   keep_optimizer: all, export_every_steps: null, export_every_epochs: null, resume: auto}
 eval: {every_steps: 200, every_epochs: null}
 track: {wandb: offline, project: qwen3vl}
 """

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from qwen3vl_train.checkpoint.manifest import checkpoint_folder, complete_checkpoints, latest_checkpoint, read_manifest
-from qwen3vl_train.checkpoint.writer import CheckpointWriter
+from qwen3vl_train.checkpoint.writer import CheckpointWriter, read_tensors
 from qwen3vl_train.config import Recipe, load_recipe, run_dir
 from qwen3vl_train.dist.stop import StopRequest
 from qwen3vl_train.tracking.metrics import read_metrics
@@ -98,6 +98,32 @@ def test_the_best_checkpoint_is_kept(small: Path, task: Path, tmp_path: Path):
     best = min(logged, key=lambda step: logged[step])
     kept = sorted(int(folder.name[5:]) for folder in (run / "checkpoints").iterdir())
     assert kept == sorted({best, 3, 6})
+
+
+@pytest.mark.parametrize("engine", ["single", "fsdp2"])
+def test_moments_are_kept_in_the_last_checkpoints_alone(small: Path, task: Path, tmp_path: Path, engine: str):
+    case = {"tune": small_runs.LORA, "train__num_steps": 5, "parallel": {"engine": engine}}
+    keep = {"every_steps": 1, "keep_last": 2, "keep_every_steps": 2, "keep_optimizer": "last"}
+    recipe = small_runs.make_recipe(small, task, tmp_path, checkpoint=keep, **case)
+    whole = small_runs.make_recipe(
+        small, task, tmp_path / "whole", checkpoint={"every_steps": 2, "keep_last": 9}, **case
+    )
+    num_ranks = 2 if engine == "fsdp2" else 1
+    for each in (recipe, whole):
+        run_ranks(small_runs.train_on_rank, num_ranks, each)
+    run = tmp_path / "run"
+    parts = {
+        read_manifest(folder, checksums=True)["step"]: {name.split("/")[0] for name in read_tensors(folder)}
+        for folder in complete_checkpoints(run)
+    }
+    everything = {"weight", "exp_avg", "exp_avg_sq"}
+    assert parts == {2: {"weight"}, 4: everything, 5: everything}
+    second = read_tensors(checkpoint_folder(tmp_path / "whole" / "run", 2), "weight/")
+    small_runs.assert_same_tensors(read_tensors(checkpoint_folder(run, 2)), second)
+    # The second newest is whole: a run resumes from it, and equals one that never stopped.
+    shutil.rmtree(checkpoint_folder(run, 5))
+    run_ranks(small_runs.train_on_rank, num_ranks, recipe)
+    small_runs.assert_same_tensors(small_runs.final_tensors(run), small_runs.final_tensors(tmp_path / "whole" / "run"))
 
 
 def test_epochs_say_when_to_save_to_evaluate_and_to_export(small: Path, task: Path, tmp_path: Path):
