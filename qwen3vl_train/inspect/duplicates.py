@@ -2,13 +2,15 @@
 
 import hashlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from PIL import Image
 
 from qwen3vl_train.data.errors import RowFault
-from qwen3vl_train.data.media.paths import ImageInput, decode_data_uri, find_file
-from qwen3vl_train.data.rows.sample import ImagePart, Sample, TextPart
+from qwen3vl_train.data.media.folders import is_folder, list_frames
+from qwen3vl_train.data.media.paths import ImageInput, path_or_bytes
+from qwen3vl_train.data.rows.sample import ImagePart, Sample, TextPart, VideoPart
 from qwen3vl_train.inspect.facts import SHOWN_ROWS, DuplicateFacts
 from qwen3vl_train.inspect.training import Entry, RowRef
 
@@ -69,6 +71,10 @@ def _media_digest(sample: Sample) -> bytes:
             if isinstance(part, TextPart):
                 continue
             medium = part.image if isinstance(part, ImagePart) else part.video
+            if isinstance(part, VideoPart):
+                digest.update(hashlib.sha256(repr(replace(part, video="")).encode()).digest())  # its segment, its rate
+                if isinstance(medium, str) and is_folder(medium, sample.media_root):
+                    medium = list_frames(medium, sample.media_root)
             for one in medium if isinstance(medium, tuple) else (medium,):
                 # Each digest has a fixed length, so that no two lists of media concatenate to the same bytes.
                 digest.update(hashlib.sha256(_content(one, sample.media_root)).digest())
@@ -79,9 +85,5 @@ def _content(source: ImageInput, media_root: str | None) -> bytes:
     """Return the content of a medium: the bytes of its file, or the pixels of an image in memory."""
     if isinstance(source, Image.Image):
         return source.tobytes()
-    if isinstance(source, bytes):
-        return source
-    if isinstance(source, str):
-        is_data = source.startswith("data:")
-        return decode_data_uri(source) if is_data else Path(find_file(source, media_root)).read_bytes()
-    return source.fetch()
+    found = path_or_bytes(source, media_root)
+    return found if isinstance(found, bytes) else Path(found).read_bytes()

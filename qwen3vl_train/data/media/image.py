@@ -28,6 +28,8 @@ PATCH = 16
 MERGE = 2
 FACTOR = PATCH * MERGE
 MAX_ASPECT = 200
+ANY_SIZE = 1 << 62
+"""As a limit in pixels: for readers of sizes alone, which decode nothing."""
 
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 _DAMAGE = (

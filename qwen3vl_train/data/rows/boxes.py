@@ -20,7 +20,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from qwen3vl_train.data.errors import MediaFault, RowFault
-from qwen3vl_train.data.media.image import image_size
+from qwen3vl_train.data.media.image import ANY_SIZE, image_size
 from qwen3vl_train.data.rows.formats import Columns, column_names
 from qwen3vl_train.data.rows.sample import ImagePart, Part, Sample, TextPart
 from qwen3vl_train.data.rows.values import check_text, is_empty, is_number
@@ -172,7 +172,7 @@ def _image_sizes(sample: Sample) -> Callable[[Any, str], tuple[float, float]]:
             raise _BoxFault(f"{where}: image is {str(index)[:20]} of {len(images)}; images count from 0")
         if index not in sizes:
             try:
-                height, width = image_size(images[index].image, sample.media_root)
+                height, width = image_size(images[index].image, sample.media_root, ANY_SIZE)
             except MediaFault as fault:
                 raise fault.at(where) from None
             sizes[index] = (width, height)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from qwen3vl_train.data.errors import MediaFault, RowFault
+from qwen3vl_train.data.media.paths import is_base64
 from qwen3vl_train.data.media.remote import Remote, is_web_address
 from qwen3vl_train.data.rows.boxes import NO_CONVENTION, Convention, fill_boxes, fill_objects
 from qwen3vl_train.data.rows.formats import (
@@ -105,7 +106,7 @@ class RowRules:
         def resolved(medium: Any) -> Any:
             if isinstance(medium, tuple):
                 return tuple(map(resolved, medium))
-            if not isinstance(medium, str) or medium.startswith("data:"):
+            if not isinstance(medium, str) or medium.startswith("data:") or is_base64(medium):
                 return medium
             if self.allow_urls and is_web_address(medium):
                 return Remote(medium)

@@ -13,6 +13,8 @@ from qwen3vl_train.data.errors import MediaFault
 from qwen3vl_train.data.media.budgets import Budgets, Size
 from qwen3vl_train.data.media.clips import ClipRules
 from qwen3vl_train.data.media.limits import PixelLimits
+from qwen3vl_train.data.rows.boxes import Convention
+from qwen3vl_train.data.rows.parse import RowRules
 from qwen3vl_train.data.rows.sample import ImagePart, Message, Sample, TextPart, VideoPart
 from tests.helpers.clip_files import decode, oracle_patches, smooth, write_clip, write_timed
 from tests.helpers.messages import message_of
@@ -57,6 +59,11 @@ def test_limits_of_a_clip_hold_for_one_frame(num_frames):
         assert (rows * 16, cols * 16) == smart_resize(480, 640, 32, min_pixels=4096, max_pixels=50_176)
     _, rows, cols = BUDGETS.grid(Size(48, 64, num_frames, PixelLimits(min_pixels=50_176)))
     assert rows * cols * 256 >= 50_176
+    rng = random.Random(num_frames)
+    for _ in range(200):
+        size = Size(rng.randrange(32, 900), rng.randrange(32, 900), num_frames, PixelLimits(max_pixels=50_176))
+        _, rows, cols = BUDGETS.grid(size)
+        assert rows * cols * 256 <= 50_176, size
     few = replace(BUDGETS, clips=RULES._replace(max_pixels=4 * 65536))
     assert few.grid(Size(480, 640, 4, PixelLimits(min_pixels=10**6, max_pixels=10**6))) == few.grid(Size(480, 640, 4))
 
@@ -213,4 +220,11 @@ def test_large_images_are_decoded_up_to_the_limit_of_the_recipe(collate, monkeyp
     small = replace(collate, budgets=replace(collate.budgets, max_image_pixels=9_999))
     for encoder, fault in ((small, "9999 pixels, data.max_image_pixels"), (collate, "4000 pixels, Pillow's limit")):
         assert fault in message_of(MediaFault, encoder.cost, sample)
+    row = {
+        "messages": [{"role": "user", "content": [{"image": "a.png"}, {"text": "Where? <box>"}]},
+                     {"role": "assistant", "content": "Here."}],
+        "boxes": [[10, 20, 30, 40]],
+    }  # fmt: skip
+    boxed = RowRules(boxes=Convention("pixel")).sample(row, "row", str(tmp_path))  # reads the size, decodes nothing
+    assert "[100, 200, 300, 400]" in boxed.messages[0].text
     assert large.fingerprint() != small.fingerprint()

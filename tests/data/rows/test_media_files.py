@@ -6,6 +6,7 @@ import pytest
 from PIL import Image
 
 from qwen3vl_train.data.rows.media_files import local_files, media_signature
+from qwen3vl_train.data.rows.parse import RowRules
 from qwen3vl_train.data.rows.sample import ImagePart, Message, Sample, TextPart, VideoPart
 from qwen3vl_train.data.signatures import hash_rows, read_signatures
 from tests.helpers import faults
@@ -86,3 +87,11 @@ def test_hashes_of_rows_are_the_signatures_of_their_samples(tmp_path):
     paths = [path for row in rows for path in local_files(row)]
     hashes = hash_rows(np.array([2, 0, 1, 1]), read_signatures(paths))
     assert hashes.tolist() == [media_signature(row) for row in rows]
+
+
+def test_base64_text_is_not_asked_of_an_archive():
+    text = base64.b64encode(b"\x89PNG\r\n\x1a\n" + bytes(90)).decode()
+    row = {"question": "?", "answer": "x", "image": text}
+    found = RowRules().sample(row, "row", None, resolve=lambda path: pytest.fail(path))
+    assert found.messages[0].content[0] == ImagePart(text)
+    assert RowRules().sample(row, "row", "s3://bucket/images").messages[0].content[0] == ImagePart(text)
