@@ -1,7 +1,6 @@
 """Weights in Hugging Face form: read into our module tree, written so that transformers, peft and vLLM load them."""
 
 import json
-import shutil
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -18,12 +17,6 @@ from qwen3vl_train.model.hf_names import from_huggingface, to_huggingface
 from qwen3vl_train.model.lora import base_name, is_adapter
 from qwen3vl_train.model.qwen3vl import Qwen3VLForConditionalGeneration
 
-# What serving needs beside the weights; copied where present.
-COMPANION_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json",
-    "added_tokens.json", "chat_template.json", "chat_template.jinja", "preprocessor_config.json",
-    "video_preprocessor_config.json", "processor_config.json", "generation_config.json",
-)  # fmt: skip
 MAX_SHARD_BYTES = 5 * 10**9
 _SAMPLED_BYTES = 1024
 
@@ -222,15 +215,13 @@ def write_huggingface(
     *,
     source: str | Path,
     dtype: torch.dtype,
-    pixel_limits: tuple[int, int] | None = None,
-    clip_settings: Mapping[str, Any] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Write a checkpoint that stock transformers loads: shards, index, published config, companion files.
+    """Write the weights of a checkpoint that stock transformers loads: shards, index, published config.
 
     weights: by our names; a tied head once, as the embedding. An iterator works: only one file's are held at a time.
     sizes: their numbers of elements, in the same order.
-    source: the folder whose config and tokenizer files are copied, see `copy_companions`.
+    source: the folder whose config is written.
     """
     shards = _shards(sizes, dtype, max_shard_bytes)
     weight_map: dict[str, str] = {}
@@ -248,7 +239,6 @@ def write_huggingface(
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
     config = published_config(read_config(source), dtype=str(dtype).removeprefix("torch."))
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    copy_companions(source, folder, pixel_limits, clip_settings)
 
 
 def _shards(sizes: Mapping[str, int], dtype: torch.dtype, max_bytes: int) -> list[list[str]]:
@@ -261,41 +251,3 @@ def _shards(sizes: Mapping[str, int], dtype: torch.dtype, max_bytes: int) -> lis
             filled = elements * dtype.itemsize
         shards[-1].append(name)
     return shards
-
-
-def copy_companions(
-    source: str | Path,
-    folder: Path,
-    pixel_limits: tuple[int, int] | None = None,
-    clip_settings: Mapping[str, Any] | None = None,
-) -> None:
-    """Copy tokenizer, template, preprocessor and generation files; write into them what was used in training.
-
-    That is (min, max) pixels of an image, and for clips keys of the video preprocessor, `size` among them.
-    """
-    for name in COMPANION_FILES:
-        if (file := Path(source) / name).is_file():
-            shutil.copyfile(file, folder / name)
-    if pixel_limits is not None:
-        size = {"shortest_edge": pixel_limits[0], "longest_edge": pixel_limits[1]}
-        _write_settings(folder, "preprocessor_config.json", "image_processor", {"size": size})
-    if clip_settings is not None:
-        _write_settings(folder, "video_preprocessor_config.json", "video_processor", clip_settings)
-
-
-def _write_settings(folder: Path, own_file: str, section: str, settings: Mapping[str, Any]) -> None:
-    """Write settings into the files that hold them: one of their own, and a section of processor_config.json."""
-    old_names = {"min_pixels": "shortest_edge", "max_pixels": "longest_edge"}
-    for name, part_name in ((own_file, None), ("processor_config.json", section)):
-        file = folder / name
-        if not file.is_file():
-            continue
-        content = json.loads(file.read_text(encoding="utf-8"))
-        part = content if part_name is None else content.get(part_name)
-        if not isinstance(part, dict):
-            continue
-        part.update(settings)
-        for old, new in old_names.items():
-            if part.get(old) is not None:
-                part[old] = settings["size"][new]
-        file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

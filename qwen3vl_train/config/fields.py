@@ -6,6 +6,7 @@ between fields in `rules`; a field added here needs nothing there.
 
 import math
 import re
+from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AliasChoices, Field, field_validator, model_validator
@@ -23,6 +24,12 @@ from qwen3vl_train.modules import (
     is_group,
     unknown_group,
 )
+
+
+def _check_hub_id(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise ValueError(f"got {name[:120]!r}; write owner/name, as in Qwen/Qwen3-VL-4B-Instruct")
+    return name
 
 
 def _check_group(name: str) -> str:
@@ -51,13 +58,20 @@ class ModelSection(Section):
     """Name the checkpoint to start from.
 
     path: a local folder in Hugging Face form.
+    hub_id: the name of this checkpoint on the Hugging Face Hub, which exports then carry in place of the path.
     video_markup: how a clip is written into the text. bare: as Qwen's own code and transformers up to 5.9 do;
         wrapped: with one more pair of vision tokens around it, as transformers 5.10 to 5.23 do. Train what will serve.
     """
 
     path: Text
+    hub_id: Annotated[str, AfterValidator(_check_hub_id)] | None = None
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     video_markup: Literal["bare", "wrapped"] = "bare"
+
+    @property
+    def public_name(self) -> str:
+        """The name by which an export refers to its base: on the hub, or else an absolute path."""
+        return self.hub_id or str(Path(self.path).absolute())
 
 
 class LoraTune(Section):

@@ -14,7 +14,9 @@ _SECRET_QUERY = re.compile(r"(?i)([?&][^=&\s]*(?:token|key|secret|password|signa
 # These fields change where and how a run is executed, saved, evaluated and tracked, never which weights come out.
 # Activation checkpointing repeats the same arithmetic; the share of rejected rows only decides when to give up.
 _NOT_TRAINING = ("name", "output_dir", "checkpoint", "eval", "track", "parallel")
-_NOT_TRAINING_KEYS = ("data.num_workers", "data.max_rejected_fraction", "data.eval", "train.activation_checkpointing")
+_NOT_TRAINING_KEYS = (
+    "model.hub_id", "data.num_workers", "data.max_rejected_fraction", "data.eval", "train.activation_checkpointing",
+)  # fmt: skip
 
 
 def run_dir(recipe: Recipe) -> Path:

@@ -1,22 +1,22 @@
 """Export of a run: a PEFT adapter or a full checkpoint, checked by loading it into stock transformers."""
 
-import json
 import shutil
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from qwen3vl_train.checkpoint.adapter import ADAPTER_CONFIG, expect_equal, write_adapter
 from qwen3vl_train.checkpoint.atomic import atomic_folder
-from qwen3vl_train.checkpoint.hf import WeightFiles, copy_companions, write_huggingface
+from qwen3vl_train.checkpoint.companions import copy_companions, write_card
+from qwen3vl_train.checkpoint.hf import WeightFiles, write_huggingface
 from qwen3vl_train.config import LoraTune, Recipe
 from qwen3vl_train.data.encode.collator import MultimodalCollator
+from qwen3vl_train.data.encode.template import find_template
 from qwen3vl_train.data.open import open_collator
 from qwen3vl_train.dist.ranks import Ranks
 from qwen3vl_train.dist.tensors import full_tensor, global_shape
@@ -25,8 +25,6 @@ from qwen3vl_train.model.qwen3vl import DTYPES, Qwen3VLForConditionalGeneration
 from qwen3vl_train.train.build import as_trained
 from qwen3vl_train.train.load_run import RestoredRun, restore_run
 from qwen3vl_train.train.verify import LogitDifference, compare_with_transformers, probe_batches
-
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -112,9 +110,8 @@ def export_while_training(recipe: Recipe, model: Qwen3VLForConditionalGeneration
 def _write_weights(
     recipe: Recipe, weights: Iterable[tuple[str, Tensor]], sizes: dict[str, int], out: Path, collate: MultimodalCollator
 ) -> None:
-    source, dtype = recipe.model.path, DTYPES[recipe.model.dtype]
-    limits, clips = _media_settings(collate)
-    write_huggingface(weights, sizes, out, source=source, dtype=dtype, pixel_limits=limits, clip_settings=clips)
+    write_huggingface(weights, sizes, out, source=recipe.model.path, dtype=DTYPES[recipe.model.dtype])
+    _copy_companions(recipe, out, collate)
 
 
 def _write_checkpoint(restored: RestoredRun, folder: Path, collate: MultimodalCollator) -> int:
@@ -126,47 +123,27 @@ def _write_checkpoint(restored: RestoredRun, folder: Path, collate: MultimodalCo
     _write_weights(restored.recipe, weights.items(), sizes, folder, collate)
     files = WeightFiles(folder)
     for name, tensor in files.read({name: tuple(map(slice, shape)) for name, shape in files.shapes.items()}):
-        _expect_equal(name, tensor.float(), weights[name])
+        expect_equal(name, tensor.float(), weights[name])
     return len(weights)
 
 
 def _write_adapter(recipe: Recipe, adapter: dict[str, Tensor], folder: Path, collate: MultimodalCollator) -> int:
-    from peft import LoraConfig
-
-    tune, dtype = recipe.tune, DTYPES[recipe.model.dtype]
-    assert isinstance(tune, LoraTune)
-    tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in adapter.items()}
-    save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
-    config = LoraConfig(
-        base_model_name_or_path=recipe.model.path, task_type="CAUSAL_LM", inference_mode=True,
-        r=tune.rank, lora_alpha=tune.alpha, lora_dropout=tune.dropout,
-        # Full names: suffixes such as 'proj' would match others too.
-        target_modules=sorted({name.removeprefix("base_model.model.").partition(".lora_")[0] for name in tensors}),
-        use_rslora=tune.rslora, use_dora=tune.dora, bias="none",
-    )  # fmt: skip
-    config.save_pretrained(str(folder))
-    # peft keeps the targets as a set: sorted, so that the same adapter gives the same file.
-    file = folder / "adapter_config.json"
-    stored = json.loads(file.read_text(encoding="utf-8"))
-    stored["target_modules"].sort()
-    file.write_text(json.dumps(stored, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    copy_companions(recipe.model.path, folder, *_media_settings(collate))
-    for name, tensor in load_file(folder / ADAPTER_WEIGHTS).items():
-        _expect_equal(name, tensor, tensors[name])
-    return len(tensors)
+    assert isinstance(recipe.tune, LoraTune)
+    write_adapter(adapter, folder, tune=recipe.tune, base=recipe.model.public_name, dtype=DTYPES[recipe.model.dtype])
+    _copy_companions(recipe, folder, collate)
+    return len(adapter)
 
 
-def _media_settings(collate: MultimodalCollator) -> tuple[tuple[int, int], dict[str, Any] | None]:
-    """Return pixel limits of images, and settings of clips as a video preprocessor has them (None: it has none)."""
-    budgets = collate.budgets
-    clips = budgets.clips
-    if clips is None:
-        return (budgets.min_pixels, budgets.max_pixels), None
-    size = {"shortest_edge": clips.min_pixels, "longest_edge": clips.max_pixels}
-    sampling = {"fps": clips.fps, "min_frames": clips.min_frames, "max_frames": clips.max_frames}
-    return (budgets.min_pixels, budgets.max_pixels), {"size": size, **sampling}
-
-
-def _expect_equal(name: str, written: Tensor, expected: Tensor) -> None:
-    if not torch.equal(written, expected):
-        raise RuntimeError(f"{name}: reads back different from what was written; check the disk")
+def _copy_companions(recipe: Recipe, folder: Path, collate: MultimodalCollator) -> None:
+    """Write tokenizer, template and processors with the limits of images and the settings of clips that were used."""
+    budgets, clips = collate.budgets, collate.budgets.clips
+    limits, settings = (budgets.min_pixels, budgets.max_pixels), None
+    if clips is not None:
+        size = {"shortest_edge": clips.min_pixels, "longest_edge": clips.max_pixels}
+        sampling = {"fps": clips.fps, "min_frames": clips.min_frames, "max_frames": clips.max_frames}
+        settings = {"size": size, **sampling}
+    template, _ = find_template(recipe.model.path)
+    source = recipe.model.path
+    copy_companions(source, folder, template=template, pixel_limits=limits, clip_settings=settings)
+    base, hub_id, is_adapter = recipe.model.public_name, recipe.model.hub_id, (folder / ADAPTER_CONFIG).is_file()
+    write_card(folder, name=recipe.name, base=base, hub_id=hub_id, is_adapter=is_adapter)

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from qwen3vl_train import MultimodalCollator, load_qwen3_vl_model
 from qwen3vl_train.arch import Qwen3VLArch
 from qwen3vl_train.checkpoint.atomic import atomic_folder
-from qwen3vl_train.checkpoint.hf import copy_companions, write_huggingface
+from qwen3vl_train.checkpoint.companions import copy_companions
+from qwen3vl_train.checkpoint.hf import write_huggingface
 from qwen3vl_train.model.hf_names import from_huggingface
 from tests.helpers import oracles
 from tests.helpers.messages import message_of
@@ -201,6 +202,7 @@ def test_an_index_that_is_not_an_index(folder, text):
 def save(weights: dict, out: Path, **settings: Any) -> None:
     with atomic_folder(out) as folder:
         write_huggingface(weights.items(), {name: w.numel() for name, w in weights.items()}, folder, **settings)
+        copy_companions(settings["source"], folder)
 
 
 def changed_model(folder: Path) -> Any:
@@ -253,36 +255,6 @@ def test_config_is_written_in_the_published_dialect(make_oracle, tmp_path):
     assert not any("rope_parameters" in config[section] for section in ("text_config", "vision_config"))
     assert {tensor.dtype for tensor in load_file(out / "model.safetensors").values()} == {torch.bfloat16}
     assert Qwen3VLArch.from_pretrained(out) == model.arch
-
-
-def test_companion_files_and_the_pixel_limits_that_were_used(folder, tmp_path):
-    (folder / "processor_config.json").write_text(json.dumps({"image_processor": {"size": {}, "max_pixels": 7}}))
-    (folder / "secret.txt").write_text("not ours to copy")
-    out, model = tmp_path / "out", load_qwen3_vl_model(folder, dtype=torch.float32)
-    limits = (4096, 65536)
-    save(dict(model.named_parameters()), out, source=folder, dtype=torch.float32, pixel_limits=limits)
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.json", "generation_config.json"):
-        assert (out / name).read_bytes() == (folder / name).read_bytes()
-    size = {"shortest_edge": 4096, "longest_edge": 65536}
-    before = json.loads((folder / "preprocessor_config.json").read_text())
-    assert json.loads((out / "preprocessor_config.json").read_text()) == {**before, "size": size}
-    image = json.loads((out / "processor_config.json").read_text())["image_processor"]
-    assert image == {"size": size, "max_pixels": 65536}
-    assert not (out / "secret.txt").exists()
-
-
-def test_the_settings_of_clips_that_were_used(folder, tmp_path):
-    clips = {"size": {"shortest_edge": 2048, "longest_edge": 99 * 2048}, "fps": 1.0, "min_frames": 4, "max_frames": 64}
-    (folder / "processor_config.json").write_text(
-        json.dumps({"image_processor": {"a": 1}, "video_processor": {"b": 2}})
-    )
-    copy_companions(folder, tmp_path, None, clips)
-    before = json.loads((folder / "video_preprocessor_config.json").read_text())
-    assert before["size"] != clips["size"]
-    assert json.loads((tmp_path / "video_preprocessor_config.json").read_text()) == {**before, **clips}
-    both = json.loads((tmp_path / "processor_config.json").read_text())
-    assert both == {"image_processor": {"a": 1}, "video_processor": {"b": 2, **clips}}
-    assert (tmp_path / "preprocessor_config.json").read_bytes() == (folder / "preprocessor_config.json").read_bytes()
 
 
 def test_nothing_is_left_where_writing_fails(folder, tmp_path):

@@ -256,7 +256,7 @@ def after_export_weights(act: Callable[[Path], Any]) -> None:
 
 def after_export_companions(act: Callable[[Path], Any]) -> None:
     """Call act(folder) after the files beside the weights of an export are written."""
-    _around(export, "copy_companions", after=lambda source, folder, *_: act(folder))
+    _around(export, "copy_companions", after=lambda source, folder, **_: act(folder))
 
 
 # ---- data

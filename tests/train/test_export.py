@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qwen3vl_train.checkpoint.hf import COMPANION_FILES, load_qwen3_vl_model
+from qwen3vl_train.checkpoint.companions import COMPANION_FILES
+from qwen3vl_train.checkpoint.hf import load_qwen3_vl_model
 from qwen3vl_train.data.encode.collator import MultimodalCollator
 from qwen3vl_train.model.qwen3vl import Qwen3VLForConditionalGeneration
 from qwen3vl_train.train.export import export_run
@@ -27,7 +28,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "full-bf16": {"tune": {"method": "full", "train": ["merger", "text"]}, "model__dtype": "bfloat16"},
     "lora": {"tune": small_runs.LORA},
     "lora-bf16": {"tune": RSLORA, "model__dtype": "bfloat16"},
-    "dora": {"tune": DORA},
+    "dora": {"tune": DORA, "model__hub_id": "Qwen/Qwen3-VL-Tiny"},
 }
 
 
@@ -102,18 +103,52 @@ def test_an_adapter_loads_on_the_stock_model(run, tiny_folder, tmp_path, name):
     assert _largest_difference(untrained, stock, done.out) > 100 * TOLERANCE
 
 
-def test_the_adapter_names_exactly_what_was_adapted(run, tiny_folder, tmp_path):
+def test_the_adapter_names_exactly_what_was_adapted(run, tmp_path):
     export_run(run("dora"), tmp_path / "out", merge=False)
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     text = [f"model.language_model.layers.{layer}.self_attn.{part}_proj" for layer in range(4) for part in "koqv"]
     assert config["target_modules"] == [*text, "model.visual.merger.linear_fc1", "model.visual.merger.linear_fc2"]
-    assert config["base_model_name_or_path"] == str(tiny_folder)
-    assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (4, 8, 0.1)
-    assert (config["use_dora"], config["use_rslora"], config["peft_type"]) == (True, False, "LORA")
+    # Not a key more: an older peft refuses those that it does not know.
+    stock = "transformers.models.qwen3_vl.modeling_qwen3_vl"
+    assert {key: value for key, value in config.items() if key != "target_modules"} == {
+        "auto_mapping": {"base_model_class": "Qwen3VLForConditionalGeneration", "parent_library": stock},
+        "base_model_name_or_path": "Qwen/Qwen3-VL-Tiny", "bias": "none", "inference_mode": True, "lora_alpha": 8,
+        "lora_dropout": 0.1, "peft_type": "LORA", "r": 4, "task_type": None, "use_dora": True,
+    }  # fmt: skip
+    assert "base_model: Qwen/Qwen3-VL-Tiny" in (tmp_path / "out" / "README.md").read_text()
     names = load_file(tmp_path / "out" / "adapter_model.safetensors")
     assert "base_model.model.model.visual.merger.linear_fc1.lora_magnitude_vector" in names
     assert "base_model.model.model.language_model.layers.0.self_attn.q_proj.lora_A.weight" in names
     assert len(names) == 3 * 18
+
+
+def test_every_way_to_open_an_adapter_gives_the_same_logits(run, tiny_folder, tmp_path):
+    from peft import AutoPeftModel, AutoPeftModelForCausalLM, PeftModel
+    from transformers import AutoModelForImageTextToText, AutoTokenizer
+    from transformers import Qwen3VLForConditionalGeneration as Stock
+
+    out = export_run(run("lora"), tmp_path / "out", merge=False).out
+    config = json.loads((out / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(tiny_folder)
+    base = Stock.from_pretrained(tiny_folder, dtype=torch.float32)
+    base.load_adapter(str(out))
+    opened = {
+        "PeftModel": PeftModel.from_pretrained(Stock.from_pretrained(tiny_folder, dtype=torch.float32), str(out)),
+        "AutoPeftModel": AutoPeftModel.from_pretrained(str(out)),
+        "AutoPeftModelForCausalLM": AutoPeftModelForCausalLM.from_pretrained(str(out)),
+        "AutoModelForImageTextToText": AutoModelForImageTextToText.from_pretrained(out, dtype=torch.float32),
+        "Qwen3VLForConditionalGeneration": Stock.from_pretrained(out, dtype=torch.float32),
+        "load_adapter": base,
+    }
+    ids = torch.tensor([AutoTokenizer.from_pretrained(out).encode("Name a number.")])
+    inputs = {"input_ids": ids, "mm_token_type_ids": torch.zeros_like(ids)}
+    with torch.no_grad():
+        logits = {way: model.eval()(**inputs).logits for way, model in opened.items()}
+        untrained = Stock.from_pretrained(tiny_folder, dtype=torch.float32).eval()(**inputs).logits
+    first = logits.pop("PeftModel")
+    assert (first - untrained).abs().max() > 100 * TOLERANCE
+    for way, others in logits.items():
+        assert torch.equal(others, first), way
 
 
 @pytest.mark.parametrize("name", ["lora", "lora-bf16", "dora"])
@@ -133,12 +168,16 @@ def test_companions_and_pixel_limits_are_exported_too(run, tiny_folder, tmp_path
     out = export_run(run(name), tmp_path / "out", merge=merge).out
     companions = [file for file in COMPANION_FILES if (tiny_folder / file).is_file()]
     assert len(companions) == 6
+    template = json.loads((tiny_folder / "chat_template.json").read_text())["chat_template"]
+    assert (out / "chat_template.jinja").read_text() == template
+    assert "`" + str(tiny_folder) + "`" in (out / "README.md").read_text()
     for file in companions:
         if "preprocessor" not in file:
             assert (out / file).read_bytes() == (tiny_folder / file).read_bytes(), file
     before = json.loads((tiny_folder / "preprocessor_config.json").read_text())
     after = json.loads((out / "preprocessor_config.json").read_text())
-    assert after == {**before, "size": {"shortest_edge": 6 * 1024, "longest_edge": 16 * 1024}}
+    size = {"shortest_edge": 6 * 1024, "longest_edge": 16 * 1024}
+    assert after == {**before, "size": size, "min_pixels": 6 * 1024, "max_pixels": 16 * 1024}
     # Of clips the recipe says nothing: the checkpoint's own limits, and the sampling that it leaves to transformers.
     before = json.loads((tiny_folder / "video_preprocessor_config.json").read_text())
     after = json.loads((out / "video_preprocessor_config.json").read_text())
