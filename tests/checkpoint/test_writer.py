@@ -300,7 +300,7 @@ def test_each_rank_checksums_and_flushes_its_own_files(tmp_path: Path):
     assert [f"state/{name}" for name in first["summed"] + second["summed"]] == names
     assert len(names) == 2
     aside = ".step-00000001.partial"
-    assert first["flushed"] == [first["summed"][0], "checkpoint.json", "state", aside, "checkpoints"]
+    assert first["flushed"] == [first["summed"][0], ".checkpoint.json.tmp", "state", aside, "checkpoints"]
     assert second["flushed"] == second["summed"]
     small_runs.assert_same_tensors(read_tensors(checkpoint_folder(tmp_path, 1)), _state())
 
