@@ -43,12 +43,12 @@ class Frames(NamedTuple):
     begins_with_key: bool
 
     def uneven_times(self, rate: float | None) -> tuple[float, ...] | None:
-        """Return the seconds of all frames from the first; None where they are unknown, or those of the rate.
+        """Return the seconds of all frames from the first; None where they are unknown, all the same, or of the rate.
 
         They are those of the rate if each differs by at most half a frame, and the whole span by at most 2%; both are
         rounded to ticks. rate: None: there is none that they could agree with.
         """
-        if self.times is None or not len(self.times):
+        if self.times is None or not len(self.times) or self.times[0] == self.times[-1]:
             return None
         seconds = (np.asarray(self.times, dtype=np.int64) - self.times[0]) * self.tick
         if rate is not None:

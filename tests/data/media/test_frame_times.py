@@ -104,6 +104,7 @@ def test_rate_and_times_agree_up_to_half_a_frame_and_two_percent():
     assert uneven(0.0, 0.017, 0.033, rate=60.0) is None  # rounded to ticks
     assert uneven(0.0, 0.1, rate=None) == pytest.approx((0.0, 0.1))
     assert Frames(3, None, 0.001, True).uneven_times(None) is None
+    assert uneven(0.0, 0.0, 0.0) is None  # a container that says nothing
 
 
 def cut_between_keys(path, name):
