@@ -65,6 +65,7 @@ class RowsSection(Section):
     path: a file, a pattern, a folder or an fsspec URL of them (JSON, JSONL, CSV, TSV, Parquet, tar).
     media_root: folder or URL that media paths are relative to; null: the folder of each file.
     name: the name of its loss curve.
+    max_rows: use so many of its rows, drawn by train.seed, and no others; of a path of several files, from all of them.
     columns: our name -> the name of the rows' column; of several in order, for images and clips; or a text for all
         rows, as in question: {text: "Describe it."}.
     split, subset: read the path with Hugging Face `datasets` instead, as a folder or a name on the hub.
@@ -78,6 +79,7 @@ class RowsSection(Section):
     columns: Columns = {}
     split: Text | None = None
     subset: Text | None = None
+    max_rows: Count | None = None
     train_on: Literal["all", "last"] = "all"
     bbox: Literal["pixel", "unit", "per_mille"] | None = None
     bbox_layout: Literal["xyxy", "xywh"] = "xyxy"
@@ -110,12 +112,16 @@ class TrainSource(RowsSection):
     def _rows_of_stream(self) -> "TrainSource":
         if self.num_rows is not None and not self.streaming:
             raise ValueError("num_rows without streaming: the rows of other sources are counted; remove it")
+        if self.max_rows is not None and self.streaming:
+            raise ValueError("max_rows with streaming, which does not count rows; train for fewer train.num_steps")
         return self
 
 
 class DataSection(Section):
     """Limits and sampling that are null are the checkpoint's own; a limit of a pack that is null is no limit.
 
+    eval_share: this share of the rows of each training entry, at least one, is drawn by train.seed, held out of
+        training and evaluated as the set held_out.
     max_tokens_per_sample: null is the limit of a pack.
     too_long: a longer sample is skipped (drop), listed as a fault of the data (reject), or has its media shrunk until
         it fits (shrink_media).
@@ -132,6 +138,7 @@ class DataSection(Section):
 
     train: list[TrainSource] = Field(min_length=1)
     eval: list[EvalSource] = []
+    eval_share: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
     max_tokens_per_pack: Count = 8192
     max_patches_per_pack: Count | None = None
     max_sequences_per_pack: Count | None = None

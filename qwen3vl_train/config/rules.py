@@ -57,7 +57,7 @@ def field_conflicts(recipe: Recipe) -> Iterator[Conflict]:
         yield "train.num_steps", "missing, and train.num_epochs is null; give one of them"
     elif train.num_steps is None and any(source.streaming for source in data.train):
         yield "train.num_steps", "missing; a source with streaming does not say how long an epoch is"
-    yield from _epoch_conflicts(recipe)
+    yield from _stream_conflicts(recipe)
     yield from _engine_conflicts(recipe.parallel)
     yield from _keep_best_conflicts(recipe)
 
@@ -103,13 +103,16 @@ def _engine_conflicts(parallel: ParallelSection) -> Iterator[Conflict]:
         yield "parallel.offload_parameters", what
 
 
-def _epoch_conflicts(recipe: Recipe) -> Iterator[Conflict]:
+def _stream_conflicts(recipe: Recipe) -> Iterator[Conflict]:
     every = {
         "checkpoint.every_epochs": recipe.checkpoint.every_epochs,
         "checkpoint.export_every_epochs": recipe.checkpoint.export_every_epochs,
         "eval.every_epochs": recipe.eval.every_epochs,
     }
     if any(source.streaming for source in recipe.data.train):
+        if recipe.data.eval_share is not None:
+            what = f"{recipe.data.eval_share:g}, but a source with streaming does not say how many rows it has"
+            yield "data.eval_share", f"{what}; give held-out rows in data.eval"
         for key, epochs in every.items():
             if epochs is not None:
                 yield key, f"{epochs}, but a source with streaming does not say where an epoch ends; give steps instead"
@@ -125,6 +128,7 @@ def _keep_best_conflicts(recipe: Recipe) -> Iterator[Conflict]:
     if wanted is None:
         return
     names = [source.name or Path(source.path).stem for source in recipe.data.eval]
+    names += ["held_out"] if recipe.data.eval_share else []
     if wanted not in names:
         known = f"use {' or '.join(names)}" if names else "name a held-out file in data.eval"
         yield "checkpoint.keep_best", f"{wanted!r} is not a held-out set; {known}"

@@ -61,7 +61,8 @@ def recipe_differences(there: Recipe, here: Recipe) -> list[str]:
     old, new = flatten(public_dict(there)), flatten(public_dict(here))
     lines = []
     for key in dict.fromkeys([*old, *new]):
-        skipped = key.split(".")[0] in _NOT_TRAINING or key.startswith(_NOT_TRAINING_KEYS)
+        parts = key.split(".")
+        skipped = parts[0] in _NOT_TRAINING or ".".join(parts[:2]) in _NOT_TRAINING_KEYS
         if not skipped and old.get(key, "absent") != new.get(key, "absent"):
             was, now = (side.get(key, "absent") for side in (old, new))
             was, now = (value if isinstance(value, str) else format_value(value) for value in (was, now))

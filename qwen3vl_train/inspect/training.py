@@ -25,6 +25,7 @@ from qwen3vl_train.data.rows.boxes import NO_CONVENTION, listed_marks
 from qwen3vl_train.data.rows.formats import column_names
 from qwen3vl_train.data.rows.parse import RowRules
 from qwen3vl_train.data.rows.sample import Sample
+from qwen3vl_train.data.selection import open_rows
 from qwen3vl_train.data.sources import FileSource, Source, StreamRow, entry_rules, open_sources, open_stream
 from qwen3vl_train.data.sources.files import cache_folder
 from qwen3vl_train.inspect.boxes import ListedMarks
@@ -175,7 +176,7 @@ def open_training(recipe: Recipe, collate: MultimodalCollator, max_rows: int | N
     data, train = recipe.data, recipe.train
     if any(entry.streaming for entry in data.train):
         return _read_streams(recipe, collate, max_rows)
-    weighted = [(file, entry.weight) for entry in data.train for file in open_sources(entry)]
+    weighted = [(file, entry.weight) for file, entry in open_rows(recipe).train if isinstance(file, FileSource)]
     sources, weights = [file for file, _ in weighted], [weight for _, weight in weighted]
     index = index_files(recipe, collate, sources)
     if not index.num_usable:
@@ -195,8 +196,8 @@ def open_training(recipe: Recipe, collate: MultimodalCollator, max_rows: int | N
 
 
 def open_held_out(recipe: Recipe, collate: MultimodalCollator) -> list[tuple[Index, list[FileSource]]]:
-    """Return every file under data.eval with its index. Raises ValueError for files that cannot be read."""
-    files = [file for entry in recipe.data.eval for file in open_sources(entry)]
+    """Return every held-out file with its index. Raises ValueError for files that cannot be read."""
+    files = [file for of_set in open_rows(recipe).evals.values() for file in of_set]
     return [(index_files(recipe, collate, [file]), [file]) for file in files]
 
 

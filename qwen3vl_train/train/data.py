@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from qwen3vl_train.batch import PackedBatch
@@ -25,7 +24,8 @@ from qwen3vl_train.data.packing.stream import StreamedWindows
 from qwen3vl_train.data.packing.windows import IndexedWindows, WindowProducer
 from qwen3vl_train.data.rejects import REJECTED_FILE, NoUsableRowError, RejectLedger, RejectSummary
 from qwen3vl_train.data.rows.parse import dataset_of, format_counts
-from qwen3vl_train.data.sources import FileSource, StreamSource, open_sources, open_stream
+from qwen3vl_train.data.selection import OpenedRows, SomeRows, open_rows
+from qwen3vl_train.data.sources import FileSource, StreamSource
 from qwen3vl_train.data.sources.files import cache_folder
 from qwen3vl_train.data.sources.hub import HubSource
 from qwen3vl_train.dist.ranks import Ranks, StoreBroadcast
@@ -153,7 +153,7 @@ def open_data(recipe: Recipe, ranks: Ranks, *, loader_state: dict[str, Any] | No
     not checked here: see `RejectLedger.resume`.
     """
     data = recipe.data
-    opened = ranks.on_all(lambda: _open(recipe))
+    opened = ranks.on_all(lambda: _Opened(open_collator(recipe), open_rows(recipe)))
     check_same_data(opened.contents(), ranks)
 
     def build_on_main(sources: Sequence[FileSource]) -> Index:
@@ -216,11 +216,18 @@ def _describe_first_rows(parts: Sequence[Part], seed: int) -> list[str]:
 
 @dataclass(frozen=True)
 class _Opened:
-    """What this rank has opened. train: with weight and, of streams, number of rows. evals: by name."""
+    """What this rank has opened."""
 
     collate: MultimodalCollator
-    train: list[tuple[FileSource | StreamSource, TrainSource]]
-    evals: dict[str, list[FileSource]]
+    rows: OpenedRows
+
+    @property
+    def train(self) -> list[tuple[FileSource | StreamSource, TrainSource]]:
+        return self.rows.train
+
+    @property
+    def evals(self) -> dict[str, list[FileSource]]:
+        return self.rows.evals
 
     @property
     def streams(self) -> bool:
@@ -237,24 +244,10 @@ class _Opened:
 def _content(source: FileSource | StreamSource) -> dict[str, Any]:
     """Return what a source holds, without the times of files, which machines with copies of their own do not share."""
     rows = {"rows": len(source)} if isinstance(source, FileSource) else {}
-    if isinstance(source, HubSource):  # its fingerprint is made of a time
+    file = source.source if isinstance(source, SomeRows) else source
+    if isinstance(file, HubSource):  # its fingerprint is made of a time
         return rows
     return {**rows, **{key: value for key, value in source.fingerprint().items() if key != "times"}}
-
-
-def _open(recipe: Recipe) -> _Opened:
-    data = recipe.data
-    evals: dict[str, list[FileSource]] = {}
-    train: list[tuple[FileSource | StreamSource, TrainSource]] = []
-    collate = open_collator(recipe)
-    for entry in data.train:
-        train += [(source, entry) for source in ([open_stream(entry)] if entry.streaming else open_sources(entry))]
-    for held_out in data.eval:
-        name = held_out.name or Path(held_out.path).stem
-        if name in evals:
-            raise ValueError(f"data.eval: two files are called {name}; give one of them a name")
-        evals[name] = open_sources(held_out)
-    return _Opened(collate, train, evals)
 
 
 def _make_loader(recipe: Recipe, ranks: Ranks, opened: _Opened, index: Index) -> Loader:

@@ -22,8 +22,10 @@ tune:
 data:
   train:
     - {path: a.jsonl, media_root: null, name: null, format: auto, columns: {}, split: null, subset: null,
-       train_on: all, bbox: null, bbox_layout: xyxy, allow_urls: false, weight: 1.0, streaming: false, num_rows: null}
+       max_rows: null, train_on: all, bbox: null, bbox_layout: xyxy, allow_urls: false, weight: 1.0,
+       streaming: false, num_rows: null}
   eval: []
+  eval_share: null
   max_tokens_per_pack: 8192
   max_patches_per_pack: null
   max_sequences_per_pack: null

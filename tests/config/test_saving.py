@@ -72,12 +72,21 @@ def test_differences_name_what_changes_training(small):
             f"data.train.1.{field}: absent there, {value} here"
             for field, value in {
                 "path": "b.jsonl", "media_root": "null", "name": "null", "format": "auto",
-                "split": "null", "subset": "null", "train_on": "all", "bbox": "null", "bbox_layout": "xyxy",
+                "split": "null", "subset": "null", "max_rows": "null", "train_on": "all",
+                "bbox": "null", "bbox_layout": "xyxy",
                 "allow_urls": "false", "weight": "1.0", "streaming": "false", "num_rows": "null",
             }.items()
         ),
     ]  # fmt: skip
     assert recipe_differences(here, here) == []
+
+
+def test_a_share_held_out_changes_training_and_held_out_files_do_not(small):
+    rows = {"train": [{"path": "a.jsonl"}]}
+    there = small(data={**rows, "eval": [{"path": "e.jsonl"}]})
+    assert recipe_differences(there, small(data={**rows, "eval_share": 0.1})) == [
+        "data.eval_share: null there, 0.1 here"
+    ]
 
 
 def test_world_size(small):
