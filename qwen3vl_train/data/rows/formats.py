@@ -138,10 +138,10 @@ class RowReader:
     def close(self, row_format: str) -> list[str]:
         """Return the keys of the row that nothing reads. Raise RowFault where one of them has a meaning."""
         for field in ("boxes", "points"):  # `boxes.py` reads them, and says what is wrong with them
-            self.keys.get(*column_names(field, self.columns))
-        self.keys.get("objects")
+            self.keys.mark_read(*column_names(field, self.columns))
+        self.keys.mark_read("objects")
         if isinstance(self.keys.values.get("bbox"), str):
-            self.keys.get("bbox"), self.keys.get("bbox_layout")
+            self.keys.mark_read("bbox", "bbox_layout")
         renamed = {alias for field in (*self.columns, *self.texts) for alias in _ALIASES.get(field, (field,))}
         known = _KNOWN[row_format] - renamed
         if not self.keys.holds("completion"):

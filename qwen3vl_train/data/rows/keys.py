@@ -50,6 +50,11 @@ class Keys:
             found, value = name, self.values[name]
         return value
 
+    def mark_read(self, *names: str) -> None:
+        """Count keys as read without their values: known metadata, or what another module reads."""
+        for name in names:
+            self._left.pop(name, None)
+
     def take_text(self, *names: str) -> Any:
         """Return as `take` does, and "" where one of the names has that and none has more: an empty text is a text."""
         found = self.take(*names)

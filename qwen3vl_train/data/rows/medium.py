@@ -74,7 +74,7 @@ def _source(value: Any, kind: str, where: str, ignored: list[str]) -> Any:
     if not isinstance(value, dict):
         return value
     keys = Keys(value, where)
-    keys.get("type"), keys.get("media_type")
+    keys.mark_read("type", "media_type")
     data, encoded = keys.take("bytes"), keys.take("base64", "data")
     name = keys.take("path", "url", kind, f"{kind}_url", "file_name") if data is None else keys.get("path")
     if data is None and encoded is None and name is None:

@@ -97,7 +97,7 @@ def read_turn(turn: Any, where: str, ignored: list[str]) -> list[Turn]:
     if keys.all_read() and isinstance(content, str) and speaker.lower() not in _CALLERS:  # most turns
         parts, typed = _content(content, f"{where}.{key}", role, ignored)
         return [Turn(role, parts, where, typed, 1.0 if role == "assistant" else 0.0)]
-    keys.get("name"), keys.get("tool_call_id")
+    keys.mark_read("name", "tool_call_id")
     calls, call = keys.take("tool_calls"), keys.take("function_call")
     if call is not None:
         calls = [call] if calls is None else [*calls, call] if isinstance(calls, list) else calls
