@@ -275,8 +275,20 @@ class EvalSection(Section):
 
 
 class TrackSection(Section):
-    wandb: Literal["offline", "online", "off"] = "offline"
-    project: Text = "qwen3vl"
+    """Say what Weights & Biases records, and where.
+
+    A field that is null takes the variable that W&B reads: WANDB_MODE, WANDB_PROJECT, WANDB_NAME, WANDB_ENTITY,
+    WANDB_RUN_GROUP, WANDB_TAGS, WANDB_NOTES. Without that, wandb is offline, project is qwen3vl and run_name is the
+    name of the recipe.
+    """
+
+    wandb: Literal["offline", "online", "off"] | None = None
+    project: Text | None = None
+    run_name: Text | None = None
+    entity: Text | None = None
+    group: Text | None = None
+    tags: list[Text] | None = None
+    notes: Text | None = None
 
 
 class Recipe(Section):

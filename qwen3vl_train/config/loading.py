@@ -76,13 +76,16 @@ _NAMES_ELSEWHERE: dict[tuple[str, str], str] = {
     ("tune.dora", ""): "use_dora",
     ("tune.method", "lora or full"): "finetuning_type train_type",
     ("tune.train", "module groups, with method full"): "trainable_modules",
-    ("name", ""): "run_name",
     ("checkpoint.every_steps", ""): "save_steps save_every_steps",
     ("checkpoint.keep_last", ""): "save_total_limit",
     ("checkpoint.resume", "auto or never"): "resume_from_checkpoint",
     ("eval.every_steps", ""): "eval_steps eval_every_steps",
     ("track.wandb", "offline, online or off"): "report_to wandb_mode",
     ("track.project", ""): "wandb_project",
+    ("track.run_name", "the name in W&B; name is that of the run folder"): "wandb_name wandb_run_name",
+    ("track.entity", ""): "wandb_entity",
+    ("track.group", ""): "wandb_group run_group",
+    ("track.tags", ""): "wandb_tags",
     ("parallel.engine", ""): "strategy distributed_type",
 }
 _OUR_KEYS = {name: key_and_note for key_and_note, names in _NAMES_ELSEWHERE.items() for name in names.split()}

@@ -18,6 +18,7 @@ from qwen3vl_train.tracking.metrics import (
     step_metrics,
 )
 from qwen3vl_train.tracking.wandb import open_tracker
+from qwen3vl_train.tracking.wandb_settings import wandb_settings
 
 
 class Recorder:
@@ -43,6 +44,8 @@ class Recorder:
         self._tracker = open_tracker(recipe, folder, ranks.rank, wandb_run_id)
         self._console = Console(num_steps, start_step=start_step, file=out)
         self.line = self._console.line
+        for line in wandb_settings(recipe).unused if ranks.is_main else []:
+            self.line(line)
 
     def __enter__(self) -> "Recorder":
         return self

@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 
 from qwen3vl_train.config import Recipe, public_dict
 from qwen3vl_train.dist.stop import STOPPED
+from qwen3vl_train.tracking.wandb_settings import WandbSettings, wandb_settings
 
 
 class SilentTracker:
@@ -30,23 +31,24 @@ class WandbTracker:
     the file is missing. Each offline session has a folder of its own; `wandb sync --append` uploads them as one run.
     """
 
-    def __init__(self, recipe: Recipe, run_dir: Path, run_id: str | None = None) -> None:
+    def __init__(self, recipe: Recipe, run_dir: Path, settings: WandbSettings, run_id: str | None = None) -> None:
         import wandb
         from wandb.errors import Error as WandbError
 
         run_dir.mkdir(parents=True, exist_ok=True)
-        self.run_id: str | None = _run_id(run_dir, run_id)
-        online = recipe.track.wandb == "online"
+        self.run_id: str | None = _run_id(run_dir, run_id or settings.trial)
+        online = settings.mode == "online"
         if online and not _has_login(wandb.setup().settings.base_url):
             raise ValueError(_NO_LOGIN.format(what="no W&B login found"))
         # Not W&B's git state but ours, in the config: without the remote's address, which may hold a password.
-        settings = wandb.Settings(console="off", silent=not online, disable_git=True, save_code=False)
+        quiet = wandb.Settings(console="off", silent=not online, disable_git=True, save_code=False)
         try:
             self._run = wandb.init(
                 mode="online" if online else "offline", dir=str(run_dir), id=self.run_id,
                 resume="allow" if online else None,  # offline, the id alone joins the sessions
-                project=recipe.track.project, name=recipe.name,
-                config={**public_dict(recipe), "git": git_state(Path.cwd())}, settings=settings,
+                **({} if settings.trial else {"project": settings.project, "entity": settings.entity}),  # a sweep's own
+                name=settings.run_name, group=settings.group, tags=settings.tags, notes=settings.notes,
+                config={**public_dict(recipe), "git": git_state(Path.cwd())}, settings=quiet,
             )  # fmt: skip
         except WandbError as error:
             raise ValueError(_NO_LOGIN.format(what=f"W&B did not start ({error})")) from error
@@ -70,9 +72,9 @@ def open_tracker(recipe: Recipe, run_dir: Path, rank: int, run_id: str | None = 
 
     Raises ValueError, before any prompt, where `online` is asked for and no login is found, or W&B refuses to start.
     """
-    if rank != 0 or recipe.track.wandb == "off":
+    if rank != 0 or (settings := wandb_settings(recipe)).mode == "off":
         return SilentTracker(run_id)
-    return WandbTracker(recipe, run_dir, run_id)
+    return WandbTracker(recipe, run_dir, settings, run_id)
 
 
 def _run_id(run_dir: Path, known: str | None) -> str:

@@ -17,12 +17,17 @@ def sft(argv: list[str] | None = None) -> int:
     # DeepSpeed's launcher passes it besides setting the environment, which is what we read.
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. optim.lr=2e-5 train.num_steps=100")
-    arguments = parser.parse_args(argv)
+    arguments, others = parser.parse_known_args(argv)
+    # As `wandb agent` writes them by default.
+    overrides = [*arguments.overrides, *(other.removeprefix("--") for other in others)]
+    if unknown := [other for other in others if "=" not in other]:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
 
     def work() -> None:
+        from qwen3vl_train.tracking.wandb_settings import name_trial
         from qwen3vl_train.train.loop import train
 
-        train(load_recipe(arguments.recipe, arguments.overrides))
+        train(name_trial(load_recipe(arguments.recipe, overrides)))
 
     return run_or_explain(work)
 

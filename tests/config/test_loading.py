@@ -56,7 +56,7 @@ checkpoint:
   {every_steps: 200, every_epochs: null, save_last: true, keep_last: 2, keep_every_steps: null, keep_best: null,
    keep_optimizer: all, export_every_steps: null, export_every_epochs: null, resume: auto}
 eval: {every_steps: 200, every_epochs: null}
-track: {wandb: offline, project: qwen3vl}
+track: {wandb: null, project: null, run_name: null, entity: null, group: null, tags: null, notes: null}
 """
 NOT_A_MAPPING = "not a mapping; a recipe is keys and values, such as name: my-run"
 

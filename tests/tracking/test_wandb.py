@@ -46,7 +46,7 @@ def recipe(wandb: str):
             "model": {"path": "https://user:secret@host/model"},
             "tune": {"method": "lora"},
             "data": {"train": [{"path": "a.jsonl"}]},
-            "track": {"wandb": wandb, "project": "trial"},
+            "track": {"wandb": wandb, "project": "trial", "group": "pair", "tags": ["a", "b"], "notes": "why"},
         }
     )
 
@@ -95,7 +95,10 @@ def test_an_offline_run_resumes_under_its_id(tmp_path):
     assert [row.get("eval/loss") for row in rows] == [None, 9.0, None, 9.0]
     assert all("mfu" not in row and "step" not in row for row in rows)
     _, config = history_and_config(files[0])
-    assert config["model"] == {"path": "https://***@host/model", "dtype": "bfloat16", "video_markup": "bare"}
+    assert config["model"]["path"] == "https://***@host/model"
+    run = next(record.run for record in records(files[0]) if record.HasField("run"))
+    shown = run.display_name, run.project, run.run_group, list(run.tags), run.notes
+    assert shown == ("tiny", "trial", "pair", ["a", "b"], "why")
     assert config["optim"]["lr"] == 1e-4
     assert set(config["git"] or {}) <= {"commit", "dirty"}
     assert b"secret" not in b"".join(file.read_bytes() for file in run_dir.rglob("*") if file.is_file())
