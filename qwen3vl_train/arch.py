@@ -7,6 +7,7 @@ checkpoints' values, so a missing number is an error, never a default.
 
 import json
 import math
+import re
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass, fields
@@ -185,8 +186,7 @@ def read_config(model_path: str | Path) -> dict[str, Any]:
     """Read `model_path/config.json`. Raises ValueError that says what to give instead when there is none."""
     folder, file = Path(model_path), Path(model_path) / "config.json"
     if not file.is_file():
-        what = "no config.json" if folder.is_dir() else "not a folder"
-        raise ValueError(f"{folder}: {what}; give a local Qwen3-VL checkpoint in Hugging Face form")
+        raise ValueError(f"{folder}: {_why_no_config(folder)}")
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -194,6 +194,39 @@ def read_config(model_path: str | Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise ValueError(f"{file}: holds a {type(config).__name__}, not an object")
     return config
+
+
+def _why_no_config(folder: Path) -> str:
+    """Say what a path without a config.json is, and what to give instead."""
+    wanted = "give a local Qwen3-VL checkpoint in Hugging Face form"
+    if folder.parts[:1] and folder.parts[0].startswith("~"):
+        return f"not a folder, ~ stands for no home here; {wanted} by its whole path"
+    if snapshot := re.search(r"models--(.+?)--(.+)/snapshots/([0-9a-f]+)$", str(folder)):
+        owner, name, commit = snapshot.groups()
+        return f"not in the cache of the Hub any more; get it again: hf download {owner}/{name} --revision {commit}"
+    if not folder.exists():
+        name = str(folder)
+        hub = f", or get it first: hf download {name} --local-dir {name}" if name.count("/") == 1 else ""
+        return f"not a folder; {wanted}{hub}"
+    if folder.is_file():
+        return f"a file; {wanted}, the folder that holds config.json"
+    if (folder / "adapter_config.json").is_file():
+        base = _base_of_adapter(folder / "adapter_config.json")
+        return f"an adapter{base}; give its base as model.path, and this folder as tune.start_from to train it further"
+    if (folder / "recipe.yaml").is_file() and (folder / "checkpoints").is_dir():
+        return (
+            f"the folder of a run; set tune.start_from: {folder} beside the base that it was trained on, or merge it "
+            f"first (launch/export.py {folder} --merge --out merged) and give that"
+        )
+    return f"no config.json; {wanted}"
+
+
+def _base_of_adapter(file: Path) -> str:
+    try:
+        base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (ValueError, AttributeError):
+        return ""
+    return f" of {base}" if base else ""
 
 
 def published_config(config: dict[str, Any], *, dtype: str) -> dict[str, Any]:

@@ -122,3 +122,51 @@ def test_files_that_are_not_a_config(tmp_path):
     (tmp_path / "config.json").write_bytes(b"\xff\xfe{}")
     with pytest.raises(ValueError, match="not JSON"):
         read_config(tmp_path)
+
+
+def _run_folder(folder: Path) -> str:
+    (folder / "recipe.yaml").write_text("name: run\n")
+    (folder / "checkpoints").mkdir()
+    return (
+        f"{folder}: the folder of a run; set tune.start_from: {folder} beside the base that it was trained on, or "
+        f"merge it first (launch/export.py {folder} --merge --out merged) and give that"
+    )
+
+
+def _adapter(folder: Path) -> str:
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "Qwen/Qwen3-VL-4B-Instruct"}')
+    return (
+        f"{folder}: an adapter of Qwen/Qwen3-VL-4B-Instruct; give its base as model.path, and this folder as "
+        "tune.start_from to train it further"
+    )
+
+
+def _damaged_adapter(folder: Path) -> str:
+    (folder / "adapter_config.json").write_text("[")
+    return f"{folder}: an adapter; give its base as model.path, and this folder as tune.start_from to train it further"
+
+
+@pytest.mark.parametrize("make", [_run_folder, _adapter, _damaged_adapter])
+def test_folders_that_are_not_checkpoints_are_named(tmp_path, make):
+    expected = make(tmp_path)
+    assert message_of(ValueError, read_config, tmp_path) == expected
+
+
+@pytest.mark.parametrize(
+    ("path", "what"),
+    [
+        ("none", "not a folder; {wanted}"),
+        ("~/model", "not a folder, ~ stands for no home here; {wanted} by its whole path"),
+        ("a/b", "not a folder; {wanted}, or get it first: hf download a/b --local-dir a/b"),
+        (
+            "hub/models--a--b-c/snapshots/0f",
+            "not in the cache of the Hub any more; get it again: hf download a/b-c --revision 0f",
+        ),
+        ("file", "a file; {wanted}, the folder that holds config.json"),
+    ],
+)
+def test_paths_that_are_no_folder_are_named(tmp_path, monkeypatch, path, what):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    wanted = "give a local Qwen3-VL checkpoint in Hugging Face form"
+    assert message_of(ValueError, read_config, path) == f"{path}: {what.format(wanted=wanted)}"

@@ -84,8 +84,8 @@ trian: {num_steps: 3}
 
 
 def test_missing_model_folder(answer, values, tmp_path):
-    values["model"]["path"] = "Qwen/Qwen3-VL-4B-Instruct"
-    expected = "Qwen/Qwen3-VL-4B-Instruct: not a folder; give a local Qwen3-VL checkpoint in Hugging Face form"
+    values["model"]["path"] = "none"
+    expected = "none: not a folder; give a local Qwen3-VL checkpoint in Hugging Face form"
     assert answer(values) == (2, expected)
     values["model"]["path"] = str(tmp_path)
     expected = f"{tmp_path}: no config.json; give a local Qwen3-VL checkpoint in Hugging Face form"

@@ -56,6 +56,13 @@ class WeightFiles:
         else:
             files = [single]
         missing = [file.name for file in files if not file.is_file()]
+        if missing and not (self.folder / "config.json").is_file():
+            read_config(self.folder)  # which says what the path is instead
+        if missing and (pickled := sorted(file.name for file in self.folder.glob("*.bin"))):
+            raise ValueError(
+                f"{self.folder}: weights are in {pickled[0]}, a pickle, which is not opened; convert them where you "
+                "trust the file: AutoModelForImageTextToText.from_pretrained(folder).save_pretrained(new_folder)"
+            )
         if missing:
             raise ValueError(f"{self.folder}: missing {', '.join(missing)}; give a folder with all safetensors files")
         return files
@@ -117,6 +124,12 @@ def check_weights(model: nn.Module, files: WeightFiles) -> None:
     }
     tied = {base_name(name) for name, _ in model.named_parameters(remove_duplicate=False)} - set(wanted)
     missing = [to_huggingface(name) for name in wanted if name not in files.shapes]
+    if missing == ["lm_head.weight"]:
+        raise ValueError(
+            f"{files.folder}: no lm_head.weight, and config.json does not tie it to the embedding: a model for "
+            "embeddings has no head to write text with; take an Instruct or Thinking checkpoint, or set "
+            "tie_word_embeddings to true in config.json if they were tied"
+        )
     extra = [to_huggingface(name) for name in files.shapes if name not in wanted and name not in tied]
     misshapen = [
         f"{to_huggingface(name)} is {files.shapes[name]}, config.json makes it {shape}"

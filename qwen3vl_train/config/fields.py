@@ -26,8 +26,13 @@ from qwen3vl_train.modules import (
 )
 
 
+def is_hub_id(name: str) -> bool:
+    """Return whether a text has the form owner/name, as names on the Hugging Face Hub."""
+    return bool(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*", name))
+
+
 def _check_hub_id(name: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*", name):
+    if not is_hub_id(name):
         raise ValueError(f"got {name[:120]!r}; write owner/name, as in Qwen/Qwen3-VL-4B-Instruct")
     return name
 
@@ -57,13 +62,16 @@ def _check_target(target: str) -> str:
 class ModelSection(Section):
     """Name the checkpoint to start from.
 
-    path: a local folder in Hugging Face form.
+    path: a local folder in Hugging Face form, or a name on the Hugging Face Hub, such as Qwen/Qwen3-VL-4B-Instruct: it
+        is downloaded once to the Hub's cache, and the run folder names the snapshot.
+    revision: of a name on the Hub, the branch, tag or commit.
     hub_id: the name of this checkpoint on the Hugging Face Hub, which exports then carry in place of the path.
     video_markup: how a clip is written into the text. bare: as Qwen's own code and transformers up to 5.9 do;
         wrapped: with one more pair of vision tokens around it, as transformers 5.10 to 5.23 do. Train what will serve.
     """
 
     path: Text
+    revision: Text | None = None
     hub_id: Annotated[str, AfterValidator(_check_hub_id)] | None = None
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     video_markup: Literal["bare", "wrapped"] = "bare"

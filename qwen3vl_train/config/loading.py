@@ -66,6 +66,7 @@ _NAMES_ELSEWHERE: dict[tuple[str, str], str] = {
     ("data.train.*.media_root", ""): "image_folder image_root media_dir",
     ("data.num_workers", ""): "dataloader_num_workers preprocessing_num_workers",
     ("model.path", ""): "model_name_or_path model_name model_id",
+    ("model.revision", ""): "model_revision",
     ("model.dtype", ""): "torch_dtype",
     ("model.dtype", "bfloat16 or float32"): "precision bf16",
     ("tune.rank", ""): "lora_r lora_rank r",

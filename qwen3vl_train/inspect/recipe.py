@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from qwen3vl_train.checkpoint.hub_model import with_local_model
 from qwen3vl_train.config import Recipe
 from qwen3vl_train.data.encode.collator import MultimodalCollator
 from qwen3vl_train.data.errors import Reject
@@ -47,6 +48,7 @@ def inspect_recipe(
     max_rows: rows of a source to examine at most, evenly spaced; token counts and packs are always of all rows.
     Raises ValueError for files that cannot be read; that no row can be used is a finding.
     """
+    recipe = with_local_model(recipe)
     collate = open_collator(recipe)
     training = open_training(recipe, collate, max_rows)
     entries = name_entries(training, open_held_out(recipe, collate))

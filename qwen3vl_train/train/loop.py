@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from qwen3vl_train import __version__
+from qwen3vl_train.checkpoint.hub_model import with_local_model
 from qwen3vl_train.checkpoint.manifest import KeepPolicy, read_manifest
 from qwen3vl_train.checkpoint.writer import CheckpointWriter, load_checkpoint
 from qwen3vl_train.config import Recipe, check_world_size, run_dir
@@ -77,6 +78,8 @@ def train(recipe: Recipe) -> Path:
     ranks = start_ranks(timeout_seconds=timeout, nccl_trace_prefix=str(run_dir(recipe) / "logs" / "nccl_trace_rank_"))
     with Watchdog(ranks, timeout) as watchdog:
         check_world_size(recipe, ranks.world_size)
+        ranks.on_main(lambda: with_local_model(recipe, ranks.heartbeat).model.path)
+        recipe = ranks.on_all(partial(with_local_model, recipe))  # ranks of other machines have caches of their own
         if recipe.train.deterministic != torch.are_deterministic_algorithms_enabled():
             torch.use_deterministic_algorithms(recipe.train.deterministic)  # imports torch's compiler: takes seconds
         run = _open_run(recipe, ranks, watchdog)

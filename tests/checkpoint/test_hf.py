@@ -146,7 +146,21 @@ def test_missing_extra_and_misshapen_weights_are_all_named(folder):
 
 def test_an_untied_head_must_be_stored(folder):
     edit_config(folder, lambda config: config.update(tie_word_embeddings=False))
-    assert refusal(folder).endswith("1 missing weight: lm_head.weight")
+    assert refusal(folder) == (
+        f"{folder}: no lm_head.weight, and config.json does not tie it to the embedding: a model for embeddings has no "
+        "head to write text with; take an Instruct or Thinking checkpoint, or set tie_word_embeddings to true in "
+        "config.json if they were tied"
+    )
+
+
+def test_weights_in_a_pickle_are_named_and_not_opened(folder):
+    (folder / "model.safetensors").unlink()
+    for name in ("pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin"):
+        (folder / name).write_bytes(b"not even a pickle")
+    assert refusal(folder) == (
+        f"{folder}: weights are in pytorch_model-00001-of-00002.bin, a pickle, which is not opened; convert them where "
+        "you trust the file: AutoModelForImageTextToText.from_pretrained(folder).save_pretrained(new_folder)"
+    )
 
 
 def test_names_of_another_model(folder):

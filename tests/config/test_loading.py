@@ -16,7 +16,7 @@ data: {train: [{path: a.jsonl}]}
 DEFAULTS = """\
 name: small
 output_dir: runs
-model: {path: some/model, hub_id: null, dtype: bfloat16, video_markup: bare}
+model: {path: some/model, revision: null, hub_id: null, dtype: bfloat16, video_markup: bare}
 tune:
   {method: lora, rank: 16, alpha: 32, dropout: 0.0, targets: [text_attn, text_mlp], rslora: false, dora: false}
 data:
