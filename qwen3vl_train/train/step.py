@@ -12,8 +12,10 @@ from qwen3vl_train.batch import PackedBatch
 from qwen3vl_train.config import OptimSection, Recipe
 from qwen3vl_train.data.packing.loader import StepPacks
 from qwen3vl_train.dist.ranks import Ranks, seed_everything
-from qwen3vl_train.dist.tensors import global_shape
+from qwen3vl_train.dist.tensors import full_tensor, global_shape, to_local
 from qwen3vl_train.model.costs import FlopsCounter
+from qwen3vl_train.model.hf_names import to_huggingface
+from qwen3vl_train.model.lora import base_name, is_adapter
 from qwen3vl_train.model.loss import LossFunction, cross_entropy_loss
 from qwen3vl_train.model.qwen3vl import Qwen3VLForConditionalGeneration
 from qwen3vl_train.parallel.optim import TrainEngine
@@ -107,6 +109,7 @@ def train_step(
     loss, *of_sources = ranks.reduce([loss_of_rank, *by_source.values()])
     if not (math.isfinite(loss) and math.isfinite(norms["all"])):
         optimizer.discard()
+        _check_weights_are_finite(model, step, ranks)
         _raise_non_finite(packs, [loss.item() for loss in losses[: len(packs)]], loss / num_labels, norms, step, ranks)
     labels, tokens, visual_tokens, patches = map(int, totals[:4])
     if labels:
@@ -131,6 +134,23 @@ def empty_pack(arch: Qwen3VLArch) -> PackedBatch:
         grid_thw=[], vision_slices_per_seq=[[]],
         position_table_side=vision.position_table_side, merge_size=vision.spatial_merge_size,
     )  # fmt: skip
+
+
+def _check_weights_are_finite(model: Qwen3VLForConditionalGeneration, step: int, ranks: Ranks) -> None:
+    """Raise NonFiniteError with the weights that are not finite: then it is not the rows. Every rank must call it."""
+    mine = []
+    for name, parameter in model.named_parameters():
+        values = full_tensor(parameter) if hasattr(parameter, "ds_id") else to_local(parameter.detach())
+        if not values.isfinite().all():
+            mine.append(name if is_adapter(name) else to_huggingface(base_name(name)))
+    broken = list(dict.fromkeys(name for of_rank in ranks.gather(mine) for name in of_rank))
+    if broken:
+        more = f" and {len(broken) - 1} more weights" if len(broken) > 1 else ""
+        raise NonFiniteError(
+            f"step {step + 1}: {broken[0]}{more} holds NaN or infinity, so the loss does, too. If this is the first "
+            "step, the checkpoint in model.path is damaged: download it again, or convert it again in bfloat16 or "
+            "float32. Otherwise start again from the last checkpoint with a lower optim.lr"
+        )
 
 
 def _raise_non_finite(

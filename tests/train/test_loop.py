@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from qwen3vl_train.batch import IGNORE_LABEL
-from qwen3vl_train.config import load_recipe
+from qwen3vl_train.config import Recipe, load_recipe
 from qwen3vl_train.data.open import open_collator
 from qwen3vl_train.data.sources import JsonlSource
 from qwen3vl_train.tracking.metrics import read_metrics
@@ -16,6 +16,8 @@ from qwen3vl_train.train.load_run import restore_run
 from qwen3vl_train.train.loop import train
 from qwen3vl_train.train.step import NonFiniteError
 from tests.helpers import small_runs
+from tests.helpers.messages import message_of
+from tests.helpers.ranks import run_ranks
 
 
 @pytest.fixture(scope="module")
@@ -67,19 +69,37 @@ def test_two_held_out_files_of_one_name_are_refused(tiny_folder, task, tmp_path)
         train(recipe)
 
 
-def test_a_non_finite_loss_ends_the_run_with_step_and_samples(tiny_folder, task, tmp_path):
-    shutil.copytree(tiny_folder, tmp_path / "model")
-    weights = load_file(tmp_path / "model" / "model.safetensors")
-    weights["model.visual.merger.linear_fc2.bias"][0] = float("nan")
-    save_file(weights, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+def _with_nan(folder: Path, copy: Path, name: str, row: int) -> Path:
+    shutil.copytree(folder, copy)
+    weights = load_file(copy / "model.safetensors")
+    weights[name][row] = float("nan")
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    return copy
+
+
+def test_a_weight_that_is_not_finite_is_named(tiny_folder, task, tmp_path):
+    _with_nan(tiny_folder, tmp_path / "model", "model.visual.merger.linear_fc2.bias", 0)
     # With this seed the first step is text alone, which never meets the NaN; the second has a picture.
     recipe = small_runs.make_recipe(
         tmp_path / "model", task, tmp_path, data__max_tokens_per_pack=64, train__packs_per_step=1, train__seed=2
     )
-    with pytest.raises(NonFiniteError, match=r"^step 2: loss nan.*; no weight was changed\. Samples: train\.jsonl:\d+"):
+    with pytest.raises(NonFiniteError, match=r"^step 2: model\.visual\.merger\.linear_fc2\.bias holds NaN or infinity"):
         train(recipe)
     rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert [(row["step"], row["visual_tokens"]) for row in rows] == [(1, 0)]
+
+
+def _train_on_rank(rank: int, world_size: int, recipe: Recipe) -> str:
+    return message_of(NonFiniteError, train, recipe)
+
+
+def test_a_weight_that_is_not_finite_on_one_rank_is_named_by_all(tiny_folder, task, tmp_path):
+    name = "model.language_model.layers.0.self_attn.q_proj.weight"
+    model = _with_nan(tiny_folder, tmp_path / "model", name, -1)  # a row of the last rank's shard
+    case = {"tune": small_runs.LORA, "parallel": {"engine": "fsdp2"}}
+    messages = run_ranks(_train_on_rank, 2, small_runs.make_recipe(model, task, tmp_path, **case))
+    assert messages[0] == messages[1]
+    assert messages[0].startswith(f"step 1: {name} holds NaN or infinity, so the loss does, too.")
 
 
 def test_the_metrics_add_up_over_an_epoch(tiny_folder, task, tmp_path):
