@@ -1,5 +1,6 @@
 """The data of a run, opened from its recipe: training loader, held-out packs, and the rows that cannot be used."""
 
+import math
 import os
 import time
 from collections import Counter
@@ -30,6 +31,7 @@ from qwen3vl_train.data.sources.files import cache_folder
 from qwen3vl_train.data.sources.hub import HubSource
 from qwen3vl_train.dist.ranks import Ranks, StoreBroadcast
 from qwen3vl_train.tracking.console import IndexProgress
+from qwen3vl_train.train.advice import EpochFigures, length_lines
 from qwen3vl_train.train.consistency import DataContents, StepStatus, check_same_data, plan_error
 
 _PEEKED_ROWS = 64
@@ -138,6 +140,15 @@ class TrainingData:
             reasons = [f"  - {line}" for line in RejectSummary(found).lines(num_rows)]
             lines += [f"data: {len(self.rejects):,} rows rejected, listed in rejected.jsonl", *reasons]
         return lines
+
+    def length_lines(self, recipe: Recipe) -> list[str]:
+        """Return the lines that the start banner shows about the length of the run."""
+        epoch = None
+        if not self.is_streamed:
+            tokens, num_packs = self.index.tokens, len(self.loader.epoch_packs(self.loader.epoch))
+            num_steps = math.ceil(num_packs / self.loader.packs_per_step)
+            epoch = EpochFigures(self.index.num_usable, num_steps, int(tokens.sum()), int(tokens.max(initial=0)))
+        return length_lines(recipe, self.num_steps, epoch)
 
 
 def gather_rejects(rejects: list[Reject], ranks: Ranks) -> list[Reject]:

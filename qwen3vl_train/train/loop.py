@@ -126,7 +126,8 @@ def _loop(run: Run, recorder: Recorder, stop: StopSignals, writer: CheckpointWri
     """Train to the last step. Every rank must call it."""
     recipe, ranks, data, progress = run.recipe, run.ranks, run.data, run.progress
     start_step, num_steps = progress.step, data.num_steps
-    banner = start_banner(recipe, ranks, run.folder, data.summary(), report_groups(run.model, recipe))
+    data_lines = data.summary() + data.length_lines(recipe)
+    banner = start_banner(recipe, ranks, run.folder, data_lines, report_groups(run.model, recipe))
     for line in banner + resume_lines(start_step, num_steps, run.damaged):
         recorder.line(line)
     factor_at = partial(lr_factor, num_steps=num_steps, optim=recipe.optim)
