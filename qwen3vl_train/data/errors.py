@@ -1,12 +1,15 @@
 """Faults of single rows, and the record of a rejected row."""
 
+import os
+from traceback import extract_tb
+from types import TracebackType
 from typing import Any, ClassVar, Literal, NamedTuple
 
 FaultKind = Literal[
     "invalid_json", "wrong_type", "missing_field", "unknown_field", "conflicting_fields", "invalid_value",
     "media_mismatch", "dropped_by_template", "invalid_boxes", "nothing_to_learn", "too_long",
     "missing_file", "forbidden_path", "unsupported_media", "invalid_media", "no_frame_rate", "download_failed",
-    "read_error", "changed",
+    "read_error", "changed", "unexpected",
 ]  # fmt: skip
 """Why a row cannot be used. Code distinguishes faults by their kind, never by the wording of their message."""
 
@@ -36,6 +39,31 @@ class MediaFault(RowFault):
     """An image or video of a row is missing, damaged, unsafe or in an unsupported format."""
 
     default_kind: ClassVar[FaultKind] = "invalid_media"
+
+
+class LastResort:
+    """A context in which every exception of one row becomes a RowFault of kind `unexpected`, which names it.
+
+    All code that reads or encodes a single row is inside of one: a fault that no check foresaw costs its row, and not
+    the run. Its row counts as transient, so that a corrected program reads it again in spite of a kept index.
+    Exceptions that are not of the row pass: KeyboardInterrupt, SystemExit and other BaseExceptions.
+    """
+
+    def __enter__(self) -> None:
+        return
+
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        if error is None or isinstance(error, RowFault) or not isinstance(error, Exception):
+            return
+        frame = extract_tb(traceback)[-1]
+        what = f"{type(error).__name__}: {str(error)[:_SHOWN_CHARACTERS]}"
+        where = f"{os.path.basename(frame.filename)}:{frame.lineno}"
+        fault = f"cannot be read, {what} (in {where}); check the values of the row, or remove it"
+        raise RowFault(fault, kind="unexpected", transient=True) from error
+
+
+LAST_RESORT = LastResort()
+_SHOWN_CHARACTERS = 300
 
 
 class Reject(NamedTuple):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from qwen3vl_train.data.errors import RowFault
+from qwen3vl_train.data.errors import LAST_RESORT, RowFault
 from qwen3vl_train.data.media.folders import is_folder, list_frames
 from qwen3vl_train.data.media.paths import ImageInput, path_or_bytes
 from qwen3vl_train.data.rows.sample import ImagePart, Sample, TextPart, VideoPart
@@ -34,8 +34,9 @@ class DuplicateFinder:
             equal: dict[bytes, list[RowRef]] = {}
             for ref in (self._first[key], *refs):
                 try:
-                    digest = _media_digest(self._entries[ref.entry].sample(ref))
-                except (RowFault, OSError):
+                    with LAST_RESORT:
+                        digest = _media_digest(self._entries[ref.entry].sample(ref))
+                except RowFault:
                     continue
                 equal.setdefault(digest, []).append(ref)
             yield from (group for group in equal.values() if len(group) > 1)

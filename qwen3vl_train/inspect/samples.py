@@ -15,7 +15,7 @@ from qwen3vl_train.config import Recipe
 from qwen3vl_train.data.encode.collator import MultimodalCollator
 from qwen3vl_train.data.encode.encoder import EncodedSample
 from qwen3vl_train.data.encode.tokenizer import ChatTokenizer
-from qwen3vl_train.data.errors import RowFault
+from qwen3vl_train.data.errors import LAST_RESORT, RowFault
 from qwen3vl_train.data.media.image import MERGE, PATCH
 from qwen3vl_train.inspect.as_json import describe_sample
 from qwen3vl_train.inspect.boxes import find_marks
@@ -50,9 +50,10 @@ def view_sample(entry: Entry, ref: RowRef, checks: frozenset[str], collate: Mult
     name = f"{entry.name}:{entry.label(ref)}"
     view: dict[str, Any] = {"source": entry.name, "role": entry.role, "row": entry.label(ref), "fault": None}
     try:
-        sample = entry.sample(ref)
-        name = sample.sample_id
-        encoded, listed = collate.encode(sample), entry.listed_marks(ref)
+        with LAST_RESORT:
+            sample = entry.sample(ref)
+            name = sample.sample_id
+            encoded, listed = collate.encode(sample), entry.listed_marks(ref)
     except RowFault as fault:
         return {**view, "id": name, "fault": str(fault), "checks": sorted({*checks, "undecodable"})}
     tokens = view_tokens(encoded, collate.tokenizer)
@@ -185,7 +186,8 @@ def view_pack(training: Training, recipe: Recipe) -> dict[str, Any] | None:
     encoded = []
     for number in training.packs[chosen] if training.packs else []:
         try:
-            encoded.append(training.collate.encode(training.sample(number)))
+            with LAST_RESORT:
+                encoded.append(training.collate.encode(training.sample(number)))
         except RowFault:
             continue
     if not encoded:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from qwen3vl_train.data.encode.collator import MultimodalCollator
-from qwen3vl_train.data.errors import FaultKind, Reject, RowFault
+from qwen3vl_train.data.errors import LAST_RESORT, FaultKind, Reject, RowFault
 from qwen3vl_train.inspect.boxes import BoxEvidence
 from qwen3vl_train.inspect.facts import SHOWN_ROWS, DuplicateFacts, RejectGroup, SourceFacts, histogram, ratio_histogram
 from qwen3vl_train.inspect.rows import RowFacts, read_row
@@ -38,7 +38,8 @@ class Scan:
 def scan_row(entry: Entry, ref: RowRef, collate: MultimodalCollator) -> RowFacts | Reject:
     """Read one row; return a Reject if it can no longer be read."""
     try:
-        return read_row(entry.sample(ref), entry.visual_tokens(ref), collate)
+        with LAST_RESORT:
+            return read_row(entry.sample(ref), entry.visual_tokens(ref), collate)
     except RowFault as fault:
         source = entry.files[ref.file].source
         return Reject.from_fault(source.name, source.row_number(ref.row), fault)

@@ -11,7 +11,7 @@ from qwen3vl_train.checkpoint.hf import load_qwen3_vl_model
 from qwen3vl_train.config import EvalSource
 from qwen3vl_train.data.encode.collator import MultimodalCollator
 from qwen3vl_train.data.encode.encoder import EncodedSample
-from qwen3vl_train.data.errors import RowFault
+from qwen3vl_train.data.errors import LAST_RESORT, RowFault
 from qwen3vl_train.data.open import open_collator
 from qwen3vl_train.data.rows.sample import Sample
 from qwen3vl_train.data.sources import FileSource, open_sources
@@ -97,10 +97,11 @@ def _grouped(
     tokens = 0
     for source, row in ((file, row) for file in sources for row in range(len(file))):
         try:
-            sample = source.sample(row)
-            question, expected = split_answer(sample)
-            encoded = collate.encode(sample)
-            prompt = collate.encode(question, generation_prompt=True)
+            with LAST_RESORT:
+                sample = source.sample(row)
+                question, expected = split_answer(sample)
+                encoded = collate.encode(sample)
+                prompt = collate.encode(question, generation_prompt=True)
         except RowFault as fault:
             rejected.append(f"{source.name}:{source.row_number(row)}: {fault}")
             continue

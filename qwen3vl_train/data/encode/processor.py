@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from qwen3vl_train.arch import Qwen3VLArch
 from qwen3vl_train.data.encode.tokenizer import read_json
-from qwen3vl_train.data.media.clips import FRAMES_PER_PATCH, MAX_FPS, ClipRules
+from qwen3vl_train.data.media.clips import FRAMES_PER_PATCH, MAX_FPS, MIN_FPS, ClipRules
 from qwen3vl_train.data.media.image import FACTOR, MERGE, PATCH
 
 
@@ -51,7 +51,7 @@ def read_clip_rules(model_path: str | Path, arch: Qwen3VLArch) -> ClipRules | No
     defaults = {"fps": 2, "min_frames": 4, "max_frames": 768}
     fps, min_frames, max_frames = (settings.get(key) or default for key, default in defaults.items())
     numbers = isinstance(fps, int | float) and isinstance(min_frames, int) and isinstance(max_frames, int)
-    if not (numbers and 0 < fps <= MAX_FPS and FRAMES_PER_PATCH <= min_frames <= max_frames):
+    if not (numbers and MIN_FPS <= fps <= MAX_FPS and FRAMES_PER_PATCH <= min_frames <= max_frames):
         got = f"{fps!r}, {min_frames!r}, {max_frames!r}"
         faults.append(f"fps, min_frames, max_frames are {got}, Qwen3-VL has 2, 4, 768")
     if faults:
@@ -136,8 +136,8 @@ def override_clip_rules(
     One visual token is 32x32 pixels of two frames. As in transformers, the limit is on the area of all frames: the pair
     that an odd number of frames ends with may exceed it. A limit moves its counterpart too. Raise ValueError.
     """
-    if fps is not None and not 0 < fps <= MAX_FPS:
-        raise ValueError(f"data.fps: got {fps}; use a number above 0 and at most {MAX_FPS}")
+    if fps is not None and not MIN_FPS <= fps <= MAX_FPS:
+        raise ValueError(f"data.fps: got {fps}; use a number from {MIN_FPS:g} to {MAX_FPS}")
     for name, value in (("min_frames", min_frames), ("max_frames", max_frames)):
         if value is not None and value < FRAMES_PER_PATCH:
             raise ValueError(f"data.{name}: got {value}; use at least {FRAMES_PER_PATCH}")

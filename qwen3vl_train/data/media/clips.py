@@ -11,7 +11,8 @@ from qwen3vl_train.data.errors import MediaFault
 from qwen3vl_train.data.media.image import FACTOR, MAX_ASPECT, PATCH, fit_area, resize_to_patches
 
 FRAMES_PER_PATCH = 2
-MAX_FPS = 1000
+MIN_FPS, MAX_FPS = 0.0001, 1000
+"""Limits on the rate of a clip: one frame in three hours, and high-speed cameras."""
 
 
 class ClipRules(NamedTuple):

@@ -5,14 +5,13 @@ Only containers that cannot refer to other files are opened.
 
 import contextlib
 import errno
-import math
 import os
 from collections.abc import Iterator
 from io import BytesIO
 from typing import TYPE_CHECKING, NamedTuple
 
 from qwen3vl_train.data.errors import MediaFault
-from qwen3vl_train.data.media.clips import MAX_FPS
+from qwen3vl_train.data.media.clips import MAX_FPS, MIN_FPS
 from qwen3vl_train.data.media.frame_times import Frames, list_frames
 from qwen3vl_train.data.media.paths import VideoInput, check_area, describe, path_or_bytes, unreadable
 from qwen3vl_train.data.media.rotation import Matrix, mp4_matrix, rotation_from_matrix
@@ -81,15 +80,15 @@ def read_header(
 
 def _rate(frames: Frames, declared: float, name: str) -> tuple[float, tuple[float, ...] | None]:
     """Return the declared rate, or the mean one and all times where they are not those of the declared rate."""
-    valid = math.isfinite(declared) and 0 < declared <= MAX_FPS
+    valid = MIN_FPS <= declared <= MAX_FPS
     times = frames.uneven_times(declared if valid else None)
     if times is None and valid:
         return declared, None
     span = 0.0 if times is None else times[-1]
     fps = (frames.num_frames - 1) / span if span > 0 else declared
-    if times is None or not (math.isfinite(fps) and 0 < fps <= MAX_FPS):
+    if times is None or not MIN_FPS <= fps <= MAX_FPS:
         found = "missing" if not fps else f"{fps:g}"
-        fault = f"frame rate is {found}, not above 0 and at most {MAX_FPS}; write the file again with its rate"
+        fault = f"frame rate is {found}, not from {MIN_FPS:g} to {MAX_FPS}; write the file again with its rate"
         raise MediaFault(f"{name}: {fault}", kind="no_frame_rate")
     return fps, times
 

@@ -14,7 +14,7 @@ import numpy as np
 from qwen3vl_train.data.encode.chat import Text
 from qwen3vl_train.data.encode.collator import MultimodalCollator
 from qwen3vl_train.data.encode.encoder import SampleCost, is_trained
-from qwen3vl_train.data.errors import MediaFault, Reject, RowFault
+from qwen3vl_train.data.errors import LAST_RESORT, MediaFault, Reject, RowFault
 from qwen3vl_train.data.packing.index_cache import RowReject, SourceIndex, load_index, save_index
 from qwen3vl_train.data.packing.workers import in_workers
 from qwen3vl_train.data.rows.formats import FORMATS
@@ -45,6 +45,10 @@ class LengthRule(NamedTuple):
 
         Raises RowFault, also where the template trains nothing of the sample.
         """
+        with LAST_RESORT:
+            return self._admit(sample, collator)
+
+    def _admit(self, sample: Sample, collator: MultimodalCollator) -> SampleCost | None:
         pieces = collator.render(sample)
         if not is_trained(pieces):
             raise RowFault(

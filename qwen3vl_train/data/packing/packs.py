@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from qwen3vl_train.batch import PackedBatch
 from qwen3vl_train.data.encode.collator import MultimodalCollator
 from qwen3vl_train.data.encode.encoder import EncodedSample
-from qwen3vl_train.data.errors import Reject, RowFault
+from qwen3vl_train.data.errors import LAST_RESORT, Reject, RowFault
 from qwen3vl_train.data.packing.index import Index
 from qwen3vl_train.data.packing.plan import FamilyCosts, PackLimits, pack_in_order
 from qwen3vl_train.data.packing.shared_memory import SharedMemoryPack
@@ -67,7 +67,8 @@ class PackBuilder(NamedTuple):
         rejected: list[Reject] = []
         for row in map(self.read_row, chain.from_iterable(families)):
             try:
-                encoded.append(self._encode(row))
+                with LAST_RESORT:
+                    encoded.append(self._encode(row))
             except RowFault as fault:
                 rejected.append(Reject.from_fault(row.file, row.number, fault))
         return PackResult(self.collator.pack(encoded) if encoded else None, rejected)
@@ -91,6 +92,9 @@ class PackBuilder(NamedTuple):
                 "since, start again",
                 kind="changed",
             )
+        if not encoded.label_rows.numel():
+            fault = "nothing to learn: none of its tokens is trained; write an answer, or remove the row"
+            raise RowFault(fault, kind="nothing_to_learn")
         return encoded
 
 

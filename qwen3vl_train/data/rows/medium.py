@@ -6,13 +6,15 @@ from typing import Any
 from PIL import Image
 
 from qwen3vl_train.data.errors import RowFault
-from qwen3vl_train.data.media.clips import MAX_FPS
+from qwen3vl_train.data.media.clips import MAX_FPS, MIN_FPS
 from qwen3vl_train.data.media.paths import ImageInput
 from qwen3vl_train.data.rows.keys import Keys
 from qwen3vl_train.data.rows.sample import NO_LIMITS, ImagePart, PixelLimits, VideoPart
-from qwen3vl_train.data.rows.values import as_number, check_text, is_empty, wrong_type
+from qwen3vl_train.data.rows.values import MAX_SECONDS, as_number, check_text, is_empty, shown, wrong_type
 
 _LIMITS = ("min_pixels", "max_pixels", "resized_height", "resized_width")
+_MAX_WHOLE = 1 << 31
+"""Of pixels and frames that a row asks for: above every limit that applies to them anyway."""
 _RATES = ("fps", "sample_fps", "timestamps")
 _CLIP_OPTIONS = (*_RATES, "nframes", "num_frames", "video_start", "video_end", "start", "end")
 OPTIONS = {"text": (), "image": _LIMITS, "video": (*_LIMITS, *_CLIP_OPTIONS)}
@@ -191,8 +193,9 @@ def _segment(options: Mapping[str, Any], where: str) -> dict[str, float]:
             raise RowFault(fault, kind="conflicting_fields")
         if names:
             seconds = as_number(options[names[0]])
-            if seconds is None or seconds < 0:
-                raise RowFault(f"{where}.{names[0]} is {options[names[0]]!r}; write seconds, at least 0")
+            if seconds is None or not 0 <= seconds <= MAX_SECONDS:
+                what = f"write seconds, from 0 to {MAX_SECONDS:,.0f}"
+                raise RowFault(f"{where}.{names[0]} is {shown(options[names[0]])}; {what}")
             segment[bound] = seconds
     if len(segment) == 2 and segment["start"] >= segment["end"]:
         raise RowFault(f"{where}: starts at {segment['start']:g} s and ends at {segment['end']:g} s; write a later end")
@@ -201,15 +204,15 @@ def _segment(options: Mapping[str, Any], where: str) -> dict[str, float]:
 
 def _whole(value: Any, where: str, least: int = 1) -> int:
     number = as_number(value)
-    if number is None or number != int(number) or number < least:
-        raise RowFault(f"{where} is {value!r}; write a whole number of at least {least}")
+    if number is None or number != int(number) or not least <= number <= _MAX_WHOLE:
+        raise RowFault(f"{where} is {shown(value)}; write a whole number from {least} to {_MAX_WHOLE:,}")
     return int(number)
 
 
 def _rate(value: Any, where: str) -> float:
     number = as_number(value)
-    if number is None or not 0 < number <= MAX_FPS:
-        fault = f"{where} is {value!r}; write a number of frames per second, above 0 and at most {MAX_FPS}"
+    if number is None or not MIN_FPS <= number <= MAX_FPS:
+        fault = f"{where} is {shown(value)}; write a number of frames per second, from {MIN_FPS:g} to {MAX_FPS}"
         raise RowFault(fault, kind="no_frame_rate")
     return number
 
@@ -222,7 +225,8 @@ def _timestamps(times: Any, num_frames: int, where: str) -> tuple[float, ...]:
     last = 0.0
     for index, time in enumerate(times):
         seconds = as_number(time)
-        if seconds is None or seconds < last:
-            raise RowFault(f"{where}[{index}] is {time!r}; write seconds, at least 0, that never decrease")
+        if seconds is None or not last <= seconds <= MAX_SECONDS:
+            what = f"write seconds, from 0 to {MAX_SECONDS:,.0f}, that never decrease"
+            raise RowFault(f"{where}[{index}] is {shown(time)}; {what}")
         last = seconds
     return tuple(map(float, times))

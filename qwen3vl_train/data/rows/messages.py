@@ -12,7 +12,7 @@ from qwen3vl_train.data.errors import RowFault
 from qwen3vl_train.data.rows.keys import Keys
 from qwen3vl_train.data.rows.parts import Slot, is_part_list, read_part
 from qwen3vl_train.data.rows.sample import ROLES, ImagePart, Message, Part, TextPart, ToolCall, VideoPart
-from qwen3vl_train.data.rows.values import check_json, check_text, is_number, parse_json, wrong_type
+from qwen3vl_train.data.rows.values import check_json, check_text, is_number, parse_json, shown, wrong_type
 
 _ROLES = {
     "system": "system", "developer": "system",
@@ -22,6 +22,9 @@ _ROLES = {
     "tool": "tool", "observation": "tool", "function": "tool", "function_response": "tool", "tool_response": "tool",
 }  # fmt: skip
 """The speakers of all dialects, in lower case."""
+MIN_WEIGHT, MAX_WEIGHT = 1e-6, 1e6
+"""Of the loss of a turn that is trained. Far beyond any use, and far within what float32 sums hold."""
+_WEIGHTS = f"0, or a number from {MIN_WEIGHT:g} to {MAX_WEIGHT:,.0f}"
 _CALLERS = ("function_call", "tool_call")
 _KNOWN = frozenset({
     "role", "from", "content", "value", "loss", "loss_weight", "weight", "tool_calls", "function_call",
@@ -186,9 +189,9 @@ def _loss_weight(keys: Keys, role: str, where: str) -> float:
     weight = None
     for name, weight in given.items():
         if isinstance(weight, bool) or not isinstance(weight, int | float):
-            raise wrong_type(f"{where}.{name}", weight, "; write a number of at least 0")
-        if not is_number(weight) or weight < 0:
-            raise RowFault(f"{where}.{name} is {weight}; write a finite number of at least 0")
+            raise wrong_type(f"{where}.{name}", weight, f"; write {_WEIGHTS}")
+        if not is_number(weight) or not (weight == 0 or MIN_WEIGHT <= weight <= MAX_WEIGHT):
+            raise RowFault(f"{where}.{name} is {shown(weight)}; write {_WEIGHTS}")
     if role != "assistant" and (loss or weight):
         raise RowFault(f"{where}: loss on a {role} message; only assistant messages are trained")
     if loss is False and weight:

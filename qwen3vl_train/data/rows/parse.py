@@ -1,6 +1,5 @@
 """One row, in any format and from any file -> one checked `Sample`, by the rules of its data set."""
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -23,7 +22,7 @@ from qwen3vl_train.data.rows.messages import read_tools, read_turns
 from qwen3vl_train.data.rows.placeholders import place_media
 from qwen3vl_train.data.rows.sample import ImagePart, Part, Sample, TextPart, VideoPart
 from qwen3vl_train.data.rows.turns import read_all_turns
-from qwen3vl_train.data.rows.values import to_json, wrong_type
+from qwen3vl_train.data.rows.values import decode_json, to_json, wrong_type
 
 MAX_ROW_BYTES = 256 << 20
 """Of one row in a file, media inside included: several copies of it are in memory while it is read."""
@@ -171,7 +170,9 @@ def dataset_of(sample_id: str) -> str:
 def decode_row(text: bytes, *, first: bool = False) -> Any:
     """Parse one row of JSON. first: a byte order mark may precede it. Raise RowFault."""
     try:
-        return json.loads(text.decode("utf-8-sig" if first else "utf-8").strip())
+        return decode_json(text.decode("utf-8-sig" if first else "utf-8").strip())
+    except RowFault:
+        raise
     except UnicodeDecodeError as error:
         fault = f"not UTF-8 (byte {error.start} of the line); save the file as UTF-8"
         raise RowFault(fault, kind="invalid_json") from None

@@ -1,4 +1,4 @@
-"""Checks of single values of a row: text, JSON, numbers."""
+"""Checks of single values of a row: text, JSON, numbers, times."""
 
 import json
 import sys
@@ -7,6 +7,9 @@ from typing import Any
 from qwen3vl_train.data.errors import RowFault
 
 _MAX_NESTING = 64  # far above any tool description, far below Python's recursion limit
+_SHOWN_CHARACTERS = 60
+MAX_SECONDS = 10_000_000.0
+"""Of a time in a clip: four months. A larger one is a date, or in other units."""
 
 
 def is_number(value: Any) -> bool:
@@ -22,6 +25,14 @@ def as_number(value: Any) -> float | None:
         except ValueError:
             return None
     return float(value) if is_number(value) else None
+
+
+def shown(value: Any) -> str:
+    """Return a value as messages quote it: an integer may have thousands of digits."""
+    if isinstance(value, int) and abs(value) > sys.float_info.max:
+        return f"an integer of {value.bit_length():,} bits"
+    text = repr(value)
+    return text if len(text) <= _SHOWN_CHARACTERS else text[:_SHOWN_CHARACTERS] + "..."
 
 
 def is_empty(value: Any) -> bool:
@@ -45,9 +56,25 @@ def to_json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for number, name in enumerate(names) if name in names[:number])
+        fault = f"the key {shown(twice)} is in one object twice; keep one of them"
+        raise RowFault(fault, kind="conflicting_fields")
+    return found
+
+
+decode_json = json.JSONDecoder(object_pairs_hook=_unique_keys).decode
+"""Parse a text of JSON, as json.loads does. Raise RowFault where an object has a key twice: one value would be lost."""
+
+
 def parse_json(text: str, where: str) -> Any:
     try:
-        return json.loads(text)
+        return decode_json(text)
+    except RowFault as fault:
+        raise fault.at(where) from None
     except (ValueError, RecursionError) as error:
         raise RowFault(f"{where} is not JSON ({str(error)[:80]}); write it as JSON", kind="invalid_json") from None
 

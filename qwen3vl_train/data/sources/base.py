@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from qwen3vl_train.data.errors import RowFault
+from qwen3vl_train.data.errors import LAST_RESORT, RowFault
 from qwen3vl_train.data.media.remote import Remote, uses_web
 from qwen3vl_train.data.rows.parse import ResolveMedium, RowRules
 from qwen3vl_train.data.rows.sample import Sample
@@ -127,8 +127,9 @@ class FileSource(ABC):
         return dict(self._fingerprint)
 
     def sample(self, row: int) -> Sample:
-        raw = self.raw(row)
-        return self.rules.sample(raw.row, self.rules.sample_id(self.file, raw.number), self.media_root, raw.resolve)
+        with LAST_RESORT:
+            raw = self.raw(row)
+            return self.rules.sample(raw.row, self.rules.sample_id(self.file, raw.number), self.media_root, raw.resolve)
 
     def _uncompressed_path(self) -> str:
         """Return the file, or an uncompressed copy of it, for random access. Raise ValueError."""

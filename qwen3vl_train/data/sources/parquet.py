@@ -9,7 +9,7 @@ from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from qwen3vl_train.data.errors import RowFault
+from qwen3vl_train.data.errors import LAST_RESORT, RowFault
 from qwen3vl_train.data.rows.parse import RowRules
 from qwen3vl_train.data.sources.arrow import Convert, row_converter
 from qwen3vl_train.data.sources.base import FileSource, Ignored, Position, RawRow, known_columns
@@ -100,7 +100,8 @@ def stream_parquet(path: str, rules: RowRules, position: Position, ignored: Igno
             for index in range(batch.num_rows):
                 done += 1
                 try:
-                    row = row_to_python(batch.slice(index, 1), convert)
+                    with LAST_RESORT:
+                        row = row_to_python(batch.slice(index, 1), convert)
                 except RowFault as fault:
                     row = fault
                 yield RawRow(row, done, {"row": done})

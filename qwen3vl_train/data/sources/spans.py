@@ -8,7 +8,7 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from qwen3vl_train.data.errors import RowFault
+from qwen3vl_train.data.errors import LAST_RESORT, RowFault
 from qwen3vl_train.data.rows.parse import MAX_ROW_BYTES
 from qwen3vl_train.data.sources.base import BEGINNING, FileSource, Position, RawRow
 from qwen3vl_train.data.sources.files import DAMAGE, damaged, naming_file, open_file, open_plain, read_range
@@ -76,7 +76,8 @@ def stream_spans(path: str, position: Position, text_format: TextFormat) -> Iter
             for start, length, last, text in text_format.spans(file, path, position):
                 try:
                     _check_length(length)
-                    row = text_format.decode(text, start == 0)
+                    with LAST_RESORT:
+                        row = text_format.decode(text, start == 0)
                 except RowFault as fault:
                     row = fault
                 yield RawRow(row, last, {"byte": start + length, "row": last})

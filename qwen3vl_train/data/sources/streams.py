@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from qwen3vl_train.data.errors import RowFault
+from qwen3vl_train.data.errors import LAST_RESORT, RowFault
 from qwen3vl_train.data.rows.parse import RowRules
 from qwen3vl_train.data.signatures import FileSignature
 from qwen3vl_train.data.sources.arrow import Convert, row_converter
@@ -96,7 +96,8 @@ class HubStream:
                 return
             number += 1
             try:
-                row = convert(row)
+                with LAST_RESORT:
+                    row = convert(row)
             except RowFault as fault:
                 row = fault
             raw = RawRow(row, number, {}, resolve_hub_path)
@@ -134,7 +135,8 @@ def _parse(raw: RawRow, rules: RowRules, path: str, media_root: str | None, stat
     sample, sample_id = raw.row, rules.sample_id(os.path.basename(path), raw.number)
     if not isinstance(sample, RowFault):
         try:
-            sample = rules.sample(sample, sample_id, media_root, raw.resolve)
+            with LAST_RESORT:
+                sample = rules.sample(sample, sample_id, media_root, raw.resolve)
         except RowFault as fault:
             sample = fault
     return StreamRow(state, sample, raw.number, path)

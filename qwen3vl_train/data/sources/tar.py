@@ -15,7 +15,7 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from qwen3vl_train.data.errors import MediaFault, RowFault
+from qwen3vl_train.data.errors import LAST_RESORT, MediaFault, RowFault
 from qwen3vl_train.data.media.remote import MAX_BYTES
 from qwen3vl_train.data.rows.formats import names_media
 from qwen3vl_train.data.rows.parse import MAX_ROW_BYTES, ResolveMedium, decode_row
@@ -89,9 +89,11 @@ def stream_tar(path: str, position: Position) -> Iterator[RawRow]:
         file.seek(position["byte"])
         for number, group in enumerate(_groups(file, path, position["row"]), start=position["row"] + 1):
             try:
-                yield _make_row(group, uncompressed, number)
+                with LAST_RESORT:
+                    row = _make_row(group, uncompressed, number)
             except RowFault as fault:
-                yield RawRow(fault, number, {"byte": group.end, "row": number})
+                row = RawRow(fault, number, {"byte": group.end, "row": number})
+            yield row
 
 
 def _groups(file: IO[bytes], path: str, rows: int) -> Iterator[_Group]:

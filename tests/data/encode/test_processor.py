@@ -147,8 +147,8 @@ def test_recipe_overrides_the_rules_of_the_checkpoint():
 @pytest.mark.parametrize(
     ("given", "fault"),
     [
-        ((0.0, None, None, None), "data.fps: got 0.0; use a number above 0 and at most 1000"),
-        ((float("nan"), None, None, None), "data.fps: got nan; use a number above 0 and at most 1000"),
+        ((0.0, None, None, None), "data.fps: got 0.0; use a number from 0.0001 to 1000"),
+        ((float("nan"), None, None, None), "data.fps: got nan; use a number from 0.0001 to 1000"),
         ((None, 1, None, None), "data.min_frames: got 1; use at least 2"),
         ((None, None, 0, None), "data.max_frames: got 0; use at least 2"),
         ((None, 9, 8, None), "data.min_frames: got 9, more than data.max_frames 8; lower it"),

@@ -144,7 +144,7 @@ def both(source, root=None) -> str:
 UNREADABLE = "; replace it or write it as MP4"
 DAMAGED = "is truncated, damaged or of an unsupported format (Invalid data found when processing input)" + UNREADABLE
 INCOMPLETE = "; it is truncated or damaged, write it again"
-NO_RATE = "not above 0 and at most 1000; write the file again with its rate"
+NO_RATE = "not from 0.0001 to 1000; write the file again with its rate"
 
 
 def test_faults_that_the_header_shows(tmp_path):

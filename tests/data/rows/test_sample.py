@@ -73,6 +73,10 @@ ROW_FAULTS = {
         "messages[0].content contains half a surrogate pair; write whole characters",
     '{"messages": [{"role": "user", "content": "x"}], "tools": {"a": 1}}':
         "tools is not a list of objects; write OpenAI function descriptions",
+    '{"messages": [{"role": "assistant", "content": "GOOD", "content": "BAD"}]}':
+        "the key 'content' is in one object twice; keep one of them",
+    '{"messages": "[{\\"role\\": \\"user\\", \\"role\\": 1}]"}':
+        "messages: the key 'role' is in one object twice; keep one of them",
 }  # fmt: skip
 
 
@@ -81,6 +85,7 @@ def test_faults_of_rows(text):
     assert message_of(RowFault, parse_row, text, "a.jsonl:1", None) == ROW_FAULTS[text]
 
 
+WEIGHTS = "write 0, or a number from 1e-06 to 1,000,000"
 MESSAGE_FAULTS = [
     ({**ANSWER, "los": False}, "messages[1]: unknown key los; did you mean loss?"),
     ({**ANSWER, "reasoning_contents": "x"}, "messages[1]: unknown key reasoning_contents; did you mean "
@@ -90,19 +95,21 @@ MESSAGE_FAULTS = [
     ({**ANSWER, "refusal": "No."},
      "messages[1]: refusal holds a value that a turn of the assistant does not read; take it out"),
     ({**ANSWER, "weight": 0, "loss_weight": 1}, "messages[1]: loss_weight and weight are both given; keep one of them"),
-    ({**ANSWER, "weight": -1}, "messages[1].weight is -1; write a finite number of at least 0"),
+    ({**ANSWER, "weight": -1}, f"messages[1].weight is -1; {WEIGHTS}"),
     ({**ANSWER, "value": "x"}, "messages[1]: content and value are both given; keep one of them"),
     ({**ASK, "loss": True}, "messages[1]: loss on a user message; only assistant messages are trained"),
     ({**ASK, "loss_weight": 1}, "messages[1]: loss on a user message; only assistant messages are trained"),
     ({**ANSWER, "loss": "no"}, "messages[1].loss is a string; write true or false"),
     ({**ANSWER, "loss": 0}, "messages[1].loss is a number; write true or false"),
-    ({**ANSWER, "loss_weight": "2"}, "messages[1].loss_weight is a string; write a number of at least 0"),
-    ({**ANSWER, "loss_weight": True}, "messages[1].loss_weight is true or false; write a number of at least 0"),
-    ({**ANSWER, "loss_weight": -0.5}, "messages[1].loss_weight is -0.5; write a finite number of at least 0"),
-    ({**ANSWER, "loss_weight": float("nan")}, "messages[1].loss_weight is nan; write a finite number of at least 0"),
-    ({**ANSWER, "loss_weight": float("inf")}, "messages[1].loss_weight is inf; write a finite number of at least 0"),
+    ({**ANSWER, "loss_weight": "2"}, f"messages[1].loss_weight is a string; {WEIGHTS}"),
+    ({**ANSWER, "loss_weight": True}, f"messages[1].loss_weight is true or false; {WEIGHTS}"),
+    ({**ANSWER, "loss_weight": -0.5}, f"messages[1].loss_weight is -0.5; {WEIGHTS}"),
+    ({**ANSWER, "loss_weight": float("nan")}, f"messages[1].loss_weight is nan; {WEIGHTS}"),
+    ({**ANSWER, "loss_weight": float("inf")}, f"messages[1].loss_weight is inf; {WEIGHTS}"),
     ({**ANSWER, "loss_weight": 10**400},
-     f"messages[1].loss_weight is {10**400}; write a finite number of at least 0"),
+     f"messages[1].loss_weight is an integer of 1,329 bits; {WEIGHTS}"),
+    ({**ANSWER, "loss_weight": 1e-60}, f"messages[1].loss_weight is 1e-60; {WEIGHTS}"),
+    ({**ANSWER, "loss_weight": 1e300}, f"messages[1].loss_weight is 1e+300; {WEIGHTS}"),
     ({**ANSWER, "loss": False, "loss_weight": 2},
      "messages[1]: loss is false but loss_weight is 2; remove one of them"),
     ({**ASK, "tool_calls": [{"name": "f"}]},
@@ -140,7 +147,7 @@ PART_FAULTS = [
     ({"type": "image", "image": "a.png", "fps": 2},
      "messages[0].content[1]: fps holds a value that a part of type image does not read; take it out"),
     ({"type": "image", "image": "a.png", "max_pixels": "many"},
-     "messages[0].content[1].max_pixels is 'many'; write a whole number of at least 1"),
+     "messages[0].content[1].max_pixels is 'many'; write a whole number from 1 to 2,147,483,648"),
     ({"type": "image", "image": "a.png", "max_pixels": 9, "min_pixels": 10},
      "messages[0].content[1]: min_pixels 10 is more than max_pixels 9; lower it"),
     ({"type": "image", "image": "a.png", "resized_width": 64},
@@ -188,18 +195,18 @@ def test_clips_are_files_or_lists_of_frames():
 
 
 ONE_OF = 'give one of fps, sample_fps, timestamps, as in {"frames": [...], "fps": 2}'
-RATE = "write a number of frames per second, above 0 and at most 1000"
-SECONDS = "write seconds, at least 0, that never decrease"
+RATE = "write a number of frames per second, from 0.0001 to 1000"
+SECONDS = "write seconds, from 0 to 10,000,000, that never decrease"
 CLIP_FAULTS = [
     ({"video": 7}, ".video is a number; write a path, a data URI, bytes or a list of frames"),
     ({"video": "a.mp4", "timestamps": [0, 1]},
      ": timestamps next to a video file, whose header has the times; remove it"),
     ({"video": "a.mp4", "nframes": 2, "fps": 1}, ": fps and nframes are both given; keep one of them"),
-    ({"video": "a.mp4", "nframes": 1}, ".nframes is 1; write a whole number of at least 2"),
+    ({"video": "a.mp4", "nframes": 1}, ".nframes is 1; write a whole number from 2 to 2,147,483,648"),
     ({"video": "a.mp4", "total_pixels": 99}, ": total_pixels of one clip is not supported; set "
      "data.max_visual_tokens_per_video in the recipe, for all clips, instead"),
     ({"video": "a.mp4", "video_start": 2, "video_end": 1}, ": starts at 2 s and ends at 1 s; write a later end"),
-    ({"video": "a.mp4", "video_start": -1}, ".video_start is -1; write seconds, at least 0"),
+    ({"video": "a.mp4", "video_start": -1}, ".video_start is -1; write seconds, from 0 to 10,000,000"),
     ({"video": "a.mp4", "start": 1, "video_start": 1}, ": start and video_start are both given; keep one of them"),
     ({"video": ["a", "b"], "fps": 1, "start": 1}, ": start next to a list of frames; list the frames that you mean"),
     ({"video": ["a.png"], "fps": 2}, ".video: 1 frames, a clip needs 2; add frames or give an image"),
@@ -215,6 +222,13 @@ CLIP_FAULTS = [
     ({"video": ["a", "b"], "fps": 0}, f".fps is 0; {RATE}"),
     ({"video": ["a", "b"], "fps": float("inf")}, f".fps is inf; {RATE}"),
     ({"video": ["a", "b"], "sample_fps": 1001}, f".sample_fps is 1001; {RATE}"),
+    ({"video": ["a", "b"], "fps": 1e-320}, f".fps is 1e-320; {RATE}"),
+    ({"video": ["a", "b"], "sample_fps": 1e-320}, f".sample_fps is 1e-320; {RATE}"),
+    ({"video": "a.mp4", "fps": 10**1000}, f".fps is an integer of 3,322 bits; {RATE}"),
+    ({"video": "a.mp4", "end": 1e9}, ".end is 1000000000.0; write seconds, from 0 to 10,000,000"),
+    ({"video": "a.mp4", "min_pixels": 10**1000},
+     ".min_pixels is an integer of 3,322 bits; write a whole number from 1 to 2,147,483,648"),
+    ({"video": ["a", "b"], "timestamps": [0, 1.7e9]}, f".timestamps[1] is 1700000000.0; {SECONDS}"),
     ({"video": ["a", "b"], "fps": True}, f".fps is True; {RATE}"),
     ({"video": ["a", "b"], "fps": "two"}, f".fps is 'two'; {RATE}"),
     ({"video": ["a", "b"], "timestamps": [0]}, ".timestamps: 1 times for 2 frames; give one for each frame"),
@@ -223,7 +237,7 @@ CLIP_FAULTS = [
     ({"video": ["a", "b"], "timestamps": [1, 0.5]}, f".timestamps[1] is 0.5; {SECONDS}"),
     ({"video": ["a", "b"], "timestamps": [-1, 0]}, f".timestamps[0] is -1; {SECONDS}"),
     ({"video": ["a", "b"], "timestamps": [0, float("inf")]}, f".timestamps[1] is inf; {SECONDS}"),
-    ({"video": ["a", "b"], "timestamps": [0, 10**400]}, f".timestamps[1] is {10**400}; {SECONDS}"),
+    ({"video": ["a", "b"], "timestamps": [0, 10**400]}, f".timestamps[1] is an integer of 1,329 bits; {SECONDS}"),
 ]  # fmt: skip
 
 
