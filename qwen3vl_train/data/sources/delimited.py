@@ -2,13 +2,13 @@
 
 import csv
 import io
-import json
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 from qwen3vl_train.data.errors import RowFault
 from qwen3vl_train.data.rows.parse import MAX_ROW_BYTES, RowRules
+from qwen3vl_train.data.rows.values import decode_json
 from qwen3vl_train.data.sources.arrow import text_keys
 from qwen3vl_train.data.sources.base import Position, known_columns
 from qwen3vl_train.data.sources.files import DAMAGE, damaged, naming_file, open_plain, suffix_of
@@ -131,10 +131,12 @@ def _decode(names: list[str], known: set[str], lists: set[str], delimiter: str, 
 
 
 def _from_json(cell: str) -> Any:
-    """Return the list or object that a cell holds as JSON, or else its text."""
+    """Return the list or object that a cell holds as JSON, or else its text. Raise RowFault for a key given twice."""
     if cell.lstrip()[:1] not in ("[", "{"):
         return cell
     try:
-        return json.loads(cell)
+        return decode_json(cell)
+    except RowFault:
+        raise
     except (ValueError, RecursionError):
         return cell

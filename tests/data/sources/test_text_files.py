@@ -194,3 +194,11 @@ def test_tables_through_datasets_are_text_too(tmp_path, name):
     assert [source.raw(row).row for row in range(2)] == expected
     assert source.raw(2).row == {"question": "?", "answer": None}
     assert [texts(row.sample) for row in list(open_stream(entry).rows())[:2]] == [["?", "007"], ["NA", "None"]]
+
+
+def test_cell_with_a_key_given_twice_is_a_fault(tmp_path):
+    cell = '[{"role": "assistant", "content": "a", "content": "b"}]'.replace('"', '""')
+    (tmp_path / "a.csv").write_text(f'messages\n"{cell}"\n')
+    (source,) = open_sources(TrainSource(path=str(tmp_path / "a.csv")))
+    fault = "the key 'content' is in one object twice; keep one of them"
+    assert message_of(RowFault, source.sample, 0) == fault
