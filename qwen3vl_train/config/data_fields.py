@@ -131,6 +131,7 @@ class DataSection(Section):
     fps, min_frames, max_frames: frames taken a second of a clip, and the least and the most of them.
     max_image_pixels: a larger image or frame is a fault of its row; null is Pillow's own limit, 89 million. Memory and
         time to decode a picture grow with it, whatever it is shrunk to.
+    follow_links: follow symbolic links in media_root that lead out of it. The root itself may always be a link.
     stream_window: rows of a stream that are packed together, and held in memory.
     shuffle: false packs rows in their order: one source after the other, or from streams each at its pace. Packs are
         then less full, and the work of ranks less even.
@@ -152,6 +153,7 @@ class DataSection(Section):
     min_frames: Annotated[int, Field(ge=2)] | None = None
     max_frames: Annotated[int, Field(ge=2)] | None = None
     max_image_pixels: Count | None = None
+    follow_links: bool = False
     stream_window: Count = 2048
     shuffle: bool = True
     num_workers: Annotated[int, Field(ge=0)] = 4

@@ -64,9 +64,9 @@ def open_rows(recipe: Recipe) -> OpenedRows:
     evals: dict[str, list[FileSource]] = {HELD_OUT: []} if data.eval_share else {}
     for number, entry in enumerate(data.train):
         if entry.streaming:
-            train.append((open_stream(entry), entry))
+            train.append((open_stream(entry, data.follow_links), entry))
             continue
-        files = _at_most(entry, open_sources(entry), (seed, _MAX_ROWS_OF_TRAIN, number))
+        files = _at_most(entry, open_sources(entry, data.follow_links), (seed, _MAX_ROWS_OF_TRAIN, number))
         if data.eval_share:
             held_out, files = _split(entry, files, data.eval_share, (seed, _EVAL_SHARE, number))
             evals[HELD_OUT] += held_out
@@ -75,7 +75,7 @@ def open_rows(recipe: Recipe) -> OpenedRows:
         name = entry.name or Path(entry.path).stem
         if name in evals:
             raise ValueError(f"data.eval: two files are called {name}; give one of them a name")
-        evals[name] = _at_most(entry, open_sources(entry), (seed, _MAX_ROWS_OF_EVAL, number))
+        evals[name] = _at_most(entry, open_sources(entry, data.follow_links), (seed, _MAX_ROWS_OF_EVAL, number))
     return OpenedRows(train, evals)
 
 

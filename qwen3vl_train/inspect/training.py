@@ -216,9 +216,13 @@ def _read_streams(recipe: Recipe, collate: MultimodalCollator, max_rows: int | N
     sources: list[Source] = []
     weights: list[float] = []
     for entry in data.train:
-        rules = entry_rules(entry)
+        rules = entry_rules(entry, data.follow_links)
         numbered = partial(Numbered, shuffle=data.shuffle)
-        readers = [InOrder(open_stream(entry))] if entry.streaming else map(numbered, open_sources(entry))
+        readers = (
+            [InOrder(open_stream(entry, data.follow_links))]
+            if entry.streaming
+            else map(numbered, open_sources(entry, data.follow_links))
+        )
         files = [file for reader in readers for file in _read(reader, rules, most, recipe.train.seed)]
         sources += files
         weights += [entry.weight] * len(files)

@@ -39,6 +39,7 @@ data:
   min_frames: null
   max_frames: null
   max_image_pixels: null
+  follow_links: false
   stream_window: 2048
   shuffle: true
   num_workers: 4

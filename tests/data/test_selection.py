@@ -94,6 +94,20 @@ def test_names_and_rows_that_a_share_cannot_have(parts):
     assert message_of(ValueError, open_rows, named).startswith("data.eval: two files are called held_out")
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_linked_pictures_are_used_where_the_recipe_follows_links(small, task, tmp_path, streaming):
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "images").symlink_to(task / "images")
+    entry = {"path": str(task / "train.jsonl"), "media_root": str(tmp_path / "linked"), "streaming": streaming}
+    case = {"data__train": [entry], "data__max_rejected_fraction": 1.0, "tune": small_runs.LORA, "train__num_steps": 2}
+    for follow_links, num_rejected in ((False, True), (True, False)):
+        links = {"data__follow_links": follow_links, "name": str(follow_links)}
+        recipe = small_runs.make_recipe(small, task, tmp_path, **case, **links)
+        rows = read_metrics(train(recipe) / "metrics.jsonl")
+        assert bool(rows[-1]["rejected"]) == num_rejected
+        assert (sum(row["visual_tokens"] for row in rows) > 0) == follow_links
+
+
 def test_a_run_on_two_ranks_evaluates_what_it_holds_out(small: Path, task: Path, tmp_path: Path):
     case = {
         "data__eval_share": 0.3,

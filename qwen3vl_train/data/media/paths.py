@@ -30,6 +30,11 @@ _MIN_BASE64 = 44
 _HUB_FOLDER = re.compile(r"(datasets|models|spaces)--.+")
 """Of one repository in the Hub's cache: its snapshots are links to its blobs."""
 
+
+class LinkedRoot(str):
+    """A media_root within which symbolic links are followed, wherever they lead."""
+
+
 _NOT_FOUND = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
 
 
@@ -89,8 +94,9 @@ def resolve_path(path: str, media_root: str | os.PathLike[str] | None, kind: str
     """Return the real path of a media file or folder. Raise MediaFault for URLs and paths outside media_root.
 
     Relative paths start in media_root, and nothing outside it is reached, be it by `..`, an absolute path or a symbolic
-    link; only the links of the Hub's cache, from a snapshot of a repository to the blobs of the same one, are followed.
-    Without a media_root, any local path is accepted.
+    link. Three kinds of links are followed: one that is the media_root itself, all that lie in a `LinkedRoot`, and
+    those of the Hub's cache, from a snapshot of a repository to the blobs of the same one. Without a media_root, any
+    local path is accepted.
     """
     name, path = describe(path, kind), _path_of_uri(path, kind)
     scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", path)
@@ -108,9 +114,12 @@ def resolve_path(path: str, media_root: str | os.PathLike[str] | None, kind: str
     if os.path.commonpath([root, real]) == root:
         return real
     if os.path.commonpath([root, os.path.normpath(joined)]) == root:  # it leaves by a link
+        if isinstance(media_root, LinkedRoot):
+            return os.path.realpath(os.path.normpath(joined))  # `..` is that of the path, not of a link's target
         if _is_hub_blob(root, real):
             return real
-        fault = f"{name}: is a link to {real}, outside media_root {os.fspath(media_root)}; copy the file into it"
+        fault = f"{name}: is a link to {real}, outside media_root {os.fspath(media_root)}"
+        fault += "; set data.follow_links: true if the link is yours, or copy the file into it"
         raise MediaFault(fault, kind="forbidden_path")
     fault = f"{name}: is outside media_root {os.fspath(media_root)}; move the file into it"
     raise MediaFault(fault, kind="forbidden_path")

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from qwen3vl_train.data.errors import MediaFault, RowFault
-from qwen3vl_train.data.media.paths import is_base64
+from qwen3vl_train.data.media.paths import LinkedRoot, is_base64
 from qwen3vl_train.data.media.remote import Remote, is_web_address
 from qwen3vl_train.data.rows.boxes import NO_CONVENTION, Convention, fill_boxes, fill_objects
 from qwen3vl_train.data.rows.formats import (
@@ -46,6 +46,7 @@ class RowRules:
     texts: our name -> a text that takes the place of a column: the same question for every picture.
     train_on: all answers of a row, or only the last.
     boxes: the convention of boxes where a row states none.
+    follow_links: links in media_root are followed wherever they lead.
     allow_urls: media at web addresses are downloaded, when the row is indexed and again whenever it is trained on.
     """
 
@@ -56,6 +57,7 @@ class RowRules:
     train_on: str = "all"
     boxes: Convention = NO_CONVENTION
     allow_urls: bool = False
+    follow_links: bool = False
 
     def columns_read(self) -> set[str]:
         """Return every column of a typed file that these rules read."""
@@ -80,6 +82,8 @@ class RowRules:
             what = {list: "a list", str: "a string", type(None): "null"}.get(type(row), "a value")
             raise RowFault(f'row is {what}, not an object; write {{"messages": [...]}}', kind="wrong_type")
         read = read_row(row, self.columns, self.texts, self.format)
+        if media_root is not None and self.follow_links:
+            media_root = LinkedRoot(media_root)
         sample = replace(read, sample_id=sample_id, media_root=media_root)
         _check_size(sample)
         sample = self._resolve_media(sample, resolve)

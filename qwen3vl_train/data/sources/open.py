@@ -21,7 +21,7 @@ files are often lists of something else: they are read where there are no others
 Entry = TrainSource | EvalSource
 
 
-def entry_rules(entry: Entry) -> RowRules:
+def entry_rules(entry: Entry, follow_links: bool = False) -> RowRules:
     """Return the rules for the rows of an entry. Their label is its name, or the last part of its path."""
     return RowRules(
         label=entry.name or os.path.basename(entry.path.rstrip("/")).replace(":", "_"),
@@ -31,24 +31,25 @@ def entry_rules(entry: Entry) -> RowRules:
         train_on=entry.train_on,
         boxes=Convention(entry.bbox, entry.bbox_layout),
         allow_urls=entry.allow_urls,
+        follow_links=follow_links,
     )
 
 
-def open_sources(entry: Entry) -> list[FileSource]:
+def open_sources(entry: Entry, follow_links: bool = False) -> list[FileSource]:
     """Open every file of an entry, one source each. Raise ValueError for what cannot be read.
 
     Media are looked for in media_root, or else in the folder of each file, and nowhere outside. With `split`, or for a
     folder that `datasets` saved, the path is read by `datasets`.
     """
-    rules = entry_rules(entry)
+    rules = entry_rules(entry, follow_links)
     if _is_dataset(entry):
         return [HubSource(entry.path, _hub_root(entry), rules, entry.split, entry.subset)]
     return [_open(path, entry.media_root or folder_of(path), rules) for path in _find_files(entry, rules)]
 
 
-def open_stream(entry: Entry) -> StreamSource:
+def open_stream(entry: Entry, follow_links: bool = False) -> StreamSource:
     """Open an entry as a stream over all of its files. Raise ValueError for what cannot be read."""
-    rules = entry_rules(entry)
+    rules = entry_rules(entry, follow_links)
     if _is_dataset(entry):
         return HubStream(entry.path, _hub_root(entry), rules, entry.split, entry.subset)
     return FileStream(entry.path, _find_files(entry, rules), entry.media_root, rules)

@@ -254,7 +254,8 @@ def test_paths_outside_media_root_are_refused(tmp_path):
         fault = f"image {path}: is outside media_root {root}; move the file into it"
         assert message_of(MediaFault, image_size, path, root) == fault
     for path in ("link.png", "out/a.png"):
-        fault = f"image {path}: is a link to {tmp_path}/a.png, outside media_root {root}; copy the file into it"
+        fault = f"image {path}: is a link to {tmp_path}/a.png, outside media_root {root}"
+        fault += "; set data.follow_links: true if the link is yours, or copy the file into it"
         assert message_of(MediaFault, image_size, path, root) == fault
     for path in ("a.png", "./a.png", "x/../a.png", "inner.png", str(root / "a.png"), "../images/a.png"):
         assert image_size(path, root) == (8, 8)

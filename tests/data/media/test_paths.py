@@ -10,7 +10,7 @@ from PIL import Image
 
 from qwen3vl_train.data.errors import MediaFault
 from qwen3vl_train.data.media.image import image_size
-from qwen3vl_train.data.media.paths import describe, is_base64, local_path, path_or_bytes, resolve_path
+from qwen3vl_train.data.media.paths import LinkedRoot, describe, is_base64, local_path, path_or_bytes, resolve_path
 from tests.helpers.messages import message_of
 
 
@@ -122,7 +122,8 @@ def test_other_links_out_of_the_hubs_cache_are_refused(hub):
     }  # fmt: skip
     for name, target in targets.items():
         (one / name).symlink_to(target)
-        fault = f"image {name}: is a link to {(one / name).resolve()}, outside media_root {one}; copy the file into it"
+        fault = f"image {name}: is a link to {(one / name).resolve()}, outside media_root {one}"
+        fault += "; set data.follow_links: true if the link is yours, or copy the file into it"
         assert message_of(MediaFault, resolve_path, name, one) == fault
     for path in ("../../blobs/1111", str(one.parents[1] / "blobs" / "1111"), "../def/a.png"):
         fault = f"image {path}: is outside media_root {one}; move the file into it"
@@ -133,3 +134,23 @@ def test_other_links_out_of_the_hubs_cache_are_refused(hub):
     (plain / "blobs" / "1").write_bytes(encoded())
     (plain / "snapshots" / "abc" / "a.png").symlink_to("../../blobs/1")  # not a folder of the Hub
     assert "is a link to" in message_of(MediaFault, resolve_path, "a.png", plain / "snapshots" / "abc")
+
+
+def test_links_of_a_user_are_followed_where_the_recipe_says_so(tmp_path):
+    """`..` after a link is the folder of the link, not of its target: nothing beside the target is reached."""
+    far, root = tmp_path / "nfs" / "coco", tmp_path / "images"
+    far.mkdir(parents=True)
+    root.mkdir()
+    (far / "a.png").write_bytes(encoded())
+    (far.parent / "secret.png").write_bytes(encoded())
+    (root / "coco").symlink_to(far)
+    (root / "a.png").symlink_to(far / "a.png")
+    for path in ("coco/a.png", "a.png", str(root / "coco" / "a.png")):
+        assert resolve_path(path, LinkedRoot(root)) == str(far / "a.png")
+        assert "; set data.follow_links: true if the link is yours" in message_of(MediaFault, resolve_path, path, root)
+    assert resolve_path("coco/../secret.png", LinkedRoot(root)) == str(root / "secret.png")
+    for path in ("../nfs/secret.png", "coco/../../nfs/secret.png", str(far / "a.png")):
+        message = message_of(MediaFault, resolve_path, path, LinkedRoot(root))
+        assert message.endswith(f"is outside media_root {root}; move the file into it")
+    (tmp_path / "alias").symlink_to(far)
+    assert resolve_path("a.png", tmp_path / "alias") == str(far / "a.png")  # the root itself may be a link
