@@ -38,7 +38,7 @@ HEAVY = {
     "transformers", "wandb",
 }  # fmt: skip
 # transformers only ever judges what was written.
-MAY_IMPORT_TRANSFORMERS = {"train/verify.py"}
+MAY_IMPORT_TRANSFORMERS = {"train/export/verify.py", "train/export/verify_files.py"}
 NEVER = {"tests", "tiny_checkpoint", "digits", "launch", "pickle", "pytest"}
 
 

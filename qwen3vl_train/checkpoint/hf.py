@@ -1,6 +1,7 @@
 """Weights in Hugging Face form: read into our module tree, written so that transformers, peft and vLLM load them."""
 
 import json
+import math
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -8,10 +9,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from qwen3vl_train.arch import Qwen3VLArch, published_config, read_config
+from qwen3vl_train.checkpoint.safetensors_writer import write_safetensors
 from qwen3vl_train.dist.tensors import local_slice, to_local
 from qwen3vl_train.model.hf_names import from_huggingface, to_huggingface
 from qwen3vl_train.model.lora import base_name, is_adapter
@@ -79,6 +80,11 @@ class WeightFiles:
             with _open(file) as handle:
                 for name in members:
                     yield name, handle.get_slice(self._files_of[name][1])[slices[name]]
+
+    def read_one(self, name: str) -> Tensor:
+        """Return all values of one tensor. They map the file as long as they are held, and nothing else of it."""
+        ((_, values),) = self.read({name: tuple(map(slice, self.shapes[name]))})
+        return values
 
     def fingerprint(self) -> int:
         """Return a checksum of names, sizes, headers, and a few bytes of every tensor, so that it costs little time.
@@ -223,35 +229,43 @@ def _not_tied(files: WeightFiles) -> ValueError:
 
 def write_huggingface(
     weights: Iterable[tuple[str, Tensor]],
-    sizes: Mapping[str, int],
+    shapes: Mapping[str, tuple[int, ...]],
     folder: Path,
     *,
     source: str | Path,
     dtype: torch.dtype,
     max_shard_bytes: int = MAX_SHARD_BYTES,
-) -> None:
+) -> dict[str, dict[str, int]]:
     """Write the weights of a checkpoint that stock transformers loads: shards, index, published config.
 
-    weights: by our names; a tied head once, as the embedding. An iterator works: only one file's are held at a time.
-    sizes: their numbers of elements, in the same order.
+    weights: by our names; a tied head once, as the embedding. An iterator works: one weight is held at a time.
+    shapes: of all weights, in the same order.
     source: the folder whose config is written.
+
+    Returns a checksum of every tensor by file and name, for `check_safetensors`.
     """
-    shards = _shards(sizes, dtype, max_shard_bytes)
-    weight_map: dict[str, str] = {}
+    checksums: dict[str, dict[str, int]] = {}
     remaining = iter(weights)
+    shards = _shards({name: math.prod(shape) for name, shape in shapes.items()}, dtype, max_shard_bytes)
     for number, names in enumerate(shards, start=1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {}
-        for name, (got, tensor) in zip(names, remaining, strict=False):
-            assert name == got, f"got {got} where sizes say {name}"
-            tensors[to_huggingface(name)] = tensor.detach().to("cpu", dtype).contiguous()
-        save_file(tensors, folder / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(tensors, file)
+        stored = {to_huggingface(name): tuple(shapes[name]) for name in names}
+        checksums[file] = write_safetensors(folder / file, stored, _in_order(remaining, names), dtype)
     if len(shards) > 1:
-        index = {"metadata": {"total_size": sum(sizes.values()) * dtype.itemsize}, "weight_map": weight_map}
+        total = sum(map(math.prod, shapes.values())) * dtype.itemsize
+        weight_map = {name: file for file, members in checksums.items() for name in members}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
     config = published_config(read_config(source), dtype=str(dtype).removeprefix("torch."))
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    return checksums
+
+
+def _in_order(weights: Iterator[tuple[str, Tensor]], names: list[str]) -> Iterator[Tensor]:
+    for name in names:
+        got, tensor = next(weights)
+        assert name == got, f"got {got} where shapes say {name}"
+        yield tensor
 
 
 def _shards(sizes: Mapping[str, int], dtype: torch.dtype, max_bytes: int) -> list[list[str]]:

@@ -146,10 +146,8 @@ def prune(run_dir: Path, policy: KeepPolicy) -> None:
     kept = set(folders[-policy.keep_last :])
     if policy.keep_every:
         kept |= {folder for folder in folders if int(folder.name.removeprefix("step-")) % policy.keep_every == 0}
-    if policy.keep_best:
-        known = {folder: loss for folder in folders if (loss := _loss(folder, policy.keep_best)) is not None}
-        if known:
-            kept.add(min(known, key=lambda folder: known[folder]))
+    if policy.keep_best and (best := best_checkpoint(folders, policy.keep_best)):
+        kept.add(best)
     for folder in folders:
         if folder not in kept:
             target = folder.with_name(f".{folder.name}.removed")
@@ -173,10 +171,16 @@ def _remove_optimizer(folder: Path) -> None:
         file.unlink()
 
 
-def _loss(folder: Path, name: str) -> float | None:
-    """Return the loss of a checkpoint on a held-out file; None where it has none, or one that is not finite."""
+def best_checkpoint(folders: Iterable[Path], name: str) -> Path | None:
+    """Return the checkpoint with the lowest loss on a held-out set, None where none has one."""
+    known = {folder: loss for folder in folders if (loss := held_out_losses(folder).get(name)) is not None}
+    return min(known, key=lambda folder: known[folder]) if known else None
+
+
+def held_out_losses(folder: Path) -> dict[str, float]:
+    """Return the losses of a checkpoint by held-out set; those that are not finite are none."""
     try:
-        loss = read_manifest(folder).get("eval", {}).get(name)
+        losses = read_manifest(folder).get("eval", {})
     except ValueError:
-        return None
-    return loss if loss is not None and math.isfinite(loss) else None
+        return {}
+    return {name: loss for name, loss in losses.items() if loss is not None and math.isfinite(loss)}

@@ -10,7 +10,7 @@ import logging
 import shutil
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -34,6 +34,8 @@ from qwen3vl_train.checkpoint.manifest import (
     write_manifest,
 )
 from qwen3vl_train.dist.ranks import Ranks
+
+_BATCH_BYTES = 2**28
 
 
 class CheckpointWriter:
@@ -246,11 +248,36 @@ def _stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 
 def read_tensors(folder: Path, prefix: str = "") -> dict[str, Tensor]:
     """Read the full tensors whose names begin with prefix, to the CPU. `weight/` skips the moments."""
+    return dict(iter_tensors(folder, [name for name in _stored_shapes(folder) if name.startswith(prefix)]))
+
+
+def iter_tensors(folder: Path, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+    """Yield the full tensors of these names, in their order, to the CPU; a batch of them is in memory at a time."""
+    shapes = _stored_shapes(folder) if names else {}
+    batch: dict[str, Any] = {}
+    num_bytes = 0
+    for name in names:
+        batch[name] = torch.empty(shapes[name])
+        num_bytes += batch[name].nbytes
+        if num_bytes >= _BATCH_BYTES:
+            yield from _load(folder, batch)
+            batch, num_bytes = {}, 0
+    yield from _load(folder, batch)
+
+
+def _load(folder: Path, tensors: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
     from torch.distributed.checkpoint.state_dict_loader import load
 
-    shapes = {name: shape for name, shape in _stored_shapes(folder).items() if name.startswith(prefix)}
-    tensors: dict[str, Any] = {name: torch.empty(shape) for name, shape in shapes.items()}
-    _ignore_single_process_warnings()
-    load(tensors, storage_reader=HuggingFaceStorageReader(str(folder / "state")), no_dist=True)
-    return tensors
+    if tensors:
+        _ignore_single_process_warnings()
+        load(tensors, storage_reader=HuggingFaceStorageReader(str(folder / "state")), no_dist=True)
+    while tensors:  # what has been taken is not held
+        name = next(iter(tensors))
+        yield name, tensors.pop(name)
+
+
+def stored_weights(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the weights that a checkpoint holds, by name. Raises ValueError where it is damaged."""
+    shapes = _stored_shapes(folder).items()
+    return {name.removeprefix("weight/"): shape for name, shape in shapes if name.startswith("weight/")}

@@ -17,26 +17,32 @@ from qwen3vl_train.data.rows.sample import Sample
 from qwen3vl_train.data.sources import FileSource, open_sources
 from qwen3vl_train.model.generate import generate_greedy
 from qwen3vl_train.model.qwen3vl import DTYPES, Qwen3VLForConditionalGeneration
-from qwen3vl_train.train.load_run import is_run_folder, restore_run
+from qwen3vl_train.train.load_run import FoundCheckpoint, find_checkpoint, is_run_folder, restore_run
 
 # Prompts are continued together up to this many tokens; the cache of the largest model then stays near 4 GiB.
 MAX_PROMPT_TOKENS = 8192
 
 
-def open_model(path: Path, dtype: str | None) -> tuple[Qwen3VLForConditionalGeneration, MultimodalCollator]:
-    """Open a run folder (newest checkpoint, its pixel budgets) or a Hugging Face folder, on the GPU if there is one.
+def open_model(
+    path: Path, dtype: str | None, *, step: int | None = None, best: str | None = None
+) -> tuple[Qwen3VLForConditionalGeneration, MultimodalCollator, FoundCheckpoint | None]:
+    """Open a run folder (a checkpoint, its pixel budgets) or a Hugging Face folder, on the GPU if there is one.
 
     dtype: of the arithmetic; None for that of the run or the checkpoint.
+    step, best: which checkpoint of a run, see `find_checkpoint`; by default the newest.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if is_run_folder(path):
-        run = restore_run(path, dtype=DTYPES[dtype] if dtype else None, device=device)
-        return run.model, open_collator(run.recipe)
+        found = find_checkpoint(path, step=step, best=best)
+        run = restore_run(found, dtype=DTYPES[dtype] if dtype else None, device=device)
+        return run.model, open_collator(run.recipe), found
+    if step is not None or best is not None:
+        raise ValueError(f"{path}: not a run folder, so it has no step to choose; take --step or --best away")
     config = read_config(path)
     stored = str(config.get("dtype") or config.get("torch_dtype") or config.get("text_config", {}).get("dtype"))
     dtype = dtype or ("float32" if stored == "float32" else "bfloat16")
     model = load_qwen3_vl_model(path, dtype=DTYPES[dtype], device=device)
-    return model.eval(), MultimodalCollator.from_pretrained(path)
+    return model.eval(), MultimodalCollator.from_pretrained(path), None
 
 
 def split_answer(sample: Sample) -> tuple[Sample, str]:
@@ -51,14 +57,21 @@ def split_answer(sample: Sample) -> tuple[Sample, str]:
 
 
 def evaluate_answers(
-    path: Path, data: Path, *, media_root: Path | None, max_new_tokens: int, dtype: str | None
+    path: Path,
+    data: Path,
+    *,
+    media_root: Path | None,
+    max_new_tokens: int,
+    dtype: str | None,
+    step: int | None = None,
+    best: str | None = None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Return a summary (loss, label_tokens, exact_match, num_samples, num_rejected) and one row for each answer.
 
     The loss is over all labels of a sample; only its last answer is generated. Exact match compares texts without
     outer spaces. Raises ValueError where no row of the file can be used.
     """
-    model, collate = open_model(path, dtype)
+    model, collate, chosen = open_model(path, dtype, step=step, best=best)
     device = next(model.parameters()).device
     sources = open_sources(EvalSource(path=str(data), media_root=None if media_root is None else str(media_root)))
     stop_ids = {collate.tokenizer.special_ids[token] for token in ("<|im_end|>", "<|endoftext|>")}
@@ -79,6 +92,8 @@ def evaluate_answers(
         raise ValueError(f"{data}: no row can be used; the first: {rejected[0] if rejected else 'the file is empty'}")
     summary = {
         "model": str(path),
+        "step": chosen and chosen.step,  # of the checkpoint of a run
+        "note": chosen and chosen.note,
         "data": str(data),
         "num_samples": len(answers),
         "num_rejected": len(rejected),

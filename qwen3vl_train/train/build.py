@@ -4,6 +4,7 @@ import os
 import zlib
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -73,12 +74,16 @@ def build_model(
     dtype: torch.dtype | None = None,
     mesh: DeviceMesh | None = None,
     fill: Fill | None = None,
+    check: Callable[[nn.Module], Any] | None = None,
+    num_layers: int | None = None,
 ) -> Qwen3VLForConditionalGeneration:
     """Build the recipe's model with its weights and fresh adapters, and apply parallelism to it.
 
     dtype: of the arithmetic, the recipe's by default.
     mesh: shards the model by FSDP2.
     fill: of an engine that partitions weights itself, fills the model in place of step 5.
+    check: called with the model before it has memory.
+    num_layers: keep so many decoder layers and no more.
 
     No rank holds more than its own weights and the tensor being read. Raises ValueError for what is wrong with the
     model folder or the targets.
@@ -89,6 +94,10 @@ def build_model(
     #    the shapes before anything is allocated.
     model = describe(Qwen3VLArch.from_pretrained(recipe.model.path), recipe)
     check_weights(model, files)
+    if check is not None:
+        check(model)
+    if num_layers is not None:
+        del model.language_model.model.layers[num_layers:]
     # 2. Activation checkpointing. It runs inside the blocks, so that what follows wraps them with it.
     for block in model.visual.vision.blocks:
         block.checkpointing = recipe.train.activation_checkpointing.vision  # type: ignore[assignment]

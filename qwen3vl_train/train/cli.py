@@ -38,19 +38,39 @@ def export(argv: list[str] | None = None) -> int:
     parser.add_argument("run", type=Path, help="run folder, runs/<name>")
     parser.add_argument("--out", type=Path, required=True, help="folder to make")
     parser.add_argument("--merge", action="store_true", help="write a full checkpoint with the adapter merged in")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="of the files (default: the recipe's)")
+    _add_checkpoint_choice(parser)
     arguments = parser.parse_args(argv)
 
     def work() -> None:
         from qwen3vl_train.train.export import export_run
 
-        done = export_run(arguments.run, arguments.out, merge=arguments.merge)
+        done = export_run(
+            arguments.run, arguments.out, merge=arguments.merge, step=arguments.step, best=arguments.best,
+            dtype=arguments.dtype,
+        )  # fmt: skip
+        for note in done.notes:
+            print(note)
+        difference = done.difference
+        logits = "" if difference is None else (
+            f"logits in stock transformers differ by at most {difference.largest:.1e} "
+            f"(their standard deviation is {difference.std:.2f}); "
+        )  # fmt: skip
         print(
-            f"{done.out}: {done.kind} of step {done.step}, {done.num_tensors} tensors, read back bit-equal; "
-            f"logits in stock transformers differ by at most {done.difference.largest:.1e} "
-            f"(their standard deviation is {done.difference.std:.2f})"
+            f"{done.out}: {done.kind} of step {done.step}, {done.num_tensors} tensors, read back bit-equal; {logits}"
+            "its ids and pixels are equal to ours"
         )
 
     return run_or_explain(work)
+
+
+def _add_checkpoint_choice(parser: argparse.ArgumentParser) -> None:
+    choice = parser.add_mutually_exclusive_group()
+    choice.add_argument("--step", type=int, metavar="N", help="checkpoint of this step (default: the newest)")
+    choice.add_argument(
+        "--best", nargs="?", const="", metavar="NAME",
+        help="checkpoint with the lowest loss on this held-out set (default: that of checkpoint.keep_best)",
+    )  # fmt: skip
 
 
 def evaluate(argv: list[str] | None = None) -> int:
@@ -61,6 +81,7 @@ def evaluate(argv: list[str] | None = None) -> int:
     parser.add_argument("--media-root", type=Path, help="folder of its images (default: the folder of the file)")
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: what the run or checkpoint has")
+    _add_checkpoint_choice(parser)
     parser.add_argument("--out", type=Path, help="write each question's answer here, one JSON object a line")
     parser.add_argument("--json", type=Path, help="write the summary here")
     arguments = parser.parse_args(argv)
@@ -70,12 +91,14 @@ def evaluate(argv: list[str] | None = None) -> int:
 
         summary, answers = evaluate_answers(
             arguments.model, arguments.data, media_root=arguments.media_root,
-            max_new_tokens=arguments.max_new_tokens, dtype=arguments.dtype,
+            max_new_tokens=arguments.max_new_tokens, dtype=arguments.dtype, step=arguments.step, best=arguments.best,
         )  # fmt: skip
         if arguments.out:
             arguments.out.write_text("".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers))
         if arguments.json:
             arguments.json.write_text(json.dumps(summary, indent=2) + "\n")
+        if summary["note"]:
+            print(summary["note"])
         for answer in answers[:5]:
             print(f"{answer['id']}: expected {answer['expected']!r}, got {answer['answer']!r}")
         print(

@@ -215,7 +215,7 @@ def test_an_index_that_is_not_an_index(folder, text):
 
 def save(weights: dict, out: Path, **settings: Any) -> None:
     with atomic_folder(out) as folder:
-        write_huggingface(weights.items(), {name: w.numel() for name, w in weights.items()}, folder, **settings)
+        write_huggingface(weights.items(), {name: tuple(w.shape) for name, w in weights.items()}, folder, **settings)
         copy_companions(settings["source"], folder)
 
 

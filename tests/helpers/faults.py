@@ -32,7 +32,9 @@ from qwen3vl_train.parallel.optim import MasterAdamW
 from qwen3vl_train.tracking import recorder
 from qwen3vl_train.tracking.metrics import MetricsLog
 from qwen3vl_train.tracking.wandb import SilentTracker
-from qwen3vl_train.train import consistency, export, loop
+from qwen3vl_train.train import consistency, loop
+from qwen3vl_train.train.export import files as export_files
+from qwen3vl_train.train.export import memory
 
 _patches = pytest.MonkeyPatch()
 
@@ -251,12 +253,17 @@ def before_export_in_training(act: Callable[[Path], Any]) -> None:
 
 def after_export_weights(act: Callable[[Path], Any]) -> None:
     """Call act(folder) after the weights of an export are written."""
-    _around(export, "write_huggingface", after=lambda weights, sizes, folder, **_: act(folder))
+    _around(export_files, "write_huggingface", after=lambda weights, shapes, folder, **_: act(folder))
 
 
 def after_export_companions(act: Callable[[Path], Any]) -> None:
     """Call act(folder) after the files beside the weights of an export are written."""
-    _around(export, "copy_companions", after=lambda source, folder, **_: act(folder))
+    _around(export_files, "copy_companions", after=lambda source, folder, **_: act(folder))
+
+
+def set_free_memory(num_bytes: int) -> None:
+    """Let an export believe that so much memory is free."""
+    _patches.setattr(memory, "available_bytes", lambda: num_bytes)
 
 
 # ---- data

@@ -145,7 +145,8 @@ def test_the_export_script_writes_an_adapter(finished, tmp_path):
     (line,) = said.stdout.splitlines()
     assert re.fullmatch(
         r"adapter: adapter of step 6, 104 tensors, read back bit-equal; "
-        r"logits in stock transformers differ by at most \d\.\de-0\d \(their standard deviation is \d\.\d\d\)",
+        r"logits in stock transformers differ by at most \d\.\de-0\d \(their standard deviation is \d\.\d\d\); "
+        r"its ids and pixels are equal to ours",
         line,
     )
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()

@@ -12,11 +12,14 @@ from safetensors.torch import load_file, save_file
 from qwen3vl_train.checkpoint.companions import COMPANION_FILES
 from qwen3vl_train.checkpoint.hf import load_qwen3_vl_model
 from qwen3vl_train.data.encode.collator import MultimodalCollator
-from qwen3vl_train.model.qwen3vl import Qwen3VLForConditionalGeneration
+from qwen3vl_train.model.hf_names import to_huggingface
+from qwen3vl_train.model.lora import merge_lora
+from qwen3vl_train.model.qwen3vl import DTYPES, Qwen3VLForConditionalGeneration
+from qwen3vl_train.train.build import as_trained
 from qwen3vl_train.train.export import export_run
+from qwen3vl_train.train.export.verify import LogitDifference, compare_with_transformers, probe_batches
 from qwen3vl_train.train.load_run import restore_run
 from qwen3vl_train.train.loop import train
-from qwen3vl_train.train.verify import LogitDifference, compare_with_transformers, probe_batches
 from tests.helpers import faults, oracles, small_runs
 
 # Float32 noise between two programs on this model is 1e-5; the mistakes looked for move logits by 1e-2 and more.
@@ -78,6 +81,9 @@ def test_a_full_run_becomes_a_checkpoint(run, tmp_path, name):
     assert done.difference.largest < TOLERANCE
     trained = restore_run(run(name), dtype=torch.float32).model
     assert _largest_difference(trained, oracles.oracle(done.out), done.out) < TOLERANCE
+    written = load_file(done.out / "model.safetensors")
+    for parameter_name, parameter in trained.named_parameters():
+        assert torch.equal(written[to_huggingface(parameter_name)].float(), parameter), parameter_name
     dtype = "bfloat16" if name == "full-bf16" else "float32"
     assert {str(tensor.dtype) for tensor in load_file(done.out / "model.safetensors").values()} == {f"torch.{dtype}"}
     assert json.loads((done.out / "config.json").read_text())["dtype"] == dtype
@@ -158,6 +164,12 @@ def test_a_merged_adapter_is_a_plain_checkpoint(run, tmp_path, name):
     assert done.difference.largest < TOLERANCE
     stock = oracles.oracle(done.out)
     assert _largest_difference(load_qwen3_vl_model(done.out, dtype=torch.float32), stock, done.out) < TOLERANCE
+    merged = restore_run(run(name), dtype=torch.float32).model
+    merge_lora(merged)
+    as_trained(merged, DTYPES["bfloat16" if name == "lora-bf16" else "float32"])
+    written = load_file(done.out / "model.safetensors")
+    for parameter_name, parameter in merged.named_parameters():
+        assert torch.equal(written[to_huggingface(parameter_name)].float(), parameter), parameter_name
     if name != "lora-bf16":  # there the sum of weight and adapter is rounded once more, to 8 bits
         unmerged = restore_run(run(name), dtype=torch.float32).model
         assert _largest_difference(unmerged, stock, done.out) < TOLERANCE
@@ -182,6 +194,37 @@ def test_companions_and_pixel_limits_are_exported_too(run, tiny_folder, tmp_path
     before = json.loads((tiny_folder / "video_preprocessor_config.json").read_text())
     after = json.loads((out / "video_preprocessor_config.json").read_text())
     assert after == {**before, "fps": 2.0, "min_frames": 4, "max_frames": 768}
+
+
+@pytest.mark.parametrize("merge", [False, True])
+@pytest.mark.parametrize(("name", "dtype"), [("lora", "bfloat16"), ("lora-bf16", "float32")])
+def test_the_files_have_the_dtype_that_is_asked_for(run, tmp_path, name, dtype, merge):
+    done = export_run(run(name), tmp_path / "out", merge=merge, dtype=dtype)
+    assert done.difference.largest < TOLERANCE
+    weights = load_file(done.out / ("model.safetensors" if merge else "adapter_model.safetensors"))
+    assert {str(tensor.dtype) for tensor in weights.values()} == {f"torch.{dtype}"}
+    if merge:
+        assert json.loads((done.out / "config.json").read_text())["dtype"] == dtype
+
+
+@pytest.mark.parametrize("merge", [False, True])
+def test_as_many_layers_are_compared_as_memory_holds(run, tmp_path, merge):
+    faults.set_free_memory(2**30 + 7 * 2**20)  # of 4 layers 3 fit
+    done = export_run(run("lora"), tmp_path / "out", merge=merge)
+    assert 0 < done.difference.largest < TOLERANCE
+    what = "compared the first 3 of 4 decoder layers: 1.0 GiB of memory are free, all need 1.0"
+    assert done.notes == [what]
+    faults.set_free_memory(2**30)
+    done = export_run(run("lora"), tmp_path / "other", merge=merge)
+    assert done.difference is None
+    assert done.notes[0].startswith("logits were not compared with transformers: 1.0 GiB of memory are free, 1.0 are")
+
+
+def test_layers_are_compared_with_all_that_is_wrong_in_them(run, tmp_path):
+    faults.set_free_memory(2**30 + 7 * 2**20)
+    faults.after_export_companions(_scale_one_weight)
+    with pytest.raises(RuntimeError, match="transformers computes other logits"):
+        export_run(run("lora"), tmp_path / "out", merge=True)
 
 
 def test_what_exists_is_not_overwritten(run, tmp_path):
@@ -219,24 +262,64 @@ def _drop_one_weight(folder: Path) -> None:
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
+def _drop_the_merges(folder: Path) -> None:
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["model"]["merges"] = []
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+
+
+def _change_the_template(folder: Path) -> None:
+    for name in ("chat_template.jinja", "chat_template.json", "tokenizer_config.json"):
+        text = (folder / name).read_text()
+        assert "'<|im_start|>' + message.role" in text
+        (folder / name).write_text(text.replace("'<|im_start|>' + message.role", "'<|im_start|> ' + message.role"))
+
+
+WEIGHTS, COMPANIONS = faults.after_export_weights, faults.after_export_companions
+DIFFERENT = "reads back different from what was written; check the disk"
 TAMPERINGS = {
-    "a weight": (_scale_one_weight, "model.safetensors|linear_fc2.weight: reads back different from what was written"),
-    "a missing weight": (_drop_one_weight, "transformers does not load all of it"),
+    "a weight": (
+        WEIGHTS,
+        _scale_one_weight,
+        f"model.visual.merger.linear_fc2.weight {DIFFERENT}",
+    ),
+    "a lost weight": (WEIGHTS, _drop_one_weight, f"deepstack_merger_list.2.norm.bias {DIFFERENT}"),
+    "a weight later": (COMPANIONS, _scale_one_weight, "transformers computes other logits from it"),
+    "a lost weight later": (COMPANIONS, _drop_one_weight, "transformers does not load all of it"),
     "the rotary base": (
+        WEIGHTS,
         lambda folder: _edit_json(folder / "config.json", "text_config", rope_theta=10000.0),
         "transformers computes other logits from it",
     ),
     "the DeepStack taps": (
+        WEIGHTS,
         lambda folder: _edit_json(folder / "config.json", "vision_config", deepstack_visual_indexes=[1, 2, 3]),
         "transformers computes other logits from it",
+    ),
+    "the merges": (COMPANIONS, _drop_the_merges, "reads a text as other tokens: "),
+    "the template": (COMPANIONS, _change_the_template, "reads a text as other tokens: "),
+    "the mean of pixels": (
+        COMPANIONS,
+        lambda folder: _edit_json(folder / "preprocessor_config.json", None, image_mean=[0.4, 0.5, 0.5]),
+        "makes other pixels of a picture, apart by up to 0.2",
+    ),
+    "the limits of pixels": (
+        COMPANIONS,
+        lambda folder: _edit_json(folder / "preprocessor_config.json", None, max_pixels=20 * 1024),
+        "makes 64 patches of a picture of 192 x 160, we make 48",
+    ),
+    "the class of a processor": (
+        COMPANIONS,
+        lambda folder: _edit_json(folder / "preprocessor_config.json", None, image_processor_type="Other"),
+        r"transformers cannot read it \(",
     ),
 }
 
 
 @pytest.mark.parametrize("tampering", TAMPERINGS.values(), ids=TAMPERINGS)
 def test_an_export_that_differs_is_removed(run, tmp_path, tampering):
-    tamper, message = tampering
-    faults.after_export_weights(tamper)
+    after, tamper, message = tampering
+    after(tamper)
     with pytest.raises(RuntimeError, match=message):
         export_run(run("full"), tmp_path / "out", merge=False)
     assert list(tmp_path.iterdir()) == []

@@ -1,6 +1,7 @@
 """Compare an export with the trained model: logits of stock transformers, and peft, on probe conversations."""
 
 import inspect
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,12 +32,16 @@ class LogitDifference:
         return self.largest <= TOLERANCE * self.std
 
 
-def probe_batches(collate: MultimodalCollator) -> list[PackedBatch]:
-    """Return two small conversations, one with an image: together they use every module."""
+def picture() -> Image.Image:
+    """Return a small picture of ramps of colour."""
     ramp = torch.linspace(0, 255, 192)
     image = torch.stack([ramp.expand(160, -1), ramp.flip(0).expand(160, -1), ramp[:160, None].expand(-1, 192)], dim=-1)
-    picture = Image.fromarray(image.to(torch.uint8).numpy())
-    shown = [{"type": "image", "image": picture}, {"type": "text", "text": "What is shown?"}]
+    return Image.fromarray(image.to(torch.uint8).numpy())
+
+
+def probe_batches(collate: MultimodalCollator) -> list[PackedBatch]:
+    """Return two small conversations, one with an image: together they use every module."""
+    shown = [{"type": "image", "image": picture()}, {"type": "text", "text": "What is shown?"}]
     turns: list[tuple[Any, str]] = [(shown, "Three ramps of colour."), ("Name a number.", "Seven.")]
     return [
         collate([{"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]}])
@@ -46,20 +51,37 @@ def probe_batches(collate: MultimodalCollator) -> list[PackedBatch]:
 
 @torch.no_grad()
 def compare_with_transformers(
-    logits: list[Tensor], batches: list[PackedBatch], *, checkpoint: Path, dtype: torch.dtype, adapter: Path | None
+    logits: list[Tensor],
+    batches: list[PackedBatch],
+    *,
+    checkpoint: Path,
+    dtype: torch.dtype,
+    adapter: Path | None,
+    num_layers: int | None = None,
 ) -> LogitDifference:
     """Load `checkpoint` into the stock class in float32, add the adapter if there is one, and compare logits.
 
     logits: ours, (T, V) for each batch.
     dtype: what the run computed with; the base weights are rounded to it, as they were in training.
+    num_layers: load so many decoder layers and no more.
 
     Raises RuntimeError where transformers finds the files incomplete.
     """
+    from transformers import Qwen3VLConfig
     from transformers import Qwen3VLForConditionalGeneration as Stock
 
-    loaded: Any = Stock.from_pretrained(checkpoint, dtype=torch.float32, output_loading_info=True)
+    config: Any = Qwen3VLConfig.from_pretrained(checkpoint)
+    if num_layers is not None:
+        config.text_config.num_hidden_layers = num_layers
+        if getattr(config.text_config, "layer_types", None):
+            config.text_config.layer_types = config.text_config.layer_types[:num_layers]
+    loaded: Any = Stock.from_pretrained(checkpoint, config=config, dtype=torch.float32, output_loading_info=True)
     stock, info = loaded
-    left_over = [f"{kind}: {sorted(names)[:3]}" for kind, names in info.items() if names]
+    left_over = [
+        f"{kind}: {some[:3]}"
+        for kind, names in info.items()
+        if (some := sorted(name for name in names if not _is_later_layer(str(name), num_layers)))
+    ]
     if left_over:
         raise RuntimeError(f"{checkpoint}: transformers does not load all of it ({'; '.join(left_over)})")
     as_trained(stock, dtype)
@@ -74,6 +96,11 @@ def compare_with_transformers(
         largest = torch.maximum(largest, (theirs - ours).abs().max())  # keeps a NaN, which Python's max drops
         std = torch.maximum(std, theirs.std())
     return LogitDifference(largest.item(), std.item())
+
+
+def _is_later_layer(name: str, num_layers: int | None) -> bool:
+    layer = re.search(r"language_model\.layers\.(\d+)\.", name)
+    return num_layers is not None and layer is not None and int(layer[1]) >= num_layers
 
 
 def stock_inputs(batch: PackedBatch, stock: torch.nn.Module) -> dict[str, Tensor]:
