@@ -103,7 +103,7 @@ def _normalised(patches: Tensor) -> Tensor:
 def _compare_clips(folder: Path, collate: MultimodalCollator) -> None:
     """Compare the settings of clips. transformers opens their processor only where torchvision is installed."""
     from transformers import AutoVideoProcessor
-    from transformers.utils import is_torchvision_available
+    from transformers.utils.import_utils import is_torchvision_available
 
     rules = collate.budgets.clips
     if rules is None or not is_torchvision_available():
