@@ -17,7 +17,7 @@ from qwen3vl_train.data.encode.encoder import SampleCost
 from qwen3vl_train.data.errors import FaultKind
 from qwen3vl_train.data.signatures import hash_rows, read_signatures
 
-_VERSION = 6
+_VERSION = 7
 """Of the files written here; increase it with every change of their content or of how costs are found."""
 _ARRAYS = ("costs", "dropped", "formats", "num_files", "signatures")
 """Of a SourceIndex: these are kept as arrays, the rest as JSON."""

@@ -21,11 +21,29 @@ def in_workers(
     """Yield work(item) for every item, in their order; with num_workers of 0 in this process, when asked for.
 
     items is iterated in this process, two items a worker ahead. Tensors come back through shared memory. Raises
-    RuntimeError when a worker dies, and the ValueError that `work` raises.
+    RuntimeError when a worker dies, the ValueError that `work` raises, and what iterating items raises.
     """
     if not num_workers:
         return map(work, items)
-    return _results(_Apply(work), sampler=items, num_workers=num_workers, pin_memory=pin_memory)
+    return _items_in_workers(_Apply(work), items, num_workers, pin_memory)
+
+
+def _items_in_workers(dataset: "_Apply", items: Iterable[Any], num_workers: int, pin_memory: bool) -> Iterator[Any]:
+    failures: list[Exception] = []
+
+    def sampler() -> Iterator[Any]:
+        # Raised inside DataLoader, an error would leave its workers and queues to the garbage collector, which closes
+        # the pipes in any order and under the threads that still write to them.
+        try:
+            yield from items
+        except Exception as error:
+            failures.append(error)
+            yield _NO_MORE_ITEMS
+
+    for result in _results(dataset, sampler=sampler(), num_workers=num_workers, pin_memory=pin_memory):
+        if isinstance(result, str) and result == _NO_MORE_ITEMS:
+            raise failures[0]
+        yield result
 
 
 def from_worker(
@@ -63,10 +81,19 @@ def _results(dataset: Dataset, **options: Any) -> Iterator[Any]:
         results = iter(loader)  # starts them
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    for result in results:
-        if isinstance(result, _Failed):
-            raise result.error()
-        yield result
+    try:
+        for result in results:
+            if isinstance(result, _Failed):
+                raise result.error()
+            yield result
+    finally:
+        # Ends the workers here. Held by the frame of an exception, the loader would be freed by the garbage collector,
+        # which closes the pipes of its queues in any order and under the threads that still write to them.
+        del results
+
+
+_NO_MORE_ITEMS = "the items failed"
+"""In place of the item that could not be made; a worker returns it unchanged."""
 
 
 class _Apply(Dataset):
@@ -74,6 +101,8 @@ class _Apply(Dataset):
         self.work = work
 
     def __getitem__(self, item: Any) -> Any:
+        if isinstance(item, str) and item == _NO_MORE_ITEMS:
+            return item
         try:
             return self.work(item)
         except ValueError as error:

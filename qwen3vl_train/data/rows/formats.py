@@ -8,6 +8,7 @@ prompt      {"prompt", "completion"}, each a text or messages: TRL
 columns     {"question", "answer", "image"}, or whatever the recipe's `columns` calls them; Alpaca's and Swift's names
 """
 
+import os
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -153,18 +154,28 @@ class RowReader:
                     remedy = "preference pairs are not trained here; give rows of questions and answers"
                 fault = f"{name} holds a value that is not read in this row; {remedy}"
                 raise RowFault(fault, kind="unknown_field")
-        return [f"row.{name}" for name in self.keys.unread()]
+        return self.keys.unread()
 
 
-def check_unread_media(ignored: Sequence[str], row: Row) -> None:
-    """Raise RowFault where a row without media has a picture or a clip under a key that nothing reads."""
-    for name in ignored:
-        key = name.removeprefix("row.")
-        value = row.get(key) if name.startswith("row.") and key not in ("id", "source") else None
-        value = value[0] if isinstance(value, list) and value else value
-        if is_medium(value):
+def metadata_of(unread: Sequence[str], row: Row, media: Sequence[Any]) -> list[str]:
+    """Return the unread keys of a row that are metadata, as "row.key".
+
+    media: what the row's parts show. Raise RowFault where there is none and a key holds a picture or a clip; a key that
+    holds the name of one that is shown is no news, such as the members of a tar shard.
+    """
+    if not unread:
+        return []
+    paths = [medium for medium in media if isinstance(medium, str)]
+    shown = {*paths, *map(os.path.basename, paths)}
+    names = []
+    for key in unread:
+        value = row[key][0] if isinstance(row[key], list) else row[key]
+        if not media and key not in ("id", "source") and is_medium(value):
             fault = f"{key} holds a picture or a clip that nothing reads; name it: columns: {{image: {key}}}"
             raise RowFault(fault, kind="unknown_field")
+        if not (isinstance(value, str) and value in shown):
+            names.append(f"row.{key}")
+    return names
 
 
 def _is_named_by_marks(value: Any) -> bool:

@@ -14,10 +14,11 @@ from qwen3vl_train.data.rows.formats import (
     Columns,
     Row,
     RowReader,
-    check_unread_media,
     detect_format,
+    metadata_of,
 )
 from qwen3vl_train.data.rows.keys import Keys
+from qwen3vl_train.data.rows.media_files import media_of
 from qwen3vl_train.data.rows.messages import read_tools, read_turns
 from qwen3vl_train.data.rows.placeholders import place_media
 from qwen3vl_train.data.rows.sample import ImagePart, Part, Sample, TextPart, VideoPart
@@ -141,11 +142,9 @@ def read_row(row: Row, columns: Columns, texts: Mapping[str, str], row_format: s
     listed = reader.listed_media()
     turns = place_media(turns, listed, found in ("columns", "texts", "prompt"), reader.ignored)
     tools = read_tools(reader.keys)
-    ignored = reader.close(row_format)
-    if not listed and not any(not isinstance(part, TextPart) for turn in turns for part in turn.content):
-        check_unread_media(ignored, row)
-    messages = tuple(turn.message() for turn in turns)
-    return Sample(messages, tools, row_format=found, ignored=tuple(dict.fromkeys([*reader.ignored, *ignored])))
+    sample = Sample(tuple(turn.message() for turn in turns), tools, row_format=found)
+    ignored = reader.ignored + metadata_of(reader.close(row_format), row, list(media_of(sample)))
+    return replace(sample, ignored=tuple(dict.fromkeys(ignored))) if ignored else sample
 
 
 def parse_sample(row: Any, sample_id: str = "sample", media_root: str | None = None) -> Sample:

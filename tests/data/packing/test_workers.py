@@ -26,6 +26,17 @@ def _wait_until(true: Callable[[], bool], seconds: float = 900) -> None:
         time.sleep(0.02)
 
 
+def test_an_error_of_the_items_comes_after_earlier_results():
+    def items():
+        yield from (0.0, 0.0)
+        raise ValueError("no third item")
+
+    results = in_workers(_own_pid, items(), 1)
+    assert next(results) == next(results) != os.getpid()
+    with pytest.raises(ValueError, match=r"^no third item$"):
+        next(results)
+
+
 @pytest.mark.parametrize("number", ["TERM", "USR1"])
 def test_a_signal_from_elsewhere_does_not_reach_the_workers(number: str):
     results = in_workers(_own_pid, [0.0] * 40, 2)
