@@ -70,6 +70,7 @@ class RowsSection(Section):
         rows, as in question: {text: "Describe it."}.
     split, subset: read the path with Hugging Face `datasets` instead, as a folder or a name on the hub.
     bbox, bbox_layout: how the rows' boxes are given.
+    allow_urls: download media at web addresses; allow_private_urls: also from this machine and its private network.
     """
 
     path: Text
@@ -84,11 +85,18 @@ class RowsSection(Section):
     bbox: Literal["pixel", "unit", "per_mille"] | None = None
     bbox_layout: Literal["xyxy", "xywh"] = "xyxy"
     allow_urls: bool = False
+    allow_private_urls: bool = False
 
     @model_validator(mode="after")
     def _subset_of_split(self) -> "RowsSection":
         if self.subset is not None and self.split is None:
             raise ValueError("subset without split, which says that `datasets` reads the path; add split: train")
+        return self
+
+    @model_validator(mode="after")
+    def _private_urls_of_urls(self) -> "RowsSection":
+        if self.allow_private_urls and not self.allow_urls:
+            raise ValueError("allow_private_urls without allow_urls, which permits downloads; add allow_urls: true")
         return self
 
 

@@ -22,8 +22,8 @@ tune:
 data:
   train:
     - {path: a.jsonl, media_root: null, name: null, format: auto, columns: {}, split: null, subset: null,
-       max_rows: null, train_on: all, bbox: null, bbox_layout: xyxy, allow_urls: false, weight: 1.0,
-       streaming: false, num_rows: null}
+       max_rows: null, train_on: all, bbox: null, bbox_layout: xyxy, allow_urls: false, allow_private_urls: false,
+       weight: 1.0, streaming: false, num_rows: null}
   eval: []
   eval_share: null
   max_tokens_per_pack: 8192

@@ -74,7 +74,8 @@ def test_differences_name_what_changes_training(small):
                 "path": "b.jsonl", "media_root": "null", "name": "null", "format": "auto",
                 "split": "null", "subset": "null", "max_rows": "null", "train_on": "all",
                 "bbox": "null", "bbox_layout": "xyxy",
-                "allow_urls": "false", "weight": "1.0", "streaming": "false", "num_rows": "null",
+                "allow_urls": "false", "allow_private_urls": "false", "weight": "1.0",
+                "streaming": "false", "num_rows": "null",
             }.items()
         ),
     ]  # fmt: skip

@@ -6,7 +6,7 @@ from typing import Any
 
 from qwen3vl_train.data.errors import MediaFault, RowFault
 from qwen3vl_train.data.media.paths import LinkedRoot, is_base64
-from qwen3vl_train.data.media.remote import Remote, is_web_address
+from qwen3vl_train.data.media.remote import ANY_HOST, Remote, is_web_address, web_host
 from qwen3vl_train.data.rows.boxes import NO_CONVENTION, Convention, fill_boxes, fill_objects
 from qwen3vl_train.data.rows.formats import (
     FORMATS,
@@ -49,6 +49,7 @@ class RowRules:
     boxes: the convention of boxes where a row states none.
     follow_links: links in media_root are followed wherever they lead.
     allow_urls: media at web addresses are downloaded, when the row is indexed and again whenever it is trained on.
+    allow_private_urls: also from loopback, link-local and private addresses, which only media_root may have otherwise.
     """
 
     label: str | None = None
@@ -59,6 +60,7 @@ class RowRules:
     boxes: Convention = NO_CONVENTION
     allow_urls: bool = False
     follow_links: bool = False
+    allow_private_urls: bool = False
 
     def columns_read(self) -> set[str]:
         """Return every column of a typed file that these rules read."""
@@ -106,6 +108,7 @@ class RowRules:
         root = sample.media_root if sample.media_root and "://" in sample.media_root else None
         if resolve is None and root is None and not self.allow_urls:
             return sample
+        private_host = ANY_HOST if self.allow_private_urls else web_host(root)
 
         def resolved(medium: Any) -> Any:
             if isinstance(medium, tuple):
@@ -113,9 +116,9 @@ class RowRules:
             if not isinstance(medium, str) or medium.startswith("data:") or is_base64(medium):
                 return medium
             if self.allow_urls and is_web_address(medium):
-                return Remote(medium)
+                return Remote(medium, private_host)
             found = medium if resolve is None else resolve(medium)
-            return _join_url(root, found) if root is not None and isinstance(found, str) else found
+            return _join_url(root, found, private_host) if root is not None and isinstance(found, str) else found
 
         def resolved_part(part: Part) -> Part:
             if isinstance(part, ImagePart):
@@ -158,11 +161,11 @@ def parse_sample(row: Any, sample_id: str = "sample", media_root: str | None = N
     return Sample(tuple(turn.message() for turn in turns), read_tools(Keys(row)), sample_id, media_root)
 
 
-def _join_url(root: str, path: str) -> Remote:
+def _join_url(root: str, path: str, private_host: str | None) -> Remote:
     if "://" in path or path.startswith("/") or ".." in path.replace("\\", "/").split("/") or not path:
         fault = f"{path[:200]}: is outside media_root {Remote(root)}; give a path below it"
         raise MediaFault(fault, kind="forbidden_path")
-    return Remote(f"{root.rstrip('/')}/{path}")
+    return Remote(f"{root.rstrip('/')}/{path}", private_host)
 
 
 def dataset_of(sample_id: str) -> str:

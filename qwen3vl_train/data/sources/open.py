@@ -32,6 +32,7 @@ def entry_rules(entry: Entry, follow_links: bool = False) -> RowRules:
         boxes=Convention(entry.bbox, entry.bbox_layout),
         allow_urls=entry.allow_urls,
         follow_links=follow_links,
+        allow_private_urls=entry.allow_private_urls,
     )
 
 

@@ -1,5 +1,6 @@
 """Downloads of media: allowed addresses, limits, retries, and the message of every fault."""
 
+import contextlib
 import http.server
 import json
 import socket
@@ -19,6 +20,14 @@ from qwen3vl_train.data.sources import open_sources, open_stream
 from tests.helpers import faults
 from tests.helpers.messages import message_of
 from tests.helpers.row_files import ROW, png, write_tar
+
+_DRIPS = {
+    "/slow": (b"\r\n", b"x"),
+    "/length": (b"Content-Length: 100000\r\n\r\n", b"x"),
+    "/chunks": (b"Transfer-Encoding: chunked\r\n\r\n", b"0"),
+    "/headers": (b"", b"X"),
+}
+"""What slow servers send: first, and then again and again."""
 
 
 class _ImageServer(http.server.BaseHTTPRequestHandler):
@@ -40,14 +49,10 @@ class _ImageServer(http.server.BaseHTTPRequestHandler):
             return self._redirect(redirects[self.path])
         if self.path in bodies:
             return self._send(bodies[self.path])
-        if self.path == "/slow":
-            self.send_response(200)
-            self.end_headers()
-            for _ in range(50):
-                self.wfile.write(b"x")
-                self.wfile.flush()
-                time.sleep(0.05)
-            return None
+        if self.path in _DRIPS:
+            return self._drip(*_DRIPS[self.path])
+        if self.path.startswith("/to/"):
+            return self._redirect(f"http://{self.path[4:]}:{self.server.server_address[1]}/a.png")
         return self.send_error(404)
 
     def _send(self, body: bytes, announced: int | None = None) -> None:
@@ -55,6 +60,14 @@ class _ImageServer(http.server.BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(announced or len(body)))
         self.end_headers()
         self.wfile.write(body)
+
+    def _drip(self, beginning: bytes, drop: bytes) -> None:
+        """Send something little again and again, until the client closes the connection."""
+        with contextlib.suppress(OSError):
+            self.wfile.write(b"HTTP/1.1 200 OK\r\n" + beginning)
+            while True:
+                self.wfile.write(drop)
+                time.sleep(0.02)
 
     def _redirect(self, to: str) -> None:
         self.send_response(302)
@@ -76,7 +89,13 @@ def address():
 
 def ask(url: str, **rules):
     row = {"image": url, "question": "?", "answer": "x"}
-    return RowRules(**rules).sample(row, "a:1").messages[0].content[0].image
+    return (
+        RowRules(**{"allow_private_urls": rules.get("allow_urls", False), **rules})
+        .sample(row, "a:1")
+        .messages[0]
+        .content[0]
+        .image
+    )
 
 
 def test_web_addresses_are_fetched_only_where_allowed(address):
@@ -128,6 +147,58 @@ def test_faults_of_downloads(address):
             message = message_of(MediaFault, image_size, ask(url, allow_urls=True))
             assert message.startswith(fault), message
             assert "secret" not in message
+
+
+@pytest.mark.parametrize("path", _DRIPS)
+def test_deadline_holds_however_slowly_bytes_drip(address, path):
+    faults.set_download_limits(seconds=0.3, pauses=())
+    fault = f"{address}{path}: took more than 0.3 s; store it on disk"
+    assert message_of(MediaFault, image_size, ask(f"{address}{path}", allow_urls=True)) == fault
+
+
+REFUSED = "has the private address {}; set allow_private_urls: true if you trust the rows"
+
+
+@pytest.mark.parametrize(
+    ("host", "shown"),
+    [("127.0.0.1", "127.0.0.1"), ("[::ffff:127.0.0.1]", "::ffff:127.0.0.1"), ("127.1", "127.0.0.1"),
+     ("2130706433", "127.0.0.1"), ("169.254.169.254", "169.254.169.254"), ("10.1.2.3", "10.1.2.3"),
+     ("0.0.0.0", "0.0.0.0"), ("[fe80::1]", "fe80::1"), ("[64:ff9b::a00:1]", "64:ff9b::a00:1"), ("[::1]", "::1"),
+     ("100.64.0.1", "100.64.0.1"), ("224.0.0.1", "224.0.0.1")],
+)  # fmt: skip
+def test_private_addresses_are_refused(host, shown):
+    with pytest.raises(MediaFault) as caught:
+        Remote(f"http://{host}/a.png").fetch()
+    assert str(caught.value).endswith(REFUSED.format(shown))
+    assert (caught.value.kind, caught.value.transient) == ("forbidden_path", False)
+
+
+def test_redirects_to_private_addresses_are_refused(address):
+    port = address.rpartition(":")[2]
+    image = ask(f"{address}/to/127.0.0.2", allow_urls=True, allow_private_urls=False)
+    image = Remote(image.url, "127.0.0.1")  # as where media_root is there
+    fault = f"{address}/to/127.0.0.2: its host 127.0.0.2 {REFUSED.format('127.0.0.2')}"
+    assert message_of(MediaFault, image.fetch) == fault
+    assert Remote(f"http://127.0.0.1:{port}/to/127.0.0.1", "127.0.0.1").fetch() == png(7)
+
+
+def test_media_root_may_be_at_a_private_address(address):
+    row = {"images": ["a.png", f"{address}/hop", "http://127.0.0.2/a.png"], "question": "?", "answer": "x"}
+    images = [part.image for part in RowRules(allow_urls=True).sample(row, "a:1", address).messages[0].content[:3]]
+    assert [image_size(image) for image in images[:2]] == [(32, 32)] * 2
+    fault = f"image http://127.0.0.2/a.png: its host 127.0.0.2 {REFUSED.format('127.0.0.2')}"
+    assert message_of(MediaFault, image_size, images[2]).removeprefix("image ") == fault.removeprefix("image ")
+
+
+def test_proxy_may_be_private_and_its_targets_may_not(address, monkeypatch):
+    monkeypatch.setenv("http_proxy", address)
+    monkeypatch.delenv("no_proxy", raising=False)
+    _ImageServer.asked.clear()
+    assert message_of(MediaFault, Remote("http://10.0.0.1/a.png").fetch).endswith(REFUSED.format("10.0.0.1"))
+    assert not _ImageServer.asked
+    fault = "http://1.1.1.1/a.png: cannot be downloaded (HTTP Error 404: Not Found); check the address"
+    assert message_of(MediaFault, Remote("http://1.1.1.1/a.png").fetch) == fault
+    assert _ImageServer.asked == {"http://1.1.1.1/a.png": 1}
 
 
 def test_downloads_with_transient_errors_are_retried(address):
