@@ -16,14 +16,19 @@ class EpochFigures(NamedTuple):
     longest: int
 
 
-def length_lines(recipe: Recipe, num_steps: int, epoch: EpochFigures | None) -> list[str]:
+def length_lines(recipe: Recipe, num_steps: int, epoch: EpochFigures | None, num_ranks: int = 1) -> list[str]:
     """Return the lines about the length of a run. epoch: None of streams, whose length is not known."""
     lines = []
     if epoch is not None and epoch.num_steps:
         a_step = epoch.num_samples / epoch.num_steps
         lines.append(f"data: {_count(epoch.num_steps, 'step')} an epoch, about {a_step:,.1f} samples a step")
     if 0 < num_steps < _FEW_STEPS:
-        lines.append(f"warning: the run has {_count(num_steps, 'step')}, {_fewer_tokens_a_step(recipe, epoch)}")
+        packs = _count(recipe.train.packs_per_step, "pack")
+        a_step = f"each of {packs} of up to {recipe.data.max_tokens_per_pack:,} tokens"
+        fixed = epoch is None or recipe.train.num_steps is not None
+        ways = ["raise train.num_steps"] if fixed else _more_steps(recipe, epoch, num_ranks)
+        what = f"warning: the run has {_count(num_steps, 'step')}, {a_step}"
+        lines.append(f"{what}; for more of them {', or '.join(ways)}")
     warmup_steps = recipe.optim.warmup_steps(num_steps)
     if 0 < num_steps <= warmup_steps:
         share = num_steps / (warmup_steps + 1)
@@ -34,20 +39,19 @@ def length_lines(recipe: Recipe, num_steps: int, epoch: EpochFigures | None) -> 
     return lines
 
 
-def _fewer_tokens_a_step(recipe: Recipe, epoch: EpochFigures | None) -> str:
-    """Return what a step takes, and what to change for more of them."""
-    data, packs_per_step = recipe.data, recipe.train.packs_per_step
-    a_step = f"each of {_count(packs_per_step, 'pack')} of up to {data.max_tokens_per_pack:,} tokens"
-    if epoch is None:
-        return f"{a_step}; raise train.num_steps to train longer"
+def _more_steps(recipe: Recipe, epoch: EpochFigures, num_ranks: int) -> list[str]:
+    """Return what makes more steps of an epoch: smaller packs, where that is not enough fewer of them, more epochs."""
+    limit, given = recipe.data.max_tokens_per_pack, recipe.train.packs_per_step
     ways = ["raise train.num_epochs"]
-    if packs_per_step > 1:
-        ways.insert(0, "lower train.packs_per_step")
-    wanted = max(epoch.longest, epoch.tokens // (_FEW_STEPS * packs_per_step))
-    if wanted < data.max_tokens_per_pack:
-        steps = max(1, epoch.tokens // (wanted * packs_per_step))
-        ways.insert(0, f"set data.max_tokens_per_pack to {wanted:,} for about {_count(steps, 'step')} an epoch")
-    return f"{a_step}; for more of them {', or '.join(ways)}"
+    for packs in dict.fromkeys((num_ranks, given)):
+        tokens = min(limit, max(epoch.longest, epoch.tokens // (_FEW_STEPS * packs)))
+        steps = epoch.tokens // (tokens * packs)
+        if steps <= epoch.num_steps or (packs == given and len(ways) > 1 and steps < _FEW_STEPS):
+            continue
+        changes = [f"data.max_tokens_per_pack to {tokens:,}"] if tokens < limit else []
+        changes += [f"train.packs_per_step to {packs}"] if packs != given else []
+        ways = [f"set {' and '.join(changes)} for about {_count(steps, 'step')} an epoch", ways[-1]]
+    return ways
 
 
 def _count(number: int, noun: str) -> str:

@@ -148,7 +148,7 @@ class TrainingData:
             tokens, num_packs = self.index.tokens, len(self.loader.epoch_packs(self.loader.epoch))
             num_steps = math.ceil(num_packs / self.loader.packs_per_step)
             epoch = EpochFigures(self.index.num_usable, num_steps, int(tokens.sum()), int(tokens.max(initial=0)))
-        return length_lines(recipe, self.num_steps, epoch)
+        return length_lines(recipe, self.num_steps, epoch, self.loader.data_world_size)
 
 
 def gather_rejects(rejects: list[Reject], ranks: Ranks) -> list[Reject]:

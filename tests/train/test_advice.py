@@ -21,37 +21,38 @@ def _recipe(**overrides: Any) -> Recipe:
 
 
 @pytest.mark.parametrize(
-    ("packs_per_step", "way"),
+    ("packs_per_step", "num_ranks", "way"),
     [
-        (
-            1,
-            "1 pack of up to 8,192 tokens; for more of them set data.max_tokens_per_pack to 500 for about 10 steps an "
-            "epoch",
-        ),
-        (
-            8,
-            "8 packs of up to 8,192 tokens; for more of them set data.max_tokens_per_pack to 80 for about 7 steps an "
-            "epoch, or lower train.packs_per_step",
-        ),
+        (1, 1, "set data.max_tokens_per_pack to 500 for about 10 steps an epoch"),
+        (4, 1, "set data.max_tokens_per_pack to 125 for about 10 steps an epoch"),
+        (8, 1, "set data.max_tokens_per_pack to 500 and train.packs_per_step to 1 for about 10 steps an epoch"),
+        (8, 2, "set data.max_tokens_per_pack to 250 and train.packs_per_step to 2 for about 10 steps an epoch"),
+        (8, 8, "set data.max_tokens_per_pack to 80 for about 7 steps an epoch"),
     ],
 )
-def test_a_short_run_says_what_makes_more_steps(packs_per_step, way):
-    lines = length_lines(_recipe(train__packs_per_step=packs_per_step), 3, EPOCH)
-    assert lines == [AN_EPOCH, f"warning: the run has 3 steps, each of {way}, or raise train.num_epochs"]
+def test_a_short_run_says_what_makes_more_steps(packs_per_step, num_ranks, way):
+    """The longest sample has 80 tokens, so that eight packs a step cannot make ten steps."""
+    lines = length_lines(_recipe(train={"packs_per_step": packs_per_step}), 3, EPOCH, num_ranks)
+    packs = f"{packs_per_step} pack{'s' * (packs_per_step > 1)}"
+    what = f"warning: the run has 3 steps, each of {packs} of up to 8,192 tokens; for more of them"
+    assert lines == [AN_EPOCH, f"{what} {way}, or raise train.num_epochs"]
 
 
 def test_packs_that_are_small_already():
-    lines = length_lines(_recipe(data__max_tokens_per_pack=80, train__packs_per_step=1), 9, EPOCH)
+    train_section = {"packs_per_step": 1, "num_epochs": 1}
+    epoch = EPOCH._replace(num_steps=9, tokens=700)
+    lines = length_lines(_recipe(data__max_tokens_per_pack=80, train=train_section), 9, epoch)
     assert lines[1] == (
         "warning: the run has 9 steps, each of 1 pack of up to 80 tokens; for more of them raise train.num_epochs"
     )
 
 
-def test_streams_do_not_say_how_long_an_epoch_is():
+@pytest.mark.parametrize("epoch", [None, EPOCH])
+def test_a_number_of_steps_that_is_given_is_to_be_raised(epoch):
     assert length_lines(_recipe(), 10, None) == []
-    assert length_lines(_recipe(), 1, None) == [
-        "warning: the run has 1 step, each of 2 packs of up to 8,192 tokens; raise train.num_steps to train longer"
-    ]
+    assert length_lines(_recipe(train__num_steps=1), 1, epoch)[-1] == (
+        "warning: the run has 1 step, each of 2 packs of up to 8,192 tokens; for more of them raise train.num_steps"
+    )
 
 
 @pytest.mark.parametrize(
