@@ -17,6 +17,7 @@ from typing import Any, Literal
 from qwen3vl_train.checkpoint.atomic import flush
 
 MANIFEST = "checkpoint.json"
+EXPORTS = "export"
 OPTIMIZER_FILES = "state/*-00002-of-00002.safetensors"
 """Where the moments are in files of their own, see `KeepPolicy.optimizer`."""
 BLOCK = 2**24
@@ -143,20 +144,42 @@ def prune(run_dir: Path, policy: KeepPolicy) -> None:
     time. Raises OSError where the disk refuses.
     """
     folders = complete_checkpoints(run_dir)
+    kept = _kept(folders, folders, policy)
+    _remove(folder for folder in folders if folder not in kept)
+    if policy.optimizer == "last":
+        for folder in kept - set(folders[-policy.keep_last :]):
+            _remove_optimizer(folder)
+    _finish_removal(run_dir / "checkpoints")
+
+
+def prune_exports(run_dir: Path, policy: KeepPolicy) -> None:
+    """Remove the exports that a run wrote while it trained and that the policy does not keep, in the same way."""
+    folders = sorted((run_dir / EXPORTS).glob("step-*"))
+    kept = _kept(folders, complete_checkpoints(run_dir), policy)
+    _remove(folder for folder in folders if folder not in kept)
+    _finish_removal(run_dir / EXPORTS)
+
+
+def _kept(folders: list[Path], checkpoints: list[Path], policy: KeepPolicy) -> set[Path]:
+    """Return which of the folders, each of a step, are kept. checkpoints: in which the best is looked up."""
     kept = set(folders[-policy.keep_last :])
     if policy.keep_every:
         kept |= {folder for folder in folders if int(folder.name.removeprefix("step-")) % policy.keep_every == 0}
-    if policy.keep_best and (best := best_checkpoint(folders, policy.keep_best)):
-        kept.add(best)
+    if policy.keep_best and (best := best_checkpoint(checkpoints, policy.keep_best)):
+        kept |= {folder for folder in folders if folder.name == best.name}
+    return kept
+
+
+def _remove(folders: Iterable[Path]) -> None:
     for folder in folders:
-        if folder not in kept:
-            target = folder.with_name(f".{folder.name}.removed")
-            if target.exists():  # of the same step, saved before a resume; a rename onto it would fail
-                shutil.rmtree(target)
-            folder.rename(target)
-        elif policy.optimizer == "last" and folder not in folders[-policy.keep_last :]:
-            _remove_optimizer(folder)
-    for removed in (run_dir / "checkpoints").glob(".step-*.removed"):
+        target = folder.with_name(f".{folder.name}.removed")
+        if target.exists():  # of the same step, saved before a resume; a rename onto it would fail
+            shutil.rmtree(target)
+        folder.rename(target)
+
+
+def _finish_removal(parent: Path) -> None:
+    for removed in parent.glob(".step-*.removed"):
         shutil.rmtree(removed)
 
 

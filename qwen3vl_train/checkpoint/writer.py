@@ -31,6 +31,7 @@ from qwen3vl_train.checkpoint.manifest import (
     checksum_files,
     latest_checkpoint,
     prune,
+    prune_exports,
     write_manifest,
 )
 from qwen3vl_train.dist.ranks import Ranks
@@ -124,13 +125,18 @@ class CheckpointWriter:
             if self._ranks.is_main:
                 shutil.rmtree(partial, ignore_errors=True)
             raise RuntimeError(self._describe(folder, error)) from error
+        self._prune(prune, "checkpoint")
+
+    def prune_exports(self) -> None:
+        """Remove the exports that the policy does not keep. Rank 0 does it."""
+        self._prune(prune_exports, "export")
+
+    def _prune(self, prune: Callable[[Path, KeepPolicy], None], what: str) -> None:
         if self._ranks.is_main:
             try:
                 prune(self._run_dir, self._policy)
-            except OSError as error:  # the new checkpoint is complete: the run continues
-                self._report(
-                    f"an older checkpoint could not be removed ({error}); it is tried again after the next save"
-                )
+            except OSError as error:  # the new one is complete: the run continues
+                self._report(f"an older {what} could not be removed ({error}); it is tried again after the next save")
 
     def _describe(self, folder: Path, error: Exception) -> str:
         try:

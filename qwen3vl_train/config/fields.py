@@ -253,7 +253,8 @@ class CheckpointSection(Section):
         keep_best keep; these can be exported, but not resumed from.
     keep_every_steps: checkpoints at multiples of it are never deleted.
     keep_best: name of a held-out set; the checkpoint with its lowest loss is kept.
-    export_every_steps, export_every_epochs: also write the Hugging Face form, to `export/` in the run folder.
+    export_every_steps, export_every_epochs: also write the Hugging Face form, to `export/` in the run folder, of which
+        the same are kept as of checkpoints.
     """
 
     every_steps: Count | None = 200

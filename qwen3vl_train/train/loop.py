@@ -11,7 +11,7 @@ import torch
 
 from qwen3vl_train import __version__
 from qwen3vl_train.checkpoint.hub_model import with_local_model
-from qwen3vl_train.checkpoint.manifest import KeepPolicy, read_manifest
+from qwen3vl_train.checkpoint.manifest import EXPORTS, KeepPolicy, read_manifest
 from qwen3vl_train.checkpoint.writer import CheckpointWriter, load_checkpoint
 from qwen3vl_train.config import Recipe, check_world_size, run_dir
 from qwen3vl_train.config.fields import CheckpointSection, EvalSection
@@ -167,9 +167,10 @@ def _loop(run: Run, recorder: Recorder, stop: StopSignals, writer: CheckpointWri
             _save(run, recorder, writer, losses)
         due = _every(keep.export_every_steps, progress.step) or _every(keep.export_every_epochs, epoch)
         if due and (last or not ranks.any(stop.received)):
-            target = run.folder / "export" / f"step-{progress.step:08d}"
+            target = run.folder / EXPORTS / f"step-{progress.step:08d}"
             seconds = export_while_training(recipe, run.model, target, ranks)
             recorder.line(f"export step {progress.step}: written in {seconds:.1f} s, {target}")
+            writer.prune_exports()
         if rejects:  # after the checkpoint: what has been trained is kept
             data.rejects.check()
     writer.wait()

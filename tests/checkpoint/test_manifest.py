@@ -17,6 +17,7 @@ from qwen3vl_train.checkpoint.manifest import (
     complete_checkpoints,
     latest_checkpoint,
     prune,
+    prune_exports,
     read_manifest,
     rename_damaged,
     write_manifest,
@@ -178,6 +179,18 @@ def test_prune_keeps_what_the_policy_says(tmp_path, policy, kept):
     assert _steps(tmp_path) == kept
     names = sorted(folder.name for folder in (tmp_path / "checkpoints").iterdir())
     assert names == [f"step-{step:08d}" for step in kept]
+
+
+def test_exports_are_kept_as_checkpoints_are(tmp_path):
+    for step, loss in ((2, 2.0), (4, 1.0), (6, 3.0), (8, 3.0)):
+        _make(tmp_path, step, eval={"held": loss})
+    for step in range(1, 9):
+        (tmp_path / "export" / f"step-{step:08d}").mkdir(parents=True)
+    (tmp_path / "export" / "mine").mkdir()
+    prune_exports(tmp_path, KeepPolicy(2, keep_every=3, keep_best="held"))
+    names = sorted(folder.name for folder in (tmp_path / "export").iterdir())
+    assert names == ["mine", *(f"step-{step:08d}" for step in (3, 4, 6, 7, 8))]
+    prune_exports(tmp_path / "without", KeepPolicy(1))
 
 
 def test_a_damaged_checkpoint_is_not_the_best(tmp_path):

@@ -231,6 +231,13 @@ def test_an_export_of_a_step_done_again_is_replaced(small: Path, task: Path, tmp
     assert (stale.parent / "adapter_config.json").is_file()
 
 
+def test_older_exports_are_removed(small: Path, task: Path, tmp_path: Path):
+    case = {"tune": small_runs.LORA, "train__num_steps": 3}
+    case["checkpoint"] = {"every_steps": 9, "keep_last": 1, "keep_every_steps": 2, "export_every_steps": 1}
+    run = train(small_runs.make_recipe(small, task, tmp_path, **case))
+    assert sorted(folder.name for folder in (run / "export").iterdir()) == ["step-00000002", "step-00000003"]
+
+
 def test_an_export_while_training_equals_a_later_export(small: Path, task: Path, tmp_path: Path):
     case = {"checkpoint": {"every_steps": 2, "export_every_steps": 2}, "train__num_steps": 2}
     run = train(small_runs.make_recipe(small, task, tmp_path / "out", **case))
