@@ -81,17 +81,3 @@ def grouped_parameters(model: "nn.Module") -> "dict[str, list[tuple[str, nn.Para
     for name, parameter in model.named_parameters():
         groups.setdefault(group_of(name), []).append((name, parameter))
     return groups
-
-
-def train_only(model: "nn.Module", groups: set[str]) -> None:
-    """Let these groups train and freeze all others. Raises ValueError for a tied head named without its embedding."""
-    present = grouped_parameters(model)
-    tied = all(not name.endswith("lm_head.weight") for name, _ in present["lm_head"])
-    if tied and ("lm_head" in groups) != ("text_embed" in groups):
-        raise ValueError(
-            "tune.train: the head of this checkpoint is tied to its embedding, so lm_head and text_embed train "
-            f"together; got only {'lm_head' if 'lm_head' in groups else 'text_embed'}, name both or neither"
-        )
-    for group, parameters in present.items():
-        for _, parameter in parameters:
-            parameter.requires_grad_(group in groups)

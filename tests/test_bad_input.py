@@ -280,7 +280,9 @@ def test_output_folder_of_another_run(answer, values, tmp_path):
     assert answer(values) == (0, "")
     run = tmp_path / "out" / "run"
     expected = (
-        f"{run}: holds another run\n  - optim.lr: 0.001 there, 2e-05 here\nchoose another name, or remove the folder"
+        f"{run}: holds another run\n  - optim.lr: 0.001 there, 2e-05 here\n"
+        f"choose another name, with tune.start_from: {run} to start from what was trained here; or set "
+        "checkpoint.allow_changes: [optim.lr] to continue this run with the changes"
     )
     assert answer(values, "optim.lr=2e-5") == (2, expected)
     assert answer(values, "checkpoint.resume=never")[0] == 2

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from qwen3vl_train.arch import Qwen3VLArch, published_config, read_config
+from qwen3vl_train.checkpoint.plain_weights import check_plain_weights
 from qwen3vl_train.checkpoint.safetensors_writer import write_safetensors
 from qwen3vl_train.dist.tensors import local_slice, to_local
 from qwen3vl_train.model.hf_names import from_huggingface, to_huggingface
@@ -25,7 +26,8 @@ _SAMPLED_BYTES = 1024
 class WeightFiles:
     """The safetensors files of a checkpoint folder, by our names of the weights.
 
-    Raises ValueError for a folder without weights, a file that is missing or truncated, and weights of an unknown name.
+    Raises ValueError for a folder without weights, a file that is missing or truncated, weights of an unknown name, and
+    weights that are not plain numbers (`check_plain_weights`).
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -33,9 +35,11 @@ class WeightFiles:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._files_of: dict[str, tuple[Path, str]] = {}
         unknown: list[str] = []
+        dtypes: dict[str, str] = {}  # as stored
         for file in self._files():
             with _open(file) as handle:
                 for key in handle.keys():  # noqa: SIM118  (not a dict)
+                    dtypes[key] = handle.get_slice(key).get_dtype()
                     name = from_huggingface(key)
                     if name is None:
                         unknown.append(key)
@@ -44,6 +48,7 @@ class WeightFiles:
                         raise ValueError(f"{file}: {key} is stored twice, also as {self._files_of[name][1]}")
                     self._files_of[name] = (file, key)
                     self.shapes[name] = tuple(handle.get_slice(key).get_shape())
+        check_plain_weights(self.folder, dtypes)
         if unknown:
             raise ValueError(f"{self.folder}: {_listed('unexpected weight', unknown)}; not a Qwen3-VL checkpoint?")
 

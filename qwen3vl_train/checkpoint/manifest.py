@@ -88,21 +88,25 @@ def read_manifest(folder: Path, *, checksums: bool = False) -> dict[str, Any]:
         record = json.loads(manifest.read_text(encoding="utf-8"))
         files = {name: (entry["bytes"], entry["crc32"]) for name, entry in record["files"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{manifest}: unreadable ({error!r}); remove this checkpoint") from None
+        raise ValueError(f"{manifest}: unreadable ({error!r}); restore it, or move this checkpoint away") from None
     if missing := {"step", "updates", "loader", "rejects"} - record.keys():
-        raise ValueError(f"{manifest}: has no {', '.join(sorted(missing))}; remove this checkpoint")
+        raise ValueError(f"{manifest}: has no {', '.join(sorted(missing))}; restore it, or move this checkpoint away")
     for name, (size, crc32) in files.items():
         file = folder / name
         try:
             got = file.stat().st_size if file.is_file() else None
             same = got == size and (not checksums or _crc32(file) == crc32)
         except OSError as error:  # the disk fails in the middle of a file
-            raise ValueError(f"{file}: cannot be read ({error.strerror}); remove this checkpoint") from None
+            raise ValueError(
+                f"{file}: cannot be read ({error.strerror}); restore it, or move this checkpoint away"
+            ) from None
         if got != size:
             state = "missing" if got is None else f"{got} bytes, written with {size}"
-            raise ValueError(f"{file}: {state}; remove this checkpoint")
+            raise ValueError(f"{file}: {state}; restore it, or move this checkpoint away")
         if not same:
-            raise ValueError(f"{file}: its checksum is not the one it was written with; remove this checkpoint")
+            raise ValueError(
+                f"{file}: its checksum is not the one it was written with; restore it, or move this checkpoint away"
+            )
     return record
 
 
@@ -124,7 +128,8 @@ def choose_checkpoint(run_dir: Path) -> tuple[Path | None, list[str]]:
         errors.append(f"{folder}: can be exported but not resumed from, checkpoint.keep_optimizer was last")
     if errors:
         listed = "".join(f"\n  - {error}" for error in errors)
-        raise ValueError(f"{run_dir}: none of {len(folders)} checkpoints can be resumed from{listed}")
+        what = f"none of {len(folders)} checkpoints can be resumed from{listed}"
+        raise ValueError(f"{run_dir}: {what}\nrestore one from a copy, or choose another name to start anew")
     return None, []
 
 

@@ -241,14 +241,26 @@ def load_checkpoint(folder: Path, tensors: dict[str, Tensor]) -> None:
     load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(folder / "state")), no_dist=not sharded)
 
 
+def load_weights(folder: Path, weights: dict[str, Tensor]) -> None:
+    """Read some weights of a checkpoint into tensors, in place; of sharded ones each rank its shards."""
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    sharded = any(isinstance(tensor, DTensor) for tensor in weights.values())
+    _ignore_single_process_warnings()
+    stored = {f"weight/{name}": tensor for name, tensor in weights.items()}
+    load(stored, storage_reader=HuggingFaceStorageReader(str(folder / "state")), no_dist=not sharded)
+
+
 def _stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of all tensors of a checkpoint. Raises ValueError where it is damaged."""
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
     try:
         entries = HuggingFaceStorageReader(str(folder / "state")).read_metadata().state_dict_metadata
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"{folder}: damaged ({error}); remove this checkpoint to resume from the one before") from None
+        raise ValueError(f"{folder}: damaged ({error}); restore it, or move this checkpoint away") from None
     return {name: tuple(entry.size) for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
 
 

@@ -13,17 +13,9 @@ from pydantic import AliasChoices, Field, field_validator, model_validator
 from pydantic.functional_validators import AfterValidator, BeforeValidator
 
 from qwen3vl_train.config.data_fields import Beta, Count, DataSection, Positive, Section, Text, check_name
+from qwen3vl_train.config.tune_fields import Tune
 from qwen3vl_train.config.yaml12 import format_value
-from qwen3vl_train.modules import (
-    GROUPS,
-    LORA_GROUPS,
-    UNIONS,
-    VISION_GROUPS,
-    expand_groups,
-    expand_lora_groups,
-    is_group,
-    unknown_group,
-)
+from qwen3vl_train.modules import VISION_GROUPS
 
 
 def is_hub_id(name: str) -> bool:
@@ -35,28 +27,6 @@ def _check_hub_id(name: str) -> str:
     if not is_hub_id(name):
         raise ValueError(f"got {name[:120]!r}; write owner/name, as in Qwen/Qwen3-VL-4B-Instruct")
     return name
-
-
-def _check_group(name: str) -> str:
-    expand_groups([name])
-    return name
-
-
-def _check_target(target: str) -> str:
-    """Take a bare word as a group name and anything else as a regular expression over module names."""
-    if target in LORA_GROUPS or target in UNIONS:
-        return target
-    if target in GROUPS:
-        raise ValueError(f"{target} takes no LoRA; remove it, or train it with tune.method full")
-    if re.fullmatch(r"\w+", target):
-        expression = f"(a module name is given as a regular expression, such as '.*\\.{target}')"
-        raise ValueError(f"{unknown_group(target, (*LORA_GROUPS, *UNIONS))} {expression}")
-    try:
-        re.compile(target)
-    except (re.error, OverflowError, RecursionError) as error:
-        what = f"got {target!r}, which is neither a group name nor a valid regular expression ({error})"
-        raise ValueError(what) from None
-    return target
 
 
 class ModelSection(Section):
@@ -82,46 +52,6 @@ class ModelSection(Section):
         return self.hub_id or str(Path(self.path).absolute())
 
 
-class LoraTune(Section):
-    """Train low-rank adapters.
-
-    targets: group names, or regular expressions matched in full against Hugging Face module names. A union (vision,
-        text, all) means those of its groups that take LoRA: linear layers of blocks and mergers, not embeddings and
-        head.
-    """
-
-    method: Literal["lora"] = "lora"
-    rank: Count = 16
-    alpha: Count = 32
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    targets: list[Annotated[str, AfterValidator(_check_target)]] = Field(["text_attn", "text_mlp"], min_length=1)
-    rslora: bool = False
-    dora: bool = False
-
-    def trained_groups(self) -> tuple[str, ...]:
-        """Return the groups named as targets. What a regular expression reaches is known only with the model."""
-        return expand_lora_groups(target for target in self.targets if is_group(target))
-
-    def has_patterns(self) -> bool:
-        return not all(is_group(target) for target in self.targets)
-
-
-class FullTune(Section):
-    """Train all weights of some module groups. train: the groups or unions that train; all others are frozen."""
-
-    method: Literal["full"] = "full"
-    train: list[Annotated[str, AfterValidator(_check_group)]] = Field(min_length=1)
-
-    def trained_groups(self) -> tuple[str, ...]:
-        return expand_groups(self.train)
-
-    def has_patterns(self) -> bool:
-        return False
-
-
-Tune = Annotated[LoraTune | FullTune, Field(discriminator="method")]
-
-
 def _check_steps_or_share(value: Any) -> Any:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"got {format_value(value)}, expected a number")
@@ -133,6 +63,7 @@ def _check_steps_or_share(value: Any) -> Any:
 class OptimSection(Section):
     """Set up AdamW and its learning rate. A vision_lr, merger_lr or deepstack_lr of null takes lr.
 
+    lora_b_lr: the rate of the B matrices of all adapters (LoRA+); null: that of their group.
     warmup: over how many steps the rate rises, or over which share of the run if it is below 1. Older recipes call it
         warmup_steps.
     schedule: how the rate falls after it; wsd keeps it constant and lets it fall linearly at the end.
@@ -145,6 +76,7 @@ class OptimSection(Section):
     vision_lr: Positive | None = None
     merger_lr: Positive | None = None
     deepstack_lr: Positive | None = None
+    lora_b_lr: Positive | None = None
     # strict=False for the container alone: YAML has lists only. Its numbers stay strict.
     betas: Annotated[tuple[Beta, Beta], Field(strict=False)] = (0.9, 0.999)
     eps: Positive = 1e-8
@@ -168,8 +100,10 @@ class OptimSection(Section):
         """Return the number of warm-up steps of a run of so many steps."""
         return self.warmup if isinstance(self.warmup, int) else math.ceil(self.warmup * num_steps)
 
-    def lr_of(self, group: str) -> float:
-        """Return the peak learning rate of a module group."""
+    def lr_of(self, group: str, *, is_lora_b: bool = False) -> float:
+        """Return the peak learning rate of a module group, or of the B matrices of its adapters."""
+        if is_lora_b and self.lora_b_lr is not None:
+            return self.lora_b_lr
         own = {"merger": self.merger_lr, "deepstack": self.deepstack_lr, **dict.fromkeys(VISION_GROUPS, self.vision_lr)}
         return own.get(group) or self.lr
 
@@ -243,6 +177,23 @@ def _no_steps_with_epochs(section: Any) -> Any:
     return section
 
 
+# Of `train`, what may change in a run under way: how long it is. All of `optim` may.
+_CHANGEABLE = ("train.num_steps", "train.num_epochs")
+
+
+def may_change(key: str) -> bool:
+    """Return whether a run under way may go on with another value: not with another model, data or order of it."""
+    section, _, field = key.partition(".")
+    return key in _CHANGEABLE or (section == "optim" and field in OptimSection.model_fields)
+
+
+def _check_change(key: str) -> str:
+    if not may_change(key):
+        what = "cannot change in a run under way: the model, the data and their order are part of it"
+        raise ValueError(f"{key} {what}; fields of optim, {' and '.join(_CHANGEABLE)} can")
+    return key
+
+
 class CheckpointSection(Section):
     """Say which checkpoints are written and kept.
 
@@ -255,6 +206,8 @@ class CheckpointSection(Section):
     keep_best: name of a held-out set; the checkpoint with its lowest loss is kept.
     export_every_steps, export_every_epochs: also write the Hugging Face form, to `export/` in the run folder, of which
         the same are kept as of checkpoints.
+    allow_changes: fields, such as optim.lr and train.num_steps, whose new values a run under way takes over; otherwise
+        a changed recipe is another run. The schedule follows from the new values, the optimizer and the data continue.
     """
 
     every_steps: Count | None = 200
@@ -267,6 +220,7 @@ class CheckpointSection(Section):
     export_every_steps: Count | None = None
     export_every_epochs: Count | None = None
     resume: Literal["auto", "never"] = "auto"
+    allow_changes: list[Annotated[str, AfterValidator(_check_change)]] = Field(default_factory=list)
 
     _steps_unless_epochs = model_validator(mode="before")(_no_steps_with_epochs)
 

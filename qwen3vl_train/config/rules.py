@@ -4,7 +4,8 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from qwen3vl_train.config.fields import OptimSection, ParallelSection, Recipe
-from qwen3vl_train.modules import VISION_GROUPS
+from qwen3vl_train.config.tune_fields import LoraTune, number_of
+from qwen3vl_train.modules import VISION_GROUPS, expand_groups
 
 Conflict = tuple[str, str]  # (dotted key, what contradicts it and what to do)
 
@@ -49,9 +50,13 @@ def field_conflicts(recipe: Recipe) -> Iterator[Conflict]:
     yield from learning_rate_conflicts(
         recipe.optim,
         tune.trained_groups(),
-        listed="tune.train" if tune.method == "full" else "tune.targets",
+        listed=tune.listed_in(),
         all_groups_known=not tune.has_patterns(),
     )
+    if isinstance(tune, LoraTune):
+        yield from _lora_conflicts(tune)
+    elif recipe.optim.lora_b_lr is not None:
+        yield "optim.lora_b_lr", "set, but tune.method full has no adapters; remove it"
     yield from _schedule_conflicts(recipe.optim)
     if train.num_steps is None and train.num_epochs is None:
         yield "train.num_steps", "missing, and train.num_epochs is null; give one of them"
@@ -60,6 +65,28 @@ def field_conflicts(recipe: Recipe) -> Iterator[Conflict]:
     yield from _stream_conflicts(recipe)
     yield from _engine_conflicts(recipe.parallel)
     yield from _keep_best_conflicts(recipe)
+
+
+def _lora_conflicts(tune: LoraTune) -> Iterator[Conflict]:
+    """Yield what numbers by group contradict; what regular expressions reach is known only with the model."""
+    both = [group for group in expand_groups(tune.full) if group in ("text_embed", "lm_head")]
+    if tune.new_tokens and both:
+        yield "tune.new_tokens", f"set, but tune.full trains all rows of {' and '.join(both)}; remove one"
+    if tune.start_from is not None and "targets" not in tune.model_fields_set:
+        return  # checked again once they are known
+    groups = tune.adapted_groups()
+    for number, name in enumerate(tune.full):
+        if both := [group for group in expand_groups([name]) if group in groups]:
+            yield f"tune.full.{number}", f"{', '.join(both)} is in tune.targets too; take it out of one of them"
+    for field in ("rank", "alpha"):
+        value = getattr(tune, field)
+        if isinstance(value, int):
+            continue
+        if missing := [group for group in groups if number_of(value, group) is None]:
+            yield f"tune.{field}", f"has no number for {', '.join(missing)}, which tune.targets names; add one"
+        for name in value:
+            if not tune.has_patterns() and not set(expand_groups([name])) & set(groups):
+                yield f"tune.{field}.{name}", "tune.targets names no such group; add it there or remove it here"
 
 
 def _schedule_conflicts(optim: OptimSection) -> Iterator[Conflict]:

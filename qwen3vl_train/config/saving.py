@@ -19,6 +19,10 @@ _NOT_TRAINING_KEYS = (
 )  # fmt: skip
 
 
+# Paths: what is read there decides, whatever it is called.
+_PATH_KEY = re.compile(r"model\.path|tune\.start_from|data\.train\.\d+\.(path|media_root)")
+
+
 def run_dir(recipe: Recipe) -> Path:
     """Return the folder of the run: `output_dir/name`."""
     return Path(recipe.output_dir) / recipe.name
@@ -53,21 +57,28 @@ def save_recipe(recipe: Recipe, path: str | Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def recipe_differences(there: Recipe, here: Recipe) -> list[str]:
-    """Return the fields that change training and differ, as `optim.lr: 0.0001 there, 2e-05 here`.
+def recipe_differences(there: Recipe, here: Recipe) -> dict[str, str]:
+    """Return the fields that change training and differ: `optim.lr` -> `optim.lr: 0.0001 there, 2e-05 here`.
 
-    there: the recipe that a run was started with. URLs are compared redacted, as its folder keeps them.
+    there: the recipe that a run was started with. URLs are compared redacted, as its folder keeps them. A path is
+    compared by the place that it leads to; a place that is gone differs from none, the data decides.
     """
     old, new = flatten(public_dict(there)), flatten(public_dict(here))
-    lines = []
+    lines: dict[str, str] = {}
     for key in dict.fromkeys([*old, *new]):
         parts = key.split(".")
         skipped = parts[0] in _NOT_TRAINING or ".".join(parts[:2]) in _NOT_TRAINING_KEYS
-        if not skipped and old.get(key, "absent") != new.get(key, "absent"):
-            was, now = (side.get(key, "absent") for side in (old, new))
+        was, now = (side.get(key, "absent") for side in (old, new))
+        if not skipped and was != now and not (_PATH_KEY.fullmatch(key) and _same_place(was, now)):
             was, now = (value if isinstance(value, str) else format_value(value) for value in (was, now))
-            lines.append(f"{key}: {was} there, {now} here")
+            lines[key] = f"{key}: {was} there, {now} here"
     return lines
+
+
+def _same_place(was: Any, now: Any) -> bool:
+    if not (isinstance(was, str) and isinstance(now, str)) or "absent" in (was, now) or "://" in was + now:
+        return False
+    return not os.path.exists(was) or os.path.realpath(was) == os.path.realpath(now)
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

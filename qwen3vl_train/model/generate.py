@@ -25,7 +25,7 @@ def generate_greedy(
     running = set(range(len(answers)))
     text = model.language_model.model
     for step in range(max_new_tokens):
-        ids = model.language_model.lm_head(hidden_SD).argmax(dim=-1)
+        ids = model.language_model.logits(hidden_SD).argmax(dim=-1)
         for sequence, token in enumerate(ids.tolist()):
             if sequence in running and token in stop_ids:
                 running.discard(sequence)

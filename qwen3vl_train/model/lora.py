@@ -5,11 +5,13 @@ References: Hu et al., "LoRA" (2021); rsLoRA, Kalajdzievski (2023); DoRA, Liu et
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
-from torch import Tensor, nn
+from torch import nn
 
 from qwen3vl_train.model.hf_names import to_huggingface
+from qwen3vl_train.model.new_rows import is_new_rows, modules_with_new_rows
 from qwen3vl_train.modules import LORA_GROUPS, expand_lora_groups, group_of, is_group
 
 ADAPTER = "default"
@@ -46,29 +48,43 @@ def lora_modules(model: nn.Module, targets: Sequence[str]) -> list[str]:
     return [name for name in eligible if name in chosen]
 
 
-def add_lora(
-    model: nn.Module, modules: list[str], *, rank: int, alpha: float, dropout: float, rslora: bool, dora: bool
-) -> None:
+class AdapterSize(NamedTuple):
+    rank: int
+    alpha: int
+
+
+def add_lora(model: nn.Module, sizes: Mapping[str, AdapterSize], *, dropout: float, rslora: bool, dora: bool) -> None:
     """Freeze the model and put an adapter on each named linear module. B starts at zero: the function is unchanged.
 
-    On a model on the meta device the adapters are there too; `train.build.build_model` gives them their values.
+    sizes: by names of modules (ours). On a model on the meta device the adapters are there too;
+    `train.build.build_model` gives them their values.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
     model.requires_grad_(False)
+    rank, alpha = next(iter(sizes.values()))
     config = LoraConfig(
         r=rank,
-        lora_alpha=alpha,  # type: ignore[arg-type]  # peft's hint says int; it only ever divides by it
+        lora_alpha=alpha,
+        rank_pattern={re.escape(name): size.rank for name, size in sizes.items()},
+        alpha_pattern={re.escape(name): size.alpha for name, size in sizes.items()},
         lora_dropout=dropout,
-        target_modules=modules,
+        target_modules=list(sizes),
         use_rslora=rslora,
         use_dora=dora,
         bias="none",
     )
     on_meta = next(model.parameters()).is_meta
     inject_adapter_in_model(config, model, adapter_name=ADAPTER, low_cpu_mem_usage=on_meta)
-    adapted = {name.rpartition(".")[0] for name, _ in model.named_modules() if name.endswith(".lora_A")}
-    assert adapted == set(modules), f"peft adapted {len(adapted)} modules, {len(modules)} were named"
+    adapted = {name: AdapterSize(m.r[ADAPTER], m.lora_alpha[ADAPTER]) for name, m in lora_layers(model)}
+    assert adapted == sizes, f"peft adapted {len(adapted)} modules, {len(sizes)} were named, or in other sizes"
+
+
+def lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Yield every module with an adapter, by name."""
+    from peft.tuners.lora import LoraLayer
+
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer))
 
 
 def base_name(name: str) -> str:
@@ -77,23 +93,12 @@ def base_name(name: str) -> str:
 
 
 def is_adapter(name: str) -> bool:
-    return ".lora_" in name
-
-
-def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return the adapter under the names that `PeftModel.from_pretrained` reads on the stock model."""
-    tensors: dict[str, Tensor] = {}
-    for name, parameter in model.named_parameters():
-        module, found, part = name.partition(".lora_")
-        if found:
-            # peft's files name DoRA's vector itself, its model a weight inside of it.
-            kind = part.replace(f".{ADAPTER}", "", 1).replace("magnitude_vector.weight", "magnitude_vector")
-            tensors[f"base_model.model.{to_huggingface(module)}.lora_{kind}"] = parameter.detach()
-    return tensors
+    """Return whether a parameter is beside the base weights and not one of them: of an adapter, or rows of tokens."""
+    return ".lora_" in name or is_new_rows(name)
 
 
 def merge_lora(model: nn.Module) -> None:
-    """Add every adapter to its base weight and restore the plain linear modules."""
+    """Add every adapter to its base weight, restore the plain linear modules, and write rows of tokens into theirs."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     for name, module in list(model.named_modules()):
@@ -101,3 +106,5 @@ def merge_lora(model: nn.Module) -> None:
             module.merge(safe_merge=True)
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, module.get_base_layer())
+    for _, table in list(modules_with_new_rows(model)):
+        table.merge_new_rows()

@@ -129,10 +129,10 @@ class Qwen3VLForConditionalGeneration(nn.Module):
 
         loss_function: compute this instead, from (hidden_TD, head_VD, batch); its result is returned.
         """
-        arguments = self.hidden_states(batch), self.language_model.lm_head.weight, batch
+        arguments = self.hidden_states(batch), self.language_model.head_weight(), batch
         return loss_function(*arguments) if loss_function else cross_entropy_loss(*arguments)[:2]
 
     @torch.no_grad()
     def logits(self, batch: PackedBatch) -> Tensor:
         """Return all logits, (T, V) float32. For inspection; training never builds them."""
-        return self.language_model.lm_head(self.hidden_states(batch)).float()
+        return self.language_model.logits(self.hidden_states(batch)).float()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from qwen3vl_train.arch import TextArch
 from qwen3vl_train.model.activation_checkpointing import Checkpointing, run_block
 from qwen3vl_train.model.attention import Attention
+from qwen3vl_train.model.new_rows import TokenEmbedding, TokenHead
 from qwen3vl_train.model.rope import Rope, apply_rope, mrope_cos_sin
 
 
@@ -86,7 +87,7 @@ class Qwen3VLTextModel(nn.Module):
     def __init__(self, arch: TextArch) -> None:
         super().__init__()
         self.arch = arch
-        self.embed_tokens = nn.Embedding(arch.vocab_size, arch.hidden_size)
+        self.embed_tokens = TokenEmbedding(arch.vocab_size, arch.hidden_size)
         self.layers = nn.ModuleList([Qwen3VLTextDecoderLayer(arch, layer) for layer in range(arch.num_hidden_layers)])
         self.norm = Qwen3VLTextRMSNorm(arch.hidden_size, arch.rms_norm_eps)
 
@@ -128,6 +129,21 @@ class Qwen3VLTextForCausalLM(nn.Module):
     def __init__(self, arch: TextArch, *, tie_word_embeddings: bool) -> None:
         super().__init__()
         self.model = Qwen3VLTextModel(arch)
-        self.lm_head = nn.Linear(arch.hidden_size, arch.vocab_size, bias=False)
+        self.lm_head = TokenHead(arch.hidden_size, arch.vocab_size)
+        self.is_tied = tie_word_embeddings
         if tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
+
+    def add_new_rows(self, ids: Sequence[int]) -> None:
+        """Let the rows of these tokens train apart from the embedding and, where it is not tied, the head."""
+        self.model.embed_tokens.add_new_rows(ids)
+        if not self.is_tied:
+            self.lm_head.add_new_rows(ids)
+
+    def head_weight(self) -> Tensor:
+        """Return the head's weight (V, D) as the loss multiplies by it."""
+        return self.model.embed_tokens.table() if self.is_tied else self.lm_head.table()
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return the logits (..., V) of normed hidden states (..., D)."""
+        return F.linear(hidden, self.head_weight())

@@ -93,7 +93,7 @@ class MasterAdamW:
                 master = parameter if parameter.dtype == torch.float32 else nn.Parameter(parameter.detach().float())
                 self.trained.append(TrainedTensor(name, group_of(name), parameter, master))
                 parameter.register_post_accumulate_grad_hook(self._collector(name, master))
-        self.adamw = build_adamw([(item.group, item.master) for item in self.trained], optim)
+        self.adamw = build_adamw([(item.name, item.master) for item in self.trained], optim)
         create_state(self.adamw, [item.master for item in self.trained])
 
     def _collector(self, name: str, master: nn.Parameter):
@@ -161,20 +161,22 @@ class MasterAdamW:
         self._round_into_model()
 
 
-def build_adamw(members: list[tuple[str, nn.Parameter]], optim: OptimSection) -> torch.optim.AdamW:
-    """Return AdamW over (module group, parameter) pairs, in groups by module group and decay; only matrices decay.
+def build_adamw(members: Iterable[tuple[str, nn.Parameter]], optim: OptimSection) -> torch.optim.AdamW:
+    """Return AdamW over (name, parameter) pairs, in groups by module group, rate and decay; only matrices decay.
 
     Raises ValueError where nothing trains.
     """
-    if not members:
-        raise ValueError("tune: nothing trains; name at least one module group or LoRA target")
-    by_setting: dict[tuple[str, float], list[nn.Parameter]] = {}
-    for group, parameter in members:
+    by_setting: dict[tuple[str, float, float], list[nn.Parameter]] = {}
+    for name, parameter in members:
         decay = optim.weight_decay if len(global_shape(parameter)) >= 2 else 0.0
-        by_setting.setdefault((group, decay), []).append(parameter)
+        group = group_of(name)
+        rate = optim.lr_of(group, is_lora_b=".lora_B." in name)
+        by_setting.setdefault((group, rate, decay), []).append(parameter)
+    if not by_setting:
+        raise ValueError("tune: nothing trains; name at least one module group or LoRA target")
     groups = [
-        {"params": params, "group": group, "peak_lr": (lr := optim.lr_of(group)), "lr": lr, "weight_decay": decay}
-        for (group, decay), params in by_setting.items()
+        {"params": params, "group": group, "peak_lr": rate, "lr": rate, "weight_decay": decay}
+        for (group, rate, decay), params in by_setting.items()
     ]
     return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
 

@@ -14,6 +14,7 @@ from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from qwen3vl_train.config import LoraTune, Recipe
+from qwen3vl_train.config.yaml12 import format_value
 from qwen3vl_train.dist.ranks import Ranks
 
 # Least time between two lines of progress in a log.
@@ -39,7 +40,10 @@ def start_banner(
     """Return the lines a run prints before its first step: the run, its data, and a table of module groups."""
     trained = sum(report.num_trained_parameters for report in groups)
     total = sum(report.num_parameters for report in groups)
-    method = f"LoRA rank {recipe.tune.rank}" if isinstance(recipe.tune, LoraTune) else recipe.tune.method
+    method = recipe.tune.method
+    if isinstance(recipe.tune, LoraTune):
+        method = f"LoRA rank {format_value(recipe.tune.rank)}"
+        method += f", B at {recipe.optim.lora_b_lr:.2e}" if recipe.optim.lora_b_lr else ""
     lines = [
         f"run {folder}: {recipe.model.path} in {recipe.model.dtype}, {method}, "
         f"{ranks.world_size} {'rank' if ranks.world_size == 1 else 'ranks'} on {ranks.device.type}",
@@ -56,12 +60,18 @@ def start_banner(
     return lines
 
 
-def resume_lines(start_step: int, num_steps: int, damaged: Sequence[str]) -> list[str]:
-    """Return the lines that say where a run resumes. damaged: why newer checkpoints are not used."""
+def resume_lines(start_step: int, num_steps: int, damaged: Sequence[str], changes: Sequence[str]) -> list[str]:
+    """Return the lines that say where a run resumes.
+
+    damaged: why newer checkpoints are not used.
+    changes: fields of the recipe that have other values since.
+    """
     lines = [f"falling back to an earlier checkpoint: {reason}" for reason in damaged]
     if start_step >= num_steps:
         return [f"nothing to do: all {num_steps} steps are done", *lines]
-    return [*lines, f"resuming after step {start_step} of {num_steps}"] if start_step else lines
+    if start_step:
+        lines.append(f"resuming after step {start_step} of {num_steps}")
+    return lines + [f"changed, as checkpoint.allow_changes says: {change}" for change in changes]
 
 
 class IndexProgress:

@@ -2,7 +2,7 @@
 
 import os
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,7 @@ from qwen3vl_train.config import Recipe
 from qwen3vl_train.dist.ranks import Ranks
 from qwen3vl_train.dist.tensors import copy_local_shard, full_tensor, to_local
 from qwen3vl_train.model.lora import base_name, is_adapter
+from qwen3vl_train.model.new_rows import modules_with_new_rows
 from qwen3vl_train.model.qwen3vl import DTYPES, Qwen3VLForConditionalGeneration
 from qwen3vl_train.parallel.ddp import Replicated, same_on_all_ranks
 from qwen3vl_train.parallel.deepspeed.config import deepspeed_config
@@ -112,7 +113,7 @@ def build_model(
     # 5. Memory and weights, of this rank's shards alone: a full copy never exists.
     if fill is not None:
         check_tied(model, files)
-        fill(model, partial(_first_values, files, recipe.train.seed), device)
+        fill(model, partial(_first_values, files, recipe.train.seed, _ids_of_new_rows(model)), device)
     else:
         materialize(model, "cpu" if mesh is not None and recipe.parallel.cpu_offload else device)
         read_weights(model, files)
@@ -138,17 +139,29 @@ def init_adapters(model: nn.Module, seed: int) -> None:
     """Give every adapter its first values: A uniform within 1/sqrt(in), B zero, so that the function is unchanged.
 
     The distribution is peft's, but each tensor's values come from (seed, name) alone, so that they do not depend on
-    how the model is sharded. DoRA magnitudes are the row norms of the base weights. Every rank must call it.
+    how the model is sharded. DoRA magnitudes are the row norms of the base weights; rows of tokens are the base's.
+    Every rank must call it.
     """
-    parameters = dict(model.named_parameters())
+    parameters, ids = dict(model.named_parameters()), _ids_of_new_rows(model)
     for name, parameter in parameters.items():
         if is_adapter(name):
-            values = _adapter_values(name, parameter, seed, lambda base: full_tensor(parameters[base]))
+            values = _adapter_values(name, parameter, seed, ids, lambda base: full_tensor(parameters[base]))
             copy_local_shard(parameter, values)
 
 
-def _adapter_values(name: str, parameter: nn.Parameter, seed: int, read: Callable[[str], Tensor]) -> Tensor:
-    """Return the full first values of an adapter's tensor. read: returns a full base weight, by its name."""
+def _ids_of_new_rows(model: nn.Module) -> dict[str, Sequence[int]]:
+    return {f"{name}.new_rows": table.new_ids for name, table in modules_with_new_rows(model)}
+
+
+def _adapter_values(
+    name: str, parameter: nn.Parameter, seed: int, ids: Mapping[str, Sequence[int]], read: Callable[[str], Tensor]
+) -> Tensor:
+    """Return the full first values of an adapter's tensor, or of rows of tokens.
+
+    ids: the tokens of the rows, by name of the tensor. read: returns a full base weight, by its name.
+    """
+    if name in ids:
+        return read(name.replace(".new_rows", ".weight"))[list(ids[name])]
     if ".lora_magnitude_vector." in name:
         base = read(name.partition(".lora_")[0] + ".base_layer.weight")
         return base.float().norm(dim=1).reshape(parameter.shape)
@@ -161,7 +174,9 @@ def _adapter_values(name: str, parameter: nn.Parameter, seed: int, read: Callabl
     return torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator)
 
 
-def _first_values(files: WeightFiles, seed: int, name: str, parameter: nn.Parameter) -> Tensor:
+def _first_values(
+    files: WeightFiles, seed: int, ids: Mapping[str, Sequence[int]], name: str, parameter: nn.Parameter
+) -> Tensor:
     """Return the full first values of a parameter, read or computed without the model's own memory."""
 
     def read(ours: str) -> Tensor:
@@ -170,5 +185,5 @@ def _first_values(files: WeightFiles, seed: int, name: str, parameter: nn.Parame
         return values
 
     if is_adapter(name):
-        return _adapter_values(name, parameter, seed, lambda base: read(base).to(parameter.dtype))
+        return _adapter_values(name, parameter, seed, ids, lambda base: read(base).to(parameter.dtype))
     return read(name)

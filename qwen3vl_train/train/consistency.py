@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from qwen3vl_train.arch import Qwen3VLArch
 from qwen3vl_train.checkpoint.hf import WeightFiles
 from qwen3vl_train.dist.ranks import Ranks
 
@@ -114,16 +115,17 @@ def _write_token(folder: Path) -> str:
     return token
 
 
-def check_same_weights(model_path: str, ranks: Ranks) -> None:
-    """Compare the base weights of all ranks by `WeightFiles.fingerprint`. Every rank must call it.
+def check_same_weights(model_path: str, ranks: Ranks) -> int:
+    """Compare the base weights of all ranks and return their `WeightFiles.fingerprint`. Every rank must call it.
 
     Raises ValueError on all ranks, naming those whose model folder is unreadable, or differs from that of rank 0.
     """
-    if ranks.world_size == 1:
-        return
     try:
+        Qwen3VLArch.from_pretrained(model_path)  # what is wrong with the folder as a whole is said first
         fingerprint, error = WeightFiles(model_path).fingerprint(), None
     except (ValueError, OSError) as caught:
+        if ranks.world_size == 1:
+            raise
         fingerprint, error = 0, str(caught)
     found = ranks.gather((error, fingerprint, socket.gethostname()))
     for rank, (message, _, host) in enumerate(found):
@@ -134,3 +136,4 @@ def check_same_weights(model_path: str, ranks: Ranks) -> None:
             f"{model_path}: {', '.join(others)} {'has' if len(others) == 1 else 'have'} other weights there than rank "
             f"0 on {found[0][2]}; copy one model folder to all machines, or share it"
         )
+    return fingerprint

@@ -10,8 +10,10 @@ from typing import Any
 import torch
 
 from qwen3vl_train import __version__
+from qwen3vl_train.arch import Qwen3VLArch
 from qwen3vl_train.checkpoint.hub_model import with_local_model
 from qwen3vl_train.checkpoint.manifest import EXPORTS, KeepPolicy, read_manifest
+from qwen3vl_train.checkpoint.start_from import check_start, load_start, resolve_start
 from qwen3vl_train.checkpoint.writer import CheckpointWriter, load_checkpoint
 from qwen3vl_train.config import Recipe, check_world_size, run_dir
 from qwen3vl_train.config.fields import CheckpointSection, EvalSection
@@ -27,14 +29,14 @@ from qwen3vl_train.tracking.console import resume_lines, start_banner
 from qwen3vl_train.tracking.metrics import StepTally, StepTimes
 from qwen3vl_train.tracking.rank_log import rank_log
 from qwen3vl_train.tracking.recorder import Recorder
-from qwen3vl_train.train.build import build_engine, check_replicas
+from qwen3vl_train.train.build import build_engine, check_replicas, describe
 from qwen3vl_train.train.consistency import check_same_folder, check_same_weights
 from qwen3vl_train.train.data import TrainingData, gather_rejects, open_data
 from qwen3vl_train.train.evaluate import evaluate_loss
 from qwen3vl_train.train.export import export_while_training
-from qwen3vl_train.train.run_folder import claim_run_folder, open_run_folder
+from qwen3vl_train.train.run_folder import OpenedFolder, claim_run_folder, open_run_folder
 from qwen3vl_train.train.step import StepOptions, lr_factor, train_step
-from qwen3vl_train.train.tune import GradientCheck, report_groups
+from qwen3vl_train.train.tune import GradientCheck, check_media_reach, report_groups
 
 
 @dataclass
@@ -58,13 +60,18 @@ class Run:
     recipe: Recipe
     ranks: Ranks
     watchdog: Watchdog
-    folder: Path
+    opened: OpenedFolder
     manifest: dict[str, Any]  # of the checkpoint that it resumes from, {} where it starts
-    damaged: list[str]  # what is wrong with newer checkpoints
+    base: int  # fingerprint of the base weights
+    start: str | None  # a line about the weights that it starts from, where they are not the base's alone
     data: TrainingData
     model: Qwen3VLForConditionalGeneration
     optimizer: TrainEngine
     progress: Progress
+
+    @property
+    def folder(self) -> Path:
+        return self.opened.path
 
 
 def train(recipe: Recipe) -> Path:
@@ -88,7 +95,7 @@ def train(recipe: Recipe) -> Path:
         with (
             rank_log(run.folder, ranks) as out,
             Recorder(
-                recipe, run.folder, ranks, out,
+                run.recipe, run.folder, ranks, out,
                 num_steps=run.data.num_steps, start_step=run.progress.step,
                 wandb_run_id=run.manifest.get("wandb_run_id"),
             ) as recorder,
@@ -101,25 +108,39 @@ def train(recipe: Recipe) -> Path:
 
 def _open_run(recipe: Recipe, ranks: Ranks, watchdog: Watchdog) -> Run:
     """Open folder, data, model and optimizer, and bring them to the last checkpoint. Every rank must call it."""
+    recipe = ranks.on_all(lambda: resolve_start(recipe))
+    base = check_same_weights(recipe.model.path, ranks)
     # Rank 0 reads the folder for all ranks, so that all have the same view of it.
-    folder, checkpoint, damaged = ranks.on_main(lambda: open_run_folder(recipe))
+    opened = ranks.on_main(lambda: open_run_folder(recipe, base))
+    folder, checkpoint, start = opened.path, opened.checkpoint, None
+    if recipe.tune.start_from is not None and checkpoint is None:
+        ranks.on_main(lambda: check_start(recipe, base))
     check_same_folder(folder, ranks)
-    check_same_weights(recipe.model.path, ranks)
     manifest = read_manifest(checkpoint) if checkpoint else {}
     progress = Progress(manifest.get("step", 0), manifest.get("updates", 0), manifest.get("loader", {}))
     data = open_data(recipe, ranks, loader_state=manifest.get("loader"))
     data.rejects.resume(manifest.get("rejects"), ranks.on_main)
     watchdog.heartbeat(progress.step)
+    if not data.is_streamed and not data.index.visual_tokens.any() and data.index.num_usable:
+        check_media_reach(
+            describe(Qwen3VLArch.from_pretrained(recipe.model.path), recipe),
+            recipe,
+            f"none of the {data.index.num_usable:,} samples",
+        )
     model, optimizer = build_engine(recipe, ranks)
     model.train()
     watchdog.heartbeat(progress.step)
     if checkpoint:
         load_checkpoint(checkpoint, state := optimizer.state_tensors())
         optimizer.load_state_dict(state, num_updates=progress.updates)
+    elif recipe.tune.start_from is not None:
+        state = optimizer.state_tensors()
+        start = load_start(recipe, state)
+        optimizer.load_state_dict(state, num_updates=0)
     check_replicas(optimizer, ranks)
     ranks.on_main(lambda: claim_run_folder(folder, recipe, checkpoint))
     watchdog.heartbeat(progress.step)
-    return Run(recipe, ranks, watchdog, folder, manifest, damaged, data, model, optimizer, progress)
+    return Run(recipe, ranks, watchdog, opened, manifest, base, start, data, model, optimizer, progress)
 
 
 def _loop(run: Run, recorder: Recorder, stop: StopSignals, writer: CheckpointWriter) -> None:
@@ -127,8 +148,9 @@ def _loop(run: Run, recorder: Recorder, stop: StopSignals, writer: CheckpointWri
     recipe, ranks, data, progress = run.recipe, run.ranks, run.data, run.progress
     start_step, num_steps = progress.step, data.num_steps
     data_lines = data.summary() + data.length_lines(recipe)
-    banner = start_banner(recipe, ranks, run.folder, data_lines, report_groups(run.model, recipe))
-    for line in banner + resume_lines(start_step, num_steps, run.damaged):
+    lines = start_banner(recipe, ranks, run.folder, data_lines, report_groups(run.model, recipe))
+    lines += [run.start] if run.start else []
+    for line in lines + resume_lines(start_step, num_steps, run.opened.damaged, run.opened.changes):
         recorder.line(line)
     factor_at = partial(lr_factor, num_steps=num_steps, optim=recipe.optim)
     steps, options = iter(data.loader), StepOptions.from_recipe(recipe, run.model)
@@ -145,6 +167,8 @@ def _loop(run: Run, recorder: Recorder, stop: StopSignals, writer: CheckpointWri
             raise StopRequest(
                 f"{run.folder}: asked to stop, saved after step {progress.step}; start it again to continue"
             )
+        if data.is_streamed and progress.step == 0 and packs.num_packs and not packs.window_patches:
+            check_media_reach(run.model, recipe, f"none of the first {packs.num_seen:,} rows")
         factor = factor_at(progress.step)
         tally = train_step(run.model, run.optimizer, packs, ranks, options, step=progress.step, lr_factor=factor)
         progress.advance(tally, packs.state)
@@ -174,6 +198,8 @@ def _loop(run: Run, recorder: Recorder, stop: StopSignals, writer: CheckpointWri
         if rejects:  # after the checkpoint: what has been trained is kept
             data.rejects.check()
     writer.wait()
+    if warning := gradient_check.unreached():
+        recorder.line(warning)
 
 
 def _evaluate(run: Run, recorder: Recorder) -> tuple[dict[str, float], list[Reject]]:
@@ -197,6 +223,7 @@ def _evaluate(run: Run, recorder: Recorder) -> tuple[dict[str, float], list[Reje
 def _save(run: Run, recorder: Recorder, writer: CheckpointWriter, losses: dict[str, float]) -> None:
     """Begin to write a checkpoint. losses: held-out ones of this step, by name."""
     manifest = {
+        "base": run.base,
         "loader": run.progress.loader_state,
         "updates": run.progress.updates,
         "rejects": run.data.rejects.state(),

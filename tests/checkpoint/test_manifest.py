@@ -25,6 +25,8 @@ from qwen3vl_train.checkpoint.manifest import (
 from tests.helpers import faults, small_runs
 from tests.helpers.messages import message_of
 
+REMEDY = "restore one from a copy, or choose another name to start anew"
+
 
 def _make(run: Path, step: int, **record: Any) -> Path:
     folder = checkpoint_folder(run, step)
@@ -57,13 +59,13 @@ def test_checksums_do_not_depend_on_the_block_size(tmp_path):
 def _missing(folder: Path) -> str:
     file = folder / "state" / "shard-2.safetensors"
     file.unlink()
-    return f"{file}: missing; remove this checkpoint"
+    return f"{file}: missing; restore it, or move this checkpoint away"
 
 
 def _cut(folder: Path) -> str:
     file = folder / "state" / "shard-1.safetensors"
     os.truncate(file, 999)
-    return f"{file}: 999 bytes, written with 1000; remove this checkpoint"
+    return f"{file}: 999 bytes, written with 1000; restore it, or move this checkpoint away"
 
 
 def _altered(folder: Path) -> str:
@@ -71,7 +73,7 @@ def _altered(folder: Path) -> str:
     content = bytearray(file.read_bytes())
     content[500] ^= 1  # one bit
     file.write_bytes(content)
-    return f"{file}: its checksum is not the one it was written with; remove this checkpoint"
+    return f"{file}: its checksum is not the one it was written with; restore it, or move this checkpoint away"
 
 
 def _no_loader(folder: Path) -> str:
@@ -79,7 +81,7 @@ def _no_loader(folder: Path) -> str:
     record = json.loads(file.read_text())
     del record["loader"], record["rejects"]
     file.write_text(json.dumps(record))
-    return f"{file}: has no loader, rejects; remove this checkpoint"
+    return f"{file}: has no loader, rejects; restore it, or move this checkpoint away"
 
 
 def _unreadable(content: bytes, why: str) -> Callable[[Path], str]:
@@ -97,7 +99,7 @@ DAMAGES = {
     "no loader": _no_loader,
     "cut json": _unreadable(b'{"step"', "JSONDecodeError("),
     "list": _unreadable(b"[]", "TypeError("),
-    "no files": _unreadable(b'{"step": 1}', "KeyError('files')); remove this checkpoint"),
+    "no files": _unreadable(b'{"step": 1}', "KeyError('files')); restore it, or move this checkpoint away"),
     "not utf-8": _unreadable(b"\xff", "UnicodeDecodeError("),
 }
 
@@ -129,7 +131,7 @@ def test_an_unreadable_checkpoint_is_skipped(tmp_path):
     good, bad = _make(tmp_path, 2), _make(tmp_path, 4)
     faults.fail_checksums_of(bad)
     file = bad / "state" / "shard-1.safetensors"
-    fault = f"{file}: cannot be read (Input/output error); remove this checkpoint"
+    fault = f"{file}: cannot be read (Input/output error); restore it, or move this checkpoint away"
     assert choose_checkpoint(tmp_path) == (good, [fault])
 
 
@@ -137,7 +139,7 @@ def test_all_reasons_are_given_where_none_is_complete(tmp_path):
     older, newer = _cut(_make(tmp_path, 2)), _missing(_make(tmp_path, 4))
     assert (
         message_of(ValueError, choose_checkpoint, tmp_path)
-        == f"{tmp_path}: none of 2 checkpoints can be resumed from\n  - {newer}\n  - {older}"
+        == f"{tmp_path}: none of 2 checkpoints can be resumed from\n  - {newer}\n  - {older}\n{REMEDY}"
     )
 
 
@@ -232,4 +234,4 @@ def test_a_checkpoint_without_moments_is_not_resumed_from(tmp_path):
     assert choose_checkpoint(tmp_path) == (with_moments, [why])
     (with_moments / "checkpoint.json").unlink()
     message = message_of(ValueError, choose_checkpoint, tmp_path)
-    assert message == f"{tmp_path}: none of 1 checkpoints can be resumed from\n  - {why}"
+    assert message == f"{tmp_path}: none of 1 checkpoints can be resumed from\n  - {why}\n{REMEDY}"

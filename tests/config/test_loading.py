@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 
 from qwen3vl_train.config import FullTune, LoraTune, RecipeError, load_recipe, recipe_from_dict
+from qwen3vl_train.config.tune_fields import number_of
 from qwen3vl_train.config.yaml12 import read_yaml
 from tests.helpers.messages import message_of
 
@@ -18,7 +19,8 @@ name: small
 output_dir: runs
 model: {path: some/model, revision: null, hub_id: null, dtype: bfloat16, video_markup: bare}
 tune:
-  {method: lora, rank: 16, alpha: 32, dropout: 0.0, targets: [text_attn, text_mlp], rslora: false, dora: false}
+  {method: lora, rank: 16, alpha: 32, dropout: 0.0, targets: [text_attn, text_mlp], rslora: false, dora: false,
+   full: [], new_tokens: null, start_from: null}
 data:
   train:
     - {path: a.jsonl, media_root: null, name: null, format: auto, columns: {}, split: null, subset: null,
@@ -45,8 +47,9 @@ data:
   num_workers: 4
   max_rejected_fraction: 0.01
 optim:
-  {lr: 1e-4, vision_lr: null, merger_lr: null, deepstack_lr: null, betas: [0.9, 0.999], eps: 1e-8, weight_decay: 0.0,
-   warmup: 0, schedule: cosine, decay_share: 0.2, min_lr: 0.0, max_grad_norm: 1.0}
+  {lr: 1e-4, vision_lr: null, merger_lr: null, deepstack_lr: null, lora_b_lr: null,
+   betas: [0.9, 0.999], eps: 1e-8, weight_decay: 0.0, warmup: 0, schedule: cosine, decay_share: 0.2,
+   min_lr: 0.0, max_grad_norm: 1.0}
 train:
   {num_steps: null, num_epochs: 1, packs_per_step: 8, seed: 0, activation_checkpointing: {vision: none, text: none},
    deterministic: false}
@@ -55,7 +58,8 @@ parallel:
    cpu_offload: false, zero_stage: 2, deepspeed_config: null, offload_optimizer: false, offload_parameters: false}
 checkpoint:
   {every_steps: 200, every_epochs: null, save_last: true, keep_last: 2, keep_every_steps: null, keep_best: null,
-   keep_optimizer: all, export_every_steps: null, export_every_epochs: null, resume: auto}
+   keep_optimizer: all, export_every_steps: null, export_every_epochs: null, resume: auto,
+   allow_changes: []}
 eval: {every_steps: 200, every_epochs: null}
 track: {wandb: null, project: null, run_name: null, entity: null, group: null, tags: null, notes: null}
 """
@@ -282,3 +286,16 @@ def test_keep_best_names_an_evaluated_held_out_set(small):
     for name in ("held", "other"):
         recipe = small(data=data, checkpoint={"keep_best": name}, eval={"every_steps": 50})
         assert recipe.checkpoint.keep_best == name
+
+
+def test_rank_and_alpha_by_group(small):
+    tune = {"method": "lora", "targets": ["all"], "rank": {"text": 64, "vision": 8, "merger": 4, "deepstack": 2}}
+    recipe = small(tune=tune)
+    assert [number_of(recipe.tune.rank, group) for group in ("text_mlp", "vision_attn", "deepstack")] == [64, 8, 2]
+    assert number_of(recipe.tune.alpha, "text_mlp") == 32
+    assert recipe.to_dict()["tune"]["rank"] == tune["rank"]
+
+
+def test_layers_by_regular_expression(small):
+    tune = small(tune={"method": "full", "train": [r"model\.language_model\.layers\.3", "merger"]}).tune
+    assert (tune.trained_groups(), tune.has_patterns()) == (("merger",), True)

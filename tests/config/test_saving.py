@@ -47,7 +47,7 @@ def test_urls_lose_their_secrets_when_saved(small, tmp_path):
     assert saved.data.train[0].path == "s3://***@host/a.jsonl?X-Amz-Signature=***&part=1"
     assert saved.data.train[0].media_root == "https://***@host/i@2"
     assert saved.to_dict() == public_dict(recipe)
-    assert recipe_differences(saved, recipe) == []
+    assert recipe_differences(saved, recipe) == {}
 
 
 def test_differences_name_what_changes_training(small):
@@ -64,7 +64,7 @@ def test_differences_name_what_changes_training(small):
         eval={"every_steps": None},
         track={"wandb": "off"},
     )
-    assert recipe_differences(there, here) == [
+    assert list(recipe_differences(there, here).values()) == [
         "tune.dora: false there, true here",
         "optim.lr: 0.0001 there, 2e-05 here",
         "optim.max_grad_norm: 1.0 there, null here",
@@ -79,13 +79,34 @@ def test_differences_name_what_changes_training(small):
             }.items()
         ),
     ]  # fmt: skip
-    assert recipe_differences(here, here) == []
+    assert recipe_differences(here, here) == {}
+
+
+def test_paths_are_compared_by_the_place_they_lead_to(small, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("base", "other", "pictures"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "base")
+    (tmp_path / "a.jsonl").touch()
+
+    def recipe(model: str, rows: str = "a.jsonl", root: str = "pictures"):
+        return small(model={"path": model}, data={"train": [{"path": rows, "media_root": root}]})
+
+    there = recipe("base")
+    for spelt in ("base/", "./base", str(tmp_path / "base"), "link"):
+        assert recipe_differences(there, recipe(spelt, str(tmp_path / "a.jsonl"), "./pictures/")) == {}
+    assert list(recipe_differences(there, recipe("other"))) == ["model.path"]
+    assert list(recipe_differences(there, recipe("base", root="other"))) == ["data.train.0.media_root"]
+    assert list(recipe_differences(there, small(data={"train": [{"path": "a.jsonl"}]}, model={"path": "base"}))) == [
+        "data.train.0.media_root"
+    ]
+    assert recipe_differences(recipe("gone"), recipe("other")) == {}  # moved: its weights decide
 
 
 def test_a_share_held_out_changes_training_and_held_out_files_do_not(small):
     rows = {"train": [{"path": "a.jsonl"}]}
     there = small(data={**rows, "eval": [{"path": "e.jsonl"}]})
-    assert recipe_differences(there, small(data={**rows, "eval_share": 0.1})) == [
+    assert list(recipe_differences(there, small(data={**rows, "eval_share": 0.1})).values()) == [
         "data.eval_share: null there, 0.1 here"
     ]
 

@@ -83,6 +83,18 @@ LORA = {
     "targets": ["vision_attn", "vision_mlp", "merger", "deepstack", "text_attn", "text_mlp"],
 }
 
+# Rows of two tokens beside adapters.
+ROWS = {"method": "lora", "rank": 4, "targets": ["text_attn", "merger"], "new_tokens": ["<|box_start|>", "<|box_end|>"]}
+# Adapters of two ranks, and whole modules beside them.
+MIXED = {
+    "method": "lora",
+    "rank": {"text": 4, "vision": 3},
+    "alpha": 8,
+    "dropout": 0.1,
+    "targets": ["vision_attn", "text_attn"],
+    "full": ["merger", "deepstack", "text_embed", "lm_head"],
+}
+
 
 def recipe_values(model: Path, task: Path, out: Path, **overrides: Any) -> dict[str, Any]:
     """A recipe as plain values: 6 steps of 2 packs over 2 epochs of the task, in this process, untracked.

@@ -14,8 +14,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from qwen3vl_train.model.costs import FlopsCounter
-from qwen3vl_train.model.lora import add_lora, lora_modules
-from qwen3vl_train.modules import GROUPS, train_only
+from qwen3vl_train.model.lora import AdapterSize, add_lora, lora_modules
+from qwen3vl_train.model.selection import train_whole
 from tests.helpers import oracles
 
 ATEN = torch.ops.aten
@@ -80,7 +80,7 @@ def test_nothing_trains(small, batch):
 
 
 def test_everything_trains(small, batch):
-    train_only(small, set(GROUPS))
+    train_whole(small, ["all"], "tune.train")
     matrix, attention = counted(small, batch)
     vision, text, patch_embed = one_pass(small, batch)
     assert attention == 3.5 * (vision + 2 * text)
@@ -89,7 +89,8 @@ def test_everything_trains(small, batch):
 
 
 def test_the_main_merger_alone_trains(small, batch):
-    train_only(small, {"merger"})
+    small.requires_grad_(False)
+    train_whole(small, ["merger"], "tune.train")
     matrix, _ = counted(small, batch)
     vision, text, patch_embed = one_pass(small, batch)
     # Its norm is its first trained tensor, so both of its layers make gradients of their inputs; DeepStack's none.
@@ -99,7 +100,7 @@ def test_the_main_merger_alone_trains(small, batch):
 def test_adapters_on_the_text(small, batch):
     rank, arch = 4, small.arch.text
     modules = lora_modules(small, ["text_attn", "text_mlp"])
-    add_lora(small, modules, rank=rank, alpha=8, dropout=0.0, rslora=False, dora=False)
+    add_lora(small, dict.fromkeys(modules, AdapterSize(rank, 8)), dropout=0.0, rslora=False, dora=False)
     matrix, attention = counted(small, batch)
     vision, text, patch_embed = one_pass(small, batch)
     assert attention == vision + 3.5 * 2 * text

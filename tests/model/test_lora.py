@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from qwen3vl_train import MultimodalCollator
+from qwen3vl_train.checkpoint.adapter import adapter_tensors
 from qwen3vl_train.checkpoint.hf import load_qwen3_vl_model
 from qwen3vl_train.model.hf_names import to_huggingface
-from qwen3vl_train.model.lora import adapter_tensors, add_lora, lora_modules, merge_lora
+from qwen3vl_train.model.lora import AdapterSize, add_lora, lora_modules, merge_lora
 from qwen3vl_train.modules import LORA_GROUPS
 from tests.helpers import oracles
 
@@ -18,7 +19,8 @@ EVERYWHERE = list(LORA_GROUPS)
 def adapt(model: torch.nn.Module, targets: list[str], *, rslora: bool = False, dora: bool = False) -> list[str]:
     """Add an adapter of rank 4 whose every tensor is random, so that it matters."""
     modules = lora_modules(model, targets)
-    add_lora(model, modules, rank=4, alpha=2, dropout=0.0, rslora=rslora, dora=dora)
+    sizes = dict.fromkeys(modules, AdapterSize(4, 2))
+    add_lora(model, sizes, dropout=0.0, rslora=rslora, dora=dora)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -81,7 +83,7 @@ def test_a_fresh_adapter_changes_nothing_and_alone_trains(small, small_collate):
     batch = small_collate([oracles.conversations()["one_image"]])
     before = small.logits(batch)
     modules = lora_modules(small, EVERYWHERE)
-    add_lora(small, modules, rank=4, alpha=8, dropout=0.0, rslora=False, dora=False)
+    add_lora(small, dict.fromkeys(modules, AdapterSize(4, 8)), dropout=0.0, rslora=False, dora=False)
     assert torch.equal(small.logits(batch), before)
     trained = {name for name, parameter in small.named_parameters() if parameter.requires_grad}
     assert trained == {f"{module}.lora_{part}.default.weight" for module in modules for part in "AB"}

@@ -1,6 +1,7 @@
 import pytest
 
-from qwen3vl_train.modules import GROUPS, group_of, grouped_parameters, train_only
+from qwen3vl_train.model.selection import train_whole
+from qwen3vl_train.modules import GROUPS, group_of, grouped_parameters
 
 
 def test_every_parameter_is_in_exactly_one_group(ours):
@@ -36,21 +37,37 @@ def test_group_of_a_name(name, group):
     assert group_of(name) == group
 
 
-def test_train_only_lets_exactly_those_groups_train(ours):
+def _trained(model, *names: str) -> set[str]:
+    model.requires_grad_(False)
+    train_whole(model, names, "tune.train")
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def test_exactly_the_named_groups_train(ours):
     for group in GROUPS:
         if ours.arch.tie_word_embeddings and group in ("lm_head", "text_embed"):
             continue
-        train_only(ours, {group})
-        assert {group_of(name) for name, p in ours.named_parameters() if p.requires_grad} == {group}
+        assert {group_of(name) for name in _trained(ours, group)} == {group}
 
 
 def test_a_tied_head_trains_with_its_embedding_or_not_at_all(ours):
-    train_only(ours, {"lm_head", "text_embed", "merger"})
+    _trained(ours, "lm_head", "text_embed", "merger")
     assert ours.language_model.lm_head.weight.requires_grad
     for group, other in (("lm_head", "text_embed"), ("text_embed", "lm_head")):
         if ours.arch.tie_word_embeddings:
             with pytest.raises(ValueError, match=f"lm_head and text_embed train together; got only {group}"):
-                train_only(ours, {group})
+                _trained(ours, group)
         else:
-            train_only(ours, {group})
-            assert {group_of(name) for name, p in ours.named_parameters() if p.requires_grad} == {group} != {other}
+            assert {group_of(name) for name in _trained(ours, group)} == {group} != {other}
+
+
+def test_weights_by_regular_expression_match_a_module_or_a_weight(ours):
+    layer = {name for name, _ in ours.named_parameters() if name.startswith("language_model.model.layers.1.")}
+    assert _trained(ours, r"model\.language_model\.layers\.1") == layer
+    norms = {name for name in layer if name.endswith("_layernorm.weight")}
+    assert _trained(ours, r".*\.layers\.1\..*_layernorm\.weight", r".*\.layers\.1\.input_layernorm") == norms
+    assert _trained(ours, r"model\.language_model\.layers\.1", "merger") > layer
+    with pytest.raises(
+        ValueError, match=r"tune\.train: 'model.layers.1' matches no module or weight; near names: model\."
+    ):
+        _trained(ours, "model.layers.1")

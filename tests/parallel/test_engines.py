@@ -202,13 +202,15 @@ def test_a_deterministic_run_gives_cublas_the_workspace_it_needs(small: Path, mo
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
 
 
-def test_an_untied_head_and_dora_over_shards(tmp_path: Path):
+def test_an_untied_head_dora_whole_modules_and_rows_over_shards(tmp_path: Path):
     untied = engine_runs.write_small_checkpoint(tmp_path / "untied", tie_word_embeddings=False)
     steps = engine_runs.make_steps(untied)[:3]
-    tunes = [FULL, {**LORA, "dora": True}]
+    tunes = [FULL, {**LORA, "dora": True}, small_runs.MIXED, small_runs.ROWS]
     expected = [run_engine(0, 1, engine_recipe(untied, tune), steps) for tune in tunes]
-    recipes = [engine_recipe(untied, tune, "fsdp2") for tune in tunes]
-    for result, wanted in zip(run_ranks(run_engines, 2, recipes, steps)[0], expected, strict=True):
+    recipes = [engine_recipe(untied, tune, "fsdp2") for tune in tunes] + [
+        engine_recipe(untied, tune, "ddp") for tune in tunes[2:]
+    ]
+    for result, wanted in zip(run_ranks(run_engines, 2, recipes, steps)[0], [*expected, *expected[2:]], strict=True):
         assert engine_runs.difference(result, wanted).largest < 1e-5
 
 

@@ -79,7 +79,7 @@ def test_a_rank_with_other_weights_is_named_on_all_ranks(small: Path, tmp_path: 
     assert [message.partition(": ")[2] for message in messages] == [ending] * 3
     messages = run_ranks(_check_weights, 2, [small, tmp_path / "none"])
     assert messages[0] == messages[1]
-    assert messages[0].startswith(f"rank 1 on {HOST}: {tmp_path / 'none'}: missing model.safetensors")
+    assert messages[0].startswith(f"rank 1 on {HOST}: {tmp_path / 'none'}: no config.json")
 
 
 def _train_apart(rank: int, world_size: int, models: list[Path], out: Path, task: Path, blind: int | None) -> str:
@@ -91,6 +91,7 @@ def _train_apart(rank: int, world_size: int, models: list[Path], out: Path, task
 
 def test_a_run_starts_with_both_checks(small: Path, tmp_path: Path, task: Path):
     (none := tmp_path / "none").mkdir()
+    shutil.copy(small / "config.json", none)
     messages = run_ranks(_train_apart, 2, [small, small], tmp_path / "runs", task, 1)
     assert all("is not seen by rank 1" in message for message in messages)
     messages = run_ranks(_train_apart, 2, [small, none], tmp_path / "runs", task, None)

@@ -26,12 +26,23 @@ from tests.helpers import faults, oracles, small_runs
 TOLERANCE = 2e-4
 RSLORA = {**small_runs.LORA, "rslora": True, "dropout": 0.0}
 DORA = {**small_runs.LORA, "dora": True, "targets": ["text_attn", r"model\.visual\.merger\.linear_fc\d"]}
+RANKS = {
+    **small_runs.LORA,
+    "rank": {"text_attn": 2, "text_mlp": 4, "vision": 3, "merger": 4, "deepstack": 5},
+    "alpha": {"text": 8, "vision": 2, "merger": 8, "deepstack": 16},
+}
+WHOLE = {**small_runs.LORA, "targets": ["text_attn"], "full": ["merger", "deepstack", "text_embed", "lm_head"]}
 RUNS: dict[str, dict[str, Any]] = {
     "full": {"tune": small_runs.FULL},
     "full-bf16": {"tune": {"method": "full", "train": ["merger", "text"]}, "model__dtype": "bfloat16"},
     "lora": {"tune": small_runs.LORA},
     "lora-bf16": {"tune": RSLORA, "model__dtype": "bfloat16"},
     "dora": {"tune": DORA, "model__hub_id": "Qwen/Qwen3-VL-Tiny"},
+    "ranks": {"tune": RANKS},
+    "whole": {"tune": WHOLE},
+    "rows": {"tune": small_runs.ROWS},
+    "rows-bf16": {"tune": small_runs.ROWS, "model__dtype": "bfloat16"},
+    "whole-bf16": {"tune": WHOLE, "model__dtype": "bfloat16"},
 }
 
 
@@ -89,7 +100,7 @@ def test_a_full_run_becomes_a_checkpoint(run, tmp_path, name):
     assert json.loads((done.out / "config.json").read_text())["dtype"] == dtype
 
 
-@pytest.mark.parametrize("name", ["lora", "lora-bf16", "dora"])
+@pytest.mark.parametrize("name", ["lora", "lora-bf16", "dora", "ranks", "whole", "whole-bf16", "rows", "rows-bf16"])
 def test_an_adapter_loads_on_the_stock_model(run, tiny_folder, tmp_path, name):
     from peft import PeftModel
 
@@ -99,7 +110,9 @@ def test_an_adapter_loads_on_the_stock_model(run, tiny_folder, tmp_path, name):
     # The adapter carries tokenizer and pixel limits, but no config: beside one, our collator and stock's read it all.
     shutil.copyfile(tiny_folder / "config.json", done.out / "config.json")
     base = oracles.oracle(tiny_folder)
-    if name == "lora-bf16":  # a released base is in bfloat16 already; this one is not, and the run computed with it so
+    if name.endswith(
+        "bf16"
+    ):  # a released base is in bfloat16 already; this one is not, and the run computed with it so
         for parameter in base.parameters():  # not base.bfloat16(): that would round the rotary frequencies too
             parameter.data = parameter.data.bfloat16().float()
     stock = PeftModel.from_pretrained(base, str(done.out)).eval()
@@ -157,7 +170,38 @@ def test_every_way_to_open_an_adapter_gives_the_same_logits(run, tiny_folder, tm
         assert torch.equal(others, first), way
 
 
-@pytest.mark.parametrize("name", ["lora", "lora-bf16", "dora"])
+def test_rows_of_tokens_are_those_that_peft_trains_alone(run, tiny_folder, tmp_path):
+    done = export_run(run("rows"), tmp_path / "out", merge=False)
+    added = MultimodalCollator.from_pretrained(tiny_folder).tokenizer.added_tokens
+    ids = [token for token, name in added.items() if name in small_runs.ROWS["new_tokens"]]
+    config = json.loads((done.out / "adapter_config.json").read_text())
+    assert config["trainable_token_indices"] == {"model.language_model.embed_tokens": ids}
+    assert any("rows of tokens" in note for note in done.notes)
+    before = load_file(tiny_folder / "model.safetensors")["model.language_model.embed_tokens.weight"]
+    export_run(run("rows"), tmp_path / "merged", merge=True)
+    after = load_file(tmp_path / "merged" / "model.safetensors")["model.language_model.embed_tokens.weight"]
+    assert (after != before).any(dim=1).nonzero().flatten().tolist() == ids
+
+
+def test_whole_modules_of_an_adapter_are_named(run, tmp_path):
+    """peft's modules_to_save; a tied head is a module of its own there, with the same weights."""
+    done = export_run(run("whole"), tmp_path / "out", merge=False)
+    saved = json.loads((done.out / "adapter_config.json").read_text())["modules_to_save"]
+    visual = [f"model.visual.merger.{part}" for part in ("linear_fc1", "linear_fc2", "norm")]
+    assert saved[:2] == ["lm_head", "model.language_model.embed_tokens"]
+    assert saved[2] == "model.language_model.norm"
+    assert saved[-3:] == visual
+    tensors = load_file(done.out / "adapter_model.safetensors")
+    head, embedding = (
+        tensors["base_model.model.lm_head.weight"],
+        "base_model.model.model.language_model.embed_tokens.weight",
+    )
+    assert torch.equal(head, tensors[embedding])
+    assert any("holds whole modules (merger, deepstack, text_embed, lm_head)" in note for note in done.notes)
+    assert export_run(run("whole"), tmp_path / "merged", merge=True).notes == []
+
+
+@pytest.mark.parametrize("name", ["lora", "lora-bf16", "dora", "whole", "rows"])
 def test_a_merged_adapter_is_a_plain_checkpoint(run, tmp_path, name):
     done = export_run(run(name), tmp_path / "out", merge=True)
     assert (done.kind, done.num_tensors) == ("checkpoint", 121)

@@ -5,10 +5,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
-from qwen3vl_train.config import Recipe
+from qwen3vl_train.config import Recipe, load_recipe
 from qwen3vl_train.tracking.metrics import read_metrics
 from qwen3vl_train.train.loop import train
+from qwen3vl_train.train.step import lr_factor
 from tests.helpers import faults, small_runs
 from tests.helpers.messages import message_of
 from tests.helpers.ranks import run_ranks
@@ -19,6 +21,8 @@ CASES = {
     "lora-float32-workers": {"tune": small_runs.LORA, "data__num_workers": 2},
     "full-bfloat16-workers": {"tune": small_runs.FULL, "model__dtype": "bfloat16", "data__num_workers": 2},
     "lora-bfloat16": {"tune": small_runs.LORA, "model__dtype": "bfloat16"},
+    "mixed-bfloat16": {"tune": small_runs.MIXED, "model__dtype": "bfloat16"},
+    "rows-bfloat16": {"tune": small_runs.ROWS, "model__dtype": "bfloat16"},
 }
 
 
@@ -128,6 +132,44 @@ def test_a_folder_of_something_else_is_not_changed(tiny_folder, task, tmp_path):
     assert (tmp_path / "run").read_text() == "a file"
 
 
+def test_more_steps_at_another_rate_where_allowed(tiny_folder, task, copied, capsys):
+    """It goes on with optimizer and position, as a run of these values would from there."""
+    changes = {"train__num_steps": 8, "optim__lr": 5e-4}
+    with pytest.raises(ValueError, match=r"set checkpoint\.allow_changes: \[optim\.lr, train\.num_steps\] to continue"):
+        train(small_runs.make_recipe(tiny_folder, task, copied, **changes))
+    allowed = ["optim.lr", "train.num_steps", "optim.eps"]  # what is listed need not change
+    train(small_runs.make_recipe(tiny_folder, task, copied, checkpoint__allow_changes=allowed, **changes))
+    lines = capsys.readouterr().out.splitlines()
+    assert "resuming after step 6 of 8" in lines
+    assert "changed, as checkpoint.allow_changes says: optim.lr: 0.001 there, 0.0005 here" in lines
+    saved = load_recipe(copied / "run" / "recipe.yaml")
+    rates = [row["lr"] for row in read_metrics(copied / "run" / "metrics.jsonl")]
+    assert rates[6:] == [5e-4 * lr_factor(step, num_steps=8, optim=saved.optim) for step in (6, 7)]
+    assert (saved.optim.lr, saved.train.num_steps, saved.checkpoint.allow_changes) == (5e-4, 8, allowed)
+    train(small_runs.make_recipe(tiny_folder, task, copied, **changes))  # they are the run's values now
+    assert "changed" not in capsys.readouterr().out
+
+
+def test_the_same_base_under_another_name_is_the_same_run(tiny_folder, task, copied, tmp_path, capsys):
+    base = shutil.copytree(tiny_folder, tmp_path / "copy")
+    train(small_runs.make_recipe(base, task, copied))
+    assert "nothing to do: all 6 steps are done" in capsys.readouterr().out
+
+
+def test_another_base_at_the_same_place_is_refused(tiny_folder, task, tmp_path):
+    base = shutil.copytree(tiny_folder, tmp_path / "base")
+    recipe = small_runs.make_recipe(base, task, tmp_path, train__num_steps=2)
+    train(recipe)
+    weights = load_file(base / "model.safetensors")
+    weights["model.visual.merger.norm.bias"] += 1
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    run = tmp_path / "run"
+    assert message_of(ValueError, train, recipe) == (
+        f"{run}: holds another run\n  - model.path: {base} holds other weights than the run was started with\n"
+        f"choose another name, with tune.start_from: {run} to start from what was trained here"
+    )
+
+
 def test_a_damaged_checkpoint_is_skipped(tiny_folder, task, copied, capsys):
     recipe = small_runs.make_recipe(tiny_folder, task, copied)
     expected, tensors = losses(copied / "run"), small_runs.final_tensors(copied / "run")
@@ -137,7 +179,7 @@ def test_a_damaged_checkpoint_is_skipped(tiny_folder, task, copied, capsys):
     file.write_bytes(content[:-100] + bytes(10) + content[-90:])
     train(recipe)
     lines = capsys.readouterr().out.splitlines()
-    fault = "its checksum is not the one it was written with; remove this checkpoint"
+    fault = "its checksum is not the one it was written with; restore it, or move this checkpoint away"
     assert f"falling back to an earlier checkpoint: {file}: {fault}" in lines
     assert "resuming after step 4 of 6" in lines
     assert losses(copied / "run") == expected

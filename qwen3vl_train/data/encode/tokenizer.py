@@ -1,10 +1,12 @@
 """The checkpoint's tokenizer, with one rule of our own: typed text never becomes chat markup."""
 
+import difflib
 import hashlib
 import json
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tokenizers import Tokenizer, processors
 
@@ -149,6 +151,24 @@ def _load(content: dict[str, Any]) -> Tokenizer:
     added = content.get("added_tokens") or []
     rest = [{**token, "special": token.get("special", False) and token["content"] in SPECIAL_TOKENS} for token in added]
     return Tokenizer.from_str(json.dumps({**content, "added_tokens": rest}))
+
+
+def new_token_ids(model_path: str | Path, names: Literal["all"] | Sequence[str]) -> list[int]:
+    """Return the ids of added tokens by name, in order of their ids; all: of those that no released checkpoint has.
+
+    Raises ValueError for a name that the tokenizer does not have as an added token, and where it has no new one.
+    """
+    tokenizer = ChatTokenizer.from_pretrained(model_path, Qwen3VLArch.from_pretrained(model_path))
+    added = {name: token for token, name in tokenizer.added_tokens.items()} | tokenizer.special_ids
+    wanted = [name for name in added if name not in RELEASED_TOKENS] if names == "all" else names
+    where, add = f"tune.new_tokens: {model_path}", "add them to its tokenizer with transformers, and save it there"
+    if not wanted:
+        raise ValueError(f"{where} has no added token that a released Qwen3-VL does not have; {add}")
+    if missing := [name for name in wanted if name not in added]:
+        near = difflib.get_close_matches(missing[0], added, n=2)
+        hint = f" (near: {', '.join(near)})" if near else ""
+        raise ValueError(f"{where} has no added token {', '.join(missing[:5])}{hint}; {add}")
+    return sorted({added[name] for name in wanted})
 
 
 def read_json(file: Path) -> Any:

@@ -64,6 +64,7 @@ class StepPacks:
     num_shrunk: int  # media in the step, over all ranks, that a budget made smaller
     num_seen: int  # rows scanned since the run began
     num_dropped: int  # of them, as too long
+    window_patches: int = 0  # of all rows of the window that the step ends in
 
 
 class Position(NamedTuple):
@@ -266,7 +267,7 @@ class Loader:
                 if len(begun) == self.packs_per_step:
                     position = position._replace(taken=number + 1, steps_done=position.steps_done + 1)
                     ends_epoch = window.ends_epoch and number + 1 == len(packs)
-                    yield self._step(begun, window.epoch, position, rejected, ends_epoch), begun
+                    yield self._step(begun, window, position, rejected, ends_epoch), begun
                     begun, rejected = [], []
                     if self._ends(position):
                         return
@@ -276,7 +277,7 @@ class Loader:
                 skipped=[], content_hash=0,
             )  # fmt: skip
             if is_short:
-                yield self._step(begun, window.epoch, position, rejected, ends_epoch=True), begun
+                yield self._step(begun, window, position, rejected, ends_epoch=True), begun
                 begun, rejected = [], []
             if self._ends(position):
                 return
@@ -319,7 +320,7 @@ class Loader:
         return [packs[number] for number in order]
 
     def _step(
-        self, packs: list[PlannedPack], epoch: int, position: Position, rejected: list[Reject], ends_epoch: bool
+        self, packs: list[PlannedPack], window: Window, position: Position, rejected: list[Reject], ends_epoch: bool
     ) -> StepPacks:
         keys = [[self.producer.row_key(row) for row in pack.rows] for pack in packs]
         work = [pack.work for pack in packs]
@@ -329,7 +330,7 @@ class Loader:
             packs=[],
             pack_numbers=shares[self.data_rank],
             num_packs=len(packs),
-            epoch=epoch,
+            epoch=window.epoch,
             rejected=rejected,
             state=self._state(position),
             balance=max(loads) * self.data_world_size / sum(loads),
@@ -338,6 +339,7 @@ class Loader:
             num_shrunk=sum(pack.num_shrunk for pack in packs),
             num_seen=position.num_seen,
             num_dropped=position.num_dropped,
+            window_patches=int(window.costs.patches.sum()),
         )
 
 

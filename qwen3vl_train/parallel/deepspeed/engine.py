@@ -17,8 +17,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from qwen3vl_train.config import OptimSection
 from qwen3vl_train.dist.ranks import Ranks
 from qwen3vl_train.dist.tensors import full_tensor, shard_rows
+from qwen3vl_train.model.new_rows import modules_with_new_rows
 from qwen3vl_train.model.qwen3vl import Qwen3VLForConditionalGeneration
-from qwen3vl_train.modules import group_of
 from qwen3vl_train.parallel.deepspeed.internals import partitions_of
 from qwen3vl_train.parallel.mesh import ensure_group
 from qwen3vl_train.parallel.optim import MOMENTS, build_adamw, create_state
@@ -58,6 +58,8 @@ def _register_external_parameters(model: Qwen3VLForConditionalGeneration) -> Non
         (vision.patch_embed, vision.patch_embed.proj.bias),
     ):
         register_external_parameter(module, parameter)
+    for _, table in modules_with_new_rows(model):
+        register_external_parameter(model, table.new_rows)
 
 
 class ZeroAdamW:
@@ -80,7 +82,7 @@ class ZeroAdamW:
         self.host_mesh = init_device_mesh("cpu", (ranks.world_size,))
         self.params_with_grad: set[str] = set()
         self.trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-        self.adamw = build_adamw([(group_of(name), parameter) for name, parameter in self.trained.items()], optim)
+        self.adamw = build_adamw(self.trained.items(), optim)
         with redirect_stdout(StringIO()):  # the bfloat16 optimizer of stage 1 prints the memory in use, line after line
             self.engine = deepspeed.initialize(model=model, optimizer=self.adamw, config=config)[0]
         if config["zero_optimization"]["stage"] == 3:

@@ -4,9 +4,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from qwen3vl_train.checkpoint.adapter import ADAPTER_CONFIG, write_adapter
+from qwen3vl_train.checkpoint.adapter import ADAPTER_CONFIG, adapter_settings, write_adapter
 from qwen3vl_train.checkpoint.companions import copy_companions, write_card
 from qwen3vl_train.checkpoint.hf import write_huggingface
 from qwen3vl_train.checkpoint.safetensors_writer import check_safetensors
@@ -16,11 +16,20 @@ from qwen3vl_train.data.encode.template import find_template
 
 
 def write_adapter_files(
-    recipe: Recipe, adapter: Mapping[str, Tensor], folder: Path, collate: MultimodalCollator, dtype: torch.dtype
+    recipe: Recipe,
+    model: nn.Module,
+    adapter: Mapping[str, Tensor],
+    folder: Path,
+    collate: MultimodalCollator,
+    dtype: torch.dtype,
 ) -> None:
-    """Write an adapter for peft, and read it back. adapter: by the names of `adapter_tensors`."""
+    """Write an adapter for peft, and read it back.
+
+    model: whose adapter it is; no values of it are read. adapter: by the names of `adapter_tensors`.
+    """
     assert isinstance(recipe.tune, LoraTune)
-    write_adapter(adapter, folder, tune=recipe.tune, base=recipe.model.public_name, dtype=dtype)
+    settings = adapter_settings(model, recipe.tune)
+    write_adapter(adapter, folder, settings=settings, base=recipe.model.public_name, dtype=dtype)
     _write_companions(recipe, folder, collate)
 
 

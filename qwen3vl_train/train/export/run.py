@@ -4,13 +4,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qwen3vl_train.batch import PackedBatch
+from qwen3vl_train.checkpoint.adapter import adapter_tensors
 from qwen3vl_train.checkpoint.atomic import atomic_folder
-from qwen3vl_train.config import LoraTune
+from qwen3vl_train.config import LoraTune, Recipe
+from qwen3vl_train.data.encode.collator import MultimodalCollator
 from qwen3vl_train.data.open import open_collator
-from qwen3vl_train.model.lora import adapter_tensors, merge_lora
+from qwen3vl_train.model.lora import merge_lora
+from qwen3vl_train.model.new_rows import modules_with_new_rows
 from qwen3vl_train.model.qwen3vl import DTYPES
 from qwen3vl_train.train.build import as_trained
 from qwen3vl_train.train.export.files import write_adapter_files, write_checkpoint_files
@@ -61,12 +64,13 @@ def export_run(
     as_adapter = isinstance(recipe.tune, LoraTune) and not merge
     model = describe_trained(found)
     fit = layers_that_fit(model)
+    probes = probe_batches(collate, _names_of_new_rows(model, collate))
     with atomic_folder(out) as folder:
         if as_adapter:
             fill_trained(model, found)
             adapter = adapter_tensors(model)
             num_tensors = len(adapter)
-            write_adapter_files(recipe, adapter, folder, collate, file_dtype)
+            write_adapter_files(recipe, model, adapter, folder, collate, file_dtype)
             del adapter
         else:
             shapes = plain_shapes(model)
@@ -74,9 +78,22 @@ def export_run(
             write_checkpoint_files(recipe, merged_weights(model, found), shapes, folder, collate, file_dtype)
         del model
         compare_processing(folder, out, collate)
-        difference = _compare_logits(found, folder, out, as_adapter, file_dtype, fit, probe_batches(collate))
-    notes = [note for note in (found.note, fit.note) if note]
+        difference = _compare_logits(found, folder, out, as_adapter, file_dtype, fit, probes)
+    notes = [note for note in (found.note, fit.note, _refused_by_servers(recipe) if as_adapter else None) if note]
     return Exported(out, "adapter" if as_adapter else "checkpoint", found.step, num_tensors, difference, notes)
+
+
+def _names_of_new_rows(model: nn.Module, collate: MultimodalCollator) -> list[str]:
+    added = collate.tokenizer.added_tokens
+    return [added[token] for _, table in modules_with_new_rows(model) for token in table.new_ids if token in added]
+
+
+def _refused_by_servers(recipe: Recipe) -> str | None:
+    """Return what servers may not take of an adapter, if there is something."""
+    assert isinstance(recipe.tune, LoraTune)
+    parts = [f"whole modules ({', '.join(recipe.tune.full)})"] if recipe.tune.full else []
+    parts += ["rows of tokens (peft 0.15 and later read them)"] if recipe.tune.new_tokens else []
+    return f"the adapter holds {' and '.join(parts)}, which vLLM refuses; export with --merge for it" if parts else None
 
 
 def _compare_logits(

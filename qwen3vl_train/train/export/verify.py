@@ -2,6 +2,7 @@
 
 import inspect
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,10 +40,15 @@ def picture() -> Image.Image:
     return Image.fromarray(image.to(torch.uint8).numpy())
 
 
-def probe_batches(collate: MultimodalCollator) -> list[PackedBatch]:
-    """Return two small conversations, one with an image: together they use every module."""
+def probe_batches(collate: MultimodalCollator, tokens: Sequence[str] = ()) -> list[PackedBatch]:
+    """Return two small conversations, one with an image: together they use every module.
+
+    tokens: names of added tokens, which a third one uses.
+    """
     shown = [{"type": "image", "image": picture()}, {"type": "text", "text": "What is shown?"}]
     turns: list[tuple[Any, str]] = [(shown, "Three ramps of colour."), ("Name a number.", "Seven.")]
+    if tokens:
+        turns.append(("Say them.", "".join(tokens[:64])))
     return [
         collate([{"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]}])
         for asked, answer in turns

@@ -14,6 +14,7 @@ from qwen3vl_train.arch import Qwen3VLArch
 from qwen3vl_train.checkpoint.hf import WeightFiles, check_weights
 from qwen3vl_train.checkpoint.writer import iter_tensors
 from qwen3vl_train.model.lora import base_name, is_adapter
+from qwen3vl_train.model.new_rows import modules_with_new_rows
 from qwen3vl_train.model.qwen3vl import DTYPES, Qwen3VLForConditionalGeneration
 from qwen3vl_train.train.build import describe
 from qwen3vl_train.train.load_run import FoundCheckpoint
@@ -62,6 +63,7 @@ def merged_weights(model: nn.Module, found: FoundCheckpoint) -> Iterator[tuple[s
     trained = [name for name, parameter in parameters.items() if parameter.requires_grad]
     adapters = dict(_trained(found, [name for name in trained if is_adapter(name)]))
     whole = _trained(found, [name for name in trained if not is_adapter(name)])
+    tables = dict(modules_with_new_rows(model))
     layers: dict[str, Any] = {name: layer for name, layer in model.named_modules() if isinstance(layer, BaseTunerLayer)}
     for name, parameter in parameters.items():
         if is_adapter(name):
@@ -73,6 +75,10 @@ def merged_weights(model: nn.Module, found: FoundCheckpoint) -> Iterator[tuple[s
             prefix = f"{layer_name}."
             own = {key.removeprefix(prefix): adapters[key] for key in trained if key.startswith(prefix)}
             values = _merge(layers[layer_name], {"base_layer.weight": values, **own})
+        rows = adapters.get(name.removesuffix("weight") + "new_rows")
+        if rows is not None:
+            ids = torch.tensor(tables[name.removesuffix(".weight")].new_ids)
+            values = values.index_copy(0, ids, rows.to(values.dtype))
         yield plain, values
 
 

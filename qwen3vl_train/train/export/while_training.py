@@ -6,12 +6,12 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from qwen3vl_train.checkpoint.adapter import adapter_tensors
 from qwen3vl_train.checkpoint.atomic import atomic_folder
 from qwen3vl_train.config import LoraTune, Recipe
 from qwen3vl_train.data.open import open_collator
 from qwen3vl_train.dist.ranks import Ranks
 from qwen3vl_train.dist.tensors import full_tensor, global_shape
-from qwen3vl_train.model.lora import adapter_tensors
 from qwen3vl_train.model.qwen3vl import DTYPES, Qwen3VLForConditionalGeneration
 from qwen3vl_train.train.export.files import write_adapter_files, write_checkpoint_files
 
@@ -34,7 +34,7 @@ def export_while_training(recipe: Recipe, model: Qwen3VLForConditionalGeneration
             shutil.rmtree(out, ignore_errors=True)
             with atomic_folder(out) as folder:
                 if is_lora:
-                    write_adapter_files(recipe, dict(gathered), folder, collate, dtype)
+                    write_adapter_files(recipe, model, dict(gathered), folder, collate, dtype)
                 else:
                     shapes = {name: tuple(global_shape(tensor)) for name, tensor in members.items()}
                     write_checkpoint_files(recipe, gathered, shapes, folder, collate, dtype)

@@ -121,10 +121,11 @@ def test_a_stage_trains_as_one_process_does(stage: int, small: Path, steps: Step
     assert not wrong, "\n".join([f"stage {stage} differs from one process", *wrong])
 
 
-def test_four_ranks_an_untied_head_and_dora(tmp_path: Path):
+def test_four_ranks_an_untied_head_dora_modules_and_rows(tmp_path: Path):
     untied = engine_runs.write_small_checkpoint(tmp_path / "untied", tie_word_embeddings=False)
     steps = engine_runs.make_steps(untied)[:2]
-    cases = [(FULL, 2), ({**LORA, "dora": True}, 3)]
+    cases = [(FULL, 2), ({**LORA, "dora": True}, 3), (small_runs.MIXED, 1), (small_runs.MIXED, 3)]
+    cases += [(small_runs.ROWS, 1), (small_runs.ROWS, 3)]
     expected = [run_engine(0, 1, _recipe(untied, tune), steps) for tune, _ in cases]
     recipes = [_recipe(untied, tune, "deepspeed", zero_stage=stage, parts=True) for tune, stage in cases]
     for (_, stage), result, alone in zip(cases, _on_ranks(recipes, steps, world_size=4), expected, strict=True):
