@@ -1,11 +1,15 @@
 """Findings of a source: shares of rows, faults of clips, conventions of boxes, no usable row."""
 
+import base64
 import json
 import shutil
 
 import av
 import pytest
+from PIL import Image
 
+from qwen3vl_train.data.rows.sample import ImagePart, Message, Sample, VideoPart
+from qwen3vl_train.inspect.duplicates import _media_digest
 from qwen3vl_train.inspect.page import render_page
 from qwen3vl_train.inspect.recipe import inspect_recipe
 from tests.helpers.clip_files import write_clip
@@ -245,3 +249,33 @@ def test_added_tokens_are_counted_with_their_names(tiny_folder, tmp_path):
     assert new_token.evidence.startswith("1 of 3 rows (33.3%); <loc_3> 3, <loc_0> 2, ")
     assert new_token.evidence.endswith("<loc_7> 2 and 2 more")
     assert inspection.facts.sources[0].added_tokens["<loc_9>"] == 2
+
+
+def digest(part, root) -> bytes:
+    return _media_digest(Sample((Message("user", (part,)),), media_root=str(root)))
+
+
+def test_one_picture_is_equal_however_it_is_given(tmp_path):
+    Image.new("RGB", (9, 9), "red").save(tmp_path / "a b.png")
+    data = (tmp_path / "a b.png").read_bytes()
+    text = base64.b64encode(data).decode()
+    sources = ("a b.png", data, text, f"data:image/png;base64,{text}", (tmp_path / "a b.png").as_uri())
+    assert len({digest(ImagePart(source), tmp_path) for source in sources}) == 1
+
+
+def test_segments_and_folders_of_clips_differ(tmp_path):
+    for name, colours in (("one", ("red", "blue")), ("two", ("red", "green")), ("same", ("red", "blue"))):
+        (tmp_path / name).mkdir()
+        for number, colour in enumerate(colours):
+            Image.new("RGB", (9, 9), colour).save(tmp_path / name / f"{number}.png")
+    one, two, same = (digest(VideoPart(name, sample_fps=1.0), tmp_path) for name in ("one", "two", "same"))
+    assert one == same
+    assert one != two
+    (tmp_path / "a.mp4").write_bytes(b"clip")
+    parts = (
+        VideoPart("a.mp4"),
+        VideoPart("a.mp4", start=1.0),
+        VideoPart("a.mp4", end=1.0),
+        VideoPart("a.mp4", num_frames=4),
+    )
+    assert len({digest(part, tmp_path) for part in parts}) == 4

@@ -7,12 +7,29 @@ from typing import NamedTuple
 from qwen3vl_train.data.errors import RowFault
 from qwen3vl_train.data.media.clips import FRAMES_PER_PATCH, ClipRules, resize_clip
 from qwen3vl_train.data.media.image import MERGE, PATCH, smart_resize
-from qwen3vl_train.data.media.limits import NO_LIMITS, PixelLimits
 
 Grid = tuple[int, int, int]
 """Patches of one medium: time, height, width."""
 
 _NUM_BISECTIONS = 20
+
+
+@dataclass(frozen=True)
+class PixelLimits:
+    """Limits of one medium of a row, beside those of the recipe: keys of the parts that Qwen's own scripts read.
+
+    min_pixels, max_pixels: limits on the area of the resized image, or of one resized frame. min_pixels replaces the
+        recipe's; max_pixels can only lower the recipe's, which is what its packs and its memory were planned for.
+    height, width: the size that the medium counts as before the limits apply; both or neither.
+    """
+
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+    height: int | None = None
+    width: int | None = None
+
+
+NO_LIMITS = PixelLimits()
 
 
 class Size(NamedTuple):

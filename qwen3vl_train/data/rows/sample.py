@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from qwen3vl_train.data.media.limits import NO_LIMITS, PixelLimits
+from qwen3vl_train.data.media.budgets import NO_LIMITS, PixelLimits
 from qwen3vl_train.data.media.paths import ImageInput, VideoInput
 
 ROLES = ("system", "user", "assistant", "tool")

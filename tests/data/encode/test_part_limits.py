@@ -10,9 +10,8 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_res
 
 from qwen3vl_train.data.encode.media import measure, read_patches
 from qwen3vl_train.data.errors import MediaFault
-from qwen3vl_train.data.media.budgets import Budgets, Size
+from qwen3vl_train.data.media.budgets import Budgets, PixelLimits, Size
 from qwen3vl_train.data.media.clips import ClipRules
-from qwen3vl_train.data.media.limits import PixelLimits
 from qwen3vl_train.data.rows.boxes import Convention
 from qwen3vl_train.data.rows.parse import RowRules
 from qwen3vl_train.data.rows.sample import ImagePart, Message, Sample, TextPart, VideoPart
