@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from qwen3vl_train.config import EvalSource, Recipe, TrainSource
+from qwen3vl_train.config import DataSection, EvalSource, Recipe, TrainSource
 from qwen3vl_train.data.packing.plan import random_stream
 from qwen3vl_train.data.rows.sample import Sample
 from qwen3vl_train.data.sources import FileSource, StreamSource, open_sources, open_stream
@@ -57,7 +57,7 @@ class OpenedRows(NamedTuple):
 def open_rows(recipe: Recipe) -> OpenedRows:
     """Open everything under `data`. Which rows are chosen follows from train.seed, the same on every rank.
 
-    Raises ValueError for files that cannot be read, and for two held-out sets of one name.
+    Raises ValueError for files that cannot be read. Held-out sets of one name are one set, see `check_names`.
     """
     data, seed = recipe.data, recipe.train.seed
     train: list[tuple[FileSource | StreamSource, TrainSource]] = []
@@ -72,11 +72,23 @@ def open_rows(recipe: Recipe) -> OpenedRows:
             evals[HELD_OUT] += held_out
         train += [(file, entry) for file in files]
     for number, entry in enumerate(data.eval):
-        name = entry.name or Path(entry.path).stem
-        if name in evals:
-            raise ValueError(f"data.eval: two files are called {name}; give one of them a name")
-        evals[name] = _at_most(entry, open_sources(entry, data.follow_links), (seed, _MAX_ROWS_OF_EVAL, number))
+        evals.setdefault(_name_of(entry), [])
+        evals[_name_of(entry)] += _at_most(
+            entry, open_sources(entry, data.follow_links), (seed, _MAX_ROWS_OF_EVAL, number)
+        )
     return OpenedRows(train, evals)
+
+
+def check_names(data: DataSection) -> None:
+    """Raise ValueError for two held-out sets of one name: their losses would be one curve."""
+    names = [HELD_OUT] * bool(data.eval_share) + [_name_of(entry) for entry in data.eval]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"data.eval: two files are called {name}; give one of them a name")
+
+
+def _name_of(entry: EvalSource) -> str:
+    return entry.name or Path(entry.path).stem
 
 
 def _at_most(entry: TrainSource | EvalSource, files: list[FileSource], seed: tuple[int, ...]) -> list[FileSource]:

@@ -25,7 +25,7 @@ from qwen3vl_train.data.packing.stream import StreamedWindows
 from qwen3vl_train.data.packing.windows import IndexedWindows, WindowProducer
 from qwen3vl_train.data.rejects import REJECTED_FILE, NoUsableRowError, RejectLedger, RejectSummary
 from qwen3vl_train.data.rows.parse import dataset_of, format_counts
-from qwen3vl_train.data.selection import OpenedRows, SomeRows, open_rows
+from qwen3vl_train.data.selection import OpenedRows, SomeRows, check_names, open_rows
 from qwen3vl_train.data.sources import FileSource, StreamSource
 from qwen3vl_train.data.sources.files import cache_folder
 from qwen3vl_train.data.sources.hub import HubSource
@@ -164,6 +164,7 @@ def open_data(recipe: Recipe, ranks: Ranks, *, loader_state: dict[str, Any] | No
     not checked here: see `RejectLedger.resume`.
     """
     data = recipe.data
+    check_names(recipe.data)
     opened = ranks.on_all(lambda: _Opened(open_collator(recipe), open_rows(recipe)))
     check_same_data(opened.contents(), ranks)
 

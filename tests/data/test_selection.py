@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from qwen3vl_train.config import Recipe
-from qwen3vl_train.data.selection import SomeRows, open_rows
+from qwen3vl_train.data.selection import SomeRows, check_names, open_rows
 from qwen3vl_train.data.sources import FileSource, JsonlSource
 from qwen3vl_train.tracking.metrics import read_metrics
 from qwen3vl_train.train.loop import train
@@ -91,7 +91,7 @@ def test_names_and_rows_that_a_share_cannot_have(parts):
     assert message_of(ValueError, open_rows, recipe) == expected
     both = {"path": str(parts), "name": "held_out"}
     named = _recipe(parts, eval_share=0.5, eval=[both])
-    assert message_of(ValueError, open_rows, named).startswith("data.eval: two files are called held_out")
+    assert message_of(ValueError, check_names, named.data).startswith("data.eval: two files are called held_out")
 
 
 @pytest.mark.parametrize("streaming", [False, True])
