@@ -43,7 +43,7 @@ _NAMES_ELSEWHERE: dict[tuple[str, str], str] = {
     ("optim.eps", ""): "adam_epsilon",
     ("optim.warmup", "steps, or a share of the run below 1"): "warmup_ratio warmup_steps num_warmup_steps warmup_iters",
     ("optim.schedule", ""): "lr_scheduler_type lr_scheduler",
-    ("optim.min_lr", "a rate"): "lr_end cosine_min_lr",
+    ("optim.min_lr", "a rate"): "lr_end cosine_min_lr lr_scheduler_kwargs",
     ("optim.min_lr", "a rate, so this share times optim.lr"): "min_lr_ratio min_lr_rate",
     ("optim.decay_share", "of the run, with schedule wsd"): "decay_ratio num_decay_steps wsd_decay_ratio",
     ("optim.max_grad_norm", ""): "max_norm gradient_clipping clip_grad_norm gradient_clip_val",
@@ -52,37 +52,70 @@ _NAMES_ELSEWHERE: dict[tuple[str, str], str] = {
     ("train.packs_per_step", "packs of all ranks together"): (
         "batch_size global_batch_size train_batch_size gradient_accumulation_steps per_device_train_batch_size"
     ),
-    ("train.activation_checkpointing", "none or full"): "gradient_checkpointing",
-    ("train.seed", ""): "random_seed",
+    ("train.activation_checkpointing", "none or full, of both towers or {vision: ..., text: ...}"): (
+        "gradient_checkpointing disable_gradient_checkpointing gradient_checkpointing_kwargs use_reentrant_gc "
+        "vit_gradient_checkpointing"
+    ),
+    ("train.seed", ""): "random_seed data_seed",
     ("data.max_tokens_per_pack", ""): "max_length cutoff_len max_seq_length max_seq_len model_max_length",
-    ("data.max_visual_tokens_per_image", "one token is 32 x 32 pixels"): "max_pixels image_max_pixels",
-    ("data.min_visual_tokens_per_image", "one token is 32 x 32 pixels"): "min_pixels image_min_pixels",
-    ("data.max_visual_tokens_per_video", "one token is 32 x 32 pixels of two frames"): "video_max_pixels total_pixels",
+    (
+        "data.max_visual_tokens_per_image",
+        "one token is 32 x 32 pixels",
+    ): "max_pixels image_max_pixels image_max_token_num",
+    (
+        "data.min_visual_tokens_per_image",
+        "one token is 32 x 32 pixels",
+    ): "min_pixels image_min_pixels image_min_token_num",
+    ("data.max_visual_tokens_per_video", "of a whole clip; one token is 32 x 32 pixels of two frames"): (
+        "video_max_pixels total_pixels video_max_token_num"
+    ),
     ("data.fps", "frames taken a second"): "video_fps",
-    ("data.min_frames", ""): "video_min_frames",
-    ("data.max_frames", ""): "video_max_frames video_maxlen",
-    ("data.train", "a list of {path, media_root, weight}"): "dataset train_file data_path",
+    ("data.min_frames", ""): "video_min_frames fps_min_frames",
+    ("data.max_frames", ""): "video_max_frames video_maxlen fps_max_frames",
+    ("data.train", "a list of {path, media_root, weight}"): "dataset train_file data_path dataset_name dataset_dir",
     ("data.eval", "a list of {path, media_root, name}"): "eval_dataset val_dataset",
+    ("data.eval.*.split", ""): "dataset_test_split",
     ("data.train.*.media_root", ""): "image_folder image_root media_dir",
-    ("data.num_workers", ""): "dataloader_num_workers preprocessing_num_workers",
+    ("data.train.*.max_rows", ""): "max_samples",
+    ("data.train.*.weight", "how often each of its rows is drawn in an epoch"): "interleave_probs interleave_prob",
+    ("data.train.*.streaming", ""): "dataset_streaming",
+    ("data.train.*.split", ""): "dataset_train_split",
+    ("data.train.*.subset", ""): "dataset_config",
+    ("data.train.*.train_on", "all or last"): "mask_history loss_scale",
+    ("data.eval_share", ""): "val_size split_dataset_ratio",
+    ("data.stream_window", "rows of a stream that are packed together"): "buffer_size shuffle_buffer_size",
+    ("data.shuffle", ""): "disable_shuffling shuffle_dataset dataset_shuffle train_dataloader_shuffle",
+    ("data.too_long", "nothing is cut"): "truncation_strategy",
+    ("data.num_workers", ""): "dataloader_num_workers preprocessing_num_workers dataset_num_proc",
     ("model.path", ""): "model_name_or_path model_name model_id",
     ("model.revision", ""): "model_revision",
+    ("model.hub_id", "the base that exports name; nothing is uploaded"): "hub_model_id",
     ("model.dtype", ""): "torch_dtype",
-    ("model.dtype", "bfloat16 or float32"): "precision bf16",
+    ("model.dtype", "bfloat16 or float32"): "precision bf16 pure_bf16",
     ("tune.rank", ""): "lora_r lora_rank r",
     ("tune.alpha", ""): "lora_alpha",
     ("tune.dropout", ""): "lora_dropout",
-    ("tune.targets", ""): "target_modules lora_target",
+    ("tune.targets", ""): "target_modules lora_target lora_target_modules",
     ("tune.start_from", "an adapter or a run"): "adapter_name_or_path adapters resume_from_adapter",
-    ("tune.full", "module groups"): "modules_to_save additional_target",
-    ("optim.lora_b_lr", "a rate, not a ratio"): "loraplus_lr_ratio loraplus_lr lora_plus_scale",
+    ("tune.full", "module groups"): "modules_to_save additional_target lora_modules_to_save",
+    ("optim.lora_b_lr", "a rate, not a ratio"): "loraplus_lr_ratio loraplus_lr lora_plus_scale lorap_lr_ratio",
+    ("tune.new_tokens", "all, or a list of tokens that the tokenizer has"): (
+        "add_tokens new_tokens add_special_tokens new_special_tokens trainable_token_indices resize_vocab"
+    ),
     ("tune.rslora", ""): "use_rslora",
     ("tune.dora", ""): "use_dora",
-    ("tune.method", "lora or full"): "finetuning_type train_type",
+    ("tune.method", "lora or full"): "finetuning_type train_type tuner_type use_peft",
     ("tune.train", "module groups, with method full"): "trainable_modules",
+    ("tune.train", "what trains is listed, with method full; with lora it is tune.targets"): (
+        "freeze_vision_tower freeze_multi_modal_projector freeze_language_model freeze_vit freeze_aligner freeze_llm"
+    ),
     ("checkpoint.every_steps", ""): "save_steps save_every_steps",
     ("checkpoint.keep_last", ""): "save_total_limit",
-    ("checkpoint.resume", "auto or never"): "resume_from_checkpoint",
+    ("checkpoint.resume", "auto or never"): "resume_from_checkpoint overwrite_output_dir",
+    ("checkpoint.every_epochs", "or checkpoint.every_steps"): "save_strategy",
+    ("checkpoint.keep_optimizer", "a run can always be resumed from its newest checkpoint"): "save_only_model",
+    ("checkpoint.keep_best", "the name of a held-out set"): "load_best_model_at_end",
+    ("eval.every_epochs", "or eval.every_steps"): "eval_strategy evaluation_strategy",
     ("eval.every_steps", ""): "eval_steps eval_every_steps",
     ("track.wandb", "offline, online or off"): "report_to wandb_mode",
     ("track.project", ""): "wandb_project",
@@ -90,7 +123,8 @@ _NAMES_ELSEWHERE: dict[tuple[str, str], str] = {
     ("track.entity", ""): "wandb_entity",
     ("track.group", ""): "wandb_group run_group",
     ("track.tags", ""): "wandb_tags",
-    ("parallel.engine", ""): "strategy distributed_type",
+    ("parallel.engine", ""): "strategy distributed_type deepspeed fsdp",
+    ("parallel.timeout_seconds", ""): "ddp_timeout",
 }
 _OUR_KEYS = {name: key_and_note for key_and_note, names in _NAMES_ELSEWHERE.items() for name in names.split()}
 _SECRET = re.compile(r"(?i)(api_?key|token|password|secret)$")
@@ -248,7 +282,7 @@ def _unknown_key_message(key: str, known: list[str]) -> str:
     section = pattern.rpartition(".")[0]
     fields = _fields_of(section, known)
     meant, note = _OUR_KEYS.get(leaf, ("", ""))
-    if meant.rpartition(".")[2] in fields:
+    if section and meant.rpartition(".")[2] in fields:
         meant = f"{section}.{meant.rpartition('.')[2]}".lstrip(".")
     meant = meant or _nearest(pattern, known)
     if not meant or meant == pattern:
@@ -261,9 +295,11 @@ def _unknown_key_message(key: str, known: list[str]) -> str:
 def _nearest(pattern: str, known: list[str]) -> str:
     """Find a near name in the same section, else the same last part elsewhere, else the nearest full key."""
     section, _, leaf = pattern.rpartition(".")
+    namesakes = [key for key in known if key.rpartition(".")[2] == leaf]
+    if namesakes and not section:
+        return min(namesakes, key=lambda key: key.count("."))
     for sibling in difflib.get_close_matches(leaf, _fields_of(section, known), n=1, cutoff=0.7):
         return f"{section}.{sibling}".lstrip(".")
-    namesakes = [key for key in known if key.rpartition(".")[2] == leaf]
     near = difflib.get_close_matches(pattern, namesakes or known, n=1, cutoff=0.0 if namesakes else 0.7)
     return near[0] if near else ""
 
