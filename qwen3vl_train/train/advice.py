@@ -36,7 +36,20 @@ def length_lines(recipe: Recipe, num_steps: int, epoch: EpochFigures | None, num
             f"warning: optim.warmup is {_count(warmup_steps, 'step')} and the run has {num_steps:,}: its rate reaches "
             f"{share:.0%} of optim.lr; lower optim.warmup, or give it as a share of the run, such as 0.03"
         )
+    if num_steps > 0 and not _keeps_something(recipe, num_steps, epoch):
+        lines.append(
+            f"warning: checkpoint.save_last is false and no checkpoint is due within {_count(num_steps, 'step')}: "
+            "nothing of the training will be kept"
+        )
     return lines
+
+
+def _keeps_something(recipe: Recipe, num_steps: int, epoch: EpochFigures | None) -> bool:
+    """Return whether a checkpoint or an export is written."""
+    keep, an_epoch = recipe.checkpoint, epoch.num_steps if epoch else num_steps + 1
+    due = [keep.every_steps, keep.export_every_steps]
+    due += [every * an_epoch for every in (keep.every_epochs, keep.export_every_epochs) if every]
+    return keep.save_last or any(steps is not None and steps <= num_steps for steps in due)
 
 
 def _more_steps(recipe: Recipe, epoch: EpochFigures, num_ranks: int) -> list[str]:

@@ -65,6 +65,27 @@ def test_a_warm_up_longer_than_the_run(warmup, num_steps, said):
     assert lines == ([] if said is None else [f"{expected}give it as a share of the run, such as 0.03"])
 
 
+@pytest.mark.parametrize(
+    ("checkpoint", "kept"),
+    [
+        ({"every_steps": 20, "save_last": False}, True),
+        ({"every_steps": 21, "save_last": False}, False),
+        ({"every_steps": 21}, True),
+        ({"every_epochs": 2, "save_last": False}, True),
+        ({"every_epochs": 3, "save_last": False}, False),
+        ({"every_steps": None, "export_every_steps": 20, "save_last": False}, True),
+        ({"every_steps": None, "export_every_epochs": 3, "save_last": False}, False),
+    ],
+    ids=str,
+)
+def test_a_run_that_keeps_nothing_says_so(checkpoint, kept):
+    lines = length_lines(_recipe(checkpoint=checkpoint), 20, EPOCH._replace(num_steps=10))
+    warning = (
+        "checkpoint.save_last is false and no checkpoint is due within 20 steps: nothing of the training will be kept"
+    )
+    assert lines[1:] == ([] if kept else [f"warning: {warning}"])
+
+
 def test_a_run_prints_these_lines(small: Path, task: Path, tmp_path: Path, capsys):
     case = {"optim__warmup": 100, "train": {"num_epochs": 1, "packs_per_step": 2}, "tune": small_runs.LORA}
     recipe = small_runs.make_recipe(small, task, tmp_path, **case)
