@@ -57,19 +57,22 @@ def adapter_config(settings: Mapping[str, Any], base: str) -> dict[str, Any]:
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return what trains under the names that `PeftModel.from_pretrained` reads on the stock model."""
+    """Return what trains under the names that `PeftModel.from_pretrained` reads on the stock model.
+
+    The parameters themselves: only they know that ZeRO-3 has partitioned them.
+    """
     tensors: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):  # a tied head is a module of its own there
         module, found, part = name.partition(".lora_")
         if found:
             # peft's files name DoRA's vector itself, its model a weight inside of it.
             kind = part.replace(f".{ADAPTER}", "", 1).replace("magnitude_vector.weight", "magnitude_vector")
-            tensors[f"{PREFIX}{to_huggingface(module)}.lora_{kind}"] = parameter.detach()
+            tensors[f"{PREFIX}{to_huggingface(module)}.lora_{kind}"] = parameter
         elif is_new_rows(name):
             table = to_huggingface(name.removesuffix(".new_rows"))
-            tensors[f"{PREFIX}{table}.{TOKEN_ROWS}"] = parameter.detach()
+            tensors[f"{PREFIX}{table}.{TOKEN_ROWS}"] = parameter
         elif parameter.requires_grad:
-            tensors[f"{PREFIX}{to_huggingface(name)}"] = parameter.detach()
+            tensors[f"{PREFIX}{to_huggingface(name)}"] = parameter
     return tensors
 
 
