@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from qwen3vl_train.arch import read_config
-from qwen3vl_train.config import Recipe, recipe_from_dict
+from qwen3vl_train.config import Recipe
 from qwen3vl_train.config.fields import is_hub_id
 
 _FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
@@ -34,7 +34,8 @@ def with_local_model(recipe: Recipe, heartbeat: Callable[[], None] = lambda: Non
     with _beating(heartbeat):
         folder = _snapshot(model.path, model.revision)
     local = {"path": folder, "hub_id": model.hub_id or model.path, "revision": None}
-    return recipe_from_dict({**recipe.to_dict(), "model": {**recipe.to_dict()["model"], **local}})
+    # A copy, which remembers what the recipe gives and what it leaves to tune.start_from.
+    return recipe.model_copy(update={"model": model.model_copy(update=local)})
 
 
 def _snapshot(name: str, revision: str | None) -> str:

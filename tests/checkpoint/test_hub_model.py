@@ -50,8 +50,11 @@ def test_a_run_from_a_name_on_the_hub(hub: Path, task: Path, tmp_path: Path):
 
 @pytest.mark.parametrize("revision", ["main", COMMIT])
 def test_a_revision_and_another_name_for_exports(hub: Path, task: Path, tmp_path: Path, revision: str):
-    local = with_local_model(_recipe(task, tmp_path, revision=revision, hub_id="me/mine")).model
+    named = _recipe(task, tmp_path, revision=revision, hub_id="me/mine")
+    recipe = with_local_model(named)
+    local = recipe.model
     assert (local.path, local.hub_id, local.revision) == (str(hub), "me/mine", None)
+    assert recipe.tune.model_fields_set == named.tune.model_fields_set, "what tune.start_from may fill in stays open"
 
 
 def test_local_folders_are_left_as_they_are(small: Path, task: Path, tmp_path: Path):

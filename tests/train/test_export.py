@@ -197,7 +197,10 @@ def test_whole_modules_of_an_adapter_are_named(run, tmp_path):
         "base_model.model.model.language_model.embed_tokens.weight",
     )
     assert torch.equal(head, tensors[embedding])
-    assert any("holds whole modules (merger, deepstack, text_embed, lm_head)" in note for note in done.notes)
+    whole = (
+        "the adapter holds whole modules (merger, deepstack, text_embed, lm_head), which peft reads and vLLM does not"
+    )
+    assert done.notes == [f"{whole}; export with --merge for it"]
     assert export_run(run("whole"), tmp_path / "merged", merge=True).notes == []
 
 

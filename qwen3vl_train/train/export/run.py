@@ -90,10 +90,14 @@ def _names_of_new_rows(model: nn.Module, collate: MultimodalCollator) -> list[st
 
 def _refused_by_servers(recipe: Recipe) -> str | None:
     """Return what servers may not take of an adapter, if there is something."""
-    assert isinstance(recipe.tune, LoraTune)
-    parts = [f"whole modules ({', '.join(recipe.tune.full)})"] if recipe.tune.full else []
-    parts += ["rows of tokens (peft 0.15 and later read them)"] if recipe.tune.new_tokens else []
-    return f"the adapter holds {' and '.join(parts)}, which vLLM refuses; export with --merge for it" if parts else None
+    tune = recipe.tune
+    assert isinstance(tune, LoraTune)
+    parts = [f"whole modules ({', '.join(tune.full)})"] if tune.full else []
+    parts += ["rows of tokens (peft 0.15 and later read them)"] if tune.new_tokens else []
+    parts += ["ranks or alphas by group"] if not all(isinstance(n, int) for n in (tune.rank, tune.alpha)) else []
+    if not parts:
+        return None
+    return f"the adapter holds {', '.join(parts)}, which peft reads and vLLM does not; export with --merge for it"
 
 
 def _compare_logits(
