@@ -97,7 +97,7 @@ CHECKS: dict[str, Check] = {
     "new_token": Check("warning", "rows",
         "Text contains added tokens that Qwen3-VL was not released with: each is encoded as one token, whose row of "
         "the embedding is trained only if the recipe says so.",
-        "Train text_embed, unless this checkpoint was trained with them before."),
+        "Train those rows with tune.new_tokens, or text_embed, unless this checkpoint was trained with them before."),
     "media_mark": Check("warning", "rows",
         "Text contains a placeholder such as <image> or <box>; the model reads it as letters.",
         "Give the medium or box that belongs there: a part of type image, or an entry under images or boxes."),

@@ -255,14 +255,17 @@ def test_the_files_have_the_dtype_that_is_asked_for(run, tmp_path, name, dtype, 
 
 
 @pytest.mark.parametrize("merge", [False, True])
-def test_as_many_layers_are_compared_as_memory_holds(run, tmp_path, merge):
+@pytest.mark.parametrize("name", ["lora", "ranks", "whole", "rows"])
+def test_as_many_layers_are_compared_as_memory_holds(run, tmp_path, name, merge):
     faults.set_free_memory(2**30 + 7 * 2**20)  # of 4 layers 3 fit
-    done = export_run(run("lora"), tmp_path / "out", merge=merge)
+    done = export_run(run(name), tmp_path / "out", merge=merge)
     assert 0 < done.difference.largest < TOLERANCE
-    what = "compared the first 3 of 4 decoder layers: 1.0 GiB of memory are free, all need 1.0"
-    assert done.notes == [what]
+    assert done.notes[0] == "compared the first 3 of 4 decoder layers: 1.0 GiB of memory are free, all need 1.0"
+
+
+def test_nothing_is_compared_where_memory_holds_too_little(run, tmp_path):
     faults.set_free_memory(2**30)
-    done = export_run(run("lora"), tmp_path / "other", merge=merge)
+    done = export_run(run("lora"), tmp_path / "out", merge=True)
     assert done.difference is None
     assert done.notes[0].startswith("logits were not compared with transformers: 1.0 GiB of memory are free, 1.0 are")
 

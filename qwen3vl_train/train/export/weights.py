@@ -17,6 +17,7 @@ from qwen3vl_train.model.lora import base_name, is_adapter
 from qwen3vl_train.model.new_rows import modules_with_new_rows
 from qwen3vl_train.model.qwen3vl import DTYPES, Qwen3VLForConditionalGeneration
 from qwen3vl_train.train.build import describe
+from qwen3vl_train.train.export.memory import return_freed_memory
 from qwen3vl_train.train.load_run import FoundCheckpoint
 
 
@@ -91,6 +92,7 @@ def _merge(layer: Any, tensors: dict[str, Tensor]) -> Tensor:
     layer.merge(safe_merge=True)
     merged = layer.get_base_layer().weight.detach()
     layer.to("meta")
+    return_freed_memory()
     return merged
 
 
