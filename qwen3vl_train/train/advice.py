@@ -25,8 +25,9 @@ def length_lines(recipe: Recipe, num_steps: int, epoch: EpochFigures | None, num
     if 0 < num_steps < _FEW_STEPS:
         packs = _count(recipe.train.packs_per_step, "pack")
         a_step = f"each of {packs} of up to {recipe.data.max_tokens_per_pack:,} tokens"
-        fixed = epoch is None or recipe.train.num_steps is not None
-        ways = ["raise train.num_steps"] if fixed else _more_steps(recipe, epoch, num_ranks)
+        ways = ["raise train.num_steps"]
+        if epoch is not None and recipe.train.num_steps is None:
+            ways = _more_steps(recipe, epoch, num_ranks)
         what = f"warning: the run has {_count(num_steps, 'step')}, {a_step}"
         lines.append(f"{what}; for more of them {', or '.join(ways)}")
     warmup_steps = recipe.optim.warmup_steps(num_steps)

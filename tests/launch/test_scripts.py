@@ -78,7 +78,7 @@ def test_only_the_first_rank_prints(finished):
     lines = said.stdout.splitlines()
     model = load_recipe(run / "recipe.yaml").model.path
     assert lines[0] == f"run {run}: {model} in float32, LoRA rank 4, 2 ranks on cpu"
-    starts = ("run ", "data: ", "trains ", "  ", "gradient check", "step ", "eval step ")
+    starts = ("run ", "data: ", "warning: the run has ", "trains ", "  ", "gradient check", "step ", "eval step ")
     assert [line for line in lines if not line.startswith(starts)] == []
     assert len(lines) == len(set(lines))
     table = {line.split()[0]: line.split()[1:] for line in lines if line.startswith("  ")}
