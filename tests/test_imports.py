@@ -16,17 +16,21 @@ BELOW = {
     "arch": set(),
     "batch": set(),
     "modules": set(),
+    "atomic_file": set(),
     "cli": {"dist"},
     "dist": set(),
-    "config": {"modules"},
+    "config": {"atomic_file", "modules"},
     "model": {"arch", "batch", "modules"},
     "model.costs": {"arch", "batch", "modules"},  # a floor of its own below data, whose planner weighs samples with it
-    "data": {"arch", "batch", "config", "model.costs", "modules"},
+    "data": {"arch", "atomic_file", "batch", "config", "model.costs", "modules"},
     "parallel": {"arch", "batch", "config", "dist", "model", "modules"},
-    "checkpoint": {"arch", "batch", "config", "dist", "model", "modules"},
-    "tracking": {"arch", "batch", "checkpoint", "config", "data", "dist", "model", "modules", "parallel"},
+    "checkpoint": {"arch", "atomic_file", "batch", "config", "dist", "model", "modules"},
+    "tracking": {
+        "arch", "atomic_file", "batch", "checkpoint", "config", "data", "dist", "model", "modules", "parallel",
+    },
     "train": {
-        "arch", "batch", "checkpoint", "cli", "config", "data", "dist", "model", "modules", "parallel", "tracking",
+        "arch", "atomic_file", "batch", "checkpoint", "cli", "config", "data", "dist", "model", "modules", "parallel",
+        "tracking",
     },
     "inspect": {"arch", "batch", "cli", "checkpoint", "config", "data", "dist", "modules", "tracking"},
 }  # fmt: skip

@@ -1,10 +1,11 @@
 """Folders that appear complete or not at all."""
 
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from qwen3vl_train.atomic_file import flush
 
 
 @contextmanager
@@ -41,12 +42,3 @@ def finish_partial(partial: Path, folder: Path) -> None:
     flush(partial)
     partial.rename(folder)
     flush(folder.parent)
-
-
-def flush(path: Path) -> None:
-    """Write a file's content, or a folder's list of files, to the disk (fsync)."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

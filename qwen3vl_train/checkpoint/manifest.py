@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from qwen3vl_train.checkpoint.atomic import flush
+from qwen3vl_train.atomic_file import flush
 
 MANIFEST = "checkpoint.json"
 EXPORTS = "export"

@@ -23,7 +23,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from qwen3vl_train.checkpoint.atomic import finish_partial, flush, start_partial
+from qwen3vl_train.atomic_file import flush
+from qwen3vl_train.checkpoint.atomic import finish_partial, start_partial
 from qwen3vl_train.checkpoint.manifest import (
     FileEntries,
     KeepPolicy,

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from qwen3vl_train.atomic_file import atomic_file
 from qwen3vl_train.config.fields import Recipe
 from qwen3vl_train.config.yaml12 import format_value, write_yaml
 
@@ -47,14 +48,11 @@ def _redact(value: Any) -> Any:
 
 
 def save_recipe(recipe: Recipe, path: str | Path) -> None:
-    """Write the recipe with every default filled in and URLs redacted, to a temporary file that is then renamed."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(write_yaml(public_dict(recipe)), encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Write the recipe with every default filled in and URLs redacted; a file that holds just that is not touched."""
+    path, content = Path(path), write_yaml(public_dict(recipe)).encode()
+    if not path.is_file() or path.read_bytes() != content:
+        with atomic_file(path, flushed=True) as temporary:
+            temporary.write_bytes(content)
 
 
 def recipe_differences(there: Recipe, here: Recipe) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 import platform
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from qwen3vl_train.checkpoint.writer import CheckpointWriter, load_checkpoint
 from qwen3vl_train.config import Recipe, check_world_size, run_dir
 from qwen3vl_train.config.fields import CheckpointSection, EvalSection
 from qwen3vl_train.data.errors import Reject
+from qwen3vl_train.data.packing.loader import StepPacks
 from qwen3vl_train.data.rejects import RejectSummary
 from qwen3vl_train.dist.ranks import Ranks
 from qwen3vl_train.dist.rendezvous import start_ranks
@@ -34,7 +36,7 @@ from qwen3vl_train.train.consistency import check_same_folder, check_same_weight
 from qwen3vl_train.train.data import TrainingData, gather_rejects, open_data
 from qwen3vl_train.train.evaluate import evaluate_loss
 from qwen3vl_train.train.export import export_while_training
-from qwen3vl_train.train.run_folder import OpenedFolder, claim_run_folder, open_run_folder
+from qwen3vl_train.train.run_folder import OpenedFolder, claim_run_folder, locked_run_folder, open_run_folder
 from qwen3vl_train.train.step import StepOptions, lr_factor, train_step
 from qwen3vl_train.train.tune import GradientCheck, check_media_reach, report_groups
 
@@ -61,6 +63,7 @@ class Run:
     ranks: Ranks
     watchdog: Watchdog
     opened: OpenedFolder
+    check_lock: Callable[[], None]  # raises where another job has taken the folder over
     manifest: dict[str, Any]  # of the checkpoint that it resumes from, {} where it starts
     base: int  # fingerprint of the base weights
     start: str | None  # a line about the weights that it starts from, where they are not the base's alone
@@ -73,6 +76,12 @@ class Run:
     def folder(self) -> Path:
         return self.opened.path
 
+    def checked(self, steps: Iterator[StepPacks]) -> Iterator[StepPacks]:
+        """Yield the steps, or raise where another job has taken the run folder over."""
+        for packs in steps:
+            self.check_lock()
+            yield packs
+
 
 def train(recipe: Recipe) -> Path:
     """Train as the recipe says, from the start or from the last checkpoint. Returns the run folder.
@@ -83,13 +92,13 @@ def train(recipe: Recipe) -> Path:
     """
     timeout = recipe.parallel.timeout_seconds
     ranks = start_ranks(timeout_seconds=timeout, nccl_trace_prefix=str(run_dir(recipe) / "logs" / "nccl_trace_rank_"))
-    with Watchdog(ranks, timeout) as watchdog:
-        check_world_size(recipe, ranks.world_size)
+    check_world_size(recipe, ranks.world_size)
+    with Watchdog(ranks, timeout) as watchdog, locked_run_folder(recipe, ranks) as check_lock:
         ranks.on_main(lambda: with_local_model(recipe, ranks.heartbeat).model.path)
         recipe = ranks.on_all(partial(with_local_model, recipe))  # ranks of other machines have caches of their own
         if recipe.train.deterministic != torch.are_deterministic_algorithms_enabled():
             torch.use_deterministic_algorithms(recipe.train.deterministic)  # imports torch's compiler: takes seconds
-        run = _open_run(recipe, ranks, watchdog)
+        run = _open_run(recipe, ranks, watchdog, check_lock)
         keep = recipe.checkpoint
         policy = KeepPolicy(keep.keep_last, keep.keep_every_steps, keep.keep_best, keep.keep_optimizer)
         with (
@@ -106,7 +115,7 @@ def train(recipe: Recipe) -> Path:
     return run.folder
 
 
-def _open_run(recipe: Recipe, ranks: Ranks, watchdog: Watchdog) -> Run:
+def _open_run(recipe: Recipe, ranks: Ranks, watchdog: Watchdog, check_lock: Callable[[], None]) -> Run:
     """Open folder, data, model and optimizer, and bring them to the last checkpoint. Every rank must call it."""
     recipe = ranks.on_all(lambda: resolve_start(recipe))
     base = check_same_weights(recipe.model.path, ranks)
@@ -138,9 +147,14 @@ def _open_run(recipe: Recipe, ranks: Ranks, watchdog: Watchdog) -> Run:
         start = load_start(recipe, state)
         optimizer.load_state_dict(state, num_updates=0)
     check_replicas(optimizer, ranks)
-    ranks.on_main(lambda: claim_run_folder(folder, recipe, checkpoint))
+
+    def claim() -> None:
+        check_lock()
+        claim_run_folder(folder, recipe, checkpoint)
+
+    ranks.on_main(claim)
     watchdog.heartbeat(progress.step)
-    return Run(recipe, ranks, watchdog, opened, manifest, base, start, data, model, optimizer, progress)
+    return Run(recipe, ranks, watchdog, opened, check_lock, manifest, base, start, data, model, optimizer, progress)
 
 
 def _loop(run: Run, recorder: Recorder, stop: StopSignals, writer: CheckpointWriter) -> None:
@@ -153,7 +167,7 @@ def _loop(run: Run, recorder: Recorder, stop: StopSignals, writer: CheckpointWri
     for line in lines + resume_lines(start_step, num_steps, run.opened.damaged, run.opened.changes):
         recorder.line(line)
     factor_at = partial(lr_factor, num_steps=num_steps, optim=recipe.optim)
-    steps, options = iter(data.loader), StepOptions.from_recipe(recipe, run.model)
+    steps, options = run.checked(iter(data.loader)), StepOptions.from_recipe(recipe, run.model)
     gradient_check = GradientCheck(run.model)
     while progress.step < num_steps:
         started = time.perf_counter()

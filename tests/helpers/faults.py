@@ -17,13 +17,13 @@ from typing import Any
 
 import pytest
 
-from qwen3vl_train.checkpoint import manifest, writer
+from qwen3vl_train.checkpoint import folder_lock, manifest, writer
 from qwen3vl_train.checkpoint.manifest import latest_checkpoint
 from qwen3vl_train.checkpoint.writer import CheckpointWriter
 from qwen3vl_train.data import signatures
 from qwen3vl_train.data.encode.tokenizer import ChatTokenizer
 from qwen3vl_train.data.media import frames, remote
-from qwen3vl_train.data.packing import loader, packs
+from qwen3vl_train.data.packing import index_cache, loader, packs
 from qwen3vl_train.data.sources import files, jsonl, spans
 from qwen3vl_train.dist.watchdog import Watchdog
 from qwen3vl_train.model import loss
@@ -75,6 +75,16 @@ def fill_disk(num_bytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, num_bytes))
 
 
+def refuse_file_locks() -> None:
+    """Let the file system have no locks."""
+
+    def refuse(*_: Any) -> None:
+        raise OSError(38, "Function not implemented")
+
+    for name in ("lockf", "flock"):
+        _patches.setattr(folder_lock.fcntl, name, refuse)
+
+
 def _no_space(*_: Any, **__: Any) -> None:
     raise OSError(28, "No space left on device")
 
@@ -90,6 +100,16 @@ def around_steps(before: Callable[[int], Any] = _nothing, after: Callable[[int, 
         before=lambda *_, step, **__: before(step + 1),
         after=lambda model, optimizer, share, *_, step, **__: after(step + 1, share.packs),
     )
+
+
+def before_data(act: Callable[[], Any]) -> None:
+    """Call act() before a run opens its data."""
+    _around(loop, "open_data", before=lambda *_, **__: act())
+
+
+def before_steps(act: Callable[[], Any]) -> None:
+    """Call act() before every training step."""
+    around_steps(before=lambda _: act())
 
 
 def kill_after_metrics_of(step: int) -> None:
@@ -129,6 +149,16 @@ def see_no_files_of_others() -> None:
 def look_for_folder(seconds: float) -> None:
     """Let this rank look for the folder of the run for so many seconds."""
     _patches.setattr(consistency, "FOLDER_WAIT_SECONDS", seconds)
+
+
+# ---- the lock of the run folder
+
+
+def set_lock_times(*, poll: float | None = None, stale: float | None = None, heartbeat: float | None = None) -> None:
+    """Set the seconds between two looks at a lock, those after which it is stale, those between two renewals."""
+    for name, value in (("POLL_SECONDS", poll), ("STALE_SECONDS", stale), ("HEARTBEAT_SECONDS", heartbeat)):
+        if value is not None:
+            _patches.setattr(folder_lock, name, value)
 
 
 # ---- checkpoints
@@ -304,6 +334,12 @@ def refuse_to_tokenize(num_characters: int) -> None:
 def call_disk_slow_after(seconds: float) -> None:
     """Take a file system for a slow one where a file's size and time take so long."""
     _patches.setattr(signatures, "_SLOW_SECONDS", seconds)
+
+
+def after_index_arrays(act: Callable[[], Any]) -> None:
+    """Call act() once, after the arrays of an index are written and before its file has its name."""
+    calls = iter([act])
+    _around(index_cache.np, "savez", after=lambda *_, **__: next(calls, _nothing)())
 
 
 def before_unpacking(act: Callable[[Path], Any]) -> None:

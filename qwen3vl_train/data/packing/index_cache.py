@@ -1,9 +1,7 @@
 """The index of one source, and the file that keeps it between runs."""
 
-import contextlib
 import hashlib
 import json
-import os
 import zipfile
 import zlib
 from collections.abc import Sequence
@@ -13,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from qwen3vl_train.atomic_file import atomic_file
 from qwen3vl_train.data.encode.encoder import SampleCost
 from qwen3vl_train.data.errors import FaultKind
 from qwen3vl_train.data.signatures import hash_rows, read_signatures
@@ -111,21 +110,16 @@ def save_index(folder: Path, key: dict[str, Any], index: SourceIndex) -> None:
     """Write a source's index to a temporary file and rename it. Raises ValueError when it cannot be written."""
     file = _cache_file(folder, key)
     words = json.dumps({"key": key, "rejects": index.rejects, "files": index.files}, sort_keys=True)
-    temporary = file.with_name(f"{file.name}.{os.getpid()}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as out:
+        with atomic_file(file) as temporary, temporary.open("wb") as out:
             arrays = {name: getattr(index, name) for name in _ARRAYS}
             np.savez(out, words=np.frombuffer(words.encode(errors="surrogateescape"), dtype=np.uint8), **arrays)
-        os.replace(temporary, file)
     except OSError as error:
         raise ValueError(
             f"{folder}: the index of the data cannot be kept there ({error.strerror or error}); free space or set "
             "QWEN3VL_TRAIN_CACHE to another folder"
         ) from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
 
 
 def load_index(folder: Path, key: dict[str, Any], num_rows: int) -> SourceIndex | None:

@@ -12,6 +12,7 @@ from glob import glob, has_magic
 from pathlib import Path
 from typing import IO, Any
 
+from qwen3vl_train.atomic_file import atomic_file
 from qwen3vl_train.data.signatures import FileSignature
 
 COMPRESSED = (".gz", ".zst", ".zstd")
@@ -170,16 +171,13 @@ def cached_copy(path: str, key: Any, write: Callable[[Path], None], suffix: str)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with lock.open("w") as held:
-            fcntl.flock(held, fcntl.LOCK_EX)
+            with contextlib.suppress(OSError):  # a file system without locks: each writes a copy, the last one is kept
+                fcntl.flock(held, fcntl.LOCK_EX)
             if not copy.exists():
-                temporary = folder / f"{name}.{os.getpid()}"
-                try:
+                with atomic_file(copy) as temporary:
                     write(temporary)
                     if file_signature(path) != signature:
                         raise ValueError(f"{path}: changed while it was unpacked; start again once it is complete")
-                    os.replace(temporary, copy)
-                finally:
-                    temporary.unlink(missing_ok=True)
     except OSError as error:
         remedy = "free space, set QWEN3VL_TRAIN_CACHE to another folder, or set streaming: true"
         raise ValueError(f"{path}: cannot be unpacked to {folder} ({error.strerror or error}); {remedy}") from None

@@ -310,6 +310,14 @@ def test_rows_of_a_file_changed_meanwhile_are_scanned_again(tmp_path, collate):
     assert [reject.row for reject in index.rejects] == [2]
 
 
+def test_two_processes_of_one_id_keep_one_index(tmp_path):
+    index = SourceIndex.join([])
+    faults.after_index_arrays(lambda: save_index(tmp_path, {}, index))  # another one writes the same file meanwhile
+    save_index(tmp_path, {}, index)
+    assert load_index(tmp_path, {}, 0) is not None
+    assert len(list(tmp_path.iterdir())) == 1
+
+
 def test_damage_in_the_directory_of_a_cache_file_raises_nothing(tmp_path):
     index = SourceIndex.join([])
     save_index(tmp_path, {}, index)

@@ -15,6 +15,7 @@ import pytest
 from qwen3vl_train.config.data_fields import TrainSource
 from qwen3vl_train.data.errors import RowFault
 from qwen3vl_train.data.sources import JsonlSource, open_sources, open_stream
+from qwen3vl_train.data.sources.files import unpack
 from tests.helpers import faults
 from tests.helpers.messages import message_of
 from tests.helpers.row_files import KINDS, ROW, talks, texts, write_all, write_tar
@@ -42,7 +43,17 @@ def test_truncated_gz_and_zst(tmp_path):
     assert faults_of(tmp_path / "b.jsonl.gz") == {
         "b.jsonl.gz: is truncated or damaged after row 0 (Not a gzipped file (b'no')); copy the file again"
     }
-    assert not list(Path(os.environ["QWEN3VL_TRAIN_CACHE"]).glob("unpacked/*.jsonl.[0-9]*"))
+    assert {file.suffix for file in Path(os.environ["QWEN3VL_TRAIN_CACHE"]).glob("unpacked/*")} <= {".lock"}
+
+
+def test_a_file_is_unpacked_twice_at_once_without_locks(tmp_path):
+    """On a shared cache whose file system has no locks, also by processes of one number."""
+    faults.refuse_file_locks()
+    (file := tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(LINES))
+    others = iter([lambda: unpack(str(file))])
+    faults.before_unpacking(lambda _: next(others, lambda: None)())
+    assert unpack(str(file)).read_bytes() == LINES
+    assert {path.suffix for path in Path(os.environ["QWEN3VL_TRAIN_CACHE"]).glob("unpacked/*")} == {".lock", ".jsonl"}
 
 
 def test_truncated_tar(tmp_path):
