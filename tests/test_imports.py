@@ -17,22 +17,23 @@ BELOW = {
     "batch": set(),
     "modules": set(),
     "atomic_file": set(),
+    "outputs": set(),
     "cli": {"dist"},
     "dist": set(),
     "config": {"atomic_file", "modules"},
     "model": {"arch", "batch", "modules"},
     "model.costs": {"arch", "batch", "modules"},  # a floor of its own below data, whose planner weighs samples with it
-    "data": {"arch", "atomic_file", "batch", "config", "model.costs", "modules"},
+    "data": {"arch", "atomic_file", "batch", "config", "model.costs", "modules", "outputs"},
     "parallel": {"arch", "batch", "config", "dist", "model", "modules"},
-    "checkpoint": {"arch", "atomic_file", "batch", "config", "dist", "model", "modules"},
+    "checkpoint": {"arch", "atomic_file", "batch", "config", "dist", "model", "modules", "outputs"},
     "tracking": {
-        "arch", "atomic_file", "batch", "checkpoint", "config", "data", "dist", "model", "modules", "parallel",
+        "arch", "atomic_file", "batch", "checkpoint", "config", "data", "dist", "model", "modules", "outputs", "parallel",
     },
     "train": {
-        "arch", "atomic_file", "batch", "checkpoint", "cli", "config", "data", "dist", "model", "modules", "parallel",
+        "arch", "atomic_file", "batch", "checkpoint", "cli", "config", "data", "dist", "model", "modules", "outputs", "parallel",
         "tracking",
     },
-    "inspect": {"arch", "batch", "cli", "checkpoint", "config", "data", "dist", "modules", "tracking"},
+    "inspect": {"arch", "batch", "cli", "checkpoint", "config", "data", "dist", "modules", "outputs", "tracking"},
 }  # fmt: skip
 # The package itself re-exports these, when they are asked for.
 FRONT = {"checkpoint", "data", "model"}

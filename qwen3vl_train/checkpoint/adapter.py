@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -14,6 +15,7 @@ from qwen3vl_train.config import LoraTune
 from qwen3vl_train.model.hf_names import to_huggingface
 from qwen3vl_train.model.lora import ADAPTER, is_adapter, lora_layers
 from qwen3vl_train.model.new_rows import is_new_rows, modules_with_new_rows
+from qwen3vl_train.outputs import REMEDY, OutputError
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -32,7 +34,10 @@ def write_adapter(
     Raises RuntimeError where a tensor reads back different from what was written.
     """
     tensors = {name: tensor.detach().to("cpu", dtype, copy=True).contiguous() for name, tensor in adapter.items()}
-    save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    try:
+        save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    except SafetensorError as error:  # also for what the disk refuses
+        raise OutputError(f"{folder / ADAPTER_WEIGHTS}: cannot be written ({error}); {REMEDY}") from error
     config = adapter_config(settings, base)
     (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     for name, tensor in load_file(folder / ADAPTER_WEIGHTS).items():

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from qwen3vl_train.data.errors import FaultKind, Reject
+from qwen3vl_train.outputs import OutputError, append_text
 
 T = TypeVar("T")
 REJECTED_FILE = "rejected.jsonl"
@@ -85,6 +86,8 @@ class RejectLedger:
     def __init__(self, path: Path, max_rejected_fraction: float, *, writes: bool) -> None:
         self._path, self._max_fraction, self._writes = path, max_rejected_fraction, writes
         self._listed = _RowSet()
+        self.failure: OutputError | None = None
+        """The first error of writing after the start, which `add` does not raise: the rows are counted all the same."""
         self._num_unnamed = 0  # listed before, but their lines were removed from the file since
         self._indexed: list[_IndexedFiles] = []
         self._indexed_by_file: dict[str, list[_IndexedFiles]] = {}
@@ -139,7 +142,10 @@ class RejectLedger:
             self._num_streamed += len(rejects)
             self._of_streams.add(rejects)
         if new and self._writes:
-            self._append(new)
+            try:
+                self._append(new)
+            except OutputError as error:
+                self.failure = self.failure or error
         return new
 
     def check(self) -> None:
@@ -191,10 +197,8 @@ class RejectLedger:
         return saved
 
     def _append(self, rejects: list[Reject]) -> None:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        # A lone surrogate (in the name of a file, in a text that a reason quotes) is written as JSON does: \\udc80.
-        with self._path.open("a", encoding="utf-8", errors="backslashreplace") as file:
-            file.writelines(json.dumps(reject._asdict(), ensure_ascii=False) + "\n" for reject in rejects)
+        lines = (json.dumps(reject._asdict(), ensure_ascii=False) + "\n" for reject in rejects)
+        append_text(self._path, "".join(lines))
 
 
 @dataclass

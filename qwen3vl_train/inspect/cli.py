@@ -7,6 +7,7 @@ from pathlib import Path
 
 from qwen3vl_train.cli import run_or_explain
 from qwen3vl_train.config import load_recipe
+from qwen3vl_train.outputs import check_writable, write_text
 
 
 def inspect_data(argv: list[str] | None = None) -> int:
@@ -39,6 +40,9 @@ def inspect_data(argv: list[str] | None = None) -> int:
         if "=" in (arguments.json or ""):
             raise ValueError(f"--json: got {arguments.json}; give a file, or - where an override follows")
         recipe = load_recipe(arguments.recipe, arguments.overrides)
+        out = arguments.out or Path(f"{recipe.name}-data.html")
+        for path in (out, *([Path(arguments.json)] if arguments.json not in (None, "-") else [])):
+            check_writable(path)
         with IndexProgress() as progress:
             inspection = inspect_recipe(
                 recipe, num_samples=arguments.samples, max_rows=arguments.rows or None, progress=progress
@@ -47,8 +51,7 @@ def inspect_data(argv: list[str] | None = None) -> int:
         print_facts(inspection.facts, console)
         if arguments.json:
             text = json.dumps(inspection.to_json(), indent=2, ensure_ascii=False) + "\n"
-            sys.stdout.write(text) if arguments.json == "-" else Path(arguments.json).write_text(text, encoding="utf-8")
-        out = arguments.out or Path(f"{recipe.name}-data.html")
+            sys.stdout.write(text) if arguments.json == "-" else write_text(Path(arguments.json), text)
         write_page(inspection, out)
         console.print(f"{out}: open it in a browser", markup=False, highlight=False, soft_wrap=True)
 

@@ -11,15 +11,15 @@ from typing import Any
 
 from qwen3vl_train.inspect.findings import CHECKS
 from qwen3vl_train.inspect.recipe import Inspection
+from qwen3vl_train.outputs import write_text
 
 # The charts are drawn by charts.js: plotly's script would add several MB to every page, for a handful of bar charts.
 _SCRIPTS = ("dom.js", "charts.js", "facts.js", "packs.js", "images.js", "samples.js", "main.js")
 
 
 def write_page(inspection: Inspection, out: Path) -> None:
-    """Write the page. Raises OSError if `out` cannot be written."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(render_page(inspection), encoding="utf-8")
+    """Write the page. Raises OutputError if `out` cannot be written."""
+    write_text(out, render_page(inspection))
 
 
 def render_page(inspection: Inspection) -> str:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from qwen3vl_train.data.packing.loader import StepPacks
+from qwen3vl_train.outputs import writing
 from qwen3vl_train.tracking.loss_by_source import SourceLoss
 
 # Dense bf16 tensor throughput in FLOP/s by words of the device's name; the first match decides.
@@ -136,14 +137,17 @@ class MetricsLog:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        _repair_last_line(self.path)
-        self._file = self.path.open("a", encoding="utf-8")
+        with writing(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            _repair_last_line(self.path)
+            self._file = self.path.open("ab", buffering=0)
 
     def append(self, row: dict[str, Any]) -> None:
-        """Write one row. Raises OSError (full disk) as the system reports it."""
-        self._file.write(json.dumps(_finite(row), allow_nan=False) + "\n")
-        self._file.flush()
+        """Write one row. Raises OutputError (full disk), after which nothing more is written."""
+        line = json.dumps(_finite(row), allow_nan=False).encode() + b"\n"
+        with writing(self.path):
+            while line:
+                line = line[self._file.write(line) :]
 
     def close(self) -> None:
         self._file.close()

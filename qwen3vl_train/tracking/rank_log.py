@@ -1,5 +1,6 @@
 """A log file for each rank other than 0, so that the terminal shows the run once."""
 
+import contextlib
 import os
 import sys
 import time
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import TextIO
 
 from qwen3vl_train.dist.ranks import Ranks
+from qwen3vl_train.outputs import writing
 
 
 @contextmanager
@@ -23,10 +25,12 @@ def rank_log(folder: Path, ranks: Ranks) -> Iterator[TextIO]:
         yield sys.stdout
         return
     path = folder / "logs" / f"rank-{ranks.rank}.log"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8", buffering=1) as file:
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a", encoding="utf-8", buffering=1)
         started = time.strftime("%Y-%m-%d %H:%M:%S")
         print(f"{started} rank {ranks.rank} of {ranks.world_size} on {os.uname().nodename}, {ranks.device}", file=file)
+    try:
         kept = {number: os.dup(number) for number in (1, 2)}
         try:
             for number in kept:
@@ -37,3 +41,6 @@ def rank_log(folder: Path, ranks: Ranks) -> Iterator[TextIO]:
             for number, before in kept.items():
                 os.dup2(before, number)
                 os.close(before)
+    finally:
+        with contextlib.suppress(OSError):  # a full disk: what could not be written before is tried again here
+            file.close()

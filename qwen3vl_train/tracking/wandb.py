@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 
 from qwen3vl_train.config import Recipe, public_dict
 from qwen3vl_train.dist.stop import STOPPED
+from qwen3vl_train.outputs import writing
 from qwen3vl_train.tracking.wandb_settings import WandbSettings, wandb_settings
 
 
@@ -35,27 +36,33 @@ class WandbTracker:
         import wandb
         from wandb.errors import Error as WandbError
 
-        run_dir.mkdir(parents=True, exist_ok=True)
-        self.run_id: str | None = _run_id(run_dir, run_id or settings.trial)
+        self._folder = run_dir / "wandb"
+        with writing(run_dir):
+            run_dir.mkdir(parents=True, exist_ok=True)
+            self.run_id: str | None = _run_id(run_dir, run_id or settings.trial)
         online = settings.mode == "online"
         if online and not _has_login(wandb.setup().settings.base_url):
             raise ValueError(_NO_LOGIN.format(what="no W&B login found"))
         # Not W&B's git state but ours, in the config: without the remote's address, which may hold a password.
         quiet = wandb.Settings(console="off", silent=not online, disable_git=True, save_code=False)
         try:
-            self._run = wandb.init(
-                mode="online" if online else "offline", dir=str(run_dir), id=self.run_id,
-                resume="allow" if online else None,  # offline, the id alone joins the sessions
-                **({} if settings.trial else {"project": settings.project, "entity": settings.entity}),  # a sweep's own
-                name=settings.run_name, group=settings.group, tags=settings.tags, notes=settings.notes,
-                config={**public_dict(recipe), "git": git_state(Path.cwd())}, settings=quiet,
-            )  # fmt: skip
+            with writing(self._folder, _NO_ROOM):
+                self._run = wandb.init(
+                    mode="online" if online else "offline", dir=str(run_dir), id=self.run_id,
+                    resume="allow" if online else None,  # offline, the id alone joins the sessions
+                    # Project and entity of a sweep's trial are the sweep's own.
+                    **({} if settings.trial else {"project": settings.project, "entity": settings.entity}),
+                    name=settings.run_name, group=settings.group, tags=settings.tags, notes=settings.notes,
+                    config={**public_dict(recipe), "git": git_state(Path.cwd())}, settings=quiet,
+                )  # fmt: skip
         except WandbError as error:
             raise ValueError(_NO_LOGIN.format(what=f"W&B did not start ({error})")) from error
 
     def log(self, metrics: dict[str, Any], step: int) -> None:
-        """Record numbers of a step. Steps never decrease; several calls for one step are merged."""
-        self._run.log({key: value for key, value in metrics.items() if value is not None and key != "step"}, step=step)
+        """Record numbers of a step. Steps never decrease; several calls for one step are merged. Raise OutputError."""
+        with writing(self._folder, _NO_ROOM):
+            numbers = {key: value for key, value in metrics.items() if value is not None and key != "step"}
+            self._run.log(numbers, step=step)
 
     def finish(self, exit_code: int = 0) -> None:
         """Close the run; an exit code other than 0 marks it as failed, STOPPED as one that will be resumed."""
@@ -64,6 +71,7 @@ class WandbTracker:
         self._run.finish(exit_code=exit_code)
 
 
+_NO_ROOM = "make room, or use track.wandb=off, then start again"
 _NO_LOGIN = "track.wandb: online, but {what}; run `wandb login`, set WANDB_API_KEY, or use track.wandb=offline"
 
 

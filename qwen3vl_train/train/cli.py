@@ -1,11 +1,13 @@
 """The main functions of the scripts in launch/: read the command line, call one function, print errors as messages."""
 
 import argparse
+import contextlib
 import json
 from pathlib import Path
 
 from qwen3vl_train.cli import run_or_explain
 from qwen3vl_train.config import load_recipe
+from qwen3vl_train.outputs import check_writable, write_text
 
 
 def sft(argv: list[str] | None = None) -> int:
@@ -89,14 +91,12 @@ def evaluate(argv: list[str] | None = None) -> int:
     def work() -> None:
         from qwen3vl_train.train.answers import evaluate_answers
 
+        for path in filter(None, (arguments.out, arguments.json)):
+            check_writable(path)
         summary, answers = evaluate_answers(
             arguments.model, arguments.data, media_root=arguments.media_root,
             max_new_tokens=arguments.max_new_tokens, dtype=arguments.dtype, step=arguments.step, best=arguments.best,
         )  # fmt: skip
-        if arguments.out:
-            arguments.out.write_text("".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers))
-        if arguments.json:
-            arguments.json.write_text(json.dumps(summary, indent=2) + "\n")
         if summary["note"]:
             print(summary["note"])
         for answer in answers[:5]:
@@ -106,5 +106,12 @@ def evaluate(argv: list[str] | None = None) -> int:
             f"tokens, exact match {100 * summary['exact_match']:.1f}%"
             + (f", {summary['num_rejected']} rows rejected" if summary["num_rejected"] else "")
         )
+        # After the summary, which is then known whatever the disk refuses, and each also where the other one fails.
+        with contextlib.ExitStack() as outputs:
+            if arguments.json:
+                outputs.callback(write_text, arguments.json, json.dumps(summary, indent=2) + "\n")
+            if arguments.out:
+                lines = (json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
+                outputs.callback(write_text, arguments.out, "".join(lines))
 
     return run_or_explain(work)

@@ -26,6 +26,7 @@ from qwen3vl_train.dist.rendezvous import start_ranks
 from qwen3vl_train.dist.stop import StopRequest, StopSignals
 from qwen3vl_train.dist.watchdog import Watchdog
 from qwen3vl_train.model.qwen3vl import Qwen3VLForConditionalGeneration
+from qwen3vl_train.outputs import OutputError
 from qwen3vl_train.parallel.optim import TrainEngine
 from qwen3vl_train.tracking.console import resume_lines, start_banner
 from qwen3vl_train.tracking.metrics import StepTally, StepTimes
@@ -171,13 +172,17 @@ def _loop(run: Run, recorder: Recorder, stop: StopSignals, writer: CheckpointWri
     gradient_check = GradientCheck(run.model)
     while progress.step < num_steps:
         started = time.perf_counter()
-        packs, status, wait_seconds = data.take(steps, ranks, stop_requested=stop.received, save_failed=writer.failed())
+        packs, status, wait_seconds = data.take(
+            steps, ranks, stop_requested=stop.received or _unwritten(run, recorder) is not None,
+            save_failed=writer.failed(),
+        )  # fmt: skip
         if status.save_failed:
             writer.wait()  # raises on every rank
         if status.stop_requested and progress.step > start_step:
             if writer.last_step != progress.step:
                 _save(run, recorder, writer, {})
             writer.wait()
+            _check_written(run, recorder, writer)
             raise StopRequest(
                 f"{run.folder}: asked to stop, saved after step {progress.step}; start it again to continue"
             )
@@ -214,6 +219,23 @@ def _loop(run: Run, recorder: Recorder, stop: StopSignals, writer: CheckpointWri
     writer.wait()
     if warning := gradient_check.unreached():
         recorder.line(warning)
+    _check_written(run, recorder, writer)
+
+
+def _unwritten(run: Run, recorder: Recorder) -> OutputError | None:
+    """Return the first error of writing beside the checkpoints on this rank."""
+    return recorder.failure or run.data.rejects.failure
+
+
+def _check_written(run: Run, recorder: Recorder, writer: CheckpointWriter) -> None:
+    """Save, and raise RuntimeError on every rank, where one could not write. Every rank must call it."""
+    failure = _unwritten(run, recorder)
+    messages = [message for message in run.ranks.gather(None if failure is None else str(failure)) if message]
+    if messages:
+        if run.progress.step > max(writer.last_step or 0, run.manifest.get("step", 0)):
+            _save(run, recorder, writer, {})
+            writer.wait()
+        raise RuntimeError(f"{messages[0]} (saved after step {run.progress.step})") from failure
 
 
 def _evaluate(run: Run, recorder: Recorder) -> tuple[dict[str, float], list[Reject]]:

@@ -92,6 +92,11 @@ def _no_space(*_: Any, **__: Any) -> None:
 # ---- training steps
 
 
+def fill_disk_of_metrics() -> None:
+    """Let the disk that holds metrics.jsonl be full from the start, and no other."""
+    _around(recorder, "MetricsLog", before=lambda path: path.symlink_to("/dev/full"))
+
+
 def around_steps(before: Callable[[int], Any] = _nothing, after: Callable[[int, list], Any] = _nothing) -> None:
     """Call before(step) and after(step, packs of this rank) around every training step."""
     _around(
@@ -347,8 +352,10 @@ def before_unpacking(act: Callable[[Path], Any]) -> None:
     _around(files, "open_compressed", before=act)
 
 
-def set_row_limits(*, block: int | None = None, row: int | None = None) -> None:
-    """Read files of rows in blocks of so many bytes; refuse a row that is longer than so many."""
+def set_row_limits(*, block: int | None = None, row: int | None = None, unpacked: int | None = None) -> None:
+    """Read files of rows in blocks of so many bytes; refuse a row that is longer, or a file that unpacks to more."""
+    if unpacked is not None:
+        _patches.setattr(files, "MIN_UNPACKED_BYTES", unpacked)
     if block is not None:
         _patches.setattr(jsonl, "_BLOCK", block)
     if row is not None:

@@ -76,11 +76,19 @@ def test_media_root_is_the_folder_of_the_file_or_an_option(learnt, task, tmp_pat
 
 
 def test_answers_that_cannot_be_written_are_an_error(learnt, task, tmp_path, capsys):
-    out = tmp_path / "none" / "answers.jsonl"
-    assert evaluate([str(learnt), "--data", str(task / "eval.jsonl"), "--out", str(out)]) == 1
-    assert capsys.readouterr().err == (
-        f"error: [Errno 2] No such file or directory: '{out}'\n(QWEN3VL_TRACEBACK=1 shows where)\n"
+    (tmp_path / "file").touch()
+    out = tmp_path / "file" / "answers.jsonl"
+    assert evaluate([str(learnt), "--data", str(tmp_path / "none.jsonl"), "--out", str(out)]) == 1
+    assert capsys.readouterr().err.startswith(f"error: {out}: cannot be written (")  # before the rows are looked for
+    (tmp_path / "full").symlink_to("/dev/full")
+    outputs = ["--out", str(tmp_path / "full"), "--json", str(tmp_path / "new" / "summary.json")]
+    assert evaluate([str(learnt), "--data", str(task / "eval.jsonl"), *outputs]) == 1
+    said = capsys.readouterr()
+    assert "exact match" in said.out
+    assert said.err.startswith(
+        f"error: {tmp_path}/full: cannot be written (No space left on device); make room or make it writable, then "
     )
+    assert json.loads((tmp_path / "new" / "summary.json").read_text())["exact_match"]
 
 
 def test_the_export_command_says_what_it_checked(learnt, tmp_path, capsys):

@@ -15,6 +15,7 @@ from qwen3vl_train.data.open import open_collator
 from qwen3vl_train.model.lora import merge_lora
 from qwen3vl_train.model.new_rows import modules_with_new_rows
 from qwen3vl_train.model.qwen3vl import DTYPES
+from qwen3vl_train.outputs import writing
 from qwen3vl_train.train.build import as_trained
 from qwen3vl_train.train.export.files import write_adapter_files, write_checkpoint_files
 from qwen3vl_train.train.export.memory import LayersThatFit, layers_that_fit
@@ -65,7 +66,7 @@ def export_run(
     model = describe_trained(found)
     fit = layers_that_fit(model)
     probes = probe_batches(collate, _names_of_new_rows(model, collate))
-    with atomic_folder(out) as folder:
+    with writing(out), atomic_folder(out) as folder:
         if as_adapter:
             fill_trained(model, found)
             adapter = adapter_tensors(model)
