@@ -131,14 +131,14 @@ class FileSource(ABC):
             raw = self.raw(row)
             return self.rules.sample(raw.row, self.rules.sample_id(self.file, raw.number), self.media_root, raw.resolve)
 
-    def _uncompressed_path(self) -> str:
-        """Return the file, or an uncompressed copy of it, for random access. Raise ValueError."""
+    def _uncompressed_path(self, *, keeps_rows: bool = False) -> str:
+        """Return the file, or an uncompressed copy of it, for random access. Raise ValueError. keeps_rows: `unpack`."""
         if not is_compressed(self.name):
             return self.name
         if not is_url(self.name):
             with naming_file(self.name):
                 self._record_signature(self.name)  # before it is read, to notice a change during reading too
-        return str(unpack(self.name))
+        return str(unpack(self.name, keeps_rows=keeps_rows))
 
     def _record_signature(self, path: str) -> int:
         """Record the present signature of a file, for `_check_unchanged`. Return its size. Raise OSError."""

@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import gzip
 import hashlib
+import io
 import json
 import os
 import zlib
@@ -19,6 +20,10 @@ COMPRESSED = (".gz", ".zst", ".zstd")
 DAMAGE = (OSError, EOFError, zlib.error)
 """What reading a damaged compressed file raises."""
 _BLOCK = 1 << 20
+CUT = b"\0cut:"
+"""In the last line of the unpacked copy of a truncated file, after what is left of its row; the reason follows."""
+MAX_UNPACKED_RATIO, MIN_UNPACKED_BYTES = 200, 1 << 30
+"""A file that unpacks to more than both of these is not text: JSON shrinks to a tenth, zeros to a thousandth."""
 
 
 def is_url(path: str) -> bool:
@@ -130,13 +135,46 @@ def file_signature(path: str) -> FileSignature:
 
 
 def open_compressed(path: str) -> IO[bytes]:
-    """Open a compressed file as the stream of its content. Reading a damaged one raises one of DAMAGE."""
+    """Open a compressed file as the stream of its content. Reading a damaged one raises one of DAMAGE.
+
+    One that unpacks to far more than text would is a ValueError: a few megabytes may hold terabytes.
+    """
     file = open_file(path)
     if path.lower().endswith((".gz", ".tgz")):
-        return gzip.GzipFile(fileobj=file)  # type: ignore[return-value]
-    import pyarrow
+        content: Any = gzip.GzipFile(fileobj=file)
+    else:
+        import pyarrow
 
-    return pyarrow.CompressedInputStream(pyarrow.PythonFile(file, mode="r"), "zstd")
+        content = pyarrow.CompressedInputStream(pyarrow.PythonFile(file, mode="r"), "zstd")
+    return _Limited(content, path, file)  # type: ignore[return-value]
+
+
+class _Limited(io.RawIOBase):
+    """The content of a compressed file, up to a size that its own allows."""
+
+    def __init__(self, content: Any, path: str, file: IO[bytes]) -> None:
+        self._content, self._path, self._file = content, path, file
+        packed = file.seek(0, os.SEEK_END)
+        file.seek(0)
+        self._left = max(MIN_UNPACKED_BYTES, MAX_UNPACKED_RATIO * packed)
+
+    def read(self, size: int = -1) -> bytes:
+        # read1, where there is one: read discards what it has unpacked when the file ends too early.
+        read = getattr(self._content, "read1", self._content.read)
+        block = read(size if size >= 0 else self._left + 1)
+        self._left -= len(block)
+        if self._left < 0:
+            fault = f"unpacks to more than 1 GiB and {MAX_UNPACKED_RATIO} times its size, as no file of rows does"
+            raise ValueError(f"{self._path}: {fault}; unpack it yourself if you trust it")
+        return block
+
+    def seekable(self) -> bool:
+        return False
+
+    def close(self) -> None:
+        self._content.close()
+        self._file.close()
+        super().close()
 
 
 def open_plain(path: str) -> IO[bytes]:
@@ -184,8 +222,11 @@ def cached_copy(path: str, key: Any, write: Callable[[Path], None], suffix: str)
     return copy
 
 
-def unpack(path: str) -> Path:
-    """Return an uncompressed copy of a file, for random access. Raise ValueError where it is damaged."""
+def unpack(path: str, *, keeps_rows: bool = False) -> Path:
+    """Return an uncompressed copy of a file, for random access. Raise ValueError where it is damaged.
+
+    keeps_rows: of a file that is truncated, the copy has all lines before the cut, and then one with CUT.
+    """
 
     def write(copy: Path) -> None:
         lines = 0
@@ -194,13 +235,16 @@ def unpack(path: str) -> Path:
                 try:
                     block = file.read(_BLOCK)
                 except DAMAGE as error:
+                    if keeps_rows and isinstance(error, EOFError) and lines:
+                        out.write(CUT + str(error).encode() + b"\n")
+                        return
                     raise damaged(path, lines, error) from None
                 if not block:
                     return
                 lines += block.count(b"\n")
                 out.write(block)
 
-    return cached_copy(path, "plain", write, suffix_of(path))
+    return cached_copy(path, "lines" if keeps_rows else "plain", write, suffix_of(path))
 
 
 def damaged(path: str, rows: int, error: object) -> ValueError:

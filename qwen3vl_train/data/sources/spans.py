@@ -1,6 +1,7 @@
 """Files of text in which every row is a range of bytes: found once, and read again by its place."""
 
 import hashlib
+import os
 from abc import abstractmethod
 from array import array
 from collections.abc import Callable, Iterator
@@ -11,7 +12,7 @@ import numpy as np
 from qwen3vl_train.data.errors import LAST_RESORT, RowFault
 from qwen3vl_train.data.rows.parse import MAX_ROW_BYTES
 from qwen3vl_train.data.sources.base import BEGINNING, FileSource, Position, RawRow
-from qwen3vl_train.data.sources.files import DAMAGE, damaged, naming_file, open_file, open_plain, read_range
+from qwen3vl_train.data.sources.files import CUT, DAMAGE, damaged, naming_file, open_file, open_plain, read_range
 
 _BLOCK = 1 << 20
 
@@ -39,7 +40,7 @@ class SpanSource(FileSource):
         """Return the format of `self.uncompressed`. Raise ValueError."""
 
     def _open(self) -> dict[str, Any]:
-        self.uncompressed = self._uncompressed_path()
+        self.uncompressed = self._uncompressed_path(keeps_rows=True)
         spans, digest = array("q"), hashlib.sha256()
         read_spans, self._decode = self._format()
         with open_file(self.uncompressed) as file, naming_file(self.name):
@@ -61,6 +62,8 @@ class SpanSource(FileSource):
         except OSError as error:
             fault = f"{self.name}: cannot be read ({error}); check the disk or the address"
             raise RowFault(fault, kind="read_error", transient=True) from None
+        if CUT in text:
+            raise _cut(self.name, number, text.rpartition(CUT)[2].decode().strip())
         return RawRow(self._decode(text, start == 0), number, {})
 
     def row_number(self, row: int) -> int:
@@ -69,7 +72,9 @@ class SpanSource(FileSource):
 
 def stream_spans(path: str, position: Position, text_format: TextFormat) -> Iterator[RawRow]:
     """Yield the rows of a file, plain or compressed, from a position on. Raise ValueError where it is damaged."""
-    last = position["row"]
+    last, start, length = position["row"], position["byte"], 0
+    if "cut" in position:
+        return
     with naming_file(path), open_plain(path) as file:
         try:
             _seek_forward(file, position["byte"])
@@ -82,7 +87,16 @@ def stream_spans(path: str, position: Position, text_format: TextFormat) -> Iter
                     row = fault
                 yield RawRow(row, last, {"byte": start + length, "row": last})
         except DAMAGE as error:
-            raise damaged(path, last, error) from None
+            if not isinstance(error, EOFError) or not last:
+                raise damaged(path, last, error) from None
+            position = {"byte": start + length, "row": last + 1, "cut": 1}
+            yield RawRow(_cut(path, last + 1, error), last + 1, position)
+
+
+def _cut(path: str, number: int, error: object) -> RowFault:
+    """Return the fault of the row in which a compressed file ends before its end."""
+    fault = f"{os.path.basename(path)} is truncated in row {number} or after it ({error}), and has no more rows"
+    return RowFault(f"{fault}; copy the file again", kind="read_error")
 
 
 def _seek_forward(file: IO[bytes], offset: int) -> None:

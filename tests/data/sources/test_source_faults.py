@@ -32,7 +32,7 @@ def faults_of(path: Path) -> set[str]:
 
 def test_truncated_gz_and_zst(tmp_path):
     packed = gzip.compress(LINES)
-    (tmp_path / "a.jsonl.gz").write_bytes(packed[: len(packed) // 2])
+    (tmp_path / "a.jsonl.gz").write_bytes(packed[:200] + b"\xff" * 50 + packed[250:])
     (fault,) = {message.split(" row ")[0] for message in faults_of(tmp_path / "a.jsonl.gz")}
     assert fault == "a.jsonl.gz: is truncated or damaged after"
     assert all(message.endswith("; copy the file again") for message in faults_of(tmp_path / "a.jsonl.gz"))
@@ -54,6 +54,39 @@ def test_a_file_is_unpacked_twice_at_once_without_locks(tmp_path):
     faults.before_unpacking(lambda _: next(others, lambda: None)())
     assert unpack(str(file)).read_bytes() == LINES
     assert {path.suffix for path in Path(os.environ["QWEN3VL_TRAIN_CACHE"]).glob("unpacked/*")} == {".lock", ".jsonl"}
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.csv.gz"])
+def test_truncated_gz_keeps_the_rows_before_the_cut(tmp_path, name):
+    rows = ["question,answer"] * name.startswith("a.csv") + [
+        f"{n},{n * n}" if "csv" in name else ROW % f"{n} {n * n}" for n in range(500)
+    ]
+    packed = gzip.compress("\n".join(rows).encode())
+    (tmp_path / name).write_bytes(packed[: len(packed) // 2])
+    entry = TrainSource(path=str(tmp_path / name))
+    (source,) = open_sources(entry)
+    streamed = list(open_stream(entry).rows())
+    assert 50 < len(source) == len(streamed) < 500
+    last = len(source) - 1
+    assert [source.sample(row) for row in range(last)] == [row.sample for row in streamed[:-1]]
+    end = "; copy the file again"
+    for fault in (message_of(RowFault, source.sample, last), str(streamed[-1].sample)):
+        assert fault.startswith(f"{name} is truncated in row "), fault
+        assert fault.endswith(end)
+    assert list(open_stream(entry).rows(streamed[-1].state)) == [], "a run that resumes after the cut reads no more"
+    assert [row.sample for row in open_stream(entry).rows(streamed[-3].state)][:1] == [streamed[-2].sample]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.tar.gz", "a.jsonl.zst"])
+def test_bombs_are_not_unpacked(tmp_path, name):
+    faults.set_row_limits(unpacked=1 << 20)
+    content = bytes(8 << 20)
+    packed = gzip.compress(content) if name.endswith("gz") else pa.compress(content, codec="zstd", asbytes=True)
+    (tmp_path / name).write_bytes(packed)
+    assert faults_of(tmp_path / name) == {
+        f"{name}: unpacks to more than 1 GiB and 200 times its size, as no file of rows does; unpack it yourself if "
+        "you trust it"
+    }
 
 
 def test_truncated_tar(tmp_path):
