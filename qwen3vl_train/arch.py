@@ -157,6 +157,25 @@ class Qwen3VLArch:
             yield f"mrope_section {section} does not sum to head_dim/2 = {half}"
 
 
+_MAX_BLOCKS = 1000
+_MOST = 1 << 31
+_BOUNDS = {
+    **dict.fromkeys(("depth", "num_hidden_layers"), (1, _MAX_BLOCKS)),
+    **dict.fromkeys(("num_heads", "num_attention_heads", "num_key_value_heads"), (1, 4096)),
+    **dict.fromkeys(("hidden_size", "intermediate_size", "out_hidden_size", "vocab_size", "head_dim"), (1, 10_000_000)),
+    **dict.fromkeys(("in_channels", "patch_size", "temporal_patch_size", "spatial_merge_size"), (1, 1024)),
+    "num_position_embeddings": (1, 100_000_000),
+    "rms_norm_eps": (0, 1),
+    "rope_theta": (1, 10**15),
+}
+"""Least and most of the numbers of a config, far beyond any model: a damaged file asks for endless work or memory."""
+
+
+def _shown(value: Any) -> str:
+    text = f"an integer of {value.bit_length():,} bits" if isinstance(value, int) and value > 1 << 64 else repr(value)
+    return text if len(text) <= 60 else text[:60] + "..."
+
+
 class _Reader:
     """Read typed numbers from one section, and collect faults instead of stopping at the first."""
 
@@ -175,9 +194,16 @@ class _Reader:
         kind = get_origin(kind) or kind
         value = self.values.get(key)
         if isinstance(value, {int: int, float: int | float, tuple: list | tuple}[kind]) and not isinstance(value, bool):
-            return kind(value)
+            numbers = value if isinstance(value, list | tuple) else (value,)
+            least, most = _BOUNDS.get(key, (0, _MOST))
+            valid = all(type(one) in (int, float) and least <= one <= most for one in numbers)
+            if valid and len(numbers) <= _MAX_BLOCKS:
+                return kind(value)
+            what = f"{_shown(value)} is not between {least} and {most:,}; download the file again"
+            self.faults.append(f"{self.section}.{key}".strip(".") + f": {what}")
+            return kind() if kind is tuple else kind(1)
         if self.values:
-            what = "missing" if value is None else f"{value!r} is not a number of the right kind"
+            what = "missing" if value is None else f"{_shown(value)} is not a number of the right kind"
             self.faults.append(f"{self.section}.{key}".strip(".") + f": {what}")
         return kind() if kind is tuple else kind(1)
 
@@ -193,6 +219,9 @@ def read_config(model_path: str | Path) -> dict[str, Any]:
         raise ValueError(f"{file}: not JSON ({error}); download the file again") from None
     if not isinstance(config, dict):
         raise ValueError(f"{file}: holds a {type(config).__name__}, not an object")
+    if (folder / "adapter_config.json").is_file():
+        fault = "holds adapter_config.json beside config.json: transformers would load that adapter too, we would not"
+        raise ValueError(f"{folder}: {fault}; merge it into the weights, or move it to another folder")
     return config
 
 
@@ -229,12 +258,19 @@ def _base_of_adapter(file: Path) -> str:
     return f" of {base}" if base else ""
 
 
+def without_code(settings: Any) -> Any:
+    """Return settings without any `auto_map`, which asks whoever loads them to run Python files from elsewhere."""
+    if not isinstance(settings, dict):
+        return settings
+    return {key: without_code(value) for key, value in settings.items() if key != "auto_map"}
+
+
 def published_config(config: dict[str, Any], *, dtype: str) -> dict[str, Any]:
     """Return a config.json of either dialect in the published one, which transformers 4.57 and 5 both load.
 
-    dtype: 'float32' or 'bfloat16', of the weights that it describes. Unknown keys are kept unchanged.
+    dtype: 'float32' or 'bfloat16', of the weights that it describes. Unknown keys are kept unchanged, but `auto_map`.
     """
-    out = deepcopy(config)
+    out = without_code(deepcopy(config))
     text, vision = out["text_config"], out["vision_config"]
     rope = text.pop("rope_parameters", None)
     if rope:

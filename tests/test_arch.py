@@ -170,3 +170,42 @@ def test_paths_that_are_no_folder_are_named(tmp_path, monkeypatch, path, what):
     (tmp_path / "file").write_text("")
     wanted = "give a local Qwen3-VL checkpoint in Hugging Face form"
     assert message_of(ValueError, read_config, path) == f"{path}: {what.format(wanted=wanted)}"
+
+
+@pytest.mark.parametrize(
+    ("section", "change", "fault"),
+    [
+        ("text_config", {"num_hidden_layers": 10**9}, "text_config.num_hidden_layers: 1000000000 is not between 1 and"),
+        ("text_config", {"num_key_value_heads": 0}, "text_config.num_key_value_heads: 0 is not between 1 and 4,096"),
+        ("text_config", {"num_attention_heads": -8}, "text_config.num_attention_heads: -8 is not between 1 and 4,096"),
+        (
+            "text_config",
+            {"vocab_size": 10**1000},
+            "text_config.vocab_size: an integer of 3,322 bits is not between 1 and",
+        ),
+        ("text_config", {"rope_theta": 1e300}, "text_config.rope_theta: 1e+300 is not between 1 and"),
+        ("vision_config", {"depth": 10**7}, "vision_config.depth: 10000000 is not between 1 and 1,000"),
+        ("vision_config", {"patch_size": 0}, "vision_config.patch_size: 0 is not between 1 and 1,024"),
+        ("vision_config", {"num_position_embeddings": -4}, "vision_config.num_position_embeddings: -4 is not between"),
+        ("vision_config", {"deepstack_visual_indexes": ["a"]}, "vision_config.deepstack_visual_indexes: ['a'] is not"),
+    ],
+)
+def test_numbers_out_of_bounds_are_named(config, section, change, fault):
+    with pytest.raises(ValueError) as caught:
+        Qwen3VLArch.from_dict({**config, section: {**config[section], **change}})
+    assert f"  - {fault}" in str(caught.value)
+
+
+def test_adapter_beside_a_checkpoint_is_refused(config, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(
+        ValueError, match=r": holds adapter_config.json beside config.json: transformers would load that"
+    ):
+        read_config(tmp_path)
+
+
+def test_code_does_not_travel_into_a_published_config(config):
+    code = {"AutoModel": "evil.Model"}
+    marked = {**config, "auto_map": code, "text_config": {**config["text_config"], "auto_map": code}}
+    assert published_config(marked, dtype="float32") == published_config(config, dtype="float32")

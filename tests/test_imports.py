@@ -27,11 +27,12 @@ BELOW = {
     "parallel": {"arch", "batch", "config", "dist", "model", "modules"},
     "checkpoint": {"arch", "atomic_file", "batch", "config", "dist", "model", "modules", "outputs"},
     "tracking": {
-        "arch", "atomic_file", "batch", "checkpoint", "config", "data", "dist", "model", "modules", "outputs", "parallel",
+        "arch", "atomic_file", "batch", "checkpoint", "config", "data", "dist", "model", "modules", "outputs",
+        "parallel",
     },
     "train": {
-        "arch", "atomic_file", "batch", "checkpoint", "cli", "config", "data", "dist", "model", "modules", "outputs", "parallel",
-        "tracking",
+        "arch", "atomic_file", "batch", "checkpoint", "cli", "config", "data", "dist", "model", "modules", "outputs",
+        "parallel", "tracking",
     },
     "inspect": {"arch", "batch", "cli", "checkpoint", "config", "data", "dist", "modules", "outputs", "tracking"},
 }  # fmt: skip

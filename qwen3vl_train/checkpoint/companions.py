@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from qwen3vl_train.arch import without_code
+
 # What serving needs beside the weights; copied where present.
 COMPANION_FILES = (
     "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json",
@@ -37,6 +39,8 @@ def copy_companions(
     for name in COMPANION_FILES:
         if (file := Path(source) / name).is_file():
             shutil.copyfile(file, folder / name)
+    for file in folder.glob("*.json"):
+        _drop_code(file)
     _split_processor_config(folder)
     _write_tokenizer_config(folder, template)
     if template is not None:
@@ -114,6 +118,14 @@ def _write_settings(folder: Path, name: str, settings: Mapping[str, Any]) -> Non
             if part.get(old) is not None:
                 part[old] = settings["size"][new]
         _write(file, content)
+
+
+def _drop_code(file: Path) -> None:
+    """Remove `auto_map` from a file of settings: it names Python code, which an export does not hold."""
+    content = _read(file) if file.name in COMPANION_FILES and file.name.endswith("config.json") else {}
+    kept = without_code(content)
+    if kept != content:
+        _write(file, kept)
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -56,9 +57,13 @@ class WeightFiles:
         index, single = self.folder / "model.safetensors.index.json", self.folder / "model.safetensors"
         if index.is_file():
             try:
-                files = sorted({self.folder / name for name in json.loads(index.read_text())["weight_map"].values()})
+                names = sorted(map(os.fspath, set(json.loads(index.read_text())["weight_map"].values())))
             except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
                 raise ValueError(f"{index}: not a safetensors index ({error}); download the file again") from None
+            if outside := [name for name in names if not _is_file_name(name)]:
+                fault = f"weight_map names {outside[0][:100]!r}, which is not a file of this folder"
+                raise ValueError(f"{index}: {fault}; put all files into one folder")
+            files = [self.folder / name for name in names]
         else:
             files = [single]
         missing = [file.name for file in files if not file.is_file()]
@@ -110,6 +115,10 @@ class WeightFiles:
                         content.seek(8 + len(header) + position)
                         checksum = zlib.crc32(content.read(min(_SAMPLED_BYTES, end - position)), checksum)
         return checksum
+
+
+def _is_file_name(name: str) -> bool:
+    return Path(name).name == name not in ("", "..") and not {"\\", "\0"} & set(name)
 
 
 def _open(file: Path) -> Any:

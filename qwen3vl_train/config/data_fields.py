@@ -7,8 +7,10 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic.functional_validators import AfterValidator, BeforeValidator
 
 Text = Annotated[str, Field(min_length=1)]
-Count = Annotated[int, Field(ge=1)]
-Positive = Annotated[float, Field(gt=0.0)]
+Count = Annotated[int, Field(ge=1, le=10**12)]
+Positive = Annotated[float, Field(gt=0.0, le=1e12)]
+Seconds = Annotated[float, Field(gt=0.0, le=1e7)]
+Rate = Annotated[float, Field(gt=0.0, le=1000.0)]
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
@@ -112,7 +114,7 @@ class TrainSource(RowsSection):
     num_rows: roughly how many rows a stream has; if every stream gives it, sources are mixed evenly over the epoch.
     """
 
-    weight: Positive = 1.0
+    weight: Annotated[float, Field(gt=0.0, le=10_000.0)] = 1.0
     streaming: bool = False
     num_rows: Count | None = None
 
@@ -162,7 +164,7 @@ class DataSection(Section):
     max_frames: Annotated[int, Field(ge=2)] | None = None
     max_image_pixels: Count | None = None
     follow_links: bool = False
-    stream_window: Count = 2048
+    stream_window: Annotated[int, Field(ge=1, le=10_000_000)] = 2048
     shuffle: bool = True
-    num_workers: Annotated[int, Field(ge=0)] = 4
+    num_workers: Annotated[int, Field(ge=0, le=1024)] = 4
     max_rejected_fraction: Annotated[float, Field(ge=0.0, le=1.0)] = 0.01

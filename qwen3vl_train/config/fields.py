@@ -12,7 +12,17 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import AliasChoices, Field, field_validator, model_validator
 from pydantic.functional_validators import AfterValidator, BeforeValidator
 
-from qwen3vl_train.config.data_fields import Beta, Count, DataSection, Positive, Section, Text, check_name
+from qwen3vl_train.config.data_fields import (
+    Beta,
+    Count,
+    DataSection,
+    Positive,
+    Rate,
+    Seconds,
+    Section,
+    Text,
+    check_name,
+)
 from qwen3vl_train.config.tune_fields import Tune
 from qwen3vl_train.config.yaml12 import format_value
 from qwen3vl_train.modules import VISION_GROUPS
@@ -72,11 +82,11 @@ class OptimSection(Section):
     max_grad_norm: gradients of a larger norm are scaled down to it; 0 and null are off.
     """
 
-    lr: Positive = 1e-4
-    vision_lr: Positive | None = None
-    merger_lr: Positive | None = None
-    deepstack_lr: Positive | None = None
-    lora_b_lr: Positive | None = None
+    lr: Rate = 1e-4
+    vision_lr: Rate | None = None
+    merger_lr: Rate | None = None
+    deepstack_lr: Rate | None = None
+    lora_b_lr: Rate | None = None
     # strict=False for the container alone: YAML has lists only. Its numbers stay strict.
     betas: Annotated[tuple[Beta, Beta], Field(strict=False)] = (0.9, 0.999)
     eps: Positive = 1e-8
@@ -140,8 +150,8 @@ class TrainSection(Section):
     """
 
     num_steps: Count | None = None
-    num_epochs: Annotated[Positive, AfterValidator(_as_int_if_whole)] | None = 1
-    packs_per_step: Count = 8
+    num_epochs: Annotated[float, Field(gt=0.0, le=1e6), AfterValidator(_as_int_if_whole)] | None = 1
+    packs_per_step: Annotated[int, Field(ge=1, le=1_000_000)] = 8
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     activation_checkpointing: CheckpointingSection = CheckpointingSection()
     deterministic: bool = False
@@ -158,9 +168,9 @@ class ParallelSection(Section):
     """
 
     engine: Literal["single", "ddp", "fsdp2", "deepspeed"] = "ddp"
-    timeout_seconds: Positive = 1800.0
-    replicate: Count = 1
-    shard: Count | None = None
+    timeout_seconds: Seconds = 1800.0
+    replicate: Annotated[int, Field(ge=1, le=1_000_000)] = 1
+    shard: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
     reduce_dtype: Literal["float32", "bfloat16"] = "float32"
     reshard_after_forward: Literal["auto", True, False] = "auto"
     cpu_offload: bool = False

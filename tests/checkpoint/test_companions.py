@@ -130,3 +130,13 @@ def test_the_card_links_to_the_base_on_the_hub(tmp_path):
     assert "base_model" not in card
     assert "library_name: transformers" in card
     assert "fine-tuned from `/models/q` with" in card
+
+
+def test_code_of_the_base_does_not_travel(source, out):
+    code = {"AutoProcessor": "evil.Processor"}
+    for name in ("preprocessor_config.json", "tokenizer_config.json"):
+        write(source / name, {**read(source / name), "auto_map": code, "nested": {"auto_map": code, "kept": 1}})
+    copy_companions(source, out)
+    for name in ("preprocessor_config.json", "tokenizer_config.json"):
+        assert "auto_map" not in (out / name).read_text()
+        assert read(out / name)["nested"] == {"kept": 1}

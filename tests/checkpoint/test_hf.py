@@ -277,3 +277,11 @@ def test_nothing_is_left_where_writing_fails(folder, tmp_path):
     with pytest.raises(ValueError, match=r"nothing\.of\.ours: not part of the module tree"):
         save(weights, out, source=folder, dtype=torch.float32, max_shard_bytes=8)
     assert list(tmp_path.glob("*out*")) + list(tmp_path.glob(".*")) == []
+
+
+@pytest.mark.parametrize("name", ["../model.safetensors", "/etc/passwd", "a/b.safetensors", "a\\b", "..", ""])
+def test_index_may_name_files_of_its_folder_alone(folder, name):
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": name}}))
+    fault = f"{index}: weight_map names {name!r}, which is not a file of this folder; put all files into one folder"
+    assert refusal(folder) == fault

@@ -1,6 +1,9 @@
 """Find the checkpoint's chat template, and check that one of our dialects renders exactly the same."""
 
+import contextlib
 import json
+import sys
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,6 +72,13 @@ PROBES = {"instruct": _COMMON, "thinking": {**_COMMON, **_THINKING}}
 """Conversations that together reach every branch of the templates, for each dialect."""
 
 
+_MAX_LINES = 200_000
+"""Lines of compiled template, and of the filters it calls, for one conversation; Qwen's take under 2,000."""
+_MAX_BYTES = 1 << 30
+_MAX_FACTOR = 100_000
+_MAX_CHARACTERS = 1_000_000
+
+
 def find_template(model_path: str | Path) -> tuple[str, str]:
     """Return (text of the chat template, its file). Raise ValueError when the checkpoint has none."""
     folder = Path(model_path)
@@ -120,35 +130,95 @@ def _compile(template: str) -> "Template":
         def content(self, caller: Any) -> str:
             return caller()
 
-    sandbox = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, Generation])
+    class Sandbox(ImmutableSandboxedEnvironment):
+        """Refuse products that take more than a line of a template should."""
+
+        intercepted_binops = frozenset(("*", "**"))
+
+        def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+            if operator == "**" or max(_size(left), _size(right)) > _MAX_FACTOR:
+                raise TemplateError(f"{operator} of large values")
+            return super().call_binop(context, operator, left, right)
+
+    sandbox = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, Generation])
     sandbox.filters["tojson"] = lambda value, **options: json.dumps(value, **{"ensure_ascii": False, **options})
     sandbox.globals["raise_exception"] = refuse
     return sandbox.from_string(template)
 
 
+def _size(value: Any) -> int:
+    """Return what a product grows by: the value of an integer, the length of a text or a list."""
+    return abs(value) if isinstance(value, int) else len(value) if isinstance(value, str | list | tuple) else 0
+
+
+@contextlib.contextmanager
+def _bounded(*, counts_lines: bool) -> Iterator[None]:
+    """Raise MemoryError for much memory, and TemplateError after so many lines of compiled template.
+
+    The limit on memory is one of the process, so it is raised again at once; there is none where /proc is missing.
+    """
+    import resource
+
+    from jinja2 import TemplateError
+
+    left = _MAX_LINES
+
+    def count(frame: Any, event: str, argument: Any) -> Any:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise TemplateError(f"it takes more than {_MAX_LINES:,} lines")
+        return count
+
+    before, limits = sys.gettrace(), resource.getrlimit(resource.RLIMIT_AS)
+    status = Path("/proc/self/statm")
+    if status.is_file():
+        most = int(status.read_text().split()[0]) * resource.getpagesize() + _MAX_BYTES
+        resource.setrlimit(resource.RLIMIT_AS, (most if limits[0] < 0 else min(most, limits[0]), limits[1]))
+    if counts_lines:
+        sys.settrace(count)
+    try:
+        yield
+    finally:
+        if counts_lines:
+            sys.settrace(before)
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
+@lru_cache(maxsize=8)  # a run opens its checkpoint several times
 def check_template(template: str, where: str = "chat_template") -> str:
     """Return the dialect of a checkpoint's template: 'instruct' or 'thinking'.
 
     Every probe is rendered by the template and by our rules, with and without the generation prompt. Raise ValueError
-    that shows where the two first differ.
+    that shows where the two first differ, or why the template cannot be rendered: it is code from elsewhere, which may
+    raise anything, or run without end.
     """
     from jinja2 import TemplateError
 
-    try:
-        prompt = render_template(template, [_ASK], None, True)
-        dialect = "thinking" if prompt.endswith("<think>\n") else "instruct"
-        for name, probe in PROBES[dialect].items():
-            sample = parse_sample(probe)
-            for generation_prompt in (False, True):
-                theirs = render_template(template, probe["messages"], probe.get("tools"), generation_prompt)
-                ours = as_text(DIALECTS[dialect](sample.messages, sample.tools, generation_prompt=generation_prompt))
-                if theirs != ours:
-                    raise ValueError(
-                        f"{where}: probe {name!r} renders {_around(theirs, ours)}, but Qwen3-VL {dialect} renders "
-                        f"{_around(ours, theirs)}; use the template this checkpoint was published with"
-                    )
-    except (TemplateError, TypeError) as error:
-        raise ValueError(f"{where}: cannot be rendered ({error}); copy the template again") from None
+    def render(messages: list[Any], tools: list[Any] | None, generation_prompt: bool) -> str:
+        try:
+            if len(template) > _MAX_CHARACTERS:
+                raise TemplateError(f"it has {len(template):,} characters, more than {_MAX_CHARACTERS:,}")
+            with _bounded(counts_lines=False):
+                _compile(template)
+            with _bounded(counts_lines=True):
+                return render_template(template, messages, tools, generation_prompt)
+        except Exception as error:  # the expressions of a template raise what Python raises, besides TemplateError
+            reason = str(error) or type(error).__name__
+            raise ValueError(f"{where}: cannot be rendered ({reason}); copy the template again") from None
+
+    prompt = render([_ASK], None, True)
+    dialect = "thinking" if prompt.endswith("<think>\n") else "instruct"
+    for name, probe in PROBES[dialect].items():
+        sample = parse_sample(probe)
+        for generation_prompt in (False, True):
+            theirs = render(probe["messages"], probe.get("tools"), generation_prompt)
+            ours = as_text(DIALECTS[dialect](sample.messages, sample.tools, generation_prompt=generation_prompt))
+            if theirs != ours:
+                raise ValueError(
+                    f"{where}: probe {name!r} renders {_around(theirs, ours)}, but Qwen3-VL {dialect} renders "
+                    f"{_around(ours, theirs)}; use the template this checkpoint was published with"
+                )
     return dialect
 
 

@@ -71,7 +71,13 @@ class ChatTokenizer:
         content = read_json(file)
         if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
             raise ValueError(f"{file}: is not a tokenizer (no 'model'); copy the file again")
-        loaded = cls(_load(content), where=str(file))
+        try:
+            loaded = cls(_load(content), where=str(file))
+        except ValueError:
+            raise
+        except Exception as error:  # tokenizers raises nothing more special; a damaged file KeyError, TypeError, ...
+            what = f"cannot be read as a tokenizer ({type(error).__name__}: {str(error)[:200]})"
+            raise ValueError(f"{file}: {what}; give the tokenizer of a Qwen3-VL checkpoint") from None
         loaded._check_added(Path(model_path) / "tokenizer_config.json")
         if arch is not None:
             loaded._check_ids(arch)

@@ -1,4 +1,6 @@
 import json
+import resource
+import sys
 
 import pytest
 import tiny_checkpoint
@@ -97,3 +99,27 @@ def test_broken_template_file_is_named(tmp_path):
     (tmp_path / "chat_template.json").write_text("{")
     with pytest.raises(ValueError, match=r"chat_template\.json: not a JSON object \(.*\); copy the file again"):
         find_template(tmp_path)
+
+
+RUNAWAYS = {
+    "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}": "it takes more than 200,000",
+    "{{ 'x' * 10000000000 }}": "* of large values",
+    "{{ 9 ** 99999999 }}": "** of large values",
+    "{{ 'x' | center(9000000000) }}": "MemoryError",
+    "{% set n = namespace(x='xx') %}{% for i in range(50) %}{% set n.x = n.x ~ n.x %}{% endfor %}": "MemoryError",
+    "{{ messages[9].content.x }}": "list object has no element 9",
+    "{{ 1 / 0 }}": "division by zero",
+    "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}": "maximum recursion depth exceeded",
+    "{{ raise_exception('no') }}": "no",
+    "{% if %}": "Expected an expression",
+    "x" * 1_000_001: "it has 1,000,001 characters, more than 1,000,000",
+}
+
+
+@pytest.mark.parametrize("template", RUNAWAYS, ids=lambda text: text[:40])
+def test_templates_that_raise_or_run_away_are_refused(template):
+    before = sys.gettrace(), resource.getrlimit(resource.RLIMIT_AS)
+    with pytest.raises(ValueError) as caught:
+        check_template(template, "here")
+    assert str(caught.value).startswith(f"here: cannot be rendered ({RUNAWAYS[template]}")
+    assert (sys.gettrace(), resource.getrlimit(resource.RLIMIT_AS)) == before

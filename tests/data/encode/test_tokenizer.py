@@ -181,3 +181,19 @@ def test_ids_that_contradict_the_config(tiny_folder, file):
         f"<|image_pad|> is {pad}, config.json says 5; its highest id {size - 1} is outside the model's "
         "vocabulary of 300; use the tokenizer of this checkpoint"
     )
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda content: content["model"].update(type="Unknown"),
+        lambda content: content["added_tokens"].append({"id": 1}),
+        lambda content: content.update(pre_tokenizer={"type": "Nothing"}),
+        lambda content: content.update(added_tokens=7),
+    ],
+)
+def test_tokenizer_of_an_unknown_model_is_named(file, change):
+    rewrite(file, change)
+    fault = fault_of(file)
+    assert fault.startswith("cannot be read as a tokenizer (")
+    assert fault.endswith("); give the tokenizer of a Qwen3-VL checkpoint")
