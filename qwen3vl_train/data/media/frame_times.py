@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 _WITH_TIMES = ("mov", "matroska", "flv", "gif", "mpegts", "asf", "ogg")
 """Containers that say when each frame is shown. AVI and MPEG programme streams have a rate alone."""
 _MAX_SPAN_ERROR = 0.02
+MAX_FRAMES = 1_000_000
+"""Of a clip: nine hours at 30 a second."""
 _LEADING_PACKETS = 16
 """After a key frame: those that are shown before it follow it at once."""
 
@@ -77,7 +79,7 @@ def list_frames(file: str | bytes, container: "InputContainer", stream: "VideoSt
         if frames is not None:
             leads = _has_leading(_first_packets(container, stream, 2))
             return frames._replace(begins_with_key=entries[0].is_keyframe and not leads)
-    packets, seconds = list_packets(container, stream)
+    packets, seconds = list_packets(container, stream, name)
     shown = [packet for packet in packets if not packet.discarded]
     if stream.frames and stream.frames != len(entries) and stream.frames != len(shown):
         raise wrong_frame_count(name, stream.frames, len(shown))
@@ -127,14 +129,25 @@ def _has_leading(packets: Sequence[Packet]) -> bool:
     return bool(times) and min(times) < times[0]
 
 
-def list_packets(container: "InputContainer", stream: "VideoStream") -> tuple[list[Packet], float]:
-    """Return the stream's packets in decoding order, and the second at which the last packet of any stream ends."""
+def check_num_frames(num_frames: int, name: str) -> None:
+    """Raise MediaFault for a clip of more frames than any that is trained on: each of them takes memory."""
+    if num_frames > MAX_FRAMES:
+        fault = f"{name}: has {num_frames:,} frames, more than {MAX_FRAMES:,}; split it"
+        raise MediaFault(fault, kind="unsupported_media")
+
+
+def list_packets(container: "InputContainer", stream: "VideoStream", name: str = "video") -> tuple[list[Packet], float]:
+    """Return the stream's packets in decoding order, and the second at which the last packet of any stream ends.
+
+    Raise MediaFault for more than MAX_FRAMES.
+    """
     packets, end = [], 0.0
     for packet in container.demux():
         if packet.pts is not None and packet.time_base is not None:
             end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
         if packet.stream_index == stream.index and packet.size:
             packets.append(Packet(packet.pts, packet.is_keyframe, packet.is_discard, packet.is_corrupt))
+            check_num_frames(len(packets), name)
     return packets, end
 
 

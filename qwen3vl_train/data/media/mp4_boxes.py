@@ -34,6 +34,22 @@ def mp4_time_offsets(file: IO[bytes], track: int) -> list[tuple[int, int]] | Non
     return None
 
 
+def mp4_num_frames(file: IO[bytes]) -> int:
+    """Return the most frames that a track declares; 0 where none does. A few bytes can declare billions."""
+    left, most = [MAX_BOXES], 0
+
+    def search(span: tuple[int, int], way: tuple[bytes, ...]) -> None:
+        nonlocal most
+        for kind, inner in boxes(file, *span, left):
+            if kind == way[0] and len(way) > 1:
+                search(inner, way[1:])
+            elif kind == way[0]:
+                most = max(most, *(unpack(file, inner[0], ">I", 8, 0) or (0,)))
+
+    search((0, file.seek(0, os.SEEK_END)), (b"moov", b"trak", b"mdia", b"minf", b"stbl", b"stsz"))
+    return most
+
+
 def _runs(file: IO[bytes], start: int, end: int) -> list[tuple[int, int]]:
     file.seek(start)
     (count,) = struct.unpack(">4xI", file.read(8).ljust(8, b"\0"))

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from qwen3vl_train.data.errors import MediaFault
 from qwen3vl_train.data.media.clips import MAX_FPS, MIN_FPS
-from qwen3vl_train.data.media.frame_times import Frames, list_frames
+from qwen3vl_train.data.media.frame_times import Frames, check_num_frames, list_frames
+from qwen3vl_train.data.media.mp4_boxes import mp4_num_frames
 from qwen3vl_train.data.media.paths import VideoInput, check_area, describe, path_or_bytes, unreadable
 from qwen3vl_train.data.media.rotation import Matrix, mp4_matrix, rotation_from_matrix
 
@@ -60,6 +61,8 @@ def read_header(
     one is decoded. Larger frames than max_pixels are a fault; None: than Pillow's limit for images.
     """
     name, file = describe(source, "video"), path_or_bytes(source, media_root, "video")
+    with contextlib.suppress(OSError), BytesIO(file) if isinstance(file, bytes) else open(file, "rb") as opened:
+        check_num_frames(mp4_num_frames(opened), name)  # before FFmpeg makes a table of them
     with open_video(file, name) as (container, stream):
         frames = list_frames(file, container, stream, name)
         fps, times = _rate(frames, float(stream.average_rate or 0), name)

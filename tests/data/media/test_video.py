@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from qwen3vl_train.data.errors import MediaFault
+from qwen3vl_train.data.media import frame_times
 from qwen3vl_train.data.media.frames import read_frames
 from qwen3vl_train.data.media.video import read_header
 from tests.helpers import clip_files, faults
@@ -358,3 +359,22 @@ def test_ten_minute_clip_needs_little_memory(tmp_path):
     frames_bytes = 9000 * 128 * 96 * 3  # 332 MB; those that are sampled are 28 MB, and so are their patches
     grown = after[3] - before[3] - after[2]
     assert grown < 20e6 < frames_bytes / 10, f"{grown / 1e6:.0f} MB besides the patches"
+
+
+def test_clip_that_declares_a_billion_frames_is_refused(tmp_path):
+    write_clip(tmp_path / "a.mp4")
+    content = bytearray((tmp_path / "a.mp4").read_bytes())
+    at = content.index(b"stsz") + 8
+    content[at : at + 8] = (1).to_bytes(4, "big") + (10**9).to_bytes(4, "big")
+    fault = f"video of {len(content)} bytes: has 1,000,000,000 frames, more than 1,000,000; split it"
+    assert message_of(MediaFault, read_header, bytes(content)) == fault
+
+
+def test_gif_of_many_frames_is_bounded(monkeypatch):
+    frame = b"\x21\xf9\x04\x00\x0a\x00\x00\x00" + b"\x2c\x00\x00\x00\x00\x01\x00\x01\x00\x00" + b"\x02\x02\x44\x01\x00"
+    head = b"GIF89a\x01\x00\x01\x00\x80\x00\x00\x00\x00\x00\xff\xff\xff"
+    content = head + frame * 100_000 + b";"
+    assert read_header(content).num_frames == 100_000
+    monkeypatch.setattr(frame_times, "MAX_FRAMES", 5_000)
+    fault = f"video of {len(content)} bytes: has 5,001 frames, more than 5,000; split it"
+    assert message_of(MediaFault, read_header, content) == fault
