@@ -18,23 +18,27 @@ BELOW = {
     "modules": set(),
     "atomic_file": set(),
     "outputs": set(),
-    "cli": {"dist"},
+    "public_names": set(),
+    "cli": {"dist", "public_names"},
     "dist": set(),
-    "config": {"atomic_file", "modules"},
+    "config": {"atomic_file", "modules", "public_names"},
     "model": {"arch", "batch", "modules"},
     "model.costs": {"arch", "batch", "modules"},  # a floor of its own below data, whose planner weighs samples with it
-    "data": {"arch", "atomic_file", "batch", "config", "model.costs", "modules", "outputs"},
+    "data": {"arch", "atomic_file", "batch", "config", "model.costs", "modules", "outputs", "public_names"},
     "parallel": {"arch", "batch", "config", "dist", "model", "modules"},
     "checkpoint": {"arch", "atomic_file", "batch", "config", "dist", "model", "modules", "outputs"},
     "tracking": {
         "arch", "atomic_file", "batch", "checkpoint", "config", "data", "dist", "model", "modules", "outputs",
-        "parallel",
+        "parallel", "public_names",
     },
     "train": {
         "arch", "atomic_file", "batch", "checkpoint", "cli", "config", "data", "dist", "model", "modules", "outputs",
-        "parallel", "tracking",
+        "parallel", "public_names", "tracking",
     },
-    "inspect": {"arch", "batch", "cli", "checkpoint", "config", "data", "dist", "modules", "outputs", "tracking"},
+    "inspect": {
+        "arch", "batch", "cli", "checkpoint", "config", "data", "dist", "modules", "outputs", "public_names",
+        "tracking",
+    },
 }  # fmt: skip
 # The package itself re-exports these, when they are asked for.
 FRONT = {"checkpoint", "data", "model"}

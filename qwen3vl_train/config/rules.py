@@ -6,6 +6,7 @@ from pathlib import Path
 from qwen3vl_train.config.fields import OptimSection, ParallelSection, Recipe
 from qwen3vl_train.config.tune_fields import LoraTune, number_of
 from qwen3vl_train.modules import VISION_GROUPS, expand_groups
+from qwen3vl_train.public_names import last_part
 
 Conflict = tuple[str, str]  # (dotted key, what contradicts it and what to do)
 
@@ -154,7 +155,7 @@ def _keep_best_conflicts(recipe: Recipe) -> Iterator[Conflict]:
     ]
     if wanted is None:
         return
-    names = [source.name or Path(source.path).stem for source in recipe.data.eval]
+    names = [source.name or Path(last_part(source.path)).stem for source in recipe.data.eval]
     names += ["held_out"] if recipe.data.eval_share else []
     if wanted not in names:
         known = f"use {' or '.join(names)}" if names else "name a held-out file in data.eval"

@@ -8,9 +8,7 @@ from typing import Any
 from qwen3vl_train.atomic_file import atomic_file
 from qwen3vl_train.config.fields import Recipe
 from qwen3vl_train.config.yaml12 import format_value, write_yaml
-
-_USER_INFO = re.compile(r"([A-Za-z][\w+.-]*://)[^/@\s]+@")
-_SECRET_QUERY = re.compile(r"(?i)([?&][^=&\s]*(?:token|key|secret|password|signature|credential)[^=&\s]*=)[^&\s]*")
+from qwen3vl_train.public_names import public_values
 
 # These fields change where and how a run is executed, saved, evaluated and tracked, never which weights come out.
 # Activation checkpointing repeats the same arithmetic; the share of rejected rows only decides when to give up.
@@ -30,21 +28,11 @@ def run_dir(recipe: Recipe) -> Path:
 
 
 def public_dict(recipe: Recipe) -> dict[str, Any]:
-    """Return `recipe.to_dict()` with passwords and keys inside URLs replaced by ***, for files and trackers.
+    """Return `recipe.to_dict()` with what may be secret in addresses replaced by ***, for files and trackers.
 
     s3://user:password@host/a.jsonl -> s3://***@host/a.jsonl
     """
-    return _redact(recipe.to_dict())
-
-
-def _redact(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _redact(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_redact(inner) for inner in value]
-    if isinstance(value, str):
-        return _SECRET_QUERY.sub(r"\1***", _USER_INFO.sub(r"\1***@", value))
-    return value
+    return public_values(recipe.to_dict())
 
 
 def save_recipe(recipe: Recipe, path: str | Path) -> None:

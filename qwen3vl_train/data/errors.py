@@ -5,6 +5,8 @@ from traceback import extract_tb
 from types import TracebackType
 from typing import Any, ClassVar, Literal, NamedTuple
 
+from qwen3vl_train.public_names import public_name, public_text
+
 FaultKind = Literal[
     "invalid_json", "wrong_type", "missing_field", "unknown_field", "conflicting_fields", "invalid_value",
     "media_mismatch", "dropped_by_template", "invalid_boxes", "nothing_to_learn", "too_long",
@@ -16,6 +18,7 @@ FaultKind = Literal[
 
 class RowFault(ValueError):
     """One row cannot be used. The message says what was found and what to do; it does not name file and row.
+    It is shown without what may be secret in addresses.
 
     kind: a `FaultKind`.
     transient: the cause is the machine and not the data, such as a server that does not answer, so a retry may succeed.
@@ -25,7 +28,7 @@ class RowFault(ValueError):
     default_kind: ClassVar[FaultKind] = "invalid_value"
 
     def __init__(self, message: str, *, kind: FaultKind | None = None, transient: bool = False) -> None:
-        super().__init__(message)
+        super().__init__(public_text(message))
         self.kind: FaultKind = kind or self.default_kind
         self.transient = transient
         self.sample: Any = None
@@ -76,7 +79,7 @@ class Reject(NamedTuple):
 
     @classmethod
     def from_fault(cls, file: str, row: int, fault: RowFault) -> "Reject":
-        return cls(file, row, str(fault), fault.kind)
+        return cls(public_name(file), row, str(fault), fault.kind)
 
     def __str__(self) -> str:
         return f"{self.file}:{self.row}: {self.reason}"

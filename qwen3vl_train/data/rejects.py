@@ -12,6 +12,7 @@ from typing import TypeVar
 
 from qwen3vl_train.data.errors import FaultKind, Reject
 from qwen3vl_train.outputs import OutputError, append_text
+from qwen3vl_train.public_names import public_name
 
 T = TypeVar("T")
 REJECTED_FILE = "rejected.jsonl"
@@ -104,6 +105,7 @@ class RejectLedger:
 
     def add_index(self, files: Sequence[str], *, num_rows: int, num_usable: int, rejects: list[Reject]) -> None:
         """Count what indexing found in some files, whose rows share the limit."""
+        files = [public_name(file) for file in files]
         indexed = _IndexedFiles(files, num_rows, num_usable, list(rejects))
         self._indexed.append(indexed)
         for file in files:

@@ -12,6 +12,7 @@ from qwen3vl_train.data.packing.plan import random_stream
 from qwen3vl_train.data.rows.sample import Sample
 from qwen3vl_train.data.sources import FileSource, StreamSource, open_sources, open_stream
 from qwen3vl_train.data.sources.base import RawRow
+from qwen3vl_train.public_names import last_part
 
 HELD_OUT = "held_out"
 """The name of the held-out set that data.eval_share makes."""
@@ -88,7 +89,7 @@ def check_names(data: DataSection) -> None:
 
 
 def _name_of(entry: EvalSource) -> str:
-    return entry.name or Path(entry.path).stem
+    return entry.name or Path(last_part(entry.path)).stem
 
 
 def _at_most(entry: TrainSource | EvalSource, files: list[FileSource], seed: tuple[int, ...]) -> list[FileSource]:

@@ -3,7 +3,6 @@
 import hashlib
 from collections.abc import Sequence
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 from qwen3vl_train.data.encode.chat import Slot, as_text
@@ -14,6 +13,7 @@ from qwen3vl_train.data.media.image import PATCH
 from qwen3vl_train.data.rows.sample import ImagePart, Sample
 from qwen3vl_train.inspect.scan import Scan
 from qwen3vl_train.inspect.training import Entry
+from qwen3vl_train.public_names import last_part
 
 LISTED_REJECTS = 1000  # of each entry; a million would make a file of hundreds of MB
 _KEYS = ("id", "source", "row", "fault", "text", "trained", "media")
@@ -47,7 +47,7 @@ def rejects_to_json(entry: Entry, scan: Scan) -> list[dict[str, Any]]:
     rules = entry.files[0].source.rules
     return [
         {
-            "id": _escaped(rules.sample_id(Path(reject.file).name, reject.row)),
+            "id": _escaped(rules.sample_id(last_part(reject.file), reject.row)),
             "source": _escaped(entry.name),
             "row": _escaped(entry.label_in(reject.file, reject.row)),
             "kind": reject.kind,

@@ -13,6 +13,7 @@ from qwen3vl_train.data.media.paths import ImageInput, path_or_bytes
 from qwen3vl_train.data.rows.sample import ImagePart, Sample, TextPart, VideoPart
 from qwen3vl_train.inspect.facts import SHOWN_ROWS, DuplicateFacts
 from qwen3vl_train.inspect.training import Entry, RowRef
+from qwen3vl_train.public_names import public_name
 
 
 class DuplicateFinder:
@@ -48,7 +49,7 @@ class DuplicateFinder:
 
         def full_name(ref: RowRef) -> str:
             source = self._entries[ref.entry].files[ref.file].source
-            return f"{source.name}:{source.row_number(ref.row)}"
+            return f"{public_name(source.name)}:{source.row_number(ref.row)}"
 
         for group in self._groups():
             first_of: dict[str, RowRef] = {}

@@ -10,6 +10,7 @@ from qwen3vl_train.data.encode.tokenizer import RELEASED_TOKENS
 from qwen3vl_train.inspect.boxes import BoxEvidence
 from qwen3vl_train.inspect.facts import SHOWN_ROWS, Finding, PackFacts, SourceFacts
 from qwen3vl_train.inspect.rows import NOTED_TOKENS
+from qwen3vl_train.public_names import last_part
 
 # Shares from which on something is reported; below them it is the ordinary unevenness of real data.
 _MANY_ROWS = 0.10
@@ -235,7 +236,7 @@ def recipe_findings(sources: list[SourceFacts], packs: PackFacts, recipe: Recipe
     if not packs.packs:
         num_rows = sum(source.rows for source in training)
         yield make_finding("no_rows", "", num_rows, num_rows)
-    names = Counter(entry.name or Path(entry.path).stem for entry in recipe.data.eval)
+    names = Counter(entry.name or Path(last_part(entry.path)).stem for entry in recipe.data.eval)
     if same_names := sum(count for count in names.values() if count > 1):
         yield make_finding("same_name", "", same_names, len(recipe.data.eval))
     trained = {source.name: source.weight * source.label_tokens_of_all for source in training}

@@ -29,6 +29,7 @@ from qwen3vl_train.data.selection import open_rows
 from qwen3vl_train.data.sources import FileSource, Source, StreamRow, entry_rules, open_sources, open_stream
 from qwen3vl_train.data.sources.files import cache_folder
 from qwen3vl_train.inspect.boxes import ListedMarks
+from qwen3vl_train.public_names import last_part, public_name
 from qwen3vl_train.tracking.console import IndexProgress
 
 
@@ -139,7 +140,7 @@ class Entry:
         return self.label_in(source.name, source.row_number(ref.row))
 
     def label_in(self, file: str, row_number: int) -> str:
-        return str(row_number) if len(self.files) == 1 else f"{file.rsplit('/', 1)[-1]}:{row_number}"
+        return str(row_number) if len(self.files) == 1 else f"{last_part(file)}:{row_number}"
 
 
 class ReadRows:
@@ -277,7 +278,7 @@ def _group_by_entry(
         rejects = _rejects_of(index, sources)
         for number, source in enumerate(sources):
             if source.rules is not last:
-                name = source.rules.label or source.name
+                name = source.rules.label or public_name(source.name)
                 entries.append(Entry(len(entries), name, role, weights[number]))
                 last = source.rules
             entries[-1].files.append(IndexedFile(source, index, number, rejects[number]))
@@ -292,5 +293,5 @@ def _rejects_of(index: Index, sources: Sequence[Source]) -> list[list[Reject]]:
     for number, source in enumerate(sources):
         start, end = index.starts[number], index.starts[number + 1]
         unusable = {source.row_number(row) for row in np.flatnonzero(index.tokens[start:end] == 0).tolist()}
-        found.append([reject for row, reject in by_file.get(source.name, {}).items() if row in unusable])
+        found.append([reject for row, reject in by_file.get(public_name(source.name), {}).items() if row in unusable])
     return found

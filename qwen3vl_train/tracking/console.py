@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from qwen3vl_train.config import LoraTune, Recipe
 from qwen3vl_train.config.yaml12 import format_value
 from qwen3vl_train.dist.ranks import Ranks
+from qwen3vl_train.public_names import public_text
 
 # Least time between two lines of progress in a log.
 LOG_SECONDS = 5.0
@@ -139,6 +140,7 @@ class Console:
 
     def line(self, text: str) -> None:
         """Print one line, above the bar where there is one."""
+        text = public_text(text)
         if self._bar:
             self._bar.console.print(text, markup=False, highlight=False)
         else:

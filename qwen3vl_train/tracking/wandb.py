@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 from qwen3vl_train.config import Recipe, public_dict
 from qwen3vl_train.dist.stop import STOPPED
 from qwen3vl_train.outputs import writing
+from qwen3vl_train.public_names import public_text
 from qwen3vl_train.tracking.wandb_settings import WandbSettings, wandb_settings
 
 
@@ -44,7 +45,10 @@ class WandbTracker:
         if online and not _has_login(wandb.setup().settings.base_url):
             raise ValueError(_NO_LOGIN.format(what="no W&B login found"))
         # Not W&B's git state but ours, in the config: without the remote's address, which may hold a password.
-        quiet = wandb.Settings(console="off", silent=not online, disable_git=True, save_code=False)
+        # Nor the command line, whose overrides may hold one too.
+        quiet = wandb.Settings(
+            console="off", silent=not online, disable_git=True, save_code=False, x_disable_meta=True
+        )  # fmt: skip
         try:
             with writing(self._folder, _NO_ROOM):
                 self._run = wandb.init(
@@ -52,7 +56,8 @@ class WandbTracker:
                     resume="allow" if online else None,  # offline, the id alone joins the sessions
                     # Project and entity of a sweep's trial are the sweep's own.
                     **({} if settings.trial else {"project": settings.project, "entity": settings.entity}),
-                    name=settings.run_name, group=settings.group, tags=settings.tags, notes=settings.notes,
+                    name=settings.run_name, group=settings.group, tags=settings.tags,
+                    notes=public_text(settings.notes or "") or None,
                     config={**public_dict(recipe), "git": git_state(Path.cwd())}, settings=quiet,
                 )  # fmt: skip
         except WandbError as error:

@@ -17,6 +17,7 @@ from qwen3vl_train.data.rows.sample import Sample
 from qwen3vl_train.data.sources import FileSource, open_sources
 from qwen3vl_train.model.generate import generate_greedy
 from qwen3vl_train.model.qwen3vl import DTYPES, Qwen3VLForConditionalGeneration
+from qwen3vl_train.public_names import public_name
 from qwen3vl_train.train.load_run import FoundCheckpoint, find_checkpoint, is_run_folder, restore_run
 
 # Prompts are continued together up to this many tokens; the cache of the largest model then stays near 4 GiB.
@@ -118,7 +119,7 @@ def _grouped(
                 encoded = collate.encode(sample)
                 prompt = collate.encode(question, generation_prompt=True)
         except RowFault as fault:
-            rejected.append(f"{source.name}:{source.row_number(row)}: {fault}")
+            rejected.append(f"{public_name(source.name)}:{source.row_number(row)}: {fault}")
             continue
         if group and tokens + encoded.input_ids.numel() > MAX_PROMPT_TOKENS:
             yield group

@@ -30,6 +30,7 @@ from qwen3vl_train.data.sources import FileSource, StreamSource
 from qwen3vl_train.data.sources.files import cache_folder
 from qwen3vl_train.data.sources.hub import HubSource
 from qwen3vl_train.dist.ranks import Ranks, StoreBroadcast
+from qwen3vl_train.public_names import public_name
 from qwen3vl_train.tracking.console import IndexProgress
 from qwen3vl_train.train.advice import EpochFigures, length_lines
 from qwen3vl_train.train.consistency import DataContents, StepStatus, check_same_data, plan_error
@@ -136,7 +137,7 @@ class TrainingData:
                 f"{int(index.num_shrunk.sum()):,} images and clips shrunk to a budget"
             )
         if found := self.rejects.indexed:
-            num_rows = {source.name: len(source) for _, sources in self.files for source in sources}
+            num_rows = {public_name(source.name): len(source) for _, sources in self.files for source in sources}
             reasons = [f"  - {line}" for line in RejectSummary(found).lines(num_rows)]
             lines += [f"data: {len(self.rejects):,} rows rejected, listed in rejected.jsonl", *reasons]
         return lines

@@ -44,7 +44,7 @@ def test_urls_lose_their_secrets_when_saved(small, tmp_path):
     recipe = small(data={"train": [source]})
     save_recipe(recipe, tmp_path / "recipe.yaml")
     saved = load_recipe(tmp_path / "recipe.yaml")
-    assert saved.data.train[0].path == "s3://***@host/a.jsonl?X-Amz-Signature=***&part=1"
+    assert saved.data.train[0].path == "s3://***@host/a.jsonl?***"
     assert saved.data.train[0].media_root == "https://***@host/i@2"
     assert saved.to_dict() == public_dict(recipe)
     assert recipe_differences(saved, recipe) == {}

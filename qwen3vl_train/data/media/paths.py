@@ -16,6 +16,7 @@ from PIL import Image
 
 from qwen3vl_train.data.errors import MediaFault
 from qwen3vl_train.data.media.remote import Remote, is_web_address
+from qwen3vl_train.public_names import public_name
 
 ImageInput = str | bytes | Image.Image | Remote
 """A path, a `file://` or `data:` URI, base64 text, the bytes of an encoded image, a PIL image, or one to be fetched."""
@@ -25,6 +26,7 @@ VideoInput = str | bytes | Remote
 _BASE64_MAGIC = re.compile(r"iVBORw0KGgo|/9j/|R0lGOD[dl]h|UklGR.{6}XRUJQ|Qk.{6}AAAA|SUkqA|TU0AK")
 """The base64 of how files begin: PNG, JPEG, GIF, WebP, BMP, TIFF in both byte orders."""
 _BASE64_TEXT = re.compile(r"[A-Za-z0-9+/\s]+={0,2}\s*")
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _MIN_BASE64 = 44
 """Characters; a GIF of one pixel has 48. What is shorter is a path."""
 _HUB_FOLDER = re.compile(r"(datasets|models|spaces)--.+")
@@ -43,12 +45,16 @@ def describe(medium: ImageInput, kind: str = "image") -> str:
     if isinstance(medium, str):
         if is_base64(medium):
             return f"{kind} in base64"
-        return "data URI" if medium.startswith("data:") else f"{kind} {medium[:200]}{'...' * (len(medium) > 200)}"
+        return "data URI" if medium.startswith("data:") else f"{kind} {_shortened(public_name(medium))}"
     if isinstance(medium, bytes):
         return f"{kind} of {len(medium)} bytes"
     if isinstance(medium, Remote):
         return f"{kind} {medium}"
     return f"PIL image of {medium.width}x{medium.height}"
+
+
+def _shortened(name: str) -> str:
+    return f"{name[:200]}{'...' * (len(name) > 200)}"
 
 
 def is_base64(medium: str) -> bool:
@@ -65,6 +71,8 @@ def local_path(medium: str, media_root: str | os.PathLike[str] | None) -> str | 
         return None
     with contextlib.suppress(MediaFault):
         medium = _path_of_uri(medium, "image")
+    if _SCHEME.match(medium) and not medium.lower().startswith("file://"):  # an address, which `resolve_path` refuses
+        return None
     path = os.path.join(media_root or "", medium)
     return None if is_base64(medium) and not _exists(path) else path
 
@@ -99,7 +107,7 @@ def resolve_path(path: str, media_root: str | os.PathLike[str] | None, kind: str
     local path is accepted.
     """
     name, path = describe(path, kind), _path_of_uri(path, kind)
-    scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", path)
+    scheme = _SCHEME.match(path)
     if scheme:
         remedy = " or set allow_urls: true" if is_web_address(path) else ""
         fault = f"{name}: is a {scheme[1]} URL and nothing is downloaded; give a local path{remedy}"

@@ -4,7 +4,6 @@ import contextlib
 import http.client
 import io
 import ipaddress
-import re
 import socket
 import ssl
 import time
@@ -16,6 +15,7 @@ from urllib import request
 from urllib.parse import unquote, urlsplit
 
 from qwen3vl_train.data.errors import MediaFault
+from qwen3vl_train.public_names import public_name
 
 MAX_BYTES = 512 << 20
 """Of one medium: a long clip in good quality. Its bytes are held in memory, in every worker at once."""
@@ -43,10 +43,7 @@ class Remote:
 
     def __str__(self) -> str:
         """Return the address for messages, without user, password and query, which may contain a key."""
-        address = re.split("[?#]", self.url, maxsplit=1)[0]
-        scheme, colon, rest = address.partition("://")
-        host, slash, path = rest.partition("/")
-        return f"{scheme}{colon}{host.rpartition('@')[2]}{slash}{path}"[:200]
+        return public_name(self.url)[:200]
 
     def fetch(self) -> bytes:
         """Return all bytes, downloaded again at every call; transient errors are retried. Raise MediaFault."""

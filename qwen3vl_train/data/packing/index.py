@@ -22,6 +22,7 @@ from qwen3vl_train.data.rows.media_files import is_fetched, local_files
 from qwen3vl_train.data.rows.sample import Sample
 from qwen3vl_train.data.signatures import read_signatures
 from qwen3vl_train.data.sources import Source
+from qwen3vl_train.public_names import public_name
 
 _ROWS_PER_CHUNK = 256
 _WORTH_PROCESSES = 2000
@@ -104,7 +105,7 @@ class Index:
             signatures=joined.row_signatures(),
             formats=joined.formats,
             rejects=[
-                Reject(name, reject.number, reject.reason, reject.kind)
+                Reject(public_name(name), reject.number, reject.reason, reject.kind)
                 for name, part in zip(names, parts, strict=True)
                 for reject in part.rejects
             ],

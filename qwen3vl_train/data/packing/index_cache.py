@@ -16,7 +16,7 @@ from qwen3vl_train.data.encode.encoder import SampleCost
 from qwen3vl_train.data.errors import FaultKind
 from qwen3vl_train.data.signatures import hash_rows, read_signatures
 
-_VERSION = 7
+_VERSION = 8
 """Of the files written here; increase it with every change of their content or of how costs are found."""
 _ARRAYS = ("costs", "dropped", "formats", "num_files", "signatures")
 """Of a SourceIndex: these are kept as arrays, the rest as JSON."""
@@ -102,14 +102,18 @@ class SourceIndex:
 
 
 def _cache_file(folder: Path, key: dict[str, Any]) -> Path:
-    words = json.dumps([_VERSION, key], sort_keys=True)
-    return folder / f"{hashlib.sha256(words.encode()).hexdigest()[:32]}.npz"
+    return folder / f"{_hash(key)[:32]}.npz"
+
+
+def _hash(key: dict[str, Any]) -> str:
+    """Return a hash: the key itself names files by addresses, which may hold passwords."""
+    return hashlib.sha256(json.dumps([_VERSION, key], sort_keys=True).encode()).hexdigest()
 
 
 def save_index(folder: Path, key: dict[str, Any], index: SourceIndex) -> None:
     """Write a source's index to a temporary file and rename it. Raises ValueError when it cannot be written."""
     file = _cache_file(folder, key)
-    words = json.dumps({"key": key, "rejects": index.rejects, "files": index.files}, sort_keys=True)
+    words = json.dumps({"key": _hash(key), "rejects": index.rejects, "files": index.files}, sort_keys=True)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with atomic_file(file) as temporary, temporary.open("wb") as out:
@@ -132,4 +136,4 @@ def load_index(folder: Path, key: dict[str, Any], num_rows: int) -> SourceIndex 
     except _DAMAGE:
         return None
     fits = index.num_rows == num_rows and len(index.files) == len(index.signatures) == index.num_files.sum()
-    return index if fits and words["key"] == json.loads(json.dumps(key)) else None
+    return index if fits and words["key"] == _hash(key) else None

@@ -5,6 +5,7 @@ import sys
 from typing import Any
 
 from qwen3vl_train.data.errors import RowFault
+from qwen3vl_train.public_names import public_text
 
 _MAX_NESTING = 64  # far above any tool description, far below Python's recursion limit
 _SHOWN_CHARACTERS = 60
@@ -31,7 +32,7 @@ def shown(value: Any) -> str:
     """Return a value as messages quote it: an integer may have thousands of digits."""
     if isinstance(value, int) and abs(value) > sys.float_info.max:
         return f"an integer of {value.bit_length():,} bits"
-    text = repr(value)
+    text = public_text(repr(value))  # before a cut, which could hide where a password ends
     return text if len(text) <= _SHOWN_CHARACTERS else text[:_SHOWN_CHARACTERS] + "..."
 
 

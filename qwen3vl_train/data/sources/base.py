@@ -3,7 +3,6 @@
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from qwen3vl_train.data.errors import LAST_RESORT, RowFault
@@ -12,6 +11,7 @@ from qwen3vl_train.data.rows.parse import ResolveMedium, RowRules
 from qwen3vl_train.data.rows.sample import Sample
 from qwen3vl_train.data.signatures import FileSignature
 from qwen3vl_train.data.sources.files import file_signature, is_compressed, is_url, naming_file, unpack
+from qwen3vl_train.public_names import last_part
 
 StrPath = str | os.PathLike[str]
 Position = dict[str, int]
@@ -103,7 +103,7 @@ class FileSource(ABC):
         self.name = os.fspath(path)
         self.media_root = None if media_root is None else os.fspath(media_root)
         self.rules = rules or RowRules()
-        self.file = Path(self.name).name
+        self.file = last_part(self.name)
         self.ignored_columns: tuple[str, ...] = ()
         self._signatures: dict[str, FileSignature] = {}
         check_media_root(self.name, self.media_root, self.rules)

@@ -13,6 +13,7 @@ from qwen3vl_train.data.sources.jsonl import JsonlSource
 from qwen3vl_train.data.sources.parquet import ParquetSource
 from qwen3vl_train.data.sources.streams import FileStream, HubStream
 from qwen3vl_train.data.sources.tar import TarSource
+from qwen3vl_train.public_names import last_part
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".tar", *DELIMITERS)
 """Of the files that a folder or a pattern finds; all but Parquet may be followed by .gz, .zst or .zstd. CSV and TSV
@@ -24,7 +25,7 @@ Entry = TrainSource | EvalSource
 def entry_rules(entry: Entry, follow_links: bool = False) -> RowRules:
     """Return the rules for the rows of an entry. Their label is its name, or the last part of its path."""
     return RowRules(
-        label=entry.name or os.path.basename(entry.path.rstrip("/")).replace(":", "_"),
+        label=entry.name or last_part(entry.path).replace(":", "_"),
         format=entry.format,
         columns={name: given for name, given in entry.columns.items() if not isinstance(given, FixedText)},
         texts={name: given.text for name, given in entry.columns.items() if isinstance(given, FixedText)},

@@ -134,7 +134,7 @@ def test_faults_of_downloads(address):
         taken.bind(("127.0.0.1", 0))
         silent = f"http://127.0.0.1:{taken.getsockname()[1]}/a.png"
         for url, fault in (
-            (f"{address}/none?key=secret", f"{address}/none: cannot be downloaded (HTTP Error 404: Not Found); check "),
+            (f"{address}/none?key=secret", f"{address}/none?***: cannot be downloaded (HTTP Error 404: Not Found)"),
             (f"{address}/ftp", f"{address}/ftp: redirects to a ftp URL; give the address of the file"),
             (f"{address}/file", f"{address}/file: cannot be downloaded (HTTP Error 302: Found - Redirection to url "),
             (f"{address}/circle", f"{address}/circle: cannot be downloaded (HTTP Error 302: "),
