@@ -10,7 +10,7 @@ from qwen3vl_train.model.qwen3vl import Qwen3VLForConditionalGeneration
 
 _FLOAT32_BYTES = 4
 # Beside the weights: activations and logits of the probes, transformers itself, and the pages of the mapped files.
-_OVERHEAD, _BESIDE = 1.25, 2**30
+_OVERHEAD, _BESIDE = 1.35, 2**30
 
 
 @dataclass(frozen=True)
