@@ -2,7 +2,7 @@
 
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import IO
 
 MAX_BOXES = 10_000
@@ -38,7 +38,7 @@ def mp4_num_frames(file: IO[bytes]) -> int:
     """Return the most frames that a track declares; 0 where none does. A few bytes can declare billions."""
     left, most = [MAX_BOXES], 0
 
-    def search(span: tuple[int, int], way: tuple[bytes, ...]) -> None:
+    def search(span: tuple[int, int], way: Sequence[bytes]) -> None:
         nonlocal most
         for kind, inner in boxes(file, *span, left):
             if kind == way[0] and len(way) > 1:
