@@ -40,7 +40,7 @@ class FolderLock:
         waiting: called now and then while it is not clear whether the last holder is dead.
         """
         self.folder, self._file = folder, folder / LOCK_FILE
-        self._made_folder = not folder.exists()
+        self._made = [path for path in (folder, *folder.parents) if not path.exists()]  # the innermost first
         self._token = uuid.uuid4().hex
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -64,7 +64,7 @@ class FolderLock:
         )
 
     def release(self) -> None:
-        """Give the lock back, and remove the folder if this object made it and it is empty."""
+        """Give the lock back, and remove the folders that this object made and that are empty."""
         self._done.set()
         self._thread.join()
         holder = _read_holder(self._descriptor)
@@ -150,9 +150,9 @@ class FolderLock:
         return self._file.exists() and _is_another_file(self._descriptor, self._file)
 
     def _remove_folder(self) -> None:
-        if self._made_folder:
-            with contextlib.suppress(OSError):  # it is in use, and is meant to stay
-                self.folder.rmdir()
+        with contextlib.suppress(OSError):  # it is in use, and is meant to stay
+            for path in self._made:
+                path.rmdir()
 
     def _in_use(self, holder: dict[str, Any] | None) -> ValueError:
         who = _describe(holder) if holder else "another job"

@@ -252,7 +252,7 @@ def test_stream_that_breaks_off_says_where(tmp_path, collate, workers):
     row = json.dumps({"messages": [{"role": "user", "content": "q" * 99}, {"role": "assistant", "content": "x"}]})
     content = gzip.compress((row + " " * 900 + "\n").encode() * 1500, compresslevel=0)
     file = tmp_path / "a.jsonl.gz"
-    file.write_bytes(content[: len(content) - 100])
+    file.write_bytes(content[:-200_000] + b"\xff" * 100_000 + content[-100_000:])
     train = file_loader(file, collate, packs_per_step=100, num_steps=5000, window=256, num_workers=workers)
     with pytest.raises(ValueError, match=f"^{file}: is truncated or damaged after row [0-9]+ .*; copy the file agai"):
         list(train)

@@ -23,6 +23,13 @@ from tests.helpers.row_files import KINDS, ROW, talks, texts, write_all, write_t
 LINES = "\n".join(ROW % f"{n} {n * n}" for n in range(500)).encode()
 
 
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The package's cache for this test alone: which files it holds is asserted."""
+    monkeypatch.setenv("QWEN3VL_TRAIN_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
 def faults_of(path: Path) -> set[str]:
     """Return the messages of opening the file as a source and of reading it as a stream."""
     entry = TrainSource(path=str(path))
@@ -30,7 +37,7 @@ def faults_of(path: Path) -> set[str]:
     return {message_of(ValueError, call).replace(str(path), path.name) for call in calls}
 
 
-def test_truncated_gz_and_zst(tmp_path):
+def test_truncated_gz_and_zst(tmp_path, own_cache):
     packed = gzip.compress(LINES)
     (tmp_path / "a.jsonl.gz").write_bytes(packed[:200] + b"\xff" * 50 + packed[250:])
     (fault,) = {message.split(" row ")[0] for message in faults_of(tmp_path / "a.jsonl.gz")}
@@ -43,17 +50,17 @@ def test_truncated_gz_and_zst(tmp_path):
     assert faults_of(tmp_path / "b.jsonl.gz") == {
         "b.jsonl.gz: is truncated or damaged after row 0 (Not a gzipped file (b'no')); copy the file again"
     }
-    assert {file.suffix for file in Path(os.environ["QWEN3VL_TRAIN_CACHE"]).glob("unpacked/*")} <= {".lock"}
+    assert {file.suffix for file in own_cache.glob("unpacked/*")} <= {".lock"}
 
 
-def test_a_file_is_unpacked_twice_at_once_without_locks(tmp_path):
+def test_a_file_is_unpacked_twice_at_once_without_locks(tmp_path, own_cache):
     """On a shared cache whose file system has no locks, also by processes of one number."""
     faults.refuse_file_locks()
     (file := tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(LINES))
     others = iter([lambda: unpack(str(file))])
     faults.before_unpacking(lambda _: next(others, lambda: None)())
     assert unpack(str(file)).read_bytes() == LINES
-    assert {path.suffix for path in Path(os.environ["QWEN3VL_TRAIN_CACHE"]).glob("unpacked/*")} == {".lock", ".jsonl"}
+    assert {path.suffix for path in own_cache.glob("unpacked/*")} == {".lock", ".jsonl"}
 
 
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.csv.gz"])
