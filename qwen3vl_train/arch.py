@@ -229,7 +229,7 @@ def _why_no_config(folder: Path) -> str:
     """Say what a path without a config.json is, and what to give instead."""
     wanted = "give a local Qwen3-VL checkpoint in Hugging Face form"
     if folder.parts[:1] and folder.parts[0].startswith("~"):
-        return f"not a folder, ~ stands for no home here; {wanted} by its whole path"
+        return f"not a folder, ~ is not expanded here; {wanted} by its whole path"
     if snapshot := re.search(r"models--(.+?)--(.+)/snapshots/([0-9a-f]+)$", str(folder)):
         owner, name, commit = snapshot.groups()
         return f"not in the cache of the Hub any more; get it again: hf download {owner}/{name} --revision {commit}"

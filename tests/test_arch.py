@@ -156,7 +156,7 @@ def test_folders_that_are_not_checkpoints_are_named(tmp_path, make):
     ("path", "what"),
     [
         ("none", "not a folder; {wanted}"),
-        ("~/model", "not a folder, ~ stands for no home here; {wanted} by its whole path"),
+        ("~/model", "not a folder, ~ is not expanded here; {wanted} by its whole path"),
         ("a/b", "not a folder; {wanted}, or get it first: hf download a/b --local-dir a/b"),
         (
             "hub/models--a--b-c/snapshots/0f",

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -162,10 +162,7 @@ def _loop(run: Run, recorder: Recorder, stop: StopSignals, writer: CheckpointWri
     """Train to the last step. Every rank must call it."""
     recipe, ranks, data, progress = run.recipe, run.ranks, run.data, run.progress
     start_step, num_steps = progress.step, data.num_steps
-    data_lines = data.summary() + data.length_lines(recipe)
-    lines = start_banner(recipe, ranks, run.folder, data_lines, report_groups(run.model, recipe))
-    lines += [run.start] if run.start else []
-    for line in lines + resume_lines(start_step, num_steps, run.opened.damaged, run.opened.changes):
+    for line in _start_lines(run):
         recorder.line(line)
     factor_at = partial(lr_factor, num_steps=num_steps, optim=recipe.optim)
     steps, options = run.checked(iter(data.loader)), StepOptions.from_recipe(recipe, run.model)
@@ -179,13 +176,7 @@ def _loop(run: Run, recorder: Recorder, stop: StopSignals, writer: CheckpointWri
         if status.save_failed:
             writer.wait()  # raises on every rank
         if status.stop_requested and progress.step > start_step:
-            if writer.last_step != progress.step:
-                _save(run, recorder, writer, {})
-            writer.wait()
-            _check_written(run, recorder, writer)
-            raise StopRequest(
-                f"{run.folder}: asked to stop, saved after step {progress.step}; start it again to continue"
-            )
+            _save_and_stop(run, recorder, writer)
         if data.is_streamed and progress.step == 0 and packs.num_packs and not packs.window_patches:
             check_media_reach(run.model, recipe, f"none of the first {packs.num_seen:,} rows")
         factor = factor_at(progress.step)
@@ -210,16 +201,36 @@ def _loop(run: Run, recorder: Recorder, stop: StopSignals, writer: CheckpointWri
             _save(run, recorder, writer, losses)
         due = _every(keep.export_every_steps, progress.step) or _every(keep.export_every_epochs, epoch)
         if due and (last or not ranks.any(stop.received)):
-            target = run.folder / EXPORTS / f"step-{progress.step:08d}"
-            seconds = export_while_training(recipe, run.model, target, ranks)
-            recorder.line(f"export step {progress.step}: written in {seconds:.1f} s, {target}")
-            writer.prune_exports()
+            _export(run, recorder, writer)
         if rejects:  # after the checkpoint: what has been trained is kept
             data.rejects.check()
     writer.wait()
     if warning := gradient_check.unreached():
         recorder.line(warning)
     _check_written(run, recorder, writer)
+
+
+def _start_lines(run: Run) -> list[str]:
+    data_lines = run.data.summary() + run.data.length_lines(run.recipe)
+    lines = start_banner(run.recipe, run.ranks, run.folder, data_lines, report_groups(run.model, run.recipe))
+    lines += [run.start] if run.start else []
+    return lines + resume_lines(run.progress.step, run.data.num_steps, run.opened.damaged, run.opened.changes)
+
+
+def _save_and_stop(run: Run, recorder: Recorder, writer: CheckpointWriter) -> NoReturn:
+    """Save the steps done so far, unless that is done already, and raise StopRequest. Every rank must call it."""
+    if writer.last_step != run.progress.step:
+        _save(run, recorder, writer, {})
+    writer.wait()
+    _check_written(run, recorder, writer)
+    raise StopRequest(f"{run.folder}: asked to stop, saved after step {run.progress.step}; start it again to continue")
+
+
+def _export(run: Run, recorder: Recorder, writer: CheckpointWriter) -> None:
+    target = run.folder / EXPORTS / f"step-{run.progress.step:08d}"
+    seconds = export_while_training(run.recipe, run.model, target, run.ranks)
+    recorder.line(f"export step {run.progress.step}: written in {seconds:.1f} s, {target}")
+    writer.prune_exports()
 
 
 def _unwritten(run: Run, recorder: Recorder) -> OutputError | None:

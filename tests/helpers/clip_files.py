@@ -59,6 +59,20 @@ def write_clip(
     return path
 
 
+def trim_clip(path: Path, target: Path, num_frames: int) -> Path:
+    """Copy a clip without its first frames and without encoding it again: they stay in the file, unseen."""
+    with av.open(str(path)) as source, av.open(str(target), "w") as out:
+        stream = source.streams.video[0]
+        copy = out.add_stream_from_template(stream)
+        for packet in source.demux(stream):
+            if packet.dts is not None:
+                packet.pts -= num_frames * packet.duration
+                packet.dts -= num_frames * packet.duration
+                packet.stream = copy
+                out.mux(packet)
+    return target
+
+
 def write_timed(
     path: Path,
     ticks: Sequence[int],

@@ -36,12 +36,12 @@ def _items_in_workers(dataset: "_Apply", items: Iterable[Any], num_workers: int,
         # the pipes in any order and under the threads that still write to them.
         try:
             yield from items
-        except Exception as error:
+        except Exception as error:  # of any type: it is raised again, after the results of the items before it
             failures.append(error)
-            yield _NO_MORE_ITEMS
+            yield _ItemsFailed()
 
     for result in _results(dataset, sampler=sampler(), num_workers=num_workers, pin_memory=pin_memory):
-        if isinstance(result, str) and result == _NO_MORE_ITEMS:
+        if isinstance(result, _ItemsFailed):
             raise failures[0]
         yield result
 
@@ -92,8 +92,8 @@ def _results(dataset: Dataset, **options: Any) -> Iterator[Any]:
         del results
 
 
-_NO_MORE_ITEMS = "the items failed"
-"""In place of the item that could not be made; a worker returns it unchanged."""
+class _ItemsFailed:
+    """In place of the item that could not be made; a worker returns it unchanged."""
 
 
 class _Apply(Dataset):
@@ -101,7 +101,7 @@ class _Apply(Dataset):
         self.work = work
 
     def __getitem__(self, item: Any) -> Any:
-        if isinstance(item, str) and item == _NO_MORE_ITEMS:
+        if isinstance(item, _ItemsFailed):
             return item
         try:
             return self.work(item)

@@ -136,7 +136,7 @@ def _batches(file: Any, names: list[str], skip: int, path: str) -> Iterator[Any]
                 done += batch.num_rows
                 if remaining.num_rows:
                     yield remaining
-        except NotImplementedError as error:
+        except NotImplementedError as error:  # ArrowNotImplementedError: a type that pyarrow cannot read
             fault = f"row group {group + 1} cannot be read ({_short(error)}); write the file again with plain types"
             raise ValueError(f"{path}: {fault}") from None
         except (pa.ArrowException, OSError) as error:

@@ -33,7 +33,7 @@ def test_frames_are_in_the_order_of_their_numbers(names, tmp_path):
 
 def test_other_files_are_not_frames(tmp_path):
     write(tmp_path / "clip", "1.png", "2.webp", "._1.png", ".hidden.png")
-    for name in ("Thumbs.db", "meta.json", "sound.wav"):
+    for name in ("Thumbs.db", "meta.json", "audio.wav"):
         (tmp_path / "clip" / name).write_text("x")
     (tmp_path / "clip" / "inner").mkdir()
     assert list_frames("clip", tmp_path) == ("clip/1.png", "clip/2.webp")
