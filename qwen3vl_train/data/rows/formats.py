@@ -171,7 +171,9 @@ def metadata_of(unread: Sequence[str], row: Row, media: Sequence[Any]) -> list[s
     for key in unread:
         value = row[key][0] if isinstance(row[key], list) else row[key]
         if not media and key not in ("id", "source") and is_medium(value):
-            fault = f"{key} holds a picture or a clip that nothing reads; name it: columns: {{image: {key}}}"
+            fault = (
+                f"{key} holds a picture or a clip that nothing reads; name it, columns: {{image: {key}}}, or remove it"
+            )
             raise RowFault(fault, kind="unknown_field")
         if not (isinstance(value, str) and value in shown):
             names.append(f"row.{key}")

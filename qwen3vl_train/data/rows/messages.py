@@ -104,7 +104,10 @@ def read_turn(turn: Any, where: str, ignored: list[str]) -> list[Turn]:
     calls, call = keys.take("tool_calls"), keys.take("function_call")
     if call is not None:
         calls = [call] if calls is None else [*calls, call] if isinstance(calls, list) else calls
-    if isinstance(speaker, str) and speaker.lower() in _CALLERS:
+    if speaker.lower() in _CALLERS:
+        if calls is not None:
+            fault = f"{where}: a turn of {speaker} has its call as content, and tool_calls beside it; keep one of them"
+            raise RowFault(fault, kind="conflicting_fields")
         found = parse_json(content, f"{where}.{key}") if isinstance(content, str) else content
         calls, content = found if isinstance(found, list) else [found], ""
     reasoning = keys.take("reasoning_content", "reasoning", "thinking")
@@ -162,6 +165,9 @@ class _Blocks:
             if kind == "tool_use":
                 self.calls.append({"name": block.get("name"), "arguments": block.get("input") or {}})
             elif kind == "tool_result":
+                if self.parts:
+                    fault = f"{here}: a tool_result after other parts, before which it is read; split the turn"
+                    raise RowFault(fault, kind="invalid_value")
                 inner, typed = _content(block.get("content"), f"{here}.content", "tool", ignored)
                 self.results.append(Turn("tool", inner, here, typed))
             elif kind == "thinking":

@@ -250,7 +250,7 @@ FAULTS = [
     ({"images": ["a.png"], "texts": ["b"]},
      'texts is not a list of questions and answers; write [{"user": ..., "assistant": ...}]'),
     ({"question": "What?", "answer": "Red.", "image_path": "a.png"},
-     "image_path holds a picture or a clip that nothing reads; name it: columns: {image: image_path}"),
+     "image_path holds a picture or a clip that nothing reads; name it, columns: {image: image_path}, or remove it"),
     (typed({"type": "text", "text": "What is <IMG_CONTEXT>?"}),
      f"messages[0].content[1]: <IMG_CONTEXT> {FOREIGN} the mark out"),
     ({"question": "<|image|>What?", "answer": "x"}, f"question.content[0]: <|image|> {FOREIGN} the mark out"),
@@ -261,6 +261,12 @@ FAULTS = [
     ({"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "tool_calls": [
         {"name": "f", "arguments": ""}]}]}, "messages[1].tool_calls[0].arguments is not JSON (Expecting value: line 1 "
      "column 1 (char 0)); write it as JSON"),
+    ({"messages": [{"role": "user", "content": [{"type": "text", "text": "Hi"},
+                                                {"type": "tool_result", "content": "1"}]}]},
+     "messages[0].content[1]: a tool_result after other parts, before which it is read; split the turn"),
+    ({"messages": [{"role": "user", "content": "Hi"}, {"role": "tool_call", "content": "{}", "tool_calls": [
+        {"name": "f", "arguments": {}}]}]},
+     "messages[1]: a turn of tool_call has its call as content, and tool_calls beside it; keep one of them"),
     ({"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": [
         {"type": "tool_use", "name": "f", "input": {}}, {"type": "text", "text": "x"}]}]},
      "messages[1].content[1]: a part after a call, which the template writes before it; split the turn"),
